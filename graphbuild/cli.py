@@ -1,0 +1,245 @@
+"""The command line: parses, builds a recipe, calls one function. Heavy imports wait until a verb runs."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graphbuild.errors import GraphbuildError
+
+if TYPE_CHECKING:
+    from graphbuild.recipe import Recipe
+    from graphbuild.store import Store
+
+app = typer.Typer(
+    name="graphbuild",
+    help="Sample similarity graphs for contrastive training: URL list or tars in, WebDataset shards with their graph out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Preset(enum.StrEnum):
+    cc3m = "cc3m"
+    cc12m = "cc12m"
+
+
+class Device(enum.StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class ResizeMode(enum.StrEnum):
+    no = "no"
+    keep_ratio = "keep_ratio"
+    keep_ratio_largest = "keep_ratio_largest"
+    center_crop = "center_crop"
+    border = "border"
+
+
+class Embeddings(enum.StrEnum):
+    int8 = "int8"
+    float16 = "float16"
+    none = "none"
+
+
+StoreArg = Annotated[str, typer.Argument(metavar="STORE", help="the job's output folder, or any fsspec URL such as s3://...", show_default=False)]
+Workers = Annotated[int | None, typer.Option(min=0, help="worker processes; 0: none, in this process  [default: one a CPU or GPU]", show_default=False)]
+Address = Annotated[str | None, typer.Option(help="a Ray cluster, as in auto or ray://host:10001  [default: this machine]", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="rebuild what was built with other settings or inputs")]
+PresetOption = Annotated[Preset | None, typer.Option(help="a published headerless TSV", show_default=False)]
+DeviceOption = Annotated[Device | None, typer.Option(help="[default: auto]", show_default=False)]
+
+
+def _option(help_: str, **kwargs: Any) -> Any:
+    return typer.Option(help=help_, show_default=False, **kwargs)
+
+
+@app.command()
+def demo(
+    store: Annotated[str, typer.Argument(metavar="[STORE]", help="output folder")] = "demo",
+    scenes: Annotated[int, typer.Option(min=200, help="captioned scenes to make")] = 3000,
+    workers: Workers = None,
+    address: Address = None,
+) -> None:
+    """The whole data job on generated, captioned scenes."""
+    from graphbuild.demo.run import run_demo
+
+    run_demo(store, scenes=scenes, workers=workers, address=address)
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, see pipelines/", show_default=False)],
+    store: StoreArg,
+    workers: Workers = None,
+    address: Address = None,
+    force: Force = False,
+) -> None:
+    """Every stage of a recipe, from its source to sidecars."""
+    from graphbuild.recipe import read_recipe
+
+    _run_verb("run", read_recipe(recipe), _store(store), workers, address, force)
+
+
+@app.command()
+def download(
+    store: StoreArg,
+    urls: Annotated[str | None, typer.Argument(metavar="URLS", help="URL list: parquet, CSV, TSV or JSONL", show_default=False)] = None,
+    preset: PresetOption = None,
+    url_column: Annotated[str | None, _option("[default: url]")] = None,
+    caption_column: Annotated[str | None, _option("[default: caption]")] = None,
+    shard_size: Annotated[int | None, _option("URLs a shard  [default: 10000]")] = None,
+    image_size: Annotated[int | None, _option("pixels  [default: 256]")] = None,
+    resize_mode: Annotated[ResizeMode | None, _option("what the size bounds  [default: keep_ratio]")] = None,
+    timeout_seconds: Annotated[float | None, _option("[default: 10]")] = None,
+    retries: Annotated[int | None, _option("[default: 1]")] = None,
+    threads: Annotated[int | None, _option("requests at a time, a worker  [default: 32]")] = None,
+    workers: Workers = None,
+    address: Address = None,
+    force: Force = False,
+) -> None:
+    """URL list to WebDataset tars; failures are counted and kept."""
+    changes = _given(locals(), "urls preset url_column caption_column shard_size image_size resize_mode timeout_seconds retries threads")
+    _run_section("download", store, changes, workers, address, force)
+
+
+@app.command()
+def embed(
+    store: StoreArg,
+    shards: Annotated[str | None, _option("tars made elsewhere: a folder, or 'cc3m/{0000..0331}.tar', 'cc3m/*.tar'")] = None,
+    captions: Annotated[str | None, _option("a caption list: parquet, CSV, TSV or JSONL")] = None,
+    vectors: Annotated[str | None, _option("ready vectors, one node a row: .npy [n, d] or parquet")] = None,
+    preset: PresetOption = None,
+    caption_column: Annotated[str | None, _option("of --captions  [default: caption]")] = None,
+    key_column: Annotated[str | None, _option("of --captions  [default: the row number]")] = None,
+    vector_column: Annotated[str | None, _option("of parquet --vectors  [default: embedding]")] = None,
+    caption_member: Annotated[str | None, _option("in tars: txt, cls, json:FIELD  [default: txt, then json:caption]")] = None,
+    class_names: Annotated[str | None, _option("text file, one name a line, if the member is a class number")] = None,
+    template: Annotated[str | None, _option("text around it, as in 'a photo of a {}'")] = None,
+    encoder: Annotated[str | None, _option("sentence-transformers name or folder  [default: all-MiniLM-L6-v2]")] = None,
+    device: DeviceOption = None,
+    workers: Workers = None,
+    address: Address = None,
+    force: Force = False,
+) -> None:
+    """Captions to nodes (distinct texts) and embeddings.
+
+    Reads the store's own tars, or --shards, --captions or --vectors.
+    """
+    names = "shards captions vectors preset caption_column key_column vector_column caption_member class_names template encoder device"
+    _run_section("embed", store, _given(locals(), names), workers, address, force)
+
+
+@app.command()
+def index(
+    store: StoreArg,
+    k: Annotated[int | None, typer.Option("--k", help="neighbours a node  [default: 64]", show_default=False)] = None,
+    min_recall: Annotated[float | None, _option("fail below this recall@k  [default: 0.999]")] = None,
+    device: DeviceOption = None,
+    workers: Workers = None,
+    address: Address = None,
+    force: Force = False,
+) -> None:
+    """Nodes to the k-nearest-neighbour graph, recall certified."""
+    _run_section("index", store, _given(locals(), "k min_recall device"), workers, address, force)
+
+
+@app.command()
+def export(
+    store: StoreArg,
+    embeddings: Annotated[Embeddings | None, _option("carried by the sidecars  [default: int8]")] = None,
+    workers: Workers = None,
+    address: Address = None,
+    force: Force = False,
+) -> None:
+    """Graph to sidecars, one beside each tar, for trainers."""
+    _run_section("export", store, _given(locals(), "embeddings"), workers, address, force)
+
+
+@app.command()
+def neighbors(
+    store: StoreArg,
+    key: Annotated[str | None, typer.Argument(metavar="KEY", help="a sample's key", show_default=False)] = None,
+    text: Annotated[str | None, _option("any text instead of a sample")] = None,
+    count: Annotated[int, typer.Option(min=1, help="how many")] = 10,
+) -> None:
+    """The nearest neighbours of a sample, or of any text."""
+    from graphbuild.errors import ConfigError
+    from graphbuild.lookup import find_sample, neighbors_of_node, neighbors_of_text, printable
+
+    opened = _store(store)
+    if (key is None) == (text is None):
+        raise ConfigError("give a KEY or --text, one of them", f"keys are listed in {opened.display('samples/')}*.parquet")
+    if key is not None:
+        sample = find_sample(opened, key)
+        typer.echo(f"{sample['key']}  node {sample['node']}  {printable(sample['caption'])}")
+        found = neighbors_of_node(opened, sample["node"], count)
+    else:
+        found = neighbors_of_text(opened, text or "", count)
+    for neighbor in found:
+        typer.echo(f"  {neighbor.similarity:.3f}  node {neighbor.node:>9}  x{neighbor.samples:<4} {printable(neighbor.text)}")
+
+
+@app.command()
+def verify(store: StoreArg) -> None:
+    """Check every file, their alignment, and recall afresh."""
+    from graphbuild.errors import QualityError
+    from graphbuild.verify import verify_store
+
+    opened = _store(store)
+    report = verify_store(opened)
+    for problem in report.problems:
+        typer.echo(f"BAD  {problem}")
+    typer.echo(report.summary())
+    if report.problems:
+        raise QualityError(f"{len(report.problems)} problem(s) in {opened.url}", "rebuild the stages named above with --force, or restore the files")
+
+
+def main() -> None:
+    """Entry point: users' mistakes become two lines on stderr and exit code 2, failed work exit code 1."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("graphbuild").setLevel(logging.INFO)
+    try:
+        app()
+    except GraphbuildError as error:
+        typer.echo(f"graphbuild: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+def _given(values: dict[str, Any], names: str) -> dict[str, Any]:
+    return {name: values[name] for name in names.split()}
+
+
+def _store(url: str) -> Store:
+    from graphbuild.errors import ConfigError
+    from graphbuild.store import Store
+
+    if "://" not in url and Path(url).is_file():
+        raise ConfigError(f"STORE {url} is a file", "name a folder")
+    return Store(url)
+
+
+def _run_section(section: str, url: str, changes: dict[str, Any], workers: int | None, address: str | None, force: bool) -> None:
+    from graphbuild.recipe import resolve
+
+    store = _store(url)
+    _run_verb(section, resolve(store, section, changes), store, workers, address, force)
+
+
+def _run_verb(verb: str, recipe: Recipe, store: Store, workers: int | None, address: str | None, force: bool) -> None:
+    from graphbuild.pipeline import run_verb
+    from graphbuild.runner import Runner
+    from graphbuild.summary import summary
+
+    with Runner(workers=workers, address=address) as runner:
+        manifest = run_verb(verb, recipe, store, runner, force=force)
+    typer.echo(summary(verb, manifest, store))

@@ -1,0 +1,172 @@
+"""Stages encode and vectors: nodes/<shard>.npy, the embedding of every node.
+
+encode runs the sentence encoder over a shard's distinct texts; vectors takes ready vectors instead, one node a row, and
+writes that shard's samples and nodes as well. Either way float16, unit norm, and checked: a NaN, an infinity or a zero
+vector is refused with its row. Memory: one shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from graphbuild.encoder import encode, find_encoder
+from graphbuild.errors import InputError, StageError
+from graphbuild.number import SAMPLES
+from graphbuild.recipe import Recipe
+from graphbuild.runner import require
+from graphbuild.scan import SCHEMA, shard_name
+from graphbuild.stage import Json, Stage, Task, digest
+from graphbuild.store import Store, Writer, file_identity, local_file
+
+EMPTY_NORM = 1e-6
+
+
+def plan_encode(recipe: Recipe, store: Store) -> list[Task]:
+    embed = recipe.embed
+    encoder = find_encoder(embed.encoder)
+    return [
+        Task(
+            stage="encode",
+            name=record["task"],
+            settings={"encoder": encoder.identity},
+            inputs={"texts": record["facts"]["texts_sha256"]},
+            hints={"encoder": embed.encoder, "batch_size": embed.batch_size, "device": embed.device},
+        )
+        for record in require(store, "assign", "embed")
+    ]
+
+
+def run_encode(task: Task, store: Store, writer: Writer) -> Json:
+    encoder = find_encoder(task.hints["encoder"])
+    if encoder.identity != task.settings["encoder"]:
+        raise StageError(f"this worker's {encoder.identity} is not {task.settings['encoder']}", "install the same model on every node")
+    texts = store.table(f"nodes/{task.name}.parquet", ["text"])["text"].to_pylist()
+    if not texts:  # a shard all of whose texts appeared before
+        texts, keep = ["-"], 0
+    else:
+        keep = len(texts)
+    vectors = encode(encoder, texts, batch_size=task.hints["batch_size"], device=task.hints["device"])[:keep]
+    writer.array(f"nodes/{task.name}.npy", vectors)
+    return {"counts": {"embeddings": keep}, "d": vectors.shape[1]}
+
+
+def finish_encode(recipe: Recipe, store: Store, done: list[Json]) -> Json:
+    encoder = find_encoder(recipe.embed.encoder)
+    return _embeddings_entry(done, {"encoder": encoder.name, "weights_sha256": encoder.sha256})
+
+
+def plan_vectors(recipe: Recipe, store: Store) -> list[Task]:
+    embed = recipe.embed
+    assert embed.vectors is not None
+    with local_file(embed.vectors) as path:
+        rows = len(_open_npy(path, embed.vectors)) if embed.vectors.endswith(".npy") else _open_parquet(path, embed).metadata.num_rows
+    if rows == 0:
+        raise InputError(f"{embed.vectors} holds no vectors", "give a file with at least two rows")
+    identity = file_identity(embed.vectors)
+    return [
+        Task(
+            stage="vectors",
+            name=shard_name(number),
+            settings={"first_row": first, "rows": min(embed.shard_size, rows - first), "vector_column": embed.vector_column},
+            inputs={"vectors": identity},
+            hints={"url": embed.vectors},
+        )
+        for number, first in enumerate(range(0, rows, embed.shard_size))
+    ]
+
+
+def run_vectors(task: Task, store: Store, writer: Writer) -> Json:
+    url, first, count = task.hints["url"], task.settings["first_row"], task.settings["rows"]
+    with local_file(url) as path:
+        if url.endswith(".npy"):
+            values = np.asarray(_open_npy(path, url)[first : first + count])
+        else:
+            values = _parquet_rows(path, url, task.settings)
+    vectors = unit_vectors(values, first_row=first, source=url)
+    rows = np.arange(first, first + count)
+    empty = {field.name: pa.nulls(count, field.type) for field in SCHEMA}
+    columns = {**empty, "row": pa.array(rows), "key": pa.array(rows.astype(str)), "node": pa.array(rows)}
+    writer.table(f"samples/{task.name}.parquet", pa.table({name: columns[name] for name in SAMPLES}))
+    writer.table(f"nodes/{task.name}.parquet", pa.table({"node": rows, "text": empty["text"], "samples": np.ones(count, np.int64)}))
+    writer.array(f"nodes/{task.name}.npy", vectors)
+    return {"counts": {"samples": count, "nodes": count}, "d": vectors.shape[1]}
+
+
+def finish_vectors(recipe: Recipe, store: Store, done: list[Json]) -> Json:
+    shards = []
+    for record in done:
+        first, count = record["settings"]["first_row"], record["settings"]["rows"]
+        place = {"first_row": first, "samples": count, "first_node": first, "nodes": count}
+        shards.append({"shard": record["task"], **place, "tar": None})
+    return {"shards": shards, **_embeddings_entry(done, {"encoder": "ready vectors", "weights_sha256": None})}
+
+
+def unit_vectors(values: np.ndarray[Any, Any], *, first_row: int, source: str) -> np.ndarray[Any, np.dtype[np.float16]]:
+    """Rows scaled to unit norm as float16 [n, d]; InputError naming the row of a NaN, an infinity or a zero vector."""
+    exact = values.astype(np.float64)
+    norms = np.linalg.norm(exact, axis=1)
+    for bad, what in ((~np.isfinite(norms), "holds NaN or infinity"), (norms < EMPTY_NORM, "is a zero vector")):
+        if bad.any():
+            row = first_row + int(np.argmax(bad))
+            raise InputError(f"{source}: row {row} {what} ({int(bad.sum())} such rows near it)", "remove or mend these rows, then run again")
+    return (exact / norms[:, None]).astype(np.float16)
+
+
+def _embeddings_entry(done: list[Json], encoder: Mapping[str, Any]) -> Json:
+    dimensions = sorted({record["facts"]["d"] for record in done})
+    if len(dimensions) > 1:
+        raise InputError(f"vectors of mixed length: {dimensions}", "give every row a vector of one length")
+    files = sorted(o["path"] + o["sha256"] for record in done for o in record["outputs"] if o["path"].endswith(".npy"))
+    return {"embeddings": {**encoder, "d": dimensions[0], "dtype": "float16", "fingerprint": digest(files)}}
+
+
+def _open_npy(path: Any, url: str) -> np.ndarray[Any, Any]:
+    try:
+        values: np.ndarray[Any, Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{url} is not a whole .npy file ({error})", "write it with numpy.save, as a float array [n, d]") from None
+    if values.ndim != 2 or not np.issubdtype(values.dtype, np.floating) or values.shape[1] == 0:
+        raise InputError(f"{url} holds {values.dtype} {list(values.shape)}", "give a float array [n, d], one vector a row")
+    return values
+
+
+def _open_parquet(path: Any, embed: Any) -> pq.ParquetFile:
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{embed.vectors} is neither .npy nor parquet ({error})", "give --vectors a .npy or parquet file") from None
+    if embed.vector_column not in file.schema_arrow.names:
+        raise InputError(
+            f"{embed.vectors} has no column {embed.vector_column!r}; it has {', '.join(file.schema_arrow.names)}",
+            "name the vectors' column by --vector-column",
+        )
+    return file
+
+
+def _parquet_rows(path: Any, url: str, settings: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    """Rows [first_row, first_row + rows) of a list column, reading only the row groups that hold them."""
+    first, count = settings["first_row"], settings["rows"]
+    file = pq.ParquetFile(path)
+    begin, parts = 0, []
+    for group in range(file.metadata.num_row_groups):
+        size = file.metadata.row_group(group).num_rows
+        if begin < first + count and begin + size > first:
+            column = file.read_row_group(group, [settings["vector_column"]]).column(0)
+            parts.append(column.slice(max(first - begin, 0), first + count - max(begin, first)))
+        begin += size
+    column = pa.chunked_array([chunk for part in parts for chunk in part.chunks]).combine_chunks()
+    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type)):
+        raise InputError(f"{url}: column {settings['vector_column']!r} is {column.type}", "give a column of float lists")
+    lengths = column.value_lengths() if not pa.types.is_fixed_size_list(column.type) else None
+    if column.null_count or (lengths is not None and len(lengths.unique()) != 1):
+        raise InputError(f"{url}: vectors of column {settings['vector_column']!r} are missing or of mixed length", "give every row a vector of one length")
+    return np.asarray(column.flatten()).reshape(count, -1)
+
+
+ENCODE = Stage(name="encode", title="encoding", plan=plan_encode, run=run_encode, finish=finish_encode, on_device=True)
+VECTORS = Stage(name="vectors", title="vectors", plan=plan_vectors, run=run_vectors, finish=finish_vectors)

@@ -1,0 +1,37 @@
+"""The errors users meet: each says what is wrong and what to do next, and knows the command's exit code."""
+
+from __future__ import annotations
+
+
+class GraphbuildError(Exception):
+    """Base of all deliberate failures. `cause` names the file, row or option; `fix` is the next step."""
+
+    exit_code = 1
+
+    def __init__(self, cause: str, fix: str) -> None:
+        super().__init__(cause, fix)
+        self.cause = cause
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.cause}\n  -> {self.fix}"
+
+
+class InputError(GraphbuildError):
+    """A file that graphbuild was given is missing, malformed or does not fit the others."""
+
+    exit_code = 2
+
+
+class ConfigError(GraphbuildError):
+    """An option or recipe field is wrong, or differs from what the store was built with."""
+
+    exit_code = 2
+
+
+class StageError(GraphbuildError):
+    """A stage could not be finished; what was finished is kept."""
+
+
+class QualityError(GraphbuildError):
+    """The result was built but misses a promised floor, such as recall."""

@@ -1,0 +1,107 @@
+"""Stage export: a sidecar beside each tar, one row per sample in tar order (schema: graphbuild.sidecar).
+
+One task a shard of samples. A sample whose caption appeared in an earlier shard has its node there, so a task gathers
+rows from the memory-mapped files of other shards too. Memory: the shard's rows, about d + 6 k + 100 bytes each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from graphbuild.index import VECTORS
+from graphbuild.recipe import Recipe
+from graphbuild.runner import require
+from graphbuild.sharded import Array, node_array
+from graphbuild.sidecar import SidecarHeader, TarIdentity, quantize_int8, sidecar_schema
+from graphbuild.stage import Json, Stage, Task, outputs
+from graphbuild.store import Store, Writer
+from graphbuild.tars import tar_stem
+
+SIZES = "shards/sizes.json"
+
+
+def plan(recipe: Recipe, store: Store) -> list[Task]:
+    require(store, "certify", "index")
+    manifest = store.manifest()
+    source = "vectors" if "vectors" in manifest["stages"] else "assign"
+    samples = outputs(require(store, source, "embed"), "samples/")
+    built = {"graph": manifest["graph"]["fingerprint"], "embeddings": manifest["embeddings"]["fingerprint"]}
+    return [
+        Task(
+            stage="export",
+            name=shard["shard"],
+            settings={"embeddings": recipe.export.embeddings, "k": manifest["graph"]["k"], "tar": shard["tar"]},
+            inputs={**built, "samples": samples[f"samples/{shard['shard']}.parquet"]},
+        )
+        for shard in manifest["shards"]
+    ]
+
+
+def run(task: Task, store: Store, writer: Writer) -> Json:
+    manifest = store.manifest()
+    samples = store.table(f"samples/{task.name}.parquet")
+    node = samples["node"].to_numpy() if not samples["node"].null_count else samples["node"].fill_null(-1).to_numpy()
+    nodes, inverse = np.unique(node[node >= 0], return_inverse=True)
+    embedded = node_array(store, manifest, VECTORS).take(nodes)
+    gathered = {
+        "neighbors": node_array(store, manifest, "graph/{}.neighbors.npy").take(nodes),
+        "similarities": node_array(store, manifest, "graph/{}.similarities.npy").take(nodes),
+    }
+    background = node_array(store, manifest, "graph/{}.background.npy").take(nodes)
+    gathered["background_mean"], gathered["background_std"] = background[:, 0], background[:, 1]
+    if task.settings["embeddings"] == "int8":
+        gathered["embedding"], gathered["embedding_scale"] = quantize_int8(embedded)
+    elif task.settings["embeddings"] == "float16":
+        gathered["embedding"] = embedded
+    tar = task.settings["tar"]
+    header = SidecarHeader(
+        encoder=manifest["embeddings"]["encoder"],
+        d=manifest["embeddings"]["d"],
+        k=manifest["graph"]["k"],
+        embeddings=task.settings["embeddings"],
+        graph=manifest["graph"]["fingerprint"],
+        shard=task.name,
+        tar=None if tar is None else TarIdentity(name=tar["name"], bytes=tar["bytes"], sha256=tar["sha256"]),
+        rows=len(samples),
+    )
+    schema = sidecar_schema(header.d, header.k, header.embeddings)
+    columns = []
+    for field in schema:
+        if field.name in gathered:
+            columns.append(_column(gathered[field.name], inverse, node >= 0, field.type))
+        else:
+            columns.append(samples[field.name].combine_chunks().cast(field.type))
+    name = task.name if tar is None else tar_stem(tar["name"])
+    table = pa.table(columns, schema=schema.with_metadata(header.metadata()))
+    writer.table(f"shards/{name}.graph.parquet", table)
+    return {"counts": {"samples": len(samples), "without_node": int((node < 0).sum())}}
+
+
+def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
+    """shards/sizes.json, samples a tar, by which open_clip and others learn the data set's size."""
+    sizes = {shard["tar"]["name"]: shard["samples"] for shard in store.manifest()["shards"] if shard["tar"] is not None}
+    if sizes:
+        store.write_json(SIZES, sizes)
+    return {}
+
+
+STAGE = Stage(name="export", title="export", plan=plan, run=run, finish=finish)
+
+
+def _column(values: Array, inverse: Array, named: Array, kind: Any) -> pa.Array:
+    """Values of distinct nodes [m, ...] spread over the samples [n], null where a sample has no node."""
+    index = np.zeros(len(named), np.int64)
+    index[named] = inverse
+    if not named.any():
+        return pa.nulls(len(named), kind)
+    spread = np.ascontiguousarray(values[index])
+    mask = None if named.all() else pa.array(~named)
+    if pa.types.is_fixed_size_list(kind):
+        flat = pa.Array.from_buffers(kind.value_type, spread.size, [None, pa.py_buffer(spread)])
+        return pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=mask)
+    return pa.array(spread, kind, mask=~named)
+
+

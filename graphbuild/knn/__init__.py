@@ -1,0 +1,1 @@
+"""Neighbour-search engines: all-points k-nearest-neighbour search over the nodes' embeddings."""

@@ -1,0 +1,101 @@
+"""Stages number and assign: samples get their rows, distinct texts their node ids.
+
+Node ids follow the first appearance of a text in row order, so a shard's new nodes are consecutive, ids do not depend
+on worker count, and shards added later never renumber. `number` is one task over the 128-bit hashes alone (memory:
+about 150 bytes a sample); `assign` is one task a shard and writes samples/<shard>.parquet and nodes/<shard>.parquet.
+Two different texts with one hash would become one node: at 1e9 texts the chance is 1.5e-21.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from graphbuild.errors import InputError
+from graphbuild.recipe import Recipe
+from graphbuild.runner import require
+from graphbuild.stage import Json, Stage, Task, digest, outputs
+from graphbuild.store import Store, Writer
+
+NO_NODE = -1
+SAMPLES = ["row", "key", "node", "caption", "image_offset", "image_size", "members"]
+
+
+def plan_number(recipe: Recipe, store: Store) -> list[Task]:
+    scans = outputs(require(store, "scan", "embed"), "_state/scan/")
+    return [Task(stage="number", name="all", settings={}, inputs=scans)]
+
+
+def run_number(task: Task, store: Store, writer: Writer) -> Json:
+    names = [path.rsplit("/", 1)[-1].removesuffix(".parquet") for path in task.inputs]
+    columns = ["hash_high", "hash_low"]
+    tables = [store.table(path, columns) for path in task.inputs]
+    sizes = [table.num_rows for table in tables]
+    nodes, counts = number_nodes(pl.from_arrow(pa.concat_tables(tables)))  # type: ignore[arg-type]
+    if not len(counts):
+        raise InputError(f"no sample of {store.url} has a caption", "see rejected/scan/ for the reasons")
+    writer.array("_state/number/nodes.npy", nodes)
+    writer.array("_state/number/counts.npy", counts)
+    shards: dict[str, Json] = {}
+    first_row = first_node = 0
+    for name, size in zip(names, sizes, strict=True):
+        mine = nodes[first_row : first_row + size]
+        new = max(int(mine.max(initial=NO_NODE)) + 1 - first_node, 0)
+        counted = counts[first_node : first_node + new]
+        content = hashlib.sha256(mine.tobytes() + counted.tobytes()).hexdigest()
+        shards[name] = {"first_row": first_row, "samples": size, "first_node": first_node, "nodes": new, "sha256": content}
+        first_row += size
+        first_node += new
+    return {"counts": {"samples": first_row, "nodes": first_node}, "shards": shards}
+
+
+def number_nodes(hashes: pl.DataFrame) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Node of each row by first appearance of its hash, int64 [N] (NO_NODE for hash 0), and rows a node, int64 [M]."""
+    key = ["hash_high", "hash_low"]
+    present = (pl.col("hash_high") != 0) | (pl.col("hash_low") != 0)
+    distinct = hashes.filter(present).unique(key, keep="first", maintain_order=True).with_row_index("node")
+    nodes = hashes.join(distinct, on=key, how="left", maintain_order="left")["node"].cast(pl.Int64).fill_null(NO_NODE).to_numpy()
+    return nodes, np.bincount(nodes[nodes >= 0], minlength=distinct.height).astype(np.int64)
+
+
+def plan_assign(recipe: Recipe, store: Store) -> list[Task]:
+    scans = outputs(require(store, "scan", "embed"), "_state/scan/")
+    (numbering,) = require(store, "number", "embed")
+    tasks = []
+    for path, sha256 in scans.items():
+        name = path.rsplit("/", 1)[-1].removesuffix(".parquet")
+        shard = dict(numbering["facts"]["shards"][name])
+        inputs = {path: sha256, "numbering": shard.pop("sha256")}
+        tasks.append(Task(stage="assign", name=name, settings=shard, inputs=inputs))
+    return tasks
+
+
+def run_assign(task: Task, store: Store, writer: Writer) -> Json:
+    shard = task.settings
+    rows = slice(shard["first_row"], shard["first_row"] + shard["samples"])
+    first_node, new = shard["first_node"], shard["nodes"]
+    nodes = np.asarray(store.array("_state/number/nodes.npy")[rows])
+    scan = store.table(f"_state/scan/{task.name}.parquet")
+    row = pa.array(np.arange(rows.start, rows.stop, dtype=np.int64))
+    samples = scan.append_column("row", row).append_column("node", pa.array(nodes, mask=nodes == NO_NODE))
+    writer.table(f"samples/{task.name}.parquet", samples.select(SAMPLES))
+    ids, first = np.unique(nodes, return_index=True)
+    texts = scan["text"].take(pa.array(first[ids >= first_node]))
+    counts = np.asarray(store.array("_state/number/counts.npy")[first_node : first_node + new])
+    table = pa.table({"node": np.arange(first_node, first_node + new), "text": texts, "samples": counts})
+    writer.table(f"nodes/{task.name}.parquet", table)
+    return {"counts": {"samples": shard["samples"], "nodes": new}, "texts_sha256": digest(texts.to_pylist())}
+
+
+def finish_assign(recipe: Recipe, store: Store, done: list[Json]) -> Json:
+    """The manifest's `shards`: rows, nodes and tar of each, in order; `shard` names files of samples/, nodes/, graph/."""
+    tars = {name: shard["tar"] for record in require(store, "scan", "embed") for name, shard in record["facts"]["shards"].items()}
+    return {"shards": [{"shard": record["task"], **record["settings"], "tar": tars[record["task"]]} for record in done]}
+
+
+NUMBER = Stage(name="number", title="numbering", plan=plan_number, run=run_number)
+ASSIGN = Stage(name="assign", title="nodes", plan=plan_assign, run=run_assign, finish=finish_assign)

@@ -1,0 +1,57 @@
+"""The pipeline: which stages a verb consists of, in order, and the call that runs them."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from graphbuild import certify, download, embed, export, index, number, scan
+from graphbuild.encoder import find_encoder
+from graphbuild.recipe import Recipe
+from graphbuild.runner import Runner, write_recipe
+from graphbuild.stage import Json, Stage
+from graphbuild.store import Store
+
+PACKAGES = ("graphbuild", "numpy", "torch", "pyarrow", "polars", "ray", "sentence-transformers", "transformers", "img2dataset", "webdataset")
+
+
+def stages_of(verb: str, recipe: Recipe) -> Sequence[Stage]:
+    """The stages of download, embed, index, export, or of `run`, which is all that the recipe's source needs."""
+    if verb == "run":
+        from_list = recipe.download.urls is not None
+        return [stage for part in ("download", "embed", "index", "export") if part != "download" or from_list for stage in stages_of(part, recipe)]
+    if verb == "embed" and recipe.embed.vectors is not None:
+        return [embed.VECTORS]
+    return {
+        "download": [download.URLS, download.DOWNLOAD],
+        "embed": [scan.STAGE, number.NUMBER, number.ASSIGN, embed.ENCODE],
+        "index": [index.STAGE_MOMENTS, index.STAGE_SEARCH, certify.STAGE],
+        "export": [export.STAGE],
+    }[verb]
+
+
+def run_verb(verb: str, recipe: Recipe, store: Store, runner: Runner, *, force: bool = False) -> Json:
+    """Bring every stage of a verb up to date; returns the manifest. Nothing is written before the first plan succeeds."""
+    stages = stages_of(verb, recipe)
+    store.manifest()  # refuse another format version before anything else
+    if embed.ENCODE in stages:
+        find_encoder(recipe.embed.encoder)
+    stages[0].plan(recipe, store)
+    store.check_writable()
+    for stage in stages:
+        runner.run(stage, recipe, store, force=force)
+    write_recipe(recipe, store)
+    manifest = store.manifest()
+    versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    if manifest.get("versions") != versions:
+        manifest["versions"] = versions
+        store.write_json("manifest.json", manifest)
+    return manifest
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

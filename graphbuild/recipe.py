@@ -1,0 +1,147 @@
+"""The recipe: every setting of a job, with its default and meaning, in one place.
+
+A job's resolved recipe lies in STORE/recipe.yaml, every default written out; options of the command line change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import fsspec
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from graphbuild.errors import ConfigError
+from graphbuild.store import Store
+
+DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+Preset = Literal["cc3m", "cc12m"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Download(Section):
+    """URL list to tars, through img2dataset."""
+
+    urls: str | None = Field(None, description="list of URLs: parquet, CSV, TSV or JSONL")
+    preset: Preset | None = Field(None, description="a published headerless TSV: column order and names")
+    url_column: str = "url"
+    caption_column: str = "caption"
+    shard_size: int = Field(10_000, ge=1, le=1_000_000, description="URLs a shard")
+    image_size: int = Field(256, ge=1, description="pixels; what it bounds depends on resize_mode")
+    resize_mode: Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"] = "keep_ratio"
+    resize_only_if_bigger: bool = True
+    encode_quality: int = Field(95, ge=1, le=100, description="JPEG quality of resized images")
+    timeout_seconds: float = Field(10, gt=0, description="for connecting, and between two packets")
+    retries: int = Field(1, ge=0)
+    threads: int = Field(32, ge=1, description="concurrent requests of one worker")
+
+
+class Embed(Section):
+    """Captions to nodes. The source is the store's own tars unless shards, captions or vectors is given."""
+
+    shards: str | None = Field(None, description="tars made elsewhere: a path with *, ? or {0000..0331}")
+    captions: str | None = Field(None, description="a caption list: parquet, CSV, TSV or JSONL")
+    vectors: str | None = Field(None, description="ready vectors: .npy [n, d] or parquet; one node a row")
+    preset: Preset | None = None
+    caption_column: str = "caption"
+    key_column: str | None = Field(None, description="names the samples of a list; default: the row number")
+    vector_column: str = "embedding"
+    caption_member: str = Field("auto", description="tar member with the caption: txt, cls, json:FIELD; auto: txt, then json:caption")
+    class_names: str | None = Field(None, description="text file, a name a line, for members that hold a class number")
+    template: str = Field("{}", description='the text around a caption or class name, as in "a photo of a {}"')
+    shard_size: int = Field(10_000, ge=1, le=1_000_000, description="rows a shard of a list or of vectors")
+    encoder: str = Field(DEFAULT_ENCODER, description="a sentence-transformers model: name or folder")
+    batch_size: int = Field(64, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _check(self) -> Embed:
+        given = [name for name in ("shards", "captions", "vectors") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other: give one source")
+        if self.template.count("{}") != 1:
+            raise ValueError(f"template must contain {{}} once, not {self.template!r}")
+        return self
+
+
+class Index(Section):
+    """Nodes to the k-nearest-neighbour graph, with its recall certificate."""
+
+    k: int = Field(64, ge=1, le=2048, description="neighbours kept per node, itself excluded")
+    min_recall: float = Field(0.999, ge=0, le=1, description="a build below this recall@k fails")
+    recall_sample: int = Field(1_000, ge=1, description="nodes searched again in float64 for the certificate")
+    seed: int = Field(0, description="draws the certificate's sample")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class Export(Section):
+    """Graph to sidecars beside the tars."""
+
+    embeddings: Literal["int8", "float16", "none"] = "int8"
+
+
+class Recipe(Section):
+    download: Download = Download()
+    embed: Embed = Embed()
+    index: Index = Index()
+    export: Export = Export()
+
+    def dump(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def read_recipe(path: str) -> Recipe:
+    """A recipe file; relative paths in it are taken from the working folder."""
+    fs, root = fsspec.core.url_to_fs(path)
+    try:
+        text = fs.cat_file(root).decode()
+    except (FileNotFoundError, IsADirectoryError):
+        raise ConfigError(f"there is no recipe {path}", "see pipelines/ for examples") from None
+    return _parse(text, path)
+
+
+def resolve(store: Store, section: str, changes: Mapping[str, Any]) -> Recipe:
+    """The store's recipe with the changes that a command's options make to one section (None: not given)."""
+    recipe = _parse(store.read_bytes("recipe.yaml").decode(), store.display("recipe.yaml")) if store.exists("recipe.yaml") else Recipe()
+    given = {key: value for key, value in changes.items() if value is not None}
+    values = recipe.model_dump()
+    sources = {"shards", "captions", "vectors"} & given.keys()
+    if section == "embed" and sources:
+        values["embed"].update(shards=None, captions=None, vectors=None)
+    values[section].update(given)
+    return _validate(values, f"--{next(iter(given), '')}".replace("_", "-"))
+
+
+def _parse(text: str, where: str) -> Recipe:
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {error}", "fix the line named above") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} must hold sections (download, embed, index, export)", "see pipelines/ for examples")
+    return _validate(values, where)
+
+
+def _validate(values: Mapping[str, Any], where: str) -> Recipe:
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(lines), "see docs/recipe.md, or the command's --help, for what is allowed") from None
+    values = recipe.model_dump()
+    for section, key in (("download", "urls"), ("embed", "shards"), ("embed", "captions"), ("embed", "vectors"), ("embed", "class_names")):
+        if values[section][key] is not None:
+            values[section][key] = absolute(values[section][key])
+    if Path(values["embed"]["encoder"]).is_dir():
+        values["embed"]["encoder"] = absolute(values["embed"]["encoder"])
+    return Recipe.model_validate(values)
+
+
+def absolute(path: str) -> str:
+    """A local path made absolute, so that it means the same to a worker in another folder; URLs unchanged."""
+    return path if "://" in path else str(Path(path).expanduser().absolute())

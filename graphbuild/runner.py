@@ -1,0 +1,283 @@
+"""The one runner: executes the tasks of a stage in this process, on local Ray or on a Ray cluster.
+
+Only this module knows parallelism, retries, the limit of tasks in flight (one a worker) and failures. Tasks exchange
+file names, so Ray's object store stays empty. What is done is skipped; a worker that dies has its task run again by a
+fresh one; a task that raises is recorded in `_state/<stage>/<task>.failed.json` and the others go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from graphbuild.errors import ConfigError, GraphbuildError, InputError, StageError
+from graphbuild.progress import Progress
+from graphbuild.recipe import Recipe
+from graphbuild.stage import ORDER, Json, Stage, Task, digest, perform, records, state_path
+from graphbuild.store import Store
+
+logger = logging.getLogger(__name__)
+ATTEMPTS = 3  # of a task whose worker dies
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a task failed, as it travels from a worker: plain strings and the exit code it asks for."""
+
+    cause: str
+    fix: str
+    traceback: str
+    exit_code: int
+
+
+def attempt(stage: Stage, task: Task, store: Store) -> Json | Failure:
+    """Perform a task where the worker is; an exception becomes a recorded Failure."""
+    try:
+        return perform(stage, task, store)
+    except GraphbuildError as error:
+        failure = Failure(error.cause, error.fix, "", error.exit_code)
+    except Exception as error:  # noqa: BLE001 the one place where a task's unknown fault must not stop the others
+        failure = Failure(
+            f"{type(error).__name__}: {error}",
+            "rerun the same command; if it fails again, its traceback lies in the failed.json named above",
+            traceback.format_exc(),
+            1,
+        )
+    record_failure(store, task, failure)
+    return failure
+
+
+def record_failure(store: Store, task: Task, failure: Failure) -> None:
+    store.write_json(
+        state_path(task.stage, task.name, "failed"),
+        {"task": task.name, "fingerprint": task.fingerprint, **dataclasses.asdict(failure)},
+    )
+
+
+class Worker:
+    """A Ray actor: one process that performs one task at a time and keeps its imports and its encoder for the next."""
+
+    def attempt(self, stage: Stage, task: Task, store: Store) -> Json | Failure:
+        return attempt(stage, task, store)
+
+
+class Runner:
+    """Executes stages on a pool of workers; a context manager that starts Ray only when there is work to do.
+
+    workers: processes; 0 runs in this one, None takes a worker a CPU (or a GPU, for stages on a device). address: a
+    Ray cluster's, default that of the environment (RAY_ADDRESS), else a Ray of its own on this machine.
+    """
+
+    def __init__(self, *, workers: int | None = None, address: str | None = None, progress: Progress | None = None) -> None:
+        self.workers = workers
+        self.address = address or os.environ.get("RAY_ADDRESS")
+        self.progress = progress or Progress()
+        self._started_ray = False
+        self._pools: dict[bool, list[Any]] = {False: [], True: []}  # idle worker processes, without and with a GPU
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._started_ray:
+            import ray
+
+            ray.shutdown()
+
+    def run(self, stage: Stage, recipe: Recipe, store: Store, *, force: bool = False) -> Json:
+        """Bring a stage up to date; returns its manifest entry.
+
+        Raises ConfigError when what is there was built with other settings or inputs and force is not given,
+        InputError or StageError when tasks failed.
+        """
+        tasks = stage.plan(recipe, store)
+        done = records(store, stage.name)
+        todo = pending(stage, tasks, done, store, force=force)
+        self.progress.begin(stage.title, total=len(tasks), done=len(tasks) - len(todo))
+        if todo:
+            write_recipe(recipe, store)
+            invalidate(store, stage.name)
+            failures = {}
+            for task, result in self._results(stage, todo, store):
+                if isinstance(result, Failure):
+                    failures[task.name] = result
+                    self.progress.advance({}, failed=True)
+                else:
+                    done[task.name] = result
+                    self.progress.advance(result["facts"].get("counts", {}))
+            if failures:
+                self.progress.end()
+                raise failed(stage, failures, store)
+        entry = self._finish(stage, recipe, store, [done[task.name] for task in tasks])
+        self.progress.end(entry["counts"])
+        return entry
+
+    def _finish(self, stage: Stage, recipe: Recipe, store: Store, done: list[Json]) -> Json:
+        manifest = store.manifest()
+        entry = {
+            "fingerprint": digest([[record["task"], record["fingerprint"]] for record in done]),
+            "tasks": len(done),
+            "counts": total_counts(done),
+        }
+        if manifest["stages"].get(stage.name) != entry:
+            manifest["stages"][stage.name] = entry
+            manifest.update(stage.finish(recipe, store, done))
+            store.write_json("manifest.json", manifest)
+        return entry
+
+    def _results(self, stage: Stage, tasks: Sequence[Task], store: Store) -> Iterator[tuple[Task, Json | Failure]]:
+        if self.workers == 0:
+            gpu = stage.on_device and _cuda_here()
+            for task in tasks:
+                yield task, attempt(stage, _placed(task, gpu=gpu), store)
+        else:
+            yield from self._ray_results(stage, tasks, store)
+
+    def _ray_results(self, stage: Stage, tasks: Sequence[Task], store: Store) -> Iterator[tuple[Task, Json | Failure]]:
+        ray = self._start_ray()
+        resources = ray.cluster_resources()
+        wants_gpu = stage.on_device and tasks[0].hints.get("device") != "cpu"
+        gpu = wants_gpu and resources.get("GPU", 0) >= 1
+        if wants_gpu and not gpu and tasks[0].hints.get("device") == "cuda":
+            raise ConfigError("no GPU in the Ray cluster", "use --device cpu, or an --address whose nodes have GPUs")
+        slots = int(resources.get("GPU" if gpu else "CPU", 1))
+        count = slots if self.workers is None else min(self.workers, slots) if gpu else self.workers
+        worker_class = ray.remote(num_cpus=0 if gpu else 1, num_gpus=1 if gpu else 0)(Worker)
+        idle = self._pools[gpu]
+        queue = [(task, 1) for task in reversed(tasks)]
+        running: dict[Any, tuple[Task, int, Any]] = {}
+        while queue or running:
+            while queue and len(running) < count:
+                task, tries = queue.pop()
+                worker = idle.pop() if idle else worker_class.remote()
+                running[worker.attempt.remote(stage, _placed(task, gpu=gpu), store)] = (task, tries, worker)
+            ready, _ = ray.wait(list(running), num_returns=1)
+            task, tries, worker = running.pop(ready[0])
+            try:
+                result = ray.get(ready[0])
+            except ray.exceptions.RayError as error:
+                if tries < ATTEMPTS:
+                    logger.warning("%s %s: its worker died (%s); trying again", stage.name, task.name, type(error).__name__)
+                    queue.append((task, tries + 1))
+                    continue
+                result = Failure(
+                    f"its worker died {ATTEMPTS} times ({type(error).__name__}: {str(error).splitlines()[0]})",
+                    "most often memory ran out: use fewer --workers or a smaller shard_size, then rerun",
+                    str(error),
+                    1,
+                )
+                record_failure(store, task, result)
+            else:
+                idle.append(worker)
+            yield task, result
+
+    def _start_ray(self) -> Any:
+        if "ray" not in sys.modules:  # read when Ray is imported; its clusters ask for a token since 2.60
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        import ray
+
+        if ray.is_initialized():
+            return ray
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if self.address:
+            options["address"] = self.address
+        else:  # tasks exchange file names: Ray's object store may be small
+            options.update(address="local", include_dashboard=False, object_store_memory=200 * 2**20, num_cpus=self.workers)
+        try:
+            ray.init(**options)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"cannot start or reach Ray at {self.address or 'this machine'} ({error})",
+                "check --address (`ray status` on the cluster), or use --workers 0 to run in this process",
+            ) from error
+        self._started_ray = True
+        return ray
+
+
+def pending(stage: Stage, tasks: Sequence[Task], done: Mapping[str, Json], store: Store, *, force: bool) -> list[Task]:
+    """The tasks still to do. Raises ConfigError with a diff where finished work was built differently."""
+    changed = {t.name: t.changes(done[t.name]) for t in tasks if t.name in done and done[t.name]["fingerprint"] != t.fingerprint}
+    gone = sorted(done.keys() - {task.name for task in tasks})
+    if (changed or gone) and not force:
+        lines = sorted({line for lines in changed.values() for line in lines})
+        lines += [f"no longer in the input: {', '.join(gone[:5])}{' ...' if len(gone) > 5 else ''}"] if gone else []
+        raise ConfigError(
+            f"{store.url} was built differently ({stage.name}: {len(changed) + len(gone)} of {len(done)} finished tasks):\n    "
+            + "\n    ".join(lines[:20]),
+            "give the same settings and inputs again, use another STORE, or add --force to rebuild what differs",
+        )
+    for name in [*changed, *gone]:
+        for output in done[name]["outputs"]:
+            store.remove(output["path"])
+        store.remove(state_path(stage.name, name))
+    sizes: dict[str, int] = {}
+    for folder in {o["path"].rsplit("/", 1)[0] for record in done.values() for o in record["outputs"]}:
+        sizes.update(store.sizes(folder))
+    todo = []
+    for task in tasks:
+        lost = [o["path"] for o in done.get(task.name, {"outputs": []})["outputs"] if sizes.get(o["path"]) != o["bytes"]]
+        if lost:
+            logger.warning("%s is missing or of another size; running %s %s again", lost[0], stage.name, task.name)
+        if task.name not in done or task.name in changed or lost:
+            todo.append(task)
+    return todo
+
+
+def write_recipe(recipe: Recipe, store: Store) -> None:
+    """The resolved recipe, beside what it made; written once its changes are accepted."""
+    text = recipe.dump().encode()
+    if not store.exists("recipe.yaml") or store.read_bytes("recipe.yaml") != text:
+        store.write_bytes("recipe.yaml", text)
+
+
+def invalidate(store: Store, stage: str) -> None:
+    """Take a stage that is about to change, and all after it, out of the manifest: nothing may build on old results."""
+    manifest = store.manifest()
+    stale = [name for name in ORDER[ORDER.index(stage) :] if manifest["stages"].pop(name, None) is not None]
+    if stale:
+        store.write_json("manifest.json", manifest)
+
+
+def require(store: Store, stage: str, verb: str) -> list[Json]:
+    """The records of a finished stage that the next one builds on; StageError names the verb to run first."""
+    if stage not in store.manifest()["stages"]:
+        raise StageError(f"{store.url} has no finished {stage} stage", f"run `graphbuild {verb} {store.url}` first")
+    return list(records(store, stage).values())
+
+
+def total_counts(done: Sequence[Json]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for record in done:
+        for key, value in record["facts"].get("counts", {}).items():
+            total[key] = total.get(key, 0) + value
+    return dict(sorted(total.items()))
+
+
+def failed(stage: Stage, failures: Mapping[str, Failure], store: Store) -> GraphbuildError:
+    """One error for the failed tasks of a stage: an InputError when the input is to blame for all of them."""
+    lines = [f"{name}: {failure.cause}" for name, failure in list(failures.items())[:10]]
+    if len(failures) > 10:
+        lines.append(f"... and {len(failures) - 10} more")
+    cause = f"{stage.title}: {len(failures)} task{'s' * (len(failures) > 1)} failed\n    " + "\n    ".join(lines)
+    fixes = list(dict.fromkeys(failure.fix for failure in failures.values()))
+    kind = InputError if all(failure.exit_code == 2 for failure in failures.values()) else StageError
+    return kind(cause, "; ".join(fixes[:3]) + f" (details: {store.display(f'_state/{stage.name}/')}*.failed.json)")
+
+
+def _placed(task: Task, *, gpu: bool) -> Task:
+    device = "cuda" if gpu and task.hints.get("device") != "cpu" else "cpu"
+    return dataclasses.replace(task, hints={**task.hints, "device": device})
+
+
+def _cuda_here() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

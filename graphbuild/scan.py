@@ -1,0 +1,254 @@
+"""Stage scan: reads captions from tars or from a caption list and normalises them; shards get their numbers here.
+
+One task a tar, or one for a list, which it cuts into shards. Writes `_state/scan/<shard>.parquet` (SCHEMA) and, where
+captions cannot become nodes, `rejected/scan/<shard>.parquet` (REJECTED). A tar's sample without a usable caption keeps
+its row, with text null, so that sidecars stay 1:1 with tars; a list's row without one is left out. One pass over the
+input; memory: one shard's captions.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from graphbuild.download import downloaded_tars
+from graphbuild.errors import InputError
+from graphbuild.recipe import Recipe
+from graphbuild.stage import Json, Stage, Task, records
+from graphbuild.store import Store, Writer, file_identity, file_sha256, local_file
+from graphbuild.tables import TableSpec, read_chunks
+from graphbuild.tars import Tar, TarSample, expand_shards, open_tar, tar_stem
+from graphbuild.text import hashes, usable_text
+
+MEMBER = pa.struct([("extension", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("caption", pa.string()),
+        ("text", pa.string()),
+        ("hash_high", pa.uint64()),
+        ("hash_low", pa.uint64()),
+        ("image_offset", pa.int64()),
+        ("image_size", pa.int64()),
+        ("members", pa.list_(MEMBER)),
+    ]
+)
+REJECTED = pa.schema([("position", pa.int64()), ("key", pa.string()), ("reason", pa.string()), ("content", pa.string())])
+CONTENT_CHARACTERS = 10_000  # of a rejected row, kept
+
+
+def plan(recipe: Recipe, store: Store) -> list[Task]:
+    embed = recipe.embed
+    settings: dict[str, Any] = {"template": embed.template}
+    if embed.captions is not None:
+        settings |= embed.model_dump(include={"preset", "caption_column", "key_column", "shard_size"})
+        identity = {"captions": file_identity(embed.captions)}
+        return [Task(stage="scan", name="list", settings=settings, inputs=identity, hints={"url": embed.captions})]
+    settings["caption_member"] = embed.caption_member
+    if embed.class_names is not None:
+        settings["class_names"] = _class_names(embed.class_names)
+    if embed.shards is not None:
+        tars = {url: file_identity(url) for url in expand_shards(embed.shards)}
+        numbers = _shard_numbers(list(tars), store)
+    else:
+        tars = downloaded_tars(store)
+        numbers = {url: tar_stem(url) for url in tars}
+    return [
+        Task(stage="scan", name=numbers[url], settings=settings, inputs={"tar": tars[url]}, hints={"url": url})
+        for url in sorted(tars, key=numbers.__getitem__)
+    ]
+
+
+def run(task: Task, store: Store, writer: Writer) -> Json:
+    if task.name == "list":
+        return _scan_list(task.hints["url"], task.settings, writer)
+    return _scan_tar(task.name, task.hints["url"], task.settings, writer)
+
+
+def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
+    reasons: dict[str, int] = {}
+    for record in done:
+        for reason, count in record["facts"]["reasons"].items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    return {"rejected": dict(sorted(reasons.items()))}
+
+
+STAGE = Stage(name="scan", title="captions", plan=plan, run=run, finish=finish)
+
+
+def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
+    full_url = writer.store.resolve(url)
+    with open_tar(full_url) as tar:
+        samples = tar.samples()
+        keys = [sample.key for sample in samples]
+        found = [_caption(tar, sample, settings) for sample in samples]
+        images = [None if tar.compressed else sample.image for sample in samples]
+        members = [[] if tar.compressed else [vars(member) for member in sample.members] for sample in samples]
+    captions = [caption for caption, _ in found]
+    usable = [usable_text(caption) for caption in captions]
+    texts = [text for text, _ in usable]
+    rejected = [
+        (position, keys[position], found[position][1] or reason, captions[position])
+        for position, (text, reason) in enumerate(usable)
+        if text is None
+    ]
+    if samples and len(rejected) == len(samples):
+        extensions = sorted({f".{member.extension}" for sample in samples for member in sample.members})
+        raise InputError(
+            f"{full_url}: none of its {len(samples):,} samples has a caption (first: {rejected[0][2]}; members: {', '.join(extensions[:8])})",
+            "name the member that holds it by --caption-member, as in txt, cls or json:FIELD",
+        )
+    places = {
+        "image_offset": [image and image.offset for image in images],
+        "image_size": [image and image.size for image in images],
+        "members": members,
+    }
+    _write_shard(shard, keys, captions, texts, places, writer)
+    _write_rejected(shard, rejected, writer)
+    with local_file(full_url) as path:
+        identity = {"url": url, "name": url.rsplit("/", 1)[-1], "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    counts = {"samples": len(samples), "captions": len(samples) - len(rejected), "rejected": len(rejected)}
+    return {"counts": counts, "reasons": _reasons(rejected), "shards": {shard: {"samples": len(samples), "tar": identity}}}
+
+
+def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
+    columns = {"caption": settings["caption_column"]}
+    if settings["key_column"] is not None:
+        columns["key"] = settings["key_column"]
+    spec = TableSpec(path=url, preset=settings["preset"], columns=columns)
+    shards: dict[str, Json] = {}
+    reasons: dict[str, int] = {}
+    rejected_rows = 0
+    keys: list[str] = []
+    captions: list[str] = []
+    texts: list[str] = []
+
+    def cut(size: int) -> None:
+        shard = shard_name(len(shards))
+        _write_shard(shard, keys[:size], captions[:size], texts[:size], {}, writer)
+        shards[shard] = {"samples": len(keys[:size]), "tar": None}
+        del keys[:size], captions[:size], texts[:size]
+
+    for number, chunk in enumerate(read_chunks(spec)):
+        rejected = [(row["position"], None, row["reason"], row["content"]) for row in chunk.rejected.to_pylist()]
+        positions = chunk.rows["position"].to_pylist()
+        row_keys = chunk.rows["key"].to_pylist() if "key" in columns else [str(position) for position in positions]
+        for position, key, caption in zip(positions, row_keys, chunk.rows["caption"].to_pylist(), strict=True):
+            text, reason = usable_text(_fill(settings["template"], caption))
+            if text is None or key is None:
+                rejected.append((position, key, reason or "no key", caption))
+            else:
+                keys.append(key)
+                captions.append(caption)
+                texts.append(text)
+        while len(keys) >= settings["shard_size"]:
+            cut(settings["shard_size"])
+        _write_rejected(shard_name(number), rejected, writer)
+        rejected_rows += len(rejected)
+        for reason, count in _reasons(rejected).items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    if keys:
+        cut(len(keys))
+    samples = sum(shard["samples"] for shard in shards.values())
+    if samples == 0:
+        raise InputError(f"{url}: no row has a caption ({reasons})", "check --caption-column")
+    counts = {"samples": samples, "captions": samples, "rejected": rejected_rows}
+    return {"counts": counts, "reasons": reasons, "shards": shards}
+
+
+def shard_name(number: int) -> str:
+    return f"{number:05d}"
+
+
+def _caption(tar: Tar, sample: TarSample, settings: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """(caption, None), or (None, why there is none)."""
+    wanted = settings["caption_member"]
+    extensions = [wanted.split(":")[0]] if wanted != "auto" else ["txt", "json"]
+    by_extension = {member.extension.removesuffix(".gz"): member for member in reversed(sample.members)}
+    extension = next((extension for extension in extensions if extension in by_extension), None)
+    if extension is None:
+        return None, f"no member .{' or .'.join(extensions)}"
+    member = by_extension[extension]
+    try:
+        content = tar.read(member)
+        text = (gzip.decompress(content) if member.extension.endswith(".gz") else content).decode()
+        if extension == "json":
+            field = wanted.partition(":")[2] or "caption"
+            text = json.loads(text)[field]
+            if not isinstance(text, str | int):
+                return None, f"json field {field!r} is not a string"
+            text = str(text)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        return None, f"member .{member.extension} cannot be read ({error})"
+    except (ValueError, TypeError, KeyError) as error:
+        return None, f"member .{member.extension} has no such field ({type(error).__name__}: {error})"
+    names = settings.get("class_names")
+    if names is not None:
+        label = text.strip()
+        if not label.isdecimal() or int(label) >= len(names):
+            return None, f"class {label[:40]!r} is not a number below {len(names)}, the count of class names"
+        text = names[int(label)]
+    return _fill(settings["template"], text), None
+
+
+def _fill(template: str, caption: str | None) -> str | None:
+    return template.replace("{}", caption) if caption and caption.strip() else caption
+
+
+def _write_shard(
+    shard: str,
+    keys: Sequence[str],
+    captions: Sequence[str | None],
+    texts: Sequence[str | None],
+    places: Mapping[str, Sequence[Any]],
+    writer: Writer,
+) -> None:
+    hashed = hashes(texts)
+    columns: dict[str, Any] = {"key": keys, "caption": captions, "text": texts, "hash_high": hashed[:, 0], "hash_low": hashed[:, 1]}
+    columns |= {name: places.get(name, [None] * len(keys)) for name in ("image_offset", "image_size", "members")}
+    table = pa.table([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
+    writer.table(f"_state/scan/{shard}.parquet", table)
+
+
+def _write_rejected(shard: str, rejected: Sequence[tuple[Any, ...]], writer: Writer) -> None:
+    if rejected:
+        rows = [(p, k, r, None if c is None else c[:CONTENT_CHARACTERS]) for p, k, r, c in rejected]
+        columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), REJECTED, strict=True)]
+        writer.table(f"rejected/scan/{shard}.parquet", pa.table(columns, schema=REJECTED))
+
+
+def _reasons(rejected: Sequence[tuple[Any, ...]]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for row in rejected:
+        counts[row[2]] = counts.get(row[2], 0) + 1
+    return counts
+
+
+def _class_names(path: str) -> list[str]:
+    with local_file(path) as local:
+        names = [name.strip() for name in local.read_text().splitlines()]
+    if not names or not all(names):
+        raise InputError(f"{path} must hold one class name a line, without blank lines", "see --class-names in docs/recipe.md")
+    return names
+
+
+def _shard_numbers(urls: Sequence[str], store: Store) -> dict[str, str]:
+    """Tar -> shard: those the store knows keep their number, new ones get the next, in order of name."""
+    known = {
+        shard["tar"]["url"]: name
+        for record in records(store, "scan").values()
+        for name, shard in record["facts"]["shards"].items()
+        if shard["tar"] is not None
+    }
+    numbers = {url: known[url] for url in urls if url in known}
+    number = 1 + max((int(name) for name in known.values()), default=-1)
+    for url in urls:
+        if url not in numbers:
+            numbers[url] = shard_name(number)
+            number += 1
+    return numbers

@@ -1,0 +1,316 @@
+"""The sidecar of a shard: one Parquet row per sample of the tar, in tar order (docs/format.md).
+
+Reading promises columns that fit each other: one row a sample, keys unique, no value missing where a node is
+named. It costs one request for the whole file and d + 6 k + about 100 bytes of memory a row (10,000 rows, d =
+384, k = 64: 9 MB). Writers take the schema and the header from here, so that there is one definition of the
+format.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from graphbuild.errors import ConfigError, InputError
+from graphbuild.store import FORMAT_VERSION
+
+METADATA_KEY = b"graphbuild"
+MAY_BE_NULL = ("caption", "image_offset", "image_size")  # where a sample has a node
+EXPORT = "run `graphbuild export` again"
+
+EmbeddingKind = Literal["int8", "float16", "none"]
+
+
+class ShardError(InputError):
+    """A tar and its sidecar are missing, damaged, or do not belong together.
+
+    torch's DataLoader rebuilds an exception of a worker process from its text alone, so `fix` may be empty
+    here: the text of the rebuilt error already holds it.
+    """
+
+    def __init__(self, cause: str, fix: str = "") -> None:
+        super().__init__(cause, fix)
+
+    def __str__(self) -> str:
+        return super().__str__() if self.fix else self.cause
+
+
+class TarIdentity(BaseModel):
+    """The tar that a sidecar was written for: file name, size in bytes, sha256 of its content."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+    name: str
+    bytes: int
+    sha256: str
+
+
+class SidecarHeader(BaseModel):
+    """What the Parquet schema metadata says of a sidecar, as JSON under the key `graphbuild`.
+
+    d: dimensions of an embedding; k: neighbours a node; graph: fingerprint of the graph that node ids refer
+    to; tar: None where the samples did not come from a tar; rows: samples in the shard.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True)
+    format_version: int = FORMAT_VERSION
+    encoder: str
+    d: int
+    k: int
+    embeddings: EmbeddingKind
+    graph: str
+    shard: str
+    tar: TarIdentity | None
+    rows: int
+
+    def metadata(self) -> dict[bytes, bytes]:
+        """The schema metadata to write: `sidecar_schema(...).with_metadata(header.metadata())`."""
+        return {METADATA_KEY: self.model_dump_json().encode()}
+
+
+def sidecar_schema(d: int, k: int, embeddings: EmbeddingKind) -> pa.Schema:
+    """The columns of a sidecar, without metadata.
+
+    A sample without a usable caption has no node: every column but key, row, image_offset and image_size is
+    null there. The value of an int8 embedding is `embedding * embedding_scale`; a float16 one has no scale;
+    with "none" both columns are absent.
+
+    Raises:
+        ConfigError: d or k below 1, or an unknown kind of embeddings.
+    """
+    if d < 1 or k < 1:
+        raise ConfigError(f"a sidecar needs d >= 1 and k >= 1, got d = {d}, k = {k}", "set --k to 1 or more")
+    columns = {"int8": [pa.int8()], "float16": [pa.float16()], "none": []}.get(embeddings)
+    if columns is None:
+        raise ConfigError(f"unknown kind of embeddings {embeddings!r}", "use int8, float16 or none")
+    fields = [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("node", pa.int64()),
+        pa.field("caption", pa.string()),
+    ]
+    fields += [pa.field("embedding", pa.list_(value, d)) for value in columns]
+    if embeddings == "int8":
+        fields.append(pa.field("embedding_scale", pa.float32()))
+    fields += [
+        pa.field("neighbors", pa.list_(pa.uint32(), k)),
+        pa.field("similarities", pa.list_(pa.float16(), k)),
+        pa.field("background_mean", pa.float32()),
+        pa.field("background_std", pa.float32()),
+        pa.field("image_offset", pa.int64()),
+        pa.field("image_size", pa.int64()),
+    ]
+    return pa.schema(fields)
+
+
+def quantize_int8(
+    vectors: NDArray[np.floating[Any]],
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Symmetric int8 quantisation, a scale for each row: vectors are about `values * scale[:, None]`.
+
+    Args:
+        vectors: [n, d], any float type, finite, no zero row.
+
+    Returns:
+        values int8 [n, d] in -127..127, and scale float32 [n] = max |x| of the row / 127.
+
+    Raises:
+        InputError: not a matrix, or a row that is zero or not finite.
+    """
+    if vectors.ndim != 2:
+        raise InputError(f"vectors to quantise have shape {vectors.shape}", "pass a matrix [n, d]")
+    exact = np.asarray(vectors, dtype=np.float32)
+    peak = np.abs(exact).max(axis=1, initial=0.0)
+    bad = np.flatnonzero(~(np.isfinite(peak) & (peak > 0)))
+    if len(bad):
+        raise InputError(
+            f"vector {bad[0]} is zero or not finite ({len(bad)} such rows)", "embed these captions again"
+        )
+    scale = (peak / 127).astype(np.float32)
+    values = np.clip(np.rint(exact / scale[:, None]), -127, 127).astype(np.int8)
+    return values, scale
+
+
+def unit_rows(values: NDArray[np.int8] | NDArray[np.float16]) -> NDArray[np.float32]:
+    """Stored embeddings [n, d] as unit-norm float32 [n, d].
+
+    A positive scale per row cancels in the norm, so int8 values need none. Rows of zeros stay zero.
+    """
+    vectors = values.astype(np.float32)
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    np.divide(vectors, norms, out=vectors, where=norms > 0)
+    return vectors
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """The columns of one sidecar; n rows in tar order. Where `node` is -1 the sample has none and the rest is
+    zero.
+
+    row int64 [n]; key and caption object [n] (str; a caption may be None); node int64 [n]; embedding int8 or
+    float16 [n, d], or None; embedding_scale float32 [n], or None; neighbors uint32 [n, k]; similarities
+    float16 [n, k], descending; background float32 [n, 2], mean and deviation; image_offset and image_size
+    int64 [n], bytes in the tar, -1 where the tar holds no image for the sample.
+    """
+
+    url: str
+    header: SidecarHeader
+    row: NDArray[np.int64]
+    key: NDArray[np.object_]
+    node: NDArray[np.int64]
+    caption: NDArray[np.object_]
+    embedding: NDArray[np.int8] | NDArray[np.float16] | None
+    embedding_scale: NDArray[np.float32] | None
+    neighbors: NDArray[np.uint32]
+    similarities: NDArray[np.float16]
+    background: NDArray[np.float32]
+    image_offset: NDArray[np.int64]
+    image_size: NDArray[np.int64]
+
+    @classmethod
+    def read(cls, url: str) -> Sidecar:
+        """Read and check one sidecar from a path or any fsspec URL.
+
+        Raises:
+            ShardError: the file is missing, not a sidecar, of another format version, or contradicts itself.
+        """
+        file_system, path = fsspec.core.url_to_fs(url)
+        with _readable(url):
+            table = pq.ParquetFile(pa.BufferReader(file_system.cat_file(path))).read()
+        header = _parse_header(url, table.schema.metadata)
+        _check_columns(url, header, table)
+        columns = {name: table.column(name).combine_chunks() for name in table.column_names}
+        background = [_numbers(columns[f"background_{name}"]) for name in ("mean", "std")]
+        sidecar = cls(
+            url=url,
+            header=header,
+            row=_numbers(columns["row"]),
+            key=columns["key"].to_numpy(zero_copy_only=False),
+            node=_numbers(columns["node"], absent=-1),
+            caption=columns["caption"].to_numpy(zero_copy_only=False),
+            embedding=_matrix(columns["embedding"]) if "embedding" in columns else None,
+            embedding_scale=_numbers(columns["embedding_scale"]) if "embedding_scale" in columns else None,
+            neighbors=_matrix(columns["neighbors"]),
+            similarities=_matrix(columns["similarities"]),
+            background=np.stack(background, axis=1),
+            image_offset=_numbers(columns["image_offset"], absent=-1),
+            image_size=_numbers(columns["image_size"], absent=-1),
+        )
+        sidecar._check_values(columns)
+        return sidecar
+
+    def embeddings(self) -> NDArray[np.float32]:
+        """The embeddings of all rows, unit norm, float32 [n, d]; zero where the sample has no node.
+
+        Raises:
+            ConfigError: the store was exported with `--embeddings none`.
+        """
+        if self.embedding is None:
+            raise ConfigError(
+                f"{self.url} carries no embeddings",
+                "export with `--embeddings int8` or `--embeddings float16`",
+            )
+        return unit_rows(self.embedding)
+
+    def _check_values(self, columns: dict[str, pa.Array]) -> None:
+        """Keys unique; where a node is named nothing is missing and the embedding is usable."""
+        _, first = np.unique(self.key.astype(str), return_index=True)
+        if len(first) != len(self.key):
+            again = int(np.setdiff1d(np.arange(len(self.key)), first)[0])
+            earlier = int(np.flatnonzero(self.key == self.key[again])[0])
+            raise ShardError(
+                f"{self.url}: key {self.key[again]!r} stands at row {earlier} and again at row {again}",
+                "rewrite the tar with each key once and its members side by side, then embed and export again",
+            )
+        named = self.node >= 0
+        for name, column in columns.items():
+            if name in MAY_BE_NULL or column.null_count == 0:
+                continue
+            gaps = named & ~column.is_valid().to_numpy(zero_copy_only=False)
+            if gaps.any():
+                row = gaps.argmax()
+                raise ShardError(f"{self.url}: {name} is null at row {row}, which has a node", EXPORT)
+        if self.embedding is not None:
+            usable = np.isfinite(self.embedding).all(axis=1) & (self.embedding != 0).any(axis=1)
+            if (named & ~usable).any():
+                row = (named & ~usable).argmax()
+                raise ShardError(f"{self.url}: the embedding of row {row} is zero or not finite", EXPORT)
+
+
+def read_header(url: str) -> tuple[SidecarHeader, int]:
+    """The header of a sidecar and how many of its rows have a node, from the Parquet footer alone.
+
+    Raises:
+        ShardError: the file is missing or not a sidecar.
+    """
+    with _readable(url), fsspec.open(url, "rb") as stream:
+        footer = pq.ParquetFile(stream)
+        header = _parse_header(url, footer.schema_arrow.metadata)
+        node = footer.schema_arrow.names.index("node")
+        groups = [footer.metadata.row_group(group).column(node) for group in range(footer.num_row_groups)]
+        return header, footer.metadata.num_rows - sum(group.statistics.null_count for group in groups)
+
+
+@contextlib.contextmanager
+def _readable(url: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise ShardError(
+            f"{url}: there is no such sidecar",
+            "run `graphbuild export` on the store, or name the sidecars' folder with `sidecars=`",
+        ) from None
+    except pa.ArrowInvalid as error:
+        raise ShardError(f"{url}: not a readable Parquet file ({error})", EXPORT) from error
+
+
+def _parse_header(url: str, metadata: dict[bytes, bytes] | None) -> SidecarHeader:
+    if not metadata or METADATA_KEY not in metadata:
+        raise ShardError(f"{url}: a Parquet file without graphbuild's metadata", EXPORT)
+    version = json.loads(metadata[METADATA_KEY]).get("format_version")
+    if version != FORMAT_VERSION:
+        raise ShardError(
+            f"{url}: sidecar of format version {version!r}; this graphbuild reads {FORMAT_VERSION}",
+            "run `graphbuild export` with this version, or install the version that wrote the file",
+        )
+    try:
+        return SidecarHeader.model_validate_json(metadata[METADATA_KEY])
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = ".".join(str(part) for part in problem["loc"])
+        raise ShardError(f"{url}: metadata field {name}: {problem['msg']}", EXPORT) from None
+
+
+def _check_columns(url: str, header: SidecarHeader, table: pa.Table) -> None:
+    types = dict(zip(table.schema.names, table.schema.types, strict=True))
+    for field in sidecar_schema(header.d, header.k, header.embeddings):
+        found = types.get(field.name, "absent")
+        if found != field.type:
+            raise ShardError(f"{url}: column {field.name} is {found}, expected {field.type}", EXPORT)
+    if table.num_rows != header.rows:
+        raise ShardError(f"{url}: {table.num_rows} rows, its header says {header.rows}", EXPORT)
+
+
+def _numbers(column: pa.Array, absent: int = 0) -> NDArray[Any]:
+    filled = column.fill_null(pa.scalar(absent, column.type)) if column.null_count else column
+    return cast("NDArray[Any]", filled.to_numpy(zero_copy_only=False))
+
+
+def _matrix(column: pa.FixedSizeListArray) -> NDArray[Any]:
+    """[n, width] without a Python object a value; null lists become zeros."""
+    width, values = column.type.list_size, column.values
+    dtype = column.type.value_type.to_pandas_dtype()
+    flat = np.frombuffer(values.buffers()[1] or b"", dtype=dtype)[values.offset :][: len(values)]
+    matrix = flat.reshape(-1, width)[column.offset : column.offset + len(column)]
+    if column.null_count:
+        matrix = np.where(column.is_valid().to_numpy(zero_copy_only=False)[:, None], matrix, dtype(0))
+    return matrix

@@ -1,0 +1,121 @@
+"""Stages and tasks: a stage is two pure functions on files, `plan` and `run`; a task is one unit of resume.
+
+A task's fingerprint covers the settings that decide its bytes and the identity of its inputs. Its record in
+`_state/<stage>/<task>.done.json`, written after its files, lets a rerun skip it, or say what has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from graphbuild.store import FORMAT_VERSION, Json, Store, Writer
+
+if TYPE_CHECKING:
+    from graphbuild.recipe import Recipe
+
+
+ORDER = ("urls", "download", "scan", "number", "assign", "encode", "vectors", "moments", "search", "certify", "export")
+"""All stages, each before those that build on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One unit of work and of resume.
+
+    settings: JSON values that decide the output's bytes. inputs: name -> identity (a hash, or size and date) of what
+    is read. hints: what does not change the result (device, threads) or what the other two already cover.
+    """
+
+    stage: str
+    name: str
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    hints: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        return digest([FORMAT_VERSION, self.stage, self.name, self.settings, self.inputs])
+
+    def changes(self, done: Json) -> list[str]:
+        """What differs from the run recorded in `done`, a readable line each; empty when nothing does."""
+        lines = []
+        for kind, now in (("settings", self.settings), ("inputs", self.inputs)):
+            before = done[kind]
+            for key in sorted({*before, *now}):
+                old, new = before.get(key, "absent"), json.loads(json.dumps(now.get(key, "absent")))
+                if old != new:
+                    lines.append(f"{key}: {_short(old)} -> {_short(new)}")
+        return lines
+
+
+Run = Callable[[Task, Store, Writer], Json]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A step of the pipeline. It knows nothing of parallelism; `graphbuild.runner` executes it.
+
+    plan lists the tasks, reading only small files. run does one and returns its facts: JSON, its integer `counts` are
+    summed over the tasks. finish turns the records of all tasks into entries of manifest.json.
+    """
+
+    name: str
+    title: str
+    plan: Callable[[Recipe, Store], list[Task]]
+    run: Run
+    finish: Callable[[Recipe, Store, list[Json]], Json] = lambda recipe, store, records: {}
+    on_device: bool = False
+
+
+def perform(stage: Stage, task: Task, store: Store) -> Json:
+    """Run one task and record it as done; returns the record. Nothing is recorded when it raises."""
+    begin = time.perf_counter()
+    record = state_path(stage.name, task.name)
+    store.remove(record)  # its files are about to be replaced
+    writer = Writer(store)
+    facts = stage.run(task, store, writer)
+    done = {
+        "task": task.name,
+        "fingerprint": task.fingerprint,
+        "settings": dict(task.settings),
+        "inputs": dict(task.inputs),
+        "outputs": writer.records(),
+        "facts": facts,
+        "seconds": round(time.perf_counter() - begin, 3),
+    }
+    store.write_json(record, done)
+    store.remove(state_path(stage.name, task.name, "failed"))
+    return done
+
+
+def state_path(stage: str, task: str, state: str = "done") -> str:
+    return f"_state/{stage}/{task}.{state}.json"
+
+
+def records(store: Store, stage: str, state: str = "done") -> dict[str, Json]:
+    """Task name -> record, of all tasks of a stage in that state, in order of name."""
+    suffix = f".{state}.json"
+    names = sorted(name for name in store.sizes(f"_state/{stage}") if name.endswith(suffix))
+    keys = [name.rsplit("/", 1)[-1].removesuffix(suffix) for name in names]
+    return dict(zip(keys, store.read_jsons(names), strict=True))
+
+
+def outputs(records: Sequence[Json], prefix: str = "", suffix: str = "") -> dict[str, str]:
+    """Path -> sha256 of the files that those tasks wrote under `prefix` with that `suffix`, in order of path."""
+    found = {o["path"]: o["sha256"] for record in records for o in record["outputs"]}
+    return {path: found[path] for path in sorted(found) if path.startswith(prefix) and path.endswith(suffix)}
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,287 @@
+"""A job's output folder, on any fsspec URL: where files lie, and the commit protocol that keeps half-written ones out.
+
+A file is written under a temporary name, flushed to disk and renamed (one upload on an object store); the record that
+a task is done (`graphbuild.stage`) is written after all its files. Layout and formats: docs/format.md.
+Memory: nothing is held; arrays are memory-mapped (a remote store's arrays are first copied to a local cache folder).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import fsspec
+
+from graphbuild.errors import ConfigError, InputError, StageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+FORMAT_VERSION = 1
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Output:
+    """One committed file: its path in the store, its size in bytes and the sha256 of its content."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Store:
+    """The store at `url`, a local folder or any fsspec URL. Cheap to pickle; opens its file system on first use."""
+
+    url: str
+
+    def __post_init__(self) -> None:
+        _, root = fsspec.core.url_to_fs(self.url)
+        if "://" not in self.url:  # workers may run in another folder
+            object.__setattr__(self, "url", root)
+
+    @cached_property
+    def fs(self) -> fsspec.AbstractFileSystem:
+        return fsspec.core.url_to_fs(self.url, use_listings_cache=False)[0]
+
+    @cached_property
+    def root(self) -> str:
+        return str(fsspec.core.url_to_fs(self.url)[1]).rstrip("/")
+
+    @cached_property
+    def is_local(self) -> bool:
+        return "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
+
+    def path(self, name: str) -> str:
+        """The full path of a file of the store, as its file system spells it."""
+        return f"{self.root}/{name}"
+
+    def resolve(self, url: str) -> str:
+        """A path or URL as recorded in the store: one without a root lies in the store."""
+        return url if "://" in url or url.startswith("/") else self.display(url)
+
+    def display(self, name: str = "") -> str:
+        """The path or URL to print for a file of the store."""
+        return f"{self.url.rstrip('/')}/{name}" if name else self.url
+
+    # -- reading
+
+    def exists(self, name: str) -> bool:
+        return bool(self.fs.exists(self.path(name)))
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Name in the store -> bytes, for each file of one folder; one listing, empty when there is no folder."""
+        try:
+            entries = self.fs.ls(self.path(folder), detail=True)
+        except FileNotFoundError:
+            return {}
+        files = [entry for entry in entries if entry["type"] == "file"]
+        return {f"{folder}/{entry['name'].rsplit('/', 1)[-1]}": int(entry["size"]) for entry in files}
+
+    def read_bytes(self, name: str) -> bytes:
+        return bytes(self.fs.cat_file(self.path(name)))
+
+    def read_json(self, name: str) -> Json | None:
+        """The JSON object in a file, or None when the file is not there."""
+        try:
+            text = self.read_bytes(name)
+        except FileNotFoundError:
+            return None
+        try:
+            value: Json = json.loads(text)
+        except ValueError as error:
+            raise StageError(f"{self.display(name)} is not valid JSON ({error})", "restore it, or rerun with --force") from error
+        return value
+
+    def read_jsons(self, names: list[str]) -> list[Json]:
+        """Many JSON files at once (an object store fetches them concurrently)."""
+        if self.is_local:
+            return [json.loads(Path(self.path(name)).read_bytes()) for name in names]
+        contents = self.fs.cat([self.path(name) for name in names])
+        return [json.loads(contents[self.path(name)]) for name in names]
+
+    def local_copy(self, name: str) -> Path:
+        """A local path with the file's content: the file itself, or a copy in this user's cache folder."""
+        if self.is_local:
+            return Path(self.path(name))
+        info = self.fs.info(self.path(name))
+        identity = f"{self.url}|{name}|{info.get('ETag') or info.get('etag') or info.get('mtime')}|{info['size']}"
+        folder = Path(tempfile.gettempdir()) / f"graphbuild-cache-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        copy = folder / hashlib.sha256(identity.encode()).hexdigest()
+        if not copy.exists():
+            partial = copy.with_suffix(f".{uuid.uuid4().hex}")
+            self.fs.get_file(self.path(name), str(partial))
+            partial.rename(copy)
+        return copy
+
+    def array(self, name: str) -> np.ndarray[Any, Any]:
+        """A .npy file, memory-mapped read-only; never unpickles."""
+        import numpy as np
+
+        try:
+            return np.load(self.local_copy(name), mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise StageError(
+                f"{self.display(name)} cannot be read as a .npy array ({error})",
+                f"run `graphbuild verify {self.url}` to see what is damaged",
+            ) from error
+
+    def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """A parquet file as an Arrow table."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            with self.fs.open(self.path(name), "rb") as file:
+                return pq.read_table(file, columns=columns)
+        except (pa.ArrowException, OSError) as error:
+            raise StageError(
+                f"{self.display(name)} cannot be read as parquet ({error})",
+                f"run `graphbuild verify {self.url}` to see what is damaged",
+            ) from error
+
+    # -- writing
+
+    @contextlib.contextmanager
+    def staged(self, name: str) -> Iterator[Path]:
+        """A local path to write to; committed under `name` on a clean exit, removed otherwise."""
+        final = self.path(name)
+        if self.is_local:
+            folder = Path(final).parent
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            folder = Path(tempfile.gettempdir())
+        temporary = folder / f".{Path(final).name}.{uuid.uuid4().hex}.tmp"
+        try:
+            yield temporary
+            if self.is_local:
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+                temporary.rename(final)
+                descriptor = os.open(folder, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+            else:
+                self.fs.put_file(str(temporary), final)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        with self.staged(name) as path:
+            path.write_bytes(content)
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        self.write_bytes(name, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+
+    def remove(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self.path(name))
+
+    def check_writable(self) -> None:
+        """Raise ConfigError when nothing can be written here; leaves nothing behind."""
+        probe = f".graphbuild-{uuid.uuid4().hex}"
+        try:
+            self.write_bytes(probe, b"")
+            self.remove(probe)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write to the store {self.url} ({error.strerror or error})",
+                "give STORE a folder or URL that you may write to",
+            ) from error
+
+    # -- the manifest
+
+    def manifest(self) -> Json:
+        """manifest.json, or an empty one of this format version; another version's store is refused."""
+        found = self.read_json("manifest.json")
+        if found is None:
+            return {"format_version": FORMAT_VERSION, "stages": {}}
+        version = found.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ConfigError(
+                f"{self.display('manifest.json')} is of format version {version}; this graphbuild reads {FORMAT_VERSION}",
+                "use the graphbuild that wrote the store, or build into a new folder",
+            )
+        return found
+
+
+class Writer:
+    """Commits one task's files to the store and remembers them as `outputs`, hashed as they lie on disk."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.outputs: list[Output] = []
+
+    @contextlib.contextmanager
+    def file(self, name: str) -> Iterator[Path]:
+        """A local path to write to, committed as `name` on a clean exit."""
+        with self.store.staged(name) as path:
+            yield path
+            self.outputs.append(Output(name, path.stat().st_size, file_sha256(path)))
+
+    def array(self, name: str, values: np.ndarray[Any, Any]) -> None:
+        """A plain C-order .npy file."""
+        import numpy as np
+
+        with self.file(name) as path, path.open("wb") as file:
+            np.save(file, np.ascontiguousarray(values), allow_pickle=False)
+
+    def table(self, name: str, table: pa.Table, **options: Any) -> None:
+        """A zstd-compressed parquet file."""
+        import pyarrow.parquet as pq
+
+        with self.file(name) as path:
+            pq.write_table(table, path, compression="zstd", **options)
+
+    def records(self) -> list[Json]:
+        return [asdict(output) for output in self.outputs]
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return stream_sha256(file)
+
+
+def stream_sha256(file: IO[bytes] | io.BufferedReader) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def local_file(url: str) -> Iterator[Path]:
+    """A local path with the content of any input file; a remote one is copied to a temporary file for the while."""
+    fs, path = fsspec.core.url_to_fs(url)
+    if not fs.exists(path):
+        raise InputError(f"{url} does not exist", "check the path; a pattern with * or {0..9} must be quoted in the shell")
+    if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / Path(path).name
+        fs.get_file(path, str(copy))
+        yield copy
+
+
+def file_identity(url: str) -> str:
+    """Name, size and last change of an input file outside the store: what tells that it is still the same."""
+    fs, path = fsspec.core.url_to_fs(url)
+    try:
+        info = fs.info(path)
+    except FileNotFoundError:
+        raise InputError(f"{url} does not exist", "check the path") from None
+    changed = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified")
+    return f"{Path(path).name}, {info['size']} bytes, {changed}"

@@ -1,0 +1,65 @@
+"""What a finished verb says: counts in and out, why they differ, and what to do next."""
+
+from __future__ import annotations
+
+from graphbuild.store import Json, Store
+
+NEXT = {"download": "embed", "embed": "index", "index": "export"}
+
+
+def summary(verb: str, manifest: Json, store: Store) -> str:
+    """The closing lines of a verb, from the manifest alone."""
+    parts = {"download": _download, "embed": _embed, "index": _index, "export": _export}
+    verbs = [name for name in parts if _has(name, manifest)] if verb in ("run", "demo") else [verb]
+    lines = [line for name in verbs for line in parts[name](manifest)]
+    if verb in NEXT:
+        lines.append(f"next      graphbuild {NEXT[verb]} {store.url}")
+    return "\n".join(lines)
+
+
+def _has(verb: str, manifest: Json) -> bool:
+    stages = {"download": {"download"}, "embed": {"encode", "vectors"}, "index": {"certify"}, "export": {"export"}}[verb]
+    return bool(stages & manifest["stages"].keys())
+
+
+def _download(manifest: Json) -> list[str]:
+    listed, fetched = manifest["stages"]["urls"]["counts"], manifest["stages"]["download"]["counts"]
+    share = fetched["images"] / fetched["urls"]
+    lines = [f"download  {listed['urls'] + listed['rejected']:,} rows -> {fetched['urls']:,} URLs -> {fetched['images']:,} images ({share:.1%})"]
+    if listed["rejected"]:
+        lines.append(f"          {listed['rejected']:,} rows rejected, see rejected/urls/")
+    lines += [f"          {count:6,} {reason}" for reason, count in list(manifest["download"]["failures"].items())[:10]]
+    placeholders = manifest["download"]["placeholders"]
+    if placeholders["images"]:
+        lines.append(f"          {placeholders['urls']:6,} URLs gave {placeholders['images']} image(s) byte for byte: placeholders? They are kept")
+    if share < 0.5:
+        lines.append("          WARNING: more than half of the URLs failed; the list may be old, or DNS overloaded (fewer --threads)")
+    return lines
+
+
+def _embed(manifest: Json) -> list[str]:
+    embeddings = manifest["embeddings"]
+    if "vectors" in manifest["stages"]:
+        return [f"embed     {manifest['stages']['vectors']['counts']['nodes']:,} ready vectors -> nodes, d = {embeddings['d']}"]
+    scanned, numbered = manifest["stages"]["scan"]["counts"], manifest["stages"]["number"]["counts"]
+    lines = [
+        f"embed     {scanned['captions']:,} captions -> {numbered['nodes']:,} nodes (distinct texts), "
+        f"d = {embeddings['d']}, {embeddings['encoder']}"
+    ]
+    return lines + [f"          {count:6,} rejected: {reason}" for reason, count in manifest["rejected"].items()]
+
+
+def _index(manifest: Json) -> list[str]:
+    edges, recall = manifest["stages"]["search"]["counts"]["edges"], manifest["recall"]
+    return [
+        f"index     {edges:,} edges, k = {recall['k']}; recall@{recall['k']} {recall['recall']:.6f} "
+        f"on {recall['sampled_nodes']:,} nodes (95%: {recall['recall_95_low']:.4f} to {recall['recall_95_high']:.4f})"
+    ]
+
+
+def _export(manifest: Json) -> list[str]:
+    counts = manifest["stages"]["export"]["counts"]
+    lines = [f"export    {manifest['stages']['export']['tasks']:,} sidecars, {counts['samples']:,} samples, in shards/"]
+    if counts["without_node"]:
+        lines.append(f"          {counts['without_node']:6,} samples without a usable caption: loaders leave them out")
+    return lines
