@@ -16,8 +16,8 @@ from graphbuild.errors import QualityError, StageError
 from graphbuild.index import VECTORS, node_count, nodes_entry
 from graphbuild.recipe import Recipe
 from graphbuild.sharded import Array, ShardedArray, node_array
-from graphbuild.stage import Json, Stage, Task
-from graphbuild.store import Store, Writer
+from graphbuild.stage import Stage, Task
+from graphbuild.store import Json, Store, Writer
 
 TOLERANCE = 1e-6
 BLOCK_ROWS = 4_096
@@ -35,7 +35,8 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
     certificate = certificate_of(store, task.settings["sample"], task.settings["seed"])
     if certificate["recall"] < task.settings["min_recall"]:
         raise QualityError(
-            f"recall@{certificate['k']} is {certificate['recall']:.6f}, under the floor of {task.settings['min_recall']} ({certificate})",
+            f"recall@{certificate['k']} is {certificate['recall']:.6f}, "
+            f"under the floor of {task.settings['min_recall']} ({certificate})",
             "the graph is kept in graph/ for inspection; lower --min-recall only if that recall is good enough for you",
         )
     return {"certificate": certificate}
@@ -76,7 +77,7 @@ def certificate_of(store: Store, sample: int, seed: int) -> Json:
 
 
 def check_lists(ids: Array, listed: Array, nodes: int) -> None:
-    """StageError when a neighbour list [n, k] of nodes `ids` names the node itself, a node twice or one out of range."""
+    """StageError when a neighbour list [n, k] of nodes `ids` names the node itself, one twice, or one out of range."""
     ordered = np.sort(listed, axis=1)
     faults = {
         "names the node itself": (listed == ids[:, None]).any(axis=1),
@@ -85,7 +86,10 @@ def check_lists(ids: Array, listed: Array, nodes: int) -> None:
     }
     for what, rows in faults.items():
         if rows.any():
-            raise StageError(f"the neighbour list of node {ids[np.argmax(rows)]} {what} ({rows.sum()} lists do)", "rebuild with `graphbuild index --force`")
+            raise StageError(
+                f"the neighbour list of node {ids[np.argmax(rows)]} {what} ({rows.sum()} lists do)",
+                "rebuild with `graphbuild index --force`",
+            )
 
 
 def true_similarities(vectors: ShardedArray, queries: Array, ids: Array, k: int) -> Array:
@@ -101,7 +105,7 @@ def true_similarities(vectors: ShardedArray, queries: Array, ids: Array, k: int)
 
 
 def wilson_interval(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95% interval of a mean of n values in [0, 1] (Wilson 1927; conservative, as such means vary less than 0/1 ones)."""
+    """95% interval of a mean of n values in [0, 1] (Wilson 1927; conservative: 0/1 values vary most)."""
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(centre - half, 0.0), min(centre + half, 1.0)

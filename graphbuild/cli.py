@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="graphbuild",
-    help="Sample similarity graphs for contrastive training: URL list or tars in, WebDataset shards with their graph out.",
+    help="Sample similarity graphs for contrastive training: URL list or tars in, shards with their graph out.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -51,9 +51,26 @@ class Embeddings(enum.StrEnum):
     none = "none"
 
 
-StoreArg = Annotated[str, typer.Argument(metavar="STORE", help="the job's output folder, or any fsspec URL such as s3://...", show_default=False)]
-Workers = Annotated[int | None, typer.Option(min=0, help="worker processes; 0: none, in this process  [default: one a CPU or GPU]", show_default=False)]
-Address = Annotated[str | None, typer.Option(help="a Ray cluster, as in auto or ray://host:10001  [default: this machine]", show_default=False)]
+StoreArg = Annotated[
+    str,
+    typer.Argument(
+        metavar="STORE",
+        help="the job's output folder, or any fsspec URL such as s3://...",
+        show_default=False,
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="worker processes; 0: none, in this process  [default: one a CPU or GPU]",
+        show_default=False,
+    ),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="a Ray cluster, as in auto or ray://host:10001  [default: this machine]", show_default=False),
+]
 Force = Annotated[bool, typer.Option("--force", help="rebuild what was built with other settings or inputs")]
 PresetOption = Annotated[Preset | None, typer.Option(help="a published headerless TSV", show_default=False)]
 DeviceOption = Annotated[Device | None, typer.Option(help="[default: auto]", show_default=False)]
@@ -93,7 +110,10 @@ def run(
 @app.command()
 def download(
     store: StoreArg,
-    urls: Annotated[str | None, typer.Argument(metavar="URLS", help="URL list: parquet, CSV, TSV or JSONL", show_default=False)] = None,
+    urls: Annotated[
+        str | None,
+        typer.Argument(metavar="URLS", help="URL list: parquet, CSV, TSV or JSONL", show_default=False),
+    ] = None,
     preset: PresetOption = None,
     url_column: Annotated[str | None, _option("[default: url]")] = None,
     caption_column: Annotated[str | None, _option("[default: caption]")] = None,
@@ -108,21 +128,28 @@ def download(
     force: Force = False,
 ) -> None:
     """URL list to WebDataset tars; failures are counted and kept."""
-    changes = _given(locals(), "urls preset url_column caption_column shard_size image_size resize_mode timeout_seconds retries threads")
+    changes = _given(
+        locals(),
+        "urls preset url_column caption_column shard_size image_size resize_mode timeout_seconds retries threads",
+    )
     _run_section("download", store, changes, workers, address, force)
 
 
 @app.command()
 def embed(
     store: StoreArg,
-    shards: Annotated[str | None, _option("tars made elsewhere: a folder, or 'cc3m/{0000..0331}.tar', 'cc3m/*.tar'")] = None,
+    shards: Annotated[
+        str | None, _option("tars made elsewhere: a folder, or 'cc3m/{0000..0331}.tar', 'cc3m/*.tar'")
+    ] = None,
     captions: Annotated[str | None, _option("a caption list: parquet, CSV, TSV or JSONL")] = None,
     vectors: Annotated[str | None, _option("ready vectors, one node a row: .npy [n, d] or parquet")] = None,
     preset: PresetOption = None,
     caption_column: Annotated[str | None, _option("of --captions  [default: caption]")] = None,
     key_column: Annotated[str | None, _option("of --captions  [default: the row number]")] = None,
     vector_column: Annotated[str | None, _option("of parquet --vectors  [default: embedding]")] = None,
-    caption_member: Annotated[str | None, _option("in tars: txt, cls, json:FIELD  [default: txt, then json:caption]")] = None,
+    caption_member: Annotated[
+        str | None, _option("in tars: txt, cls, json:FIELD  [default: txt, then json:caption]")
+    ] = None,
     class_names: Annotated[str | None, _option("text file, one name a line, if the member is a class number")] = None,
     template: Annotated[str | None, _option("text around it, as in 'a photo of a {}'")] = None,
     encoder: Annotated[str | None, _option("sentence-transformers name or folder  [default: all-MiniLM-L6-v2]")] = None,
@@ -135,7 +162,8 @@ def embed(
 
     Reads the store's own tars, or --shards, --captions or --vectors.
     """
-    names = "shards captions vectors preset caption_column key_column vector_column caption_member class_names template encoder device"
+    names = "shards captions vectors preset caption_column key_column vector_column caption_member class_names template"
+    names += " encoder device"
     _run_section("embed", store, _given(locals(), names), workers, address, force)
 
 
@@ -178,7 +206,9 @@ def neighbors(
 
     opened = _store(store)
     if (key is None) == (text is None):
-        raise ConfigError("give a KEY or --text, one of them", f"keys are listed in {opened.display('samples/')}*.parquet")
+        raise ConfigError(
+            "give a KEY or --text, one of them", f"keys are listed in {opened.display('samples/')}*.parquet"
+        )
     if key is not None:
         sample = find_sample(opened, key)
         typer.echo(f"{sample['key']}  node {sample['node']}  {printable(sample['caption'])}")
@@ -186,7 +216,9 @@ def neighbors(
     else:
         found = neighbors_of_text(opened, text or "", count)
     for neighbor in found:
-        typer.echo(f"  {neighbor.similarity:.3f}  node {neighbor.node:>9}  x{neighbor.samples:<4} {printable(neighbor.text)}")
+        typer.echo(
+            f"  {neighbor.similarity:.3f}  node {neighbor.node:>9}  x{neighbor.samples:<4} {printable(neighbor.text)}"
+        )
 
 
 @app.command()
@@ -201,7 +233,10 @@ def verify(store: StoreArg) -> None:
         typer.echo(f"BAD  {problem}")
     typer.echo(report.summary())
     if report.problems:
-        raise QualityError(f"{len(report.problems)} problem(s) in {opened.url}", "rebuild the stages named above with --force, or restore the files")
+        raise QualityError(
+            f"{len(report.problems)} problem(s) in {opened.url}",
+            "rebuild the stages named above with --force, or restore the files",
+        )
 
 
 def main() -> None:
@@ -228,7 +263,9 @@ def _store(url: str) -> Store:
     return Store(url)
 
 
-def _run_section(section: str, url: str, changes: dict[str, Any], workers: int | None, address: str | None, force: bool) -> None:
+def _run_section(
+    section: str, url: str, changes: dict[str, Any], workers: int | None, address: str | None, force: bool
+) -> None:
     from graphbuild.recipe import resolve
 
     store = _store(url)

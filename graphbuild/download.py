@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -24,19 +25,39 @@ import pyarrow.parquet as pq
 from graphbuild.errors import ConfigError, InputError, StageError
 from graphbuild.recipe import Recipe
 from graphbuild.runner import require
-from graphbuild.stage import Json, Stage, Task, outputs
-from graphbuild.store import Store, Writer, file_identity
+from graphbuild.stage import Stage, Task, outputs
+from graphbuild.store import Json, Store, Writer, file_identity
 from graphbuild.tables import TableSpec, read_chunks
 
-RESERVED = ("key", "status", "error_message", "width", "height", "original_width", "original_height", "exif", "sha256")
+RESERVED = (
+    "key",
+    "status",
+    "error_message",
+    "width",
+    "height",
+    "original_width",
+    "original_height",
+    "exif",
+    "sha256",
+)
 
 
 def plan_urls(recipe: Recipe, store: Store) -> list[Task]:
     config = recipe.download
     if config.urls is None:
-        raise ConfigError("no URL list given", "name it: `graphbuild download STORE URLS`, or download.urls in the recipe")
+        raise ConfigError(
+            "no URL list given", "name it: `graphbuild download STORE URLS`, or download.urls in the recipe"
+        )
     settings = config.model_dump(include={"preset", "url_column", "caption_column", "shard_size"})
-    return [Task(stage="urls", name="list", settings=settings, inputs={"urls": file_identity(config.urls)}, hints={"url": config.urls})]
+    return [
+        Task(
+            stage="urls",
+            name="list",
+            settings=settings,
+            inputs={"urls": file_identity(config.urls)},
+            hints={"url": config.urls},
+        )
+    ]
 
 
 def run_urls(task: Task, store: Store, writer: Writer) -> Json:
@@ -64,14 +85,24 @@ def run_urls(task: Task, store: Store, writer: Writer) -> Json:
     if sum(map(len, waiting)):
         cut(settings["shard_size"])
     if rows == 0:
-        raise InputError(f"{task.hints['url']}: no row has a URL ({rejected} rejected)", "check --url-column and --preset")
+        raise InputError(
+            f"{task.hints['url']}: no row has a URL ({rejected} rejected)", "check --url-column and --preset"
+        )
     return {"counts": {"urls": rows, "rejected": rejected}}
 
 
 def plan_download(recipe: Recipe, store: Store) -> list[Task]:
     _check_installed()
     config = recipe.download
-    names = {"image_size", "resize_mode", "resize_only_if_bigger", "encode_quality", "timeout_seconds", "retries", "shard_size"}
+    names = {
+        "image_size",
+        "resize_mode",
+        "resize_only_if_bigger",
+        "encode_quality",
+        "timeout_seconds",
+        "retries",
+        "shard_size",
+    }
     return [
         Task(
             stage="download",
@@ -101,10 +132,17 @@ def run_download(task: Task, store: Store, writer: Writer) -> Json:
     reasons: dict[str, int] = {}
     for value, message in zip(status["status"].to_pylist(), status["error_message"].to_pylist(), strict=True):
         if value != "success":
-            reason = f"{value}: {message}"[:120]
+            reason = reason_of(value, message)
             reasons[reason] = reasons.get(reason, 0) + 1
     images = status["status"].to_pylist().count("success")
     return {"counts": {"urls": len(urls), "images": images, "failed": len(urls) - images}, "reasons": reasons}
+
+
+def reason_of(status: str, message: str | None) -> str:
+    """A failure's message without what differs from URL to URL: its first line, numbers but error codes as N."""
+    line = (message or "").strip().splitlines()[0] if message else "no message"
+    line = re.sub(r"(Error |Errno )?\d+", lambda found: found[0] if found[1] else "N", line)
+    return f"{status.removeprefix('failed_to_')}: {line}"[:100]
 
 
 def finish_download(recipe: Recipe, store: Store, done: list[Json]) -> Json:
@@ -112,14 +150,21 @@ def finish_download(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     for record in done:
         for reason, count in record["facts"]["reasons"].items():
             reasons[reason] = reasons.get(reason, 0) + count
-    return {"download": {"failures": dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))), "placeholders": placeholders(store)}}
+    return {
+        "download": {
+            "failures": dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
+            "placeholders": placeholders(store),
+        }
+    }
 
 
 def placeholders(store: Store, at_least: int = 5) -> Json:
-    """Images that came byte for byte from `at_least` or more URLs: how many such images, and how many URLs gave them."""
+    """How many images came byte for byte from `at_least` or more URLs, and how many URLs gave them."""
     import polars as pl
 
-    files = [name for name in store.sizes("shards") if name.endswith(".parquet") and not name.endswith(".graph.parquet")]
+    files = [
+        name for name in store.sizes("shards") if name.endswith(".parquet") and not name.endswith(".graph.parquet")
+    ]
     tables = [store.table(name, ["sha256", "url"]) for name in sorted(files)]
     hashed: Any = pl.from_arrow(pa.concat_tables(tables)) if tables else pl.DataFrame({"sha256": [], "url": []})
     repeated = hashed.drop_nulls().unique().group_by("sha256").len().filter(pl.col("len") >= at_least)

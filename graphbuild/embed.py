@@ -20,8 +20,8 @@ from graphbuild.number import SAMPLES
 from graphbuild.recipe import Recipe
 from graphbuild.runner import require
 from graphbuild.scan import SCHEMA, shard_name
-from graphbuild.stage import Json, Stage, Task, digest
-from graphbuild.store import Store, Writer, file_identity, local_file
+from graphbuild.stage import Stage, Task, digest
+from graphbuild.store import Json, Store, Writer, file_identity, local_file
 
 EMPTY_NORM = 1e-6
 
@@ -44,7 +44,10 @@ def plan_encode(recipe: Recipe, store: Store) -> list[Task]:
 def run_encode(task: Task, store: Store, writer: Writer) -> Json:
     encoder = find_encoder(task.hints["encoder"])
     if encoder.identity != task.settings["encoder"]:
-        raise StageError(f"this worker's {encoder.identity} is not {task.settings['encoder']}", "install the same model on every node")
+        raise StageError(
+            f"this worker's {encoder.identity} is not {task.settings['encoder']}",
+            "install the same model on every node",
+        )
     texts = store.table(f"nodes/{task.name}.parquet", ["text"])["text"].to_pylist()
     if not texts:  # a shard all of whose texts appeared before
         texts, keep = ["-"], 0
@@ -64,7 +67,11 @@ def plan_vectors(recipe: Recipe, store: Store) -> list[Task]:
     embed = recipe.embed
     assert embed.vectors is not None
     with local_file(embed.vectors) as path:
-        rows = len(_open_npy(path, embed.vectors)) if embed.vectors.endswith(".npy") else _open_parquet(path, embed).metadata.num_rows
+        rows = (
+            len(_open_npy(path, embed.vectors))
+            if embed.vectors.endswith(".npy")
+            else _open_parquet(path, embed).metadata.num_rows
+        )
     if rows == 0:
         raise InputError(f"{embed.vectors} holds no vectors", "give a file with at least two rows")
     identity = file_identity(embed.vectors)
@@ -72,7 +79,11 @@ def plan_vectors(recipe: Recipe, store: Store) -> list[Task]:
         Task(
             stage="vectors",
             name=shard_name(number),
-            settings={"first_row": first, "rows": min(embed.shard_size, rows - first), "vector_column": embed.vector_column},
+            settings={
+                "first_row": first,
+                "rows": min(embed.shard_size, rows - first),
+                "vector_column": embed.vector_column,
+            },
             inputs={"vectors": identity},
             hints={"url": embed.vectors},
         )
@@ -92,7 +103,10 @@ def run_vectors(task: Task, store: Store, writer: Writer) -> Json:
     empty = {field.name: pa.nulls(count, field.type) for field in SCHEMA}
     columns = {**empty, "row": pa.array(rows), "key": pa.array(rows.astype(str)), "node": pa.array(rows)}
     writer.table(f"samples/{task.name}.parquet", pa.table({name: columns[name] for name in SAMPLES}))
-    writer.table(f"nodes/{task.name}.parquet", pa.table({"node": rows, "text": empty["text"], "samples": np.ones(count, np.int64)}))
+    writer.table(
+        f"nodes/{task.name}.parquet",
+        pa.table({"node": rows, "text": empty["text"], "samples": np.ones(count, np.int64)}),
+    )
     writer.array(f"nodes/{task.name}.npy", vectors)
     return {"counts": {"samples": count, "nodes": count}, "d": vectors.shape[1]}
 
@@ -110,11 +124,18 @@ def unit_vectors(values: np.ndarray[Any, Any], *, first_row: int, source: str) -
     """Rows scaled to unit norm as float16 [n, d]; InputError naming the row of a NaN, an infinity or a zero vector."""
     exact = values.astype(np.float64)
     norms = np.linalg.norm(exact, axis=1)
-    for bad, what in ((~np.isfinite(norms), "holds NaN or infinity"), (norms < EMPTY_NORM, "is a zero vector")):
+    for bad, what in (
+        (~np.isfinite(norms), "holds NaN or infinity"),
+        (norms < EMPTY_NORM, "is a zero vector"),
+    ):
         if bad.any():
             row = first_row + int(np.argmax(bad))
-            raise InputError(f"{source}: row {row} {what} ({int(bad.sum())} such rows near it)", "remove or mend these rows, then run again")
-    return (exact / norms[:, None]).astype(np.float16)
+            raise InputError(
+                f"{source}: row {row} {what} ({int(bad.sum())} such rows near it)",
+                "remove or mend these rows, then run again",
+            )
+    unit: np.ndarray[Any, np.dtype[np.float16]] = (exact / norms[:, None]).astype(np.float16)
+    return unit
 
 
 def _embeddings_entry(done: list[Json], encoder: Mapping[str, Any]) -> Json:
@@ -129,9 +150,13 @@ def _open_npy(path: Any, url: str) -> np.ndarray[Any, Any]:
     try:
         values: np.ndarray[Any, Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{url} is not a whole .npy file ({error})", "write it with numpy.save, as a float array [n, d]") from None
+        raise InputError(
+            f"{url} is not a whole .npy file ({error})", "write it with numpy.save, as a float array [n, d]"
+        ) from None
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.floating) or values.shape[1] == 0:
-        raise InputError(f"{url} holds {values.dtype} {list(values.shape)}", "give a float array [n, d], one vector a row")
+        raise InputError(
+            f"{url} holds {values.dtype} {list(values.shape)}", "give a float array [n, d], one vector a row"
+        )
     return values
 
 
@@ -139,7 +164,9 @@ def _open_parquet(path: Any, embed: Any) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{embed.vectors} is neither .npy nor parquet ({error})", "give --vectors a .npy or parquet file") from None
+        raise InputError(
+            f"{embed.vectors} is neither .npy nor parquet ({error})", "give --vectors a .npy or parquet file"
+        ) from None
     if embed.vector_column not in file.schema_arrow.names:
         raise InputError(
             f"{embed.vectors} has no column {embed.vector_column!r}; it has {', '.join(file.schema_arrow.names)}",
@@ -160,11 +187,18 @@ def _parquet_rows(path: Any, url: str, settings: Mapping[str, Any]) -> np.ndarra
             parts.append(column.slice(max(first - begin, 0), first + count - max(begin, first)))
         begin += size
     column = pa.chunked_array([chunk for part in parts for chunk in part.chunks]).combine_chunks()
-    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type)):
-        raise InputError(f"{url}: column {settings['vector_column']!r} is {column.type}", "give a column of float lists")
+    if not (
+        pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type)
+    ):
+        raise InputError(
+            f"{url}: column {settings['vector_column']!r} is {column.type}", "give a column of float lists"
+        )
     lengths = column.value_lengths() if not pa.types.is_fixed_size_list(column.type) else None
     if column.null_count or (lengths is not None and len(lengths.unique()) != 1):
-        raise InputError(f"{url}: vectors of column {settings['vector_column']!r} are missing or of mixed length", "give every row a vector of one length")
+        raise InputError(
+            f"{url}: vectors of column {settings['vector_column']!r} are missing or of mixed length",
+            "give every row a vector of one length",
+        )
     return np.asarray(column.flatten()).reshape(count, -1)
 
 

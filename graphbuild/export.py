@@ -16,8 +16,8 @@ from graphbuild.recipe import Recipe
 from graphbuild.runner import require
 from graphbuild.sharded import Array, node_array
 from graphbuild.sidecar import SidecarHeader, TarIdentity, quantize_int8, sidecar_schema
-from graphbuild.stage import Json, Stage, Task, outputs
-from graphbuild.store import Store, Writer
+from graphbuild.stage import Stage, Task, outputs
+from graphbuild.store import Json, Store, Writer
 from graphbuild.tars import tar_stem
 
 SIZES = "shards/sizes.json"
@@ -33,7 +33,11 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
         Task(
             stage="export",
             name=shard["shard"],
-            settings={"embeddings": recipe.export.embeddings, "k": manifest["graph"]["k"], "tar": shard["tar"]},
+            settings={
+                "embeddings": recipe.export.embeddings,
+                "k": manifest["graph"]["k"],
+                "tar": shard["tar"],
+            },
             inputs={**built, "samples": samples[f"samples/{shard['shard']}.parquet"]},
         )
         for shard in manifest["shards"]
@@ -103,5 +107,3 @@ def _column(values: Array, inverse: Array, named: Array, kind: Any) -> pa.Array:
         flat = pa.Array.from_buffers(kind.value_type, spread.size, [None, pa.py_buffer(spread)])
         return pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=mask)
     return pa.array(spread, kind, mask=~named)
-
-

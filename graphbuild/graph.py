@@ -1,6 +1,6 @@
 """SampleGraph: a finished store's similarity graph as a library object.
 
-Opening memory-maps the shard files and copies nothing. Ids are node ids; `block` gives the B x B similarities of a batch.
+Opening memory-maps the shard files and copies nothing. Ids are node ids; `block` gives a batch its B x B similarities.
 """
 
 from __future__ import annotations
@@ -24,8 +24,20 @@ class SampleGraph:
     len(graph) is the number of nodes M; k the neighbours of each; certificate the measured recall.
     """
 
-    def __init__(self, manifest: Json, embeddings: ShardedArray, neighbors: ShardedArray, similarities: ShardedArray, background: ShardedArray) -> None:
-        self._embeddings, self._neighbors, self._similarities, self._background = embeddings, neighbors, similarities, background
+    def __init__(
+        self,
+        manifest: Json,
+        embeddings: ShardedArray,
+        neighbors: ShardedArray,
+        similarities: ShardedArray,
+        background: ShardedArray,
+    ) -> None:
+        self._embeddings, self._neighbors, self._similarities, self._background = (
+            embeddings,
+            neighbors,
+            similarities,
+            background,
+        )
         self.k: int = neighbors.width
         self.d: int = embeddings.width
         self.encoder: str = manifest["embeddings"]["encoder"]

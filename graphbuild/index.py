@@ -16,8 +16,8 @@ from graphbuild.encoder import one_thread
 from graphbuild.errors import ConfigError, StageError
 from graphbuild.recipe import Recipe
 from graphbuild.sharded import Array, node_array
-from graphbuild.stage import Json, Stage, Task, digest
-from graphbuild.store import Store, Writer
+from graphbuild.stage import Stage, Task, digest
+from graphbuild.store import Json, Store, Writer
 
 BLOCK_ROWS = 8_192
 MOMENTS = "_state/moments/moments.npy"
@@ -44,7 +44,14 @@ def plan_moments(recipe: Recipe, store: Store) -> list[Task]:
             f"--k {recipe.index.k}: the store has {nodes:,} nodes, so a node has {nodes - 1:,} possible neighbours",
             f"use --k {max(nodes - 1, 1)} or fewer" if nodes > 1 else "give at least two different captions",
         )
-    return [Task(stage="moments", name="all", settings={}, inputs={"embeddings": manifest["embeddings"]["fingerprint"]})]
+    return [
+        Task(
+            stage="moments",
+            name="all",
+            settings={},
+            inputs={"embeddings": manifest["embeddings"]["fingerprint"]},
+        )
+    ]
 
 
 def run_moments(task: Task, store: Store, writer: Writer) -> Json:
@@ -84,7 +91,9 @@ def run_search(task: Task, store: Store, writer: Writer) -> Json:
     vectors = node_array(store, store.manifest(), VECTORS)
     first, count, k = task.settings["first_node"], task.settings["nodes"], task.settings["k"]
     neighbors, similarities, searched_again = search(vectors, first, count, k, task.hints["device"])
-    background = background_of(vectors.take(np.arange(first, first + count)), similarities, store.array(MOMENTS), len(vectors))
+    background = background_of(
+        vectors.take(np.arange(first, first + count)), similarities, store.array(MOMENTS), len(vectors)
+    )
     writer.array(f"graph/{task.name}.neighbors.npy", neighbors.astype(np.uint32))
     writer.array(f"graph/{task.name}.similarities.npy", similarities.astype(np.float16))
     writer.array(f"graph/{task.name}.background.npy", background)
@@ -121,4 +130,6 @@ def finish_search(recipe: Recipe, store: Store, done: list[Json]) -> Json:
 
 
 STAGE_MOMENTS = Stage(name="moments", title="moments", plan=plan_moments, run=run_moments)
-STAGE_SEARCH = Stage(name="search", title="search", plan=plan_search, run=run_search, finish=finish_search, on_device=True)
+STAGE_SEARCH = Stage(
+    name="search", title="search", plan=plan_search, run=run_search, finish=finish_search, on_device=True
+)

@@ -11,6 +11,7 @@ from graphbuild.encoder import encode, find_encoder
 from graphbuild.errors import InputError
 from graphbuild.graph import SampleGraph
 from graphbuild.recipe import Recipe, resolve
+from graphbuild.sharded import Array
 from graphbuild.store import Json, Store
 
 
@@ -32,12 +33,18 @@ def find_sample(store: Store, key: str) -> Json:
         assert isinstance(table, pl.DataFrame)
         found += [{**row, "shard": shard["shard"]} for row in table.filter(pl.col("key") == key).to_dicts()]
     if not found:
-        raise InputError(f"no sample of {store.url} has the key {key!r}", "keys are listed in samples/*.parquet; or search by --text")
+        raise InputError(
+            f"no sample of {store.url} has the key {key!r}",
+            "keys are listed in samples/*.parquet; or search by --text",
+        )
     if len(found) > 1:
         rows = ", ".join(f"row {sample['row']} in shard {sample['shard']}" for sample in found[:5])
         raise InputError(f"{len(found)} samples have the key {key!r} ({rows})", "search by --text instead")
     if found[0]["node"] is None:
-        raise InputError(f"sample {key!r} has no usable caption, so no node", f"see rejected/scan/{found[0]['shard']}.parquet")
+        raise InputError(
+            f"sample {key!r} has no usable caption, so no node",
+            f"see rejected/scan/{found[0]['shard']}.parquet",
+        )
     return found[0]
 
 
@@ -51,19 +58,26 @@ def neighbors_of_text(store: Store, text: str, count: int) -> list[Neighbor]:
     """Nodes nearest to any text, by one exact pass over the embeddings with the store's own encoder."""
     recipe: Recipe = resolve(store, "embed", {})
     if recipe.embed.vectors is not None:
-        raise InputError(f"{store.url} was built from ready vectors, so there is no encoder for --text", "ask for a KEY instead")
+        raise InputError(
+            f"{store.url} was built from ready vectors, so there is no encoder for --text",
+            "ask for a KEY instead",
+        )
     graph = SampleGraph.open(store.url)
     encoder = find_encoder(recipe.embed.encoder)
     query = encode(encoder, [text], batch_size=1, device="cpu")[0].astype(np.float32)
     query /= np.linalg.norm(query)
     ids = np.arange(len(graph))
-    scores = np.concatenate([graph.embeddings(part) @ query for part in np.array_split(ids, max(len(ids) // 65_536, 1))])
+    scores = np.concatenate(
+        [graph.embeddings(part) @ query for part in np.array_split(ids, max(len(ids) // 65_536, 1))]
+    )
     best = np.lexsort((ids, -scores))[:count]
     return _described(store, best, scores[best])
 
 
-def _described(store: Store, nodes: np.ndarray, similarities: np.ndarray) -> list[Neighbor]:  # type: ignore[type-arg]
-    starts = [(shard["first_node"], shard["nodes"], shard["shard"]) for shard in store.manifest()["shards"] if shard["nodes"]]
+def _described(store: Store, nodes: Array, similarities: Array) -> list[Neighbor]:
+    starts = [
+        (shard["first_node"], shard["nodes"], shard["shard"]) for shard in store.manifest()["shards"] if shard["nodes"]
+    ]
     firsts = np.array([start for start, _, _ in starts])
     tables: dict[str, Json] = {}
     result = []

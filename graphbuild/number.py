@@ -18,8 +18,8 @@ import pyarrow as pa
 from graphbuild.errors import InputError
 from graphbuild.recipe import Recipe
 from graphbuild.runner import require
-from graphbuild.stage import Json, Stage, Task, digest, outputs
-from graphbuild.store import Store, Writer
+from graphbuild.stage import Stage, Task, digest, outputs
+from graphbuild.store import Json, Store, Writer
 
 NO_NODE = -1
 SAMPLES = ["row", "key", "node", "caption", "image_offset", "image_size", "members"]
@@ -47,7 +47,13 @@ def run_number(task: Task, store: Store, writer: Writer) -> Json:
         new = max(int(mine.max(initial=NO_NODE)) + 1 - first_node, 0)
         counted = counts[first_node : first_node + new]
         content = hashlib.sha256(mine.tobytes() + counted.tobytes()).hexdigest()
-        shards[name] = {"first_row": first_row, "samples": size, "first_node": first_node, "nodes": new, "sha256": content}
+        shards[name] = {
+            "first_row": first_row,
+            "samples": size,
+            "first_node": first_node,
+            "nodes": new,
+            "sha256": content,
+        }
         first_row += size
         first_node += new
     return {"counts": {"samples": first_row, "nodes": first_node}, "shards": shards}
@@ -58,7 +64,12 @@ def number_nodes(hashes: pl.DataFrame) -> tuple[np.ndarray[Any, Any], np.ndarray
     key = ["hash_high", "hash_low"]
     present = (pl.col("hash_high") != 0) | (pl.col("hash_low") != 0)
     distinct = hashes.filter(present).unique(key, keep="first", maintain_order=True).with_row_index("node")
-    nodes = hashes.join(distinct, on=key, how="left", maintain_order="left")["node"].cast(pl.Int64).fill_null(NO_NODE).to_numpy()
+    nodes = (
+        hashes.join(distinct, on=key, how="left", maintain_order="left")["node"]
+        .cast(pl.Int64)
+        .fill_null(NO_NODE)
+        .to_numpy()
+    )
     return nodes, np.bincount(nodes[nodes >= 0], minlength=distinct.height).astype(np.int64)
 
 
@@ -92,8 +103,12 @@ def run_assign(task: Task, store: Store, writer: Writer) -> Json:
 
 
 def finish_assign(recipe: Recipe, store: Store, done: list[Json]) -> Json:
-    """The manifest's `shards`: rows, nodes and tar of each, in order; `shard` names files of samples/, nodes/, graph/."""
-    tars = {name: shard["tar"] for record in require(store, "scan", "embed") for name, shard in record["facts"]["shards"].items()}
+    """The manifest's `shards`, in order: rows, nodes and tar of each; `shard` names its files in the other folders."""
+    tars = {
+        name: shard["tar"]
+        for record in require(store, "scan", "embed")
+        for name, shard in record["facts"]["shards"].items()
+    }
     return {"shards": [{"shard": record["task"], **record["settings"], "tar": tars[record["task"]]} for record in done]}
 
 

@@ -10,17 +10,33 @@ from graphbuild import certify, download, embed, export, index, number, scan
 from graphbuild.encoder import find_encoder
 from graphbuild.recipe import Recipe
 from graphbuild.runner import Runner, write_recipe
-from graphbuild.stage import Json, Stage
-from graphbuild.store import Store
+from graphbuild.stage import Stage
+from graphbuild.store import Json, Store
 
-PACKAGES = ("graphbuild", "numpy", "torch", "pyarrow", "polars", "ray", "sentence-transformers", "transformers", "img2dataset", "webdataset")
+PACKAGES = (
+    "graphbuild",
+    "numpy",
+    "torch",
+    "pyarrow",
+    "polars",
+    "ray",
+    "sentence-transformers",
+    "transformers",
+    "img2dataset",
+    "webdataset",
+)
 
 
 def stages_of(verb: str, recipe: Recipe) -> Sequence[Stage]:
     """The stages of download, embed, index, export, or of `run`, which is all that the recipe's source needs."""
     if verb == "run":
         from_list = recipe.download.urls is not None
-        return [stage for part in ("download", "embed", "index", "export") if part != "download" or from_list for stage in stages_of(part, recipe)]
+        return [
+            stage
+            for part in ("download", "embed", "index", "export")
+            if part != "download" or from_list
+            for stage in stages_of(part, recipe)
+        ]
     if verb == "embed" and recipe.embed.vectors is not None:
         return [embed.VECTORS]
     return {
@@ -32,7 +48,7 @@ def stages_of(verb: str, recipe: Recipe) -> Sequence[Stage]:
 
 
 def run_verb(verb: str, recipe: Recipe, store: Store, runner: Runner, *, force: bool = False) -> Json:
-    """Bring every stage of a verb up to date; returns the manifest. Nothing is written before the first plan succeeds."""
+    """Bring every stage of a verb up to date; returns the manifest. Nothing is written before the first plan holds."""
     stages = stages_of(verb, recipe)
     store.manifest()  # refuse another format version before anything else
     if embed.ENCODE in stages:

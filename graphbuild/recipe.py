@@ -51,7 +51,9 @@ class Embed(Section):
     caption_column: str = "caption"
     key_column: str | None = Field(None, description="names the samples of a list; default: the row number")
     vector_column: str = "embedding"
-    caption_member: str = Field("auto", description="tar member with the caption: txt, cls, json:FIELD; auto: txt, then json:caption")
+    caption_member: str = Field(
+        "auto", description="tar member with the caption: txt, cls, json:FIELD; auto: txt, then json:caption"
+    )
     class_names: str | None = Field(None, description="text file, a name a line, for members that hold a class number")
     template: str = Field("{}", description='the text around a caption or class name, as in "a photo of a {}"')
     shard_size: int = Field(10_000, ge=1, le=1_000_000, description="rows a shard of a list or of vectors")
@@ -107,7 +109,11 @@ def read_recipe(path: str) -> Recipe:
 
 def resolve(store: Store, section: str, changes: Mapping[str, Any]) -> Recipe:
     """The store's recipe with the changes that a command's options make to one section (None: not given)."""
-    recipe = _parse(store.read_bytes("recipe.yaml").decode(), store.display("recipe.yaml")) if store.exists("recipe.yaml") else Recipe()
+    recipe = (
+        _parse(store.read_bytes("recipe.yaml").decode(), store.display("recipe.yaml"))
+        if store.exists("recipe.yaml")
+        else Recipe()
+    )
     given = {key: value for key, value in changes.items() if value is not None}
     values = recipe.model_dump()
     sources = {"shards", "captions", "vectors"} & given.keys()
@@ -131,10 +137,22 @@ def _validate(values: Mapping[str, Any], where: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        lines = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
-        raise ConfigError(f"{where}: " + "; ".join(lines), "see docs/recipe.md, or the command's --help, for what is allowed") from None
+        lines = [
+            f"{'.'.join(str(part) for part in e['loc'])}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        ]
+        raise ConfigError(
+            f"{where}: " + "; ".join(lines),
+            "see docs/recipe.md, or the command's --help, for what is allowed",
+        ) from None
     values = recipe.model_dump()
-    for section, key in (("download", "urls"), ("embed", "shards"), ("embed", "captions"), ("embed", "vectors"), ("embed", "class_names")):
+    for section, key in (
+        ("download", "urls"),
+        ("embed", "shards"),
+        ("embed", "captions"),
+        ("embed", "vectors"),
+        ("embed", "class_names"),
+    ):
         if values[section][key] is not None:
             values[section][key] = absolute(values[section][key])
     if Path(values["embed"]["encoder"]).is_dir():

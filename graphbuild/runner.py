@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from typing import Any
 from graphbuild.errors import ConfigError, GraphbuildError, InputError, StageError
 from graphbuild.progress import Progress
 from graphbuild.recipe import Recipe
-from graphbuild.stage import ORDER, Json, Stage, Task, digest, perform, records, state_path
-from graphbuild.store import Store
+from graphbuild.stage import ORDER, Stage, Task, digest, perform, records, state_path
+from graphbuild.store import Json, Store
 
 logger = logging.getLogger(__name__)
 ATTEMPTS = 3  # of a task whose worker dies
@@ -75,17 +76,25 @@ class Runner:
     Ray cluster's, default that of the environment (RAY_ADDRESS), else a Ray of its own on this machine.
     """
 
-    def __init__(self, *, workers: int | None = None, address: str | None = None, progress: Progress | None = None) -> None:
+    def __init__(
+        self, *, workers: int | None = None, address: str | None = None, progress: Progress | None = None
+    ) -> None:
         self.workers = workers
         self.address = address or os.environ.get("RAY_ADDRESS")
         self.progress = progress or Progress()
+        self.seconds: dict[str, float] = {}  # by stage, wall time of the last run
         self._started_ray = False
-        self._pools: dict[bool, list[Any]] = {False: [], True: []}  # idle worker processes, without and with a GPU
+        self._pools: dict[bool, list[Any]] = {
+            False: [],
+            True: [],
+        }  # idle worker processes, without and with a GPU
 
     def __enter__(self) -> Runner:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._started_ray:
             import ray
 
@@ -97,6 +106,7 @@ class Runner:
         Raises ConfigError when what is there was built with other settings or inputs and force is not given,
         InputError or StageError when tasks failed.
         """
+        begin = time.monotonic()
         tasks = stage.plan(recipe, store)
         done = records(store, stage.name)
         todo = pending(stage, tasks, done, store, force=force)
@@ -117,6 +127,7 @@ class Runner:
                 raise failed(stage, failures, store)
         entry = self._finish(stage, recipe, store, [done[task.name] for task in tasks])
         self.progress.end(entry["counts"])
+        self.seconds[stage.name] = time.monotonic() - begin
         return entry
 
     def _finish(self, stage: Stage, recipe: Recipe, store: Store, done: list[Json]) -> Json:
@@ -164,7 +175,12 @@ class Runner:
                 result = ray.get(ready[0])
             except ray.exceptions.RayError as error:
                 if tries < ATTEMPTS:
-                    logger.warning("%s %s: its worker died (%s); trying again", stage.name, task.name, type(error).__name__)
+                    logger.warning(
+                        "%s %s: its worker died (%s); trying again",
+                        stage.name,
+                        task.name,
+                        type(error).__name__,
+                    )
                     queue.append((task, tries + 1))
                     continue
                 result = Failure(
@@ -190,7 +206,12 @@ class Runner:
         if self.address:
             options["address"] = self.address
         else:  # tasks exchange file names: Ray's object store may be small
-            options.update(address="local", include_dashboard=False, object_store_memory=200 * 2**20, num_cpus=self.workers)
+            options.update(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=200 * 2**20,
+                num_cpus=self.workers,
+            )
         try:
             ray.init(**options)
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -204,13 +225,18 @@ class Runner:
 
 def pending(stage: Stage, tasks: Sequence[Task], done: Mapping[str, Json], store: Store, *, force: bool) -> list[Task]:
     """The tasks still to do. Raises ConfigError with a diff where finished work was built differently."""
-    changed = {t.name: t.changes(done[t.name]) for t in tasks if t.name in done and done[t.name]["fingerprint"] != t.fingerprint}
+    changed = {
+        t.name: t.changes(done[t.name])
+        for t in tasks
+        if t.name in done and done[t.name]["fingerprint"] != t.fingerprint
+    }
     gone = sorted(done.keys() - {task.name for task in tasks})
     if (changed or gone) and not force:
         lines = sorted({line for lines in changed.values() for line in lines})
         lines += [f"no longer in the input: {', '.join(gone[:5])}{' ...' if len(gone) > 5 else ''}"] if gone else []
         raise ConfigError(
-            f"{store.url} was built differently ({stage.name}: {len(changed) + len(gone)} of {len(done)} finished tasks):\n    "
+            f"{store.url} was built differently "
+            f"({stage.name}: {len(changed) + len(gone)} of {len(done)} finished tasks):\n    "
             + "\n    ".join(lines[:20]),
             "give the same settings and inputs again, use another STORE, or add --force to rebuild what differs",
         )
@@ -223,7 +249,9 @@ def pending(stage: Stage, tasks: Sequence[Task], done: Mapping[str, Json], store
         sizes.update(store.sizes(folder))
     todo = []
     for task in tasks:
-        lost = [o["path"] for o in done.get(task.name, {"outputs": []})["outputs"] if sizes.get(o["path"]) != o["bytes"]]
+        lost = [
+            o["path"] for o in done.get(task.name, {"outputs": []})["outputs"] if sizes.get(o["path"]) != o["bytes"]
+        ]
         if lost:
             logger.warning("%s is missing or of another size; running %s %s again", lost[0], stage.name, task.name)
         if task.name not in done or task.name in changed or lost:

@@ -19,8 +19,8 @@ import pyarrow as pa
 from graphbuild.download import downloaded_tars
 from graphbuild.errors import InputError
 from graphbuild.recipe import Recipe
-from graphbuild.stage import Json, Stage, Task, records
-from graphbuild.store import Store, Writer, file_identity, file_sha256, local_file
+from graphbuild.stage import Stage, Task, records
+from graphbuild.store import Json, Store, Writer, file_identity, file_sha256, local_file
 from graphbuild.tables import TableSpec, read_chunks
 from graphbuild.tars import Tar, TarSample, expand_shards, open_tar, tar_stem
 from graphbuild.text import hashes, usable_text
@@ -38,7 +38,9 @@ SCHEMA = pa.schema(
         ("members", pa.list_(MEMBER)),
     ]
 )
-REJECTED = pa.schema([("position", pa.int64()), ("key", pa.string()), ("reason", pa.string()), ("content", pa.string())])
+REJECTED = pa.schema(
+    [("position", pa.int64()), ("key", pa.string()), ("reason", pa.string()), ("content", pa.string())]
+)
 CONTENT_CHARACTERS = 10_000  # of a rejected row, kept
 
 
@@ -100,10 +102,11 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
     if samples and len(rejected) == len(samples):
         extensions = sorted({f".{member.extension}" for sample in samples for member in sample.members})
         raise InputError(
-            f"{full_url}: none of its {len(samples):,} samples has a caption (first: {rejected[0][2]}; members: {', '.join(extensions[:8])})",
+            f"{full_url}: none of its {len(samples):,} samples has a caption "
+            f"(first: {rejected[0][2]}; members: {', '.join(extensions[:8])})",
             "name the member that holds it by --caption-member, as in txt, cls or json:FIELD",
         )
-    places = {
+    places: dict[str, Sequence[Any]] = {
         "image_offset": [image and image.offset for image in images],
         "image_size": [image and image.size for image in images],
         "members": members,
@@ -111,9 +114,18 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
     _write_shard(shard, keys, captions, texts, places, writer)
     _write_rejected(shard, rejected, writer)
     with local_file(full_url) as path:
-        identity = {"url": url, "name": url.rsplit("/", 1)[-1], "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        identity = {
+            "url": url,
+            "name": url.rsplit("/", 1)[-1],
+            "bytes": path.stat().st_size,
+            "sha256": file_sha256(path),
+        }
     counts = {"samples": len(samples), "captions": len(samples) - len(rejected), "rejected": len(rejected)}
-    return {"counts": counts, "reasons": _reasons(rejected), "shards": {shard: {"samples": len(samples), "tar": identity}}}
+    return {
+        "counts": counts,
+        "reasons": _reasons(rejected),
+        "shards": {shard: {"samples": len(samples), "tar": identity}},
+    }
 
 
 def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
@@ -209,7 +221,13 @@ def _write_shard(
     writer: Writer,
 ) -> None:
     hashed = hashes(texts)
-    columns: dict[str, Any] = {"key": keys, "caption": captions, "text": texts, "hash_high": hashed[:, 0], "hash_low": hashed[:, 1]}
+    columns: dict[str, Any] = {
+        "key": keys,
+        "caption": captions,
+        "text": texts,
+        "hash_high": hashed[:, 0],
+        "hash_low": hashed[:, 1],
+    }
     columns |= {name: places.get(name, [None] * len(keys)) for name in ("image_offset", "image_size", "members")}
     table = pa.table([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
     writer.table(f"_state/scan/{shard}.parquet", table)
@@ -218,7 +236,9 @@ def _write_shard(
 def _write_rejected(shard: str, rejected: Sequence[tuple[Any, ...]], writer: Writer) -> None:
     if rejected:
         rows = [(p, k, r, None if c is None else c[:CONTENT_CHARACTERS]) for p, k, r, c in rejected]
-        columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), REJECTED, strict=True)]
+        columns = [
+            pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), REJECTED, strict=True)
+        ]
         writer.table(f"rejected/scan/{shard}.parquet", pa.table(columns, schema=REJECTED))
 
 
@@ -233,7 +253,10 @@ def _class_names(path: str) -> list[str]:
     with local_file(path) as local:
         names = [name.strip() for name in local.read_text().splitlines()]
     if not names or not all(names):
-        raise InputError(f"{path} must hold one class name a line, without blank lines", "see --class-names in docs/recipe.md")
+        raise InputError(
+            f"{path} must hold one class name a line, without blank lines",
+            "see --class-names in docs/recipe.md",
+        )
     return names
 
 

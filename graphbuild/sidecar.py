@@ -132,9 +132,7 @@ def quantize_int8(
     peak = np.abs(exact).max(axis=1, initial=0.0)
     bad = np.flatnonzero(~(np.isfinite(peak) & (peak > 0)))
     if len(bad):
-        raise InputError(
-            f"vector {bad[0]} is zero or not finite ({len(bad)} such rows)", "embed these captions again"
-        )
+        raise InputError(f"vector {bad[0]} is zero or not finite ({len(bad)} such rows)", "embed these captions again")
     scale = (peak / 127).astype(np.float32)
     values = np.clip(np.rint(exact / scale[:, None]), -127, 127).astype(np.int8)
     return values, scale
@@ -229,7 +227,7 @@ class Sidecar:
             earlier = int(np.flatnonzero(self.key == self.key[again])[0])
             raise ShardError(
                 f"{self.url}: key {self.key[again]!r} stands at row {earlier} and again at row {again}",
-                "rewrite the tar with each key once and its members side by side, then embed and export again",
+                "write the tar with each key once and its members side by side, then embed and export again",
             )
         named = self.node >= 0
         for name, column in columns.items():
@@ -247,7 +245,7 @@ class Sidecar:
 
 
 def read_header(url: str) -> tuple[SidecarHeader, int]:
-    """The header of a sidecar and how many of its rows have a node, from the Parquet footer alone.
+    """The header of a sidecar and how many of its rows have a node; reads little else.
 
     Raises:
         ShardError: the file is missing or not a sidecar.
@@ -255,9 +253,8 @@ def read_header(url: str) -> tuple[SidecarHeader, int]:
     with _readable(url), fsspec.open(url, "rb") as stream:
         footer = pq.ParquetFile(stream)
         header = _parse_header(url, footer.schema_arrow.metadata)
-        node = footer.schema_arrow.names.index("node")
-        groups = [footer.metadata.row_group(group).column(node) for group in range(footer.num_row_groups)]
-        return header, footer.metadata.num_rows - sum(group.statistics.null_count for group in groups)
+        node = footer.read(columns=["node"]).column("node")
+        return header, len(node) - node.null_count
 
 
 @contextlib.contextmanager

@@ -19,7 +19,19 @@ if TYPE_CHECKING:
     from graphbuild.recipe import Recipe
 
 
-ORDER = ("urls", "download", "scan", "number", "assign", "encode", "vectors", "moments", "search", "certify", "export")
+ORDER = (
+    "urls",
+    "download",
+    "scan",
+    "number",
+    "assign",
+    "encode",
+    "vectors",
+    "moments",
+    "search",
+    "certify",
+    "export",
+)
 """All stages, each before those that build on it."""
 
 

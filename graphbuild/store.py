@@ -102,7 +102,9 @@ class Store:
         try:
             value: Json = json.loads(text)
         except ValueError as error:
-            raise StageError(f"{self.display(name)} is not valid JSON ({error})", "restore it, or rerun with --force") from error
+            raise StageError(
+                f"{self.display(name)} is not valid JSON ({error})", "restore it, or rerun with --force"
+            ) from error
         return value
 
     def read_jsons(self, names: list[str]) -> list[Json]:
@@ -132,7 +134,8 @@ class Store:
         import numpy as np
 
         try:
-            return np.load(self.local_copy(name), mmap_mode="r", allow_pickle=False)
+            values: np.ndarray[Any, Any] = np.load(self.local_copy(name), mmap_mode="r", allow_pickle=False)
+            return values
         except (ValueError, OSError, EOFError) as error:
             raise StageError(
                 f"{self.display(name)} cannot be read as a .npy array ({error})",
@@ -214,7 +217,7 @@ class Store:
         version = found.get("format_version")
         if version != FORMAT_VERSION:
             raise ConfigError(
-                f"{self.display('manifest.json')} is of format version {version}; this graphbuild reads {FORMAT_VERSION}",
+                f"{self.display('manifest.json')} has format version {version}; this graphbuild reads {FORMAT_VERSION}",
                 "use the graphbuild that wrote the store, or build into a new folder",
             )
         return found
@@ -266,7 +269,9 @@ def local_file(url: str) -> Iterator[Path]:
     """A local path with the content of any input file; a remote one is copied to a temporary file for the while."""
     fs, path = fsspec.core.url_to_fs(url)
     if not fs.exists(path):
-        raise InputError(f"{url} does not exist", "check the path; a pattern with * or {0..9} must be quoted in the shell")
+        raise InputError(
+            f"{url} does not exist", "check the path; a pattern with * or {0..9} must be quoted in the shell"
+        )
     if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
         yield Path(path)
         return

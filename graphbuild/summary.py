@@ -18,29 +18,42 @@ def summary(verb: str, manifest: Json, store: Store) -> str:
 
 
 def _has(verb: str, manifest: Json) -> bool:
-    stages = {"download": {"download"}, "embed": {"encode", "vectors"}, "index": {"certify"}, "export": {"export"}}[verb]
+    stages = {
+        "download": {"download"},
+        "embed": {"encode", "vectors"},
+        "index": {"certify"},
+        "export": {"export"},
+    }[verb]
     return bool(stages & manifest["stages"].keys())
 
 
 def _download(manifest: Json) -> list[str]:
     listed, fetched = manifest["stages"]["urls"]["counts"], manifest["stages"]["download"]["counts"]
     share = fetched["images"] / fetched["urls"]
-    lines = [f"download  {listed['urls'] + listed['rejected']:,} rows -> {fetched['urls']:,} URLs -> {fetched['images']:,} images ({share:.1%})"]
+    lines = [
+        f"download  {listed['urls'] + listed['rejected']:,} rows -> {fetched['urls']:,} URLs "
+        f"-> {fetched['images']:,} images ({share:.1%})"
+    ]
     if listed["rejected"]:
         lines.append(f"          {listed['rejected']:,} rows rejected, see rejected/urls/")
     lines += [f"          {count:6,} {reason}" for reason, count in list(manifest["download"]["failures"].items())[:10]]
     placeholders = manifest["download"]["placeholders"]
     if placeholders["images"]:
-        lines.append(f"          {placeholders['urls']:6,} URLs gave {placeholders['images']} image(s) byte for byte: placeholders? They are kept")
+        lines.append(
+            f"          {placeholders['urls']:6,} URLs gave {placeholders['images']} image(s) byte for byte the same: "
+            "placeholders? (kept)"
+        )
     if share < 0.5:
-        lines.append("          WARNING: more than half of the URLs failed; the list may be old, or DNS overloaded (fewer --threads)")
+        lines.append(
+            "          WARNING: more than half of the URLs failed; an old list, or DNS overloaded (fewer --threads)?"
+        )
     return lines
 
 
 def _embed(manifest: Json) -> list[str]:
     embeddings = manifest["embeddings"]
     if "vectors" in manifest["stages"]:
-        return [f"embed     {manifest['stages']['vectors']['counts']['nodes']:,} ready vectors -> nodes, d = {embeddings['d']}"]
+        return [f"embed     {manifest['stages']['vectors']['counts']['nodes']:,} ready vectors, d = {embeddings['d']}"]
     scanned, numbered = manifest["stages"]["scan"]["counts"], manifest["stages"]["number"]["counts"]
     lines = [
         f"embed     {scanned['captions']:,} captions -> {numbered['nodes']:,} nodes (distinct texts), "

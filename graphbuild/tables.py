@@ -35,6 +35,8 @@ MAX_ROW_BYTES = 32 << 20
 MAX_ROW_LINES = 1_000
 MAX_CONTENT_CHARACTERS = 10_000
 _CHUNK_BYTES, _HEAD_BYTES, _READ_BYTES = 64 << 20, 1 << 20, 1 << 20
+# Row sizes of parquet are seen here, not in its metadata: pyarrow's getters abort the process on damaged files.
+_BATCH_ROWS = 1_000
 
 _FOREIGN = {
     b"\x1f\x8b": ("gzip data", "add .gz to its name"),
@@ -323,14 +325,10 @@ def _fits(preset: str, fields: list[str]) -> bool:
 
 def _check_preset(path: str, preset: str, first: list[str]) -> None:
     if {field.strip().casefold() for field in first} == set(PRESETS[preset]):
-        raise InputError(
-            f"{path} has a header, but --preset {preset} means a list without one", "drop --preset"
-        )
+        raise InputError(f"{path} has a header, but --preset {preset} means a list without one", "drop --preset")
     for other in PRESETS:
         if other != preset and _fits(other, first):
-            raise InputError(
-                f"{path}: row 0 has its URL where {preset} has captions", f"use --preset {other}"
-            )
+            raise InputError(f"{path}: row 0 has its URL where {preset} has captions", f"use --preset {other}")
 
 
 def _is_quoted_tsv(head: list[bytes]) -> bool:
@@ -401,9 +399,7 @@ _quoted_tsv_records = partial(_quoted_records, delimiter=b"\t")
 def _json_table(spec: TableSpec, head: list[bytes], lines: Iterator[bytes], keep_others: bool) -> _TextTable:
     objects = [row for row in map(_json_object, head) if isinstance(row, dict)]
     if not objects:
-        raise InputError(
-            f"{spec.path}: none of the first {len(head):,} lines is a JSON object", "give JSON Lines"
-        )
+        raise InputError(f"{spec.path}: none of the first {len(head):,} lines is a JSON object", "give JSON Lines")
     names = [name for name in dict.fromkeys(chain.from_iterable(objects)) if not _SURROGATE.search(name)]
     selected = [(name, names[index]) for name, index in _select(spec, names, keep_others)]
     for role, column in spec.columns.items():
@@ -465,24 +461,27 @@ def _parquet_chunks(spec: TableSpec, file: Any, keep_others: bool, chunk_rows: i
                 raise _wrong_type(spec.path, role, column, str(schema.field(index).type))
         wanted = None if keep_others else list(dict.fromkeys(spec.columns.values()))
         others = selected[len(spec.columns) :]
-        rows = _batch_rows(parquet, wanted, chunk_rows)
-        for batch in parquet.iter_batches(rows, columns=wanted, use_threads=False):
-            if batch.num_rows:
-                yield _parquet_chunk(spec, batch, others, position)
+        batches = parquet.iter_batches(min(chunk_rows, _BATCH_ROWS), columns=wanted, use_threads=False)
+        for batch in _merge(batches, chunk_rows):
+            yield _parquet_chunk(spec, batch, others, position)
             position += batch.num_rows
     except (pa.ArrowException, OSError, ValueError) as error:
         cause = f"{spec.path}: not parquet, truncated or damaged (read up to row {position:,}): {error}"
         raise InputError(cause, "fetch or write the file again") from error
 
 
-def _batch_rows(parquet: pq.ParquetFile, wanted: Sequence[str] | None, chunk_rows: int) -> int:
-    """At most chunk_rows, fewer if rows are so long that a batch would pass _CHUNK_BYTES on average."""
-    rows, size = int(parquet.metadata.num_rows), 1
-    for group in map(parquet.metadata.row_group, range(parquet.num_row_groups)):
-        for column in map(group.column, range(group.num_columns)):
-            if wanted is None or column.path_in_schema in wanted:
-                size += int(column.total_uncompressed_size)
-    return max(1, min(chunk_rows, rows * _CHUNK_BYTES // size))
+def _merge(batches: Iterable[pa.RecordBatch], chunk_rows: int) -> Iterator[pa.RecordBatch]:
+    """Batches of up to chunk_rows rows or about _CHUNK_BYTES, out of small ones."""
+    parts: list[pa.RecordBatch] = []
+    rows = size = 0
+    for batch in chain(batches, [None]):
+        if parts and (batch is None or rows + batch.num_rows > chunk_rows or size >= _CHUNK_BYTES):
+            yield pa.Table.from_batches(parts).combine_chunks().to_batches()[0]
+            parts, rows, size = [], 0, 0
+        if batch is not None and batch.num_rows:
+            parts.append(batch)
+            rows += batch.num_rows
+            size += batch.nbytes
 
 
 def _is_text(type_: pa.DataType, role: str) -> bool:
@@ -494,9 +493,7 @@ def _is_text(type_: pa.DataType, role: str) -> bool:
     return any(getattr(pa.types, f"is_{test}")(type_) for test in tests)
 
 
-def _parquet_chunk(
-    spec: TableSpec, batch: pa.RecordBatch, others: list[tuple[str, int]], position: int
-) -> Chunk:
+def _parquet_chunk(spec: TableSpec, batch: pa.RecordBatch, others: list[tuple[str, int]], position: int) -> Chunk:
     count = batch.num_rows
     table: dict[str, pa.Array] = {"position": pa.array(range(position, position + count), pa.int64())}
     raw: dict[str, pa.Array] = {}
@@ -524,8 +521,10 @@ def _parquet_chunk(
         return Chunk(pa.table(table), _rejected([]))
     rejects = []
     for row in np.flatnonzero(bad).tolist():
-        values = {column: array[row].as_py() for column, array in raw.items()}
-        content = {column: value and value.decode(errors="replace") for column, value in values.items()}
+        content: dict[str, str | None] = {}
+        for column, array in raw.items():
+            value = array[row].as_py()
+            content[column] = None if value is None else value.decode(errors="replace")
         reason = _NOT_UTF8 if not_utf8[row] else _NO_URL
         rejects.append((position + row, reason, json.dumps(content, ensure_ascii=False).encode()))
     return Chunk(pa.table(table).filter(pa.array(~bad)), _rejected(rejects))

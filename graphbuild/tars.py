@@ -81,7 +81,7 @@ class Tar:
                     if key in samples:
                         raise InputError(
                             f"{self.url}: key {key!r} appears twice (again at byte {info.offset})",
-                            "make keys unique and keep each sample's members together, for instance by writing the tar again",
+                            "make keys unique and keep a sample's members together: write the tar again",
                         )
                     current = samples[key] = TarSample(key)
                 if any(member.extension == extension for member in current.members):
@@ -135,7 +135,10 @@ def expand_shards(pattern: str) -> list[str]:
         else:
             urls.append(part)
     if not urls:
-        raise InputError(f"no tar matches {pattern}", "check --shards; quote a pattern with * so that the shell leaves it alone")
+        raise InputError(
+            f"no tar matches {pattern}",
+            "check --shards; quote a pattern with * so that the shell leaves it alone",
+        )
     check_names(urls)
     return urls
 

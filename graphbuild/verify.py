@@ -17,8 +17,8 @@ from graphbuild.errors import GraphbuildError, StageError
 from graphbuild.index import node_count
 from graphbuild.sharded import Array
 from graphbuild.sidecar import Sidecar, quantize_int8
-from graphbuild.stage import ORDER, Json, records
-from graphbuild.store import Store, stream_sha256
+from graphbuild.stage import ORDER, records
+from graphbuild.store import Json, Store, stream_sha256
 from graphbuild.tars import open_tar, tar_stem
 
 FRESH_SEED = 104_729  # another draw of nodes than the build's certificate
@@ -35,7 +35,11 @@ class Report:
     problems: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
-        recall = f"; recall@{self.recall['k']} {self.recall['recall']:.6f} on {self.recall['sampled_nodes']:,} nodes" if self.recall else ""
+        recall = (
+            f"; recall@{self.recall['k']} {self.recall['recall']:.6f} on {self.recall['sampled_nodes']:,} nodes"
+            if self.recall
+            else ""
+        )
         state = f"{len(self.problems)} problem(s)" if self.problems else "no problems"
         return f"verify    {state}: {self.files:,} files ({self.bytes / 1e6:,.1f} MB), {self.shards:,} shards{recall}"
 
@@ -44,7 +48,10 @@ def verify_store(store: Store) -> Report:
     """Check whatever stages are finished. Raises only when the store cannot be read at all."""
     manifest = store.manifest()
     if not manifest["stages"]:
-        raise StageError(f"{store.url} has nothing finished to verify", "run a stage first, for instance `graphbuild embed`")
+        raise StageError(
+            f"{store.url} has nothing finished to verify",
+            "run a stage first, for instance `graphbuild embed`",
+        )
     report = Report()
     for stage in ORDER:
         done = list(records(store, stage).values())
@@ -61,17 +68,23 @@ def verify_store(store: Store) -> Report:
         certified = manifest["recall"]
         report.recall = certificate_of(store, certified["sampled_nodes"], FRESH_SEED)
         if report.recall["recall"] < certified["recall_95_low"]:
-            report.problems.append(f"recall of a fresh sample is {report.recall['recall']}, certified was {certified['recall']}")
+            report.problems.append(
+                f"recall of a fresh sample is {report.recall['recall']}, certified was {certified['recall']}"
+            )
     return report
 
 
 def _check_records(store: Store, stage: str, done: list[Json], manifest: Json, report: Report) -> None:
     entry = manifest["stages"].get(stage)
     if entry is not None and entry["tasks"] != len(done):
-        report.problems.append(f"_state/{stage}/: {len(done)} tasks recorded as done, the manifest says {entry['tasks']}")
+        report.problems.append(
+            f"_state/{stage}/: {len(done)} tasks recorded as done, the manifest says {entry['tasks']}"
+        )
     outputs = [output for record in done for output in record["outputs"]]
     with ThreadPoolExecutor(8) as threads:  # hashing leaves the interpreter free
-        report.problems += [problem for problem in threads.map(lambda output: _check_file(store, output), outputs) if problem]
+        report.problems += [
+            problem for problem in threads.map(lambda output: _check_file(store, output), outputs) if problem
+        ]
     report.files += len(outputs)
     report.bytes += sum(output["bytes"] for output in outputs)
 
@@ -95,11 +108,17 @@ def _check_shard(store: Store, manifest: Json, shard: Json) -> Iterator[str] | l
     samples = store.table(f"samples/{name}.parquet")
     problems = []
     if samples["row"].to_pylist() != list(range(shard["first_row"], shard["first_row"] + shard["samples"])):
-        problems.append(f"samples/{name}.parquet: rows are not {shard['first_row']} to {shard['first_row'] + shard['samples'] - 1}")
+        problems.append(
+            f"samples/{name}.parquet: rows are not {shard['first_row']} to {shard['first_row'] + shard['samples'] - 1}"
+        )
     nodes = store.table(f"nodes/{name}.parquet", ["node"])["node"].to_numpy()
     ids = np.arange(shard["first_node"], shard["first_node"] + shard["nodes"])
     if not np.array_equal(nodes, ids):
-        problems.append(f"nodes/{name}.parquet: nodes are not {ids[0]} to {ids[-1]}" if len(ids) else f"nodes/{name}.parquet: not empty")
+        problems.append(
+            f"nodes/{name}.parquet: nodes are not {ids[0]} to {ids[-1]}"
+            if len(ids)
+            else f"nodes/{name}.parquet: not empty"
+        )
     if shard["tar"] is not None:
         problems += _check_tar(store, shard, samples)
     if {"encode", "vectors"} & manifest["stages"].keys():
@@ -124,7 +143,9 @@ def _check_tar(store: Store, shard: Json, samples: pa.Table) -> list[str]:
         images = [None if opened.compressed or s.image is None else s.image.offset for s in found]
     keys = [sample.key for sample in found]
     if keys != samples["key"].to_pylist():
-        return [f"{tar['name']}: its {len(keys)} keys are not those of samples/{shard['shard']}.parquet ({len(samples)})"]
+        return [
+            f"{tar['name']}: its {len(keys)} keys are not those of samples/{shard['shard']}.parquet ({len(samples)})"
+        ]
     if images != samples["image_offset"].to_pylist():
         return [f"{tar['name']}: images do not lie where samples/{shard['shard']}.parquet says"]
     return [] if same else [f"{tar['name']}: its content has changed (sha256 differs)"]
@@ -132,11 +153,16 @@ def _check_tar(store: Store, shard: Json, samples: pa.Table) -> list[str]:
 
 def _check_graph(store: Store, manifest: Json, name: str, ids: Array) -> list[str]:
     k = manifest["graph"]["k"]
-    neighbors, similarities = store.array(f"graph/{name}.neighbors.npy"), store.array(f"graph/{name}.similarities.npy")
+    neighbors, similarities = (
+        store.array(f"graph/{name}.neighbors.npy"),
+        store.array(f"graph/{name}.similarities.npy"),
+    )
     background = store.array(f"graph/{name}.background.npy")
     problems = []
     if neighbors.shape != (len(ids), k) or similarities.shape != (len(ids), k) or background.shape != (len(ids), 2):
-        return [f"graph/{name}.*.npy: shapes {neighbors.shape}, {similarities.shape}, {background.shape}, not [{len(ids)}, {k}]"]
+        return [
+            f"graph/{name}.*.npy: {neighbors.shape}, {similarities.shape}, {background.shape}, not [{len(ids)}, {k}]"
+        ]
     check_lists(ids, neighbors.astype(np.int64), node_count(manifest))
     if (np.diff(similarities.astype(np.float32), axis=1) > 0).any() or not np.isfinite(similarities).all():
         problems.append(f"graph/{name}.similarities.npy: a row is not in descending order")

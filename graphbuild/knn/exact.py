@@ -108,7 +108,8 @@ def _float64_search(vectors: ShardedArray, raw: Tensor, query_ids: Tensor, k: in
 def unit(raw: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows scaled to unit norm in `dtype`, from stored float16 [..., d] (whose norm is 1 only to 1e-3)."""
     exact = raw.to(dtype)
-    return exact / torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+    return exact / norms
 
 
 def _drop_self(tile: Tensor, query_ids: Tensor, first: int) -> None:
