@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import socket
 import sys
 import time
 import traceback
@@ -173,6 +174,10 @@ class Runner:
             task, tries, worker = running.pop(ready[0])
             try:
                 result = ray.get(ready[0])
+            except ray.exceptions.RayTaskError as error:  # `attempt` raises nothing: the worker cannot load the task
+                last = str(error).strip().splitlines()[-1]
+                result = Failure(last, "install the same graphbuild on every node of the cluster", str(error), 1)
+                record_failure(store, task, result)
             except ray.exceptions.RayError as error:
                 if tries < ATTEMPTS:
                     logger.warning(
@@ -202,6 +207,8 @@ class Runner:
 
         if ray.is_initialized():
             return ray
+        if self.address:
+            check_address(self.address)
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if self.address:
             options["address"] = self.address
@@ -257,6 +264,19 @@ def pending(stage: Stage, tasks: Sequence[Task], done: Mapping[str, Json], store
         if task.name not in done or task.name in changed or lost:
             todo.append(task)
     return todo
+
+
+def check_address(address: str) -> None:
+    """Raise ConfigError within seconds when nothing listens at HOST:PORT or ray://HOST:PORT; Ray waits for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return  # `auto` and other forms are Ray's to resolve
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise ConfigError(
+            f"--address {address}: nothing answers there ({error})", "check it with `ray status` on the cluster's head node"
+        ) from None
 
 
 def write_recipe(recipe: Recipe, store: Store) -> None:

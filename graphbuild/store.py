@@ -109,7 +109,7 @@ class Store:
 
     def read_jsons(self, names: list[str]) -> list[Json]:
         """Many JSON files at once (an object store fetches them concurrently)."""
-        if self.is_local:
+        if self.is_local or not names:
             return [json.loads(Path(self.path(name)).read_bytes()) for name in names]
         contents = self.fs.cat([self.path(name) for name in names])
         return [json.loads(contents[self.path(name)]) for name in names]
@@ -118,8 +118,7 @@ class Store:
         """A local path with the file's content: the file itself, or a copy in this user's cache folder."""
         if self.is_local:
             return Path(self.path(name))
-        info = self.fs.info(self.path(name))
-        identity = f"{self.url}|{name}|{info.get('ETag') or info.get('etag') or info.get('mtime')}|{info['size']}"
+        identity = f"{self.url}|{name}|{self.fs.ukey(self.path(name))}"
         folder = Path(tempfile.gettempdir()) / f"graphbuild-cache-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
         copy = folder / hashlib.sha256(identity.encode()).hexdigest()
@@ -288,5 +287,5 @@ def file_identity(url: str) -> str:
         info = fs.info(path)
     except FileNotFoundError:
         raise InputError(f"{url} does not exist", "check the path") from None
-    changed = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified")
+    changed = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("created")
     return f"{Path(path).name}, {info['size']} bytes, {changed}"

@@ -249,14 +249,15 @@ def _text_chunks(
 ) -> Iterator[Chunk]:
     url = dict(selected)["url"] if "url" in spec.columns else None
     positions: list[int] = []
-    values: list[list[bytes | None]] = [[] for _ in selected]
+    targets: list[tuple[list[bytes | None], int]] = [([], index) for _, index in selected]
     rejects: list[tuple[int, str, bytes]] = []
     size = 0
 
     def chunk() -> Chunk:
         columns = {"position": pa.array(positions, pa.int64())}
-        for (name, _), column in zip(selected, values, strict=True):
-            columns[name] = pa.array(column, pa.large_string())
+        for (name, _), (column, _) in zip(selected, targets, strict=True):
+            # Several times faster than an array of strings at once; the cast validates the UTF-8 again.
+            columns[name] = pa.array(column, pa.large_binary()).cast(pa.large_string())
         return Chunk(pa.table(columns), _rejected(rejects))
 
     for position, (raw, fields) in enumerate(records):
@@ -275,14 +276,15 @@ def _text_chunks(
         else:
             reason = ""
             positions.append(position)
-            for column, (_, index) in zip(values, selected, strict=True):
+            for column, index in targets:
                 column.append(fields[index])
         if reason:
             rejects.append((position, reason, raw))
         size += len(raw)
         if len(positions) + len(rejects) >= chunk_rows or size >= _CHUNK_BYTES:
             yield chunk()
-            positions, values, rejects, size = [], [[] for _ in selected], [], 0
+            positions, rejects, size = [], [], 0
+            targets = [([], index) for _, index in selected]
     if positions or rejects:
         yield chunk()
 
@@ -465,6 +467,8 @@ def _parquet_chunks(spec: TableSpec, file: Any, keep_others: bool, chunk_rows: i
         for batch in _merge(batches, chunk_rows):
             yield _parquet_chunk(spec, batch, others, position)
             position += batch.num_rows
+        if position != parquet.metadata.num_rows:
+            raise pa.ArrowInvalid(f"its footer promises {parquet.metadata.num_rows:,} rows")
     except (pa.ArrowException, OSError, ValueError) as error:
         cause = f"{spec.path}: not parquet, truncated or damaged (read up to row {position:,}): {error}"
         raise InputError(cause, "fetch or write the file again") from error

@@ -1,0 +1,144 @@
+"""Background moments, recall certificate and their failures, against formulas written out in numpy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from graphbuild.certify import certificate_of, check_lists, true_similarities, wilson_interval
+from graphbuild.errors import GraphbuildError, QualityError, StageError
+from graphbuild.index import MOMENTS, background_of
+from graphbuild.pipeline import run_verb
+from graphbuild.recipe import Embed, Index, Recipe
+from graphbuild.runner import Runner
+from graphbuild.sharded import ShardedArray
+from graphbuild.store import Store
+
+
+def built(folder: Path, vectors: np.ndarray, **index: object) -> Store:
+    np.save(folder / "vectors.npy", vectors)
+    store = Store(str(folder / "store"))
+    recipe = Recipe(embed=Embed(vectors=str(folder / "vectors.npy"), shard_size=70), index=Index(**index))  # type: ignore[arg-type]
+    with Runner(workers=0) as runner:
+        run_verb("embed", recipe, store, runner)
+        run_verb("index", recipe, store, runner)
+    return store
+
+
+@pytest.fixture
+def vectors() -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((200, 12))
+
+
+def cosines(vectors: np.ndarray) -> np.ndarray:
+    x = vectors.astype(np.float64)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    return x @ x.T
+
+
+def test_background_is_mean_and_deviation_over_the_nodes_outside_the_list(tmp_path: Path, vectors: np.ndarray) -> None:
+    store = built(tmp_path, vectors, k=9)
+    stored = np.concatenate([np.load(path) for path in sorted(Path(store.url).glob("nodes/*.npy"))])
+    neighbors = np.concatenate([np.load(path) for path in sorted(Path(store.url).glob("graph/*.neighbors.npy"))])
+    background = np.concatenate([np.load(path) for path in sorted(Path(store.url).glob("graph/*.background.npy"))])
+    similar = cosines(stored)
+    for node in range(200):
+        outside = np.delete(similar[node], [node, *neighbors[node].tolist()])
+        np.testing.assert_allclose(background[node], [outside.mean(), outside.std()], atol=1e-6)
+
+
+def test_background_is_zero_when_every_other_node_is_a_neighbour() -> None:
+    assert not background_of(np.eye(3, dtype=np.float16), np.zeros((3, 2), np.float32), np.zeros((4, 3)), 3).any()
+
+
+def test_certificate_of_an_exact_graph_is_one(tmp_path: Path, vectors: np.ndarray) -> None:
+    certificate = built(tmp_path, vectors, k=9, recall_sample=1_000).manifest()["recall"]
+    assert certificate["recall"] == 1.0
+    assert certificate["sampled_nodes"] == 200
+    assert abs(certificate["mean_similarity_deficit"]) < 1e-9
+
+
+def spoil(store: Store, row: int, change: np.ndarray) -> None:
+    path = Path(store.url) / "graph" / "00000.neighbors.npy"
+    neighbors = np.load(path)
+    neighbors[row] = change
+    np.save(path, neighbors)
+
+
+def test_certificate_sees_wrong_neighbours(tmp_path: Path, vectors: np.ndarray) -> None:
+    store = built(tmp_path, vectors, k=9)
+    farthest = np.argsort(cosines(vectors)[3])[:9]
+    spoil(store, 3, farthest)
+    certificate = certificate_of(store, 200, seed=0)
+    assert certificate["recall"] == pytest.approx(1 - 1 / 200)
+    assert certificate["worst_node_recall"] == 0
+    assert certificate["mean_similarity_deficit"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ([3, 4, 5, 6, 7, 8, 9, 10, 11], "itself"),
+        ([4, 4, 5, 6, 7, 8, 9, 10, 11], "twice"),
+        ([4, 5, 6, 7, 8, 9, 10, 11, 200], "exist"),
+    ],
+)
+def test_certificate_refuses_lists_that_are_no_lists(
+    tmp_path: Path, vectors: np.ndarray, change: list[int], what: str
+) -> None:
+    store = built(tmp_path, vectors, k=9)
+    spoil(store, 3, np.array(change))
+    with pytest.raises(StageError, match=f"node 3.*{what}"):
+        certificate_of(store, 200, seed=0)
+
+
+def test_a_graph_under_the_floor_fails_and_is_not_marked_done(
+    tmp_path: Path, vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from graphbuild.knn import exact
+
+    def poor(vectors: ShardedArray, first: int, count: int, k: int, device: str) -> tuple[np.ndarray, np.ndarray, int]:
+        ids = (np.arange(first, first + count)[:, None] + 1 + np.arange(k)) % len(vectors)
+        return ids, np.zeros((count, k), np.float32), 0
+
+    monkeypatch.setattr(exact, "search", poor)
+    with pytest.raises(GraphbuildError, match="under the floor") as error:
+        built(tmp_path, vectors, k=9)
+    assert error.value.exit_code == QualityError.exit_code == 1
+    store = Store(str(tmp_path / "store"))
+    assert "certify" not in store.manifest()["stages"]
+    assert store.exists("graph/00000.neighbors.npy")
+    assert store.exists("_state/certify/all.failed.json")
+
+
+def test_true_similarities_equal_a_full_sort(tmp_path: Path, vectors: np.ndarray) -> None:
+    x = vectors.astype(np.float16)
+    np.save(tmp_path / "x.npy", x)
+    array = ShardedArray(Store(str(tmp_path)), ["x.npy"], [200])
+    ids = np.array([0, 17, 199])
+    similar = cosines(x)
+    np.fill_diagonal(similar, -np.inf)
+    unit = x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
+    found = true_similarities(array, unit[ids], ids, 9)
+    np.testing.assert_allclose(found, -np.sort(-similar[ids], axis=1)[:, :9], atol=1e-12)
+
+
+def test_wilson_interval_matches_a_published_value() -> None:
+    # Newcombe 1998 (Statistics in Medicine 17), table I, method 3: 81 of 263 gives 0.2553 to 0.3662
+    low, high = wilson_interval(81 / 263, 263)
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+
+
+def test_check_lists_passes_good_lists() -> None:
+    check_lists(np.array([0, 1]), np.array([[1, 2], [0, 2]]), 3)
+
+
+def test_moments_are_the_sum_and_the_outer_products(tmp_path: Path, vectors: np.ndarray) -> None:
+    store = built(tmp_path, vectors, k=3)
+    stored = np.concatenate([np.load(path) for path in sorted(Path(store.url).glob("nodes/*.npy"))]).astype(np.float64)
+    stored /= np.linalg.norm(stored, axis=1, keepdims=True)
+    moments = np.load(Path(store.url) / MOMENTS)
+    np.testing.assert_allclose(moments[0], stored.sum(axis=0), atol=1e-9)
+    np.testing.assert_allclose(moments[1:], stored.T @ stored, atol=1e-9)
