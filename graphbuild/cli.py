@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import io
 import logging
 import sys
 from pathlib import Path
@@ -211,7 +212,7 @@ def neighbors(
         )
     if key is not None:
         sample = find_sample(opened, key)
-        typer.echo(f"{sample['key']}  node {sample['node']}  {printable(sample['caption'])}")
+        typer.echo(f"{printable(sample['key'])}  node {sample['node']}  {printable(sample['caption'])}")
         found = neighbors_of_node(opened, sample["node"], count)
     else:
         found = neighbors_of_text(opened, text or "", count)
@@ -243,6 +244,8 @@ def main() -> None:
     """Entry point: users' mistakes become two lines on stderr and exit code 2, failed work exit code 1."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("graphbuild").setLevel(logging.INFO)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may not know every caption's characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except GraphbuildError as error:
@@ -258,9 +261,19 @@ def _store(url: str) -> Store:
     from graphbuild.errors import ConfigError
     from graphbuild.store import Store
 
-    if "://" not in url and Path(url).is_file():
-        raise ConfigError(f"STORE {url} is a file", "name a folder")
-    return Store(url)
+    if not url:
+        raise ConfigError("STORE is empty", "name a folder, or a URL such as s3://bucket/folder")
+    if "://" not in url:
+        folder = Path(url).absolute()
+        for path in (folder, *folder.parents):
+            if path.is_file():
+                raise ConfigError(f"STORE {url} cannot be a folder: {path} is a file", "name a folder")
+    try:
+        return Store(url)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(
+            f"STORE {url} cannot be opened ({error})", "name a folder, or a URL that fsspec knows"
+        ) from None
 
 
 def _run_section(

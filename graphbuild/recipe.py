@@ -27,7 +27,7 @@ class Section(BaseModel):
 class Download(Section):
     """URL list to tars, through img2dataset."""
 
-    urls: str | None = Field(None, description="list of URLs: parquet, CSV, TSV or JSONL")
+    urls: str | None = Field(None, min_length=1, description="list of URLs: parquet, CSV, TSV or JSONL")
     preset: Preset | None = Field(None, description="a published headerless TSV: column order and names")
     url_column: str = "url"
     caption_column: str = "caption"
@@ -44,9 +44,9 @@ class Download(Section):
 class Embed(Section):
     """Captions to nodes. The source is the store's own tars unless shards, captions or vectors is given."""
 
-    shards: str | None = Field(None, description="tars made elsewhere: a path with *, ? or {0000..0331}")
-    captions: str | None = Field(None, description="a caption list: parquet, CSV, TSV or JSONL")
-    vectors: str | None = Field(None, description="ready vectors: .npy [n, d] or parquet; one node a row")
+    shards: str | None = Field(None, min_length=1, description="tars made elsewhere: a path with *, ? or {0000..0331}")
+    captions: str | None = Field(None, min_length=1, description="a caption list: parquet, CSV, TSV or JSONL")
+    vectors: str | None = Field(None, min_length=1, description="ready vectors: .npy [n, d] or parquet; one node a row")
     preset: Preset | None = None
     caption_column: str = "caption"
     key_column: str | None = Field(None, description="names the samples of a list; default: the row number")
@@ -54,10 +54,12 @@ class Embed(Section):
     caption_member: str = Field(
         "auto", description="tar member with the caption: txt, cls, json:FIELD; auto: txt, then json:caption"
     )
-    class_names: str | None = Field(None, description="text file, a name a line, for members that hold a class number")
+    class_names: str | None = Field(
+        None, min_length=1, description="text file, a name a line, for members that hold a class number"
+    )
     template: str = Field("{}", description='the text around a caption or class name, as in "a photo of a {}"')
     shard_size: int = Field(10_000, ge=1, le=1_000_000, description="rows a shard of a list or of vectors")
-    encoder: str = Field(DEFAULT_ENCODER, description="a sentence-transformers model: name or folder")
+    encoder: str = Field(DEFAULT_ENCODER, min_length=1, description="a sentence-transformers model: name or folder")
     batch_size: int = Field(64, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -99,18 +101,21 @@ class Recipe(Section):
 
 def read_recipe(path: str) -> Recipe:
     """A recipe file; relative paths in it are taken from the working folder."""
-    fs, root = fsspec.core.url_to_fs(path)
     try:
-        text = fs.cat_file(root).decode()
-    except (FileNotFoundError, IsADirectoryError):
+        fs, root = fsspec.core.url_to_fs(path)
+        content = fs.cat_file(root)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise ConfigError(f"there is no recipe {path}", "see pipelines/ for examples") from None
-    return _parse(text, path)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"the recipe {path} cannot be read ({error})", "check the path") from None
+    return _parse(content, path)
 
 
 def resolve(store: Store, section: str, changes: Mapping[str, Any]) -> Recipe:
     """The store's recipe with the changes that a command's options make to one section (None: not given)."""
+    store.manifest()  # another format version may have other recipes
     recipe = (
-        _parse(store.read_bytes("recipe.yaml").decode(), store.display("recipe.yaml"))
+        _parse(store.read_bytes("recipe.yaml"), store.display("recipe.yaml"))
         if store.exists("recipe.yaml")
         else Recipe()
     )
@@ -123,10 +128,10 @@ def resolve(store: Store, section: str, changes: Mapping[str, Any]) -> Recipe:
     return _validate(values, f"--{next(iter(given), '')}".replace("_", "-"))
 
 
-def _parse(text: str, where: str) -> Recipe:
+def _parse(content: bytes, where: str) -> Recipe:
     try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(content.decode()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{where} is not valid YAML: {error}", "fix the line named above") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{where} must hold sections (download, embed, index, export)", "see pipelines/ for examples")
@@ -138,7 +143,8 @@ def _validate(values: Mapping[str, Any], where: str) -> Recipe:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         lines = [
-            f"{'.'.join(str(part) for part in e['loc'])}: {e['msg'].removeprefix('Value error, ')}"
+            f"{'.'.join(str(part) for part in e['loc'])}: "
+            + ("no such setting" if e["type"] == "extra_forbidden" else e["msg"].removeprefix("Value error, "))
             for e in error.errors()
         ]
         raise ConfigError(

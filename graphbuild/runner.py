@@ -275,7 +275,8 @@ def check_address(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=5).close()
     except OSError as error:
         raise ConfigError(
-            f"--address {address}: nothing answers there ({error})", "check it with `ray status` on the cluster's head node"
+            f"--address {address}: nothing answers there ({error})",
+            "check it with `ray status` on the cluster's head node",
         ) from None
 
 

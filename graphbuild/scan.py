@@ -9,8 +9,10 @@ input; memory: one shard's captions.
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +24,7 @@ from graphbuild.recipe import Recipe
 from graphbuild.stage import Stage, Task, records
 from graphbuild.store import Json, Store, Writer, file_identity, file_sha256, local_file
 from graphbuild.tables import TableSpec, read_chunks
-from graphbuild.tars import Tar, TarSample, expand_shards, open_tar, tar_stem
+from graphbuild.tars import Member, Tar, TarSample, expand_shards, open_tar, tar_stem
 from graphbuild.text import hashes, usable_text
 
 MEMBER = pa.struct([("extension", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
@@ -42,6 +44,7 @@ REJECTED = pa.schema(
     [("position", pa.int64()), ("key", pa.string()), ("reason", pa.string()), ("content", pa.string())]
 )
 CONTENT_CHARACTERS = 10_000  # of a rejected row, kept
+UNPACKED_BYTES = 64 << 20  # of a gzip member, at most
 
 
 def plan(recipe: Recipe, store: Store) -> list[Task]:
@@ -49,6 +52,7 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
     settings: dict[str, Any] = {"template": embed.template}
     if embed.captions is not None:
         settings |= embed.model_dump(include={"preset", "caption_column", "key_column", "shard_size"})
+        next(read_chunks(_spec(embed.captions, settings), chunk_rows=1))  # refuses a bad list before a file is written
         identity = {"captions": file_identity(embed.captions)}
         return [Task(stage="scan", name="list", settings=settings, inputs=identity, hints={"url": embed.captions})]
     settings["caption_member"] = embed.caption_member
@@ -91,16 +95,16 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
         found = [_caption(tar, sample, settings) for sample in samples]
         images = [None if tar.compressed else sample.image for sample in samples]
         members = [[] if tar.compressed else [vars(member) for member in sample.members] for sample in samples]
-    captions = [caption for caption, _ in found]
-    usable = [usable_text(caption) for caption in captions]
+    captions = [content if reason is None else None for content, reason in found]
+    usable = [usable_text(content) if reason is None else (None, reason) for content, reason in found]
     texts = [text for text, _ in usable]
     rejected = [
-        (position, keys[position], found[position][1] or reason, captions[position])
-        for position, (text, reason) in enumerate(usable)
-        if text is None
+        (position, keys[position], reason, found[position][0])
+        for position, (_, reason) in enumerate(usable)
+        if reason is not None
     ]
     if samples and len(rejected) == len(samples):
-        extensions = sorted({f".{member.extension}" for sample in samples for member in sample.members})
+        extensions = sorted({repr(f".{member.extension}") for sample in samples for member in sample.members})
         raise InputError(
             f"{full_url}: none of its {len(samples):,} samples has a caption "
             f"(first: {rejected[0][2]}; members: {', '.join(extensions[:8])})",
@@ -128,11 +132,15 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
     }
 
 
-def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
+def _spec(url: str, settings: Mapping[str, Any]) -> TableSpec:
     columns = {"caption": settings["caption_column"]}
     if settings["key_column"] is not None:
         columns["key"] = settings["key_column"]
-    spec = TableSpec(path=url, preset=settings["preset"], columns=columns)
+    return TableSpec(path=url, preset=settings["preset"], columns=columns)
+
+
+def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
+    spec = _spec(url, settings)
     shards: dict[str, Json] = {}
     reasons: dict[str, int] = {}
     rejected_rows = 0
@@ -149,7 +157,7 @@ def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
     for number, chunk in enumerate(read_chunks(spec)):
         rejected = [(row["position"], None, row["reason"], row["content"]) for row in chunk.rejected.to_pylist()]
         positions = chunk.rows["position"].to_pylist()
-        row_keys = chunk.rows["key"].to_pylist() if "key" in columns else [str(position) for position in positions]
+        row_keys = chunk.rows["key"].to_pylist() if "key" in spec.columns else [str(position) for position in positions]
         for position, key, caption in zip(positions, row_keys, chunk.rows["caption"].to_pylist(), strict=True):
             text, reason = usable_text(_fill(settings["template"], caption))
             if text is None or key is None:
@@ -168,7 +176,8 @@ def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
         cut(len(keys))
     samples = sum(shard["samples"] for shard in shards.values())
     if samples == 0:
-        raise InputError(f"{url}: no row has a caption ({reasons})", "check --caption-column")
+        why = "; ".join(f"{count:,} rejected: {reason}" for reason, count in reasons.items())
+        raise InputError(f"{url}: no row has a caption ({why})", "check --caption-column")
     counts = {"samples": samples, "captions": samples, "rejected": rejected_rows}
     return {"counts": counts, "reasons": reasons, "shards": shards}
 
@@ -178,34 +187,57 @@ def shard_name(number: int) -> str:
 
 
 def _caption(tar: Tar, sample: TarSample, settings: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """(caption, None), or (None, why there is none)."""
-    wanted = settings["caption_member"]
-    extensions = [wanted.split(":")[0]] if wanted != "auto" else ["txt", "json"]
+    """(caption, None), or (what stands in its place, why that is no caption)."""
+    wanted, _, field = settings["caption_member"].partition(":")
+    extensions = [wanted.lower().removeprefix(".")] if wanted != "auto" else ["txt", "json"]
     by_extension = {member.extension.removesuffix(".gz"): member for member in reversed(sample.members)}
     extension = next((extension for extension in extensions if extension in by_extension), None)
     if extension is None:
         return None, f"no member .{' or .'.join(extensions)}"
-    member = by_extension[extension]
-    try:
-        content = tar.read(member)
-        text = (gzip.decompress(content) if member.extension.endswith(".gz") else content).decode()
-        if extension == "json":
-            field = wanted.partition(":")[2] or "caption"
-            text = json.loads(text)[field]
-            if not isinstance(text, str | int):
-                return None, f"json field {field!r} is not a string"
-            text = str(text)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        return None, f"member .{member.extension} cannot be read ({error})"
-    except (ValueError, TypeError, KeyError) as error:
-        return None, f"member .{member.extension} has no such field ({type(error).__name__}: {error})"
+    text, reason = _member_text(tar, by_extension[extension])
+    if text is None or reason is not None:
+        return text, reason
+    if extension == "json":
+        text, reason = _json_field(text, field or "caption")
     names = settings.get("class_names")
-    if names is not None:
+    if names is not None and text is not None and reason is None:
         label = text.strip()
-        if not label.isdecimal() or int(label) >= len(names):
-            return None, f"class {label[:40]!r} is not a number below {len(names)}, the count of class names"
+        if not label.isdecimal() or len(label) > 20 or int(label) >= len(names):
+            return text, f"not a class number below {len(names)}, the count of class names"
         text = names[int(label)]
-    return _fill(settings["template"], text), None
+    return (_fill(settings["template"], text), None) if reason is None else (text, reason)
+
+
+def _member_text(tar: Tar, member: Member) -> tuple[str | None, str | None]:
+    content = tar.read(member)
+    if member.extension.endswith(".gz"):
+        try:
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(UNPACKED_BYTES + 1)
+        except (OSError, EOFError, zlib.error):
+            return None, f"member .{member.extension} cannot be unpacked"
+        if len(content) > UNPACKED_BYTES:
+            return None, f"member .{member.extension} unpacks to more than {UNPACKED_BYTES:,} bytes"
+    try:
+        return content.decode(), None
+    except UnicodeDecodeError:
+        return content[: 4 * CONTENT_CHARACTERS].decode(errors="replace"), f"member .{member.extension} is not UTF-8"
+
+
+def _json_field(content: str, field: str) -> tuple[str, str | None]:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return content, "member .json is not valid JSON"
+    if not isinstance(value, dict) or field not in value:
+        return content, f"member .json has no field {field!r}"
+    text = value[field]
+    if isinstance(text, bool) or not isinstance(text, str | int):
+        return content, f"json field {field!r} is not a string"
+    try:
+        str(text).encode()
+    except ValueError:
+        return content, f"json field {field!r} is not Unicode text"
+    return str(text), None
 
 
 def _fill(template: str, caption: str | None) -> str | None:
@@ -243,16 +275,20 @@ def _write_rejected(shard: str, rejected: Sequence[tuple[Any, ...]], writer: Wri
 
 
 def _reasons(rejected: Sequence[tuple[Any, ...]]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for row in rejected:
-        counts[row[2]] = counts.get(row[2], 0) + 1
-    return counts
+    """Rows a reason; what a reason says of one row alone, behind its colon, is left to rejected/."""
+    return dict(Counter(row[2].partition(": ")[0] for row in rejected))
 
 
 def _class_names(path: str) -> list[str]:
     with local_file(path) as local:
-        names = [name.strip() for name in local.read_text().splitlines()]
-    if not names or not all(names):
+        try:
+            text = local.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"{path} cannot be read as class names ({error})", "give UTF-8 text, a name a line"
+            ) from None
+    names = [name.strip() for name in text.removesuffix("\n").split("\n")]
+    if not all(names):
         raise InputError(
             f"{path} must hold one class name a line, without blank lines",
             "see --class-names in docs/recipe.md",

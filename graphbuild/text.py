@@ -23,8 +23,11 @@ def usable_text(caption: str | None) -> tuple[str | None, str | None]:
     """(normalised text, None), or (None, the reason why this caption cannot be a node)."""
     if caption is None:
         return None, "no caption"
-    if len(caption.encode()) > MAX_CAPTION_BYTES:
-        return None, f"caption over {MAX_CAPTION_BYTES:,} bytes"
+    try:
+        if len(caption.encode()) > MAX_CAPTION_BYTES:
+            return None, f"caption over {MAX_CAPTION_BYTES:,} bytes"
+    except UnicodeEncodeError:
+        return None, "a lone surrogate, which is no Unicode text"
     text = normalize(caption)
     return (text, None) if text else (None, "empty caption")
 

@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
-from graphbuild.demo.scenes import ATTRIBUTES, Scene, caption, encode_jpeg, render
+from graphbuild.demo.captions import caption
+from graphbuild.demo.scenes import ATTRIBUTES, Scene, encode_jpeg, render
 
 SLOW_SECONDS = 0.3
 logger = logging.getLogger(__name__)

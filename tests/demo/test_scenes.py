@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from graphbuild.demo.captions import caption
 from graphbuild.demo.scenes import (
     ATTRIBUTES,
     BACKGROUNDS,
@@ -25,7 +26,6 @@ from graphbuild.demo.scenes import (
     SIZES,
     TEXTURES,
     Scene,
-    caption,
     encode_jpeg,
     layout,
     make_scenes,

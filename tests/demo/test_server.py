@@ -26,7 +26,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from graphbuild.demo.scenes import ATTRIBUTES, caption, make_scenes
+from graphbuild.demo.captions import caption
+from graphbuild.demo.scenes import ATTRIBUTES, make_scenes
 from graphbuild.demo.server import (
     FAULTS,
     SLOW_SECONDS,
