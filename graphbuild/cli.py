@@ -263,14 +263,14 @@ def _store(url: str) -> Store:
 
     if not url:
         raise ConfigError("STORE is empty", "name a folder, or a URL such as s3://bucket/folder")
-    if "://" not in url:
-        folder = Path(url).absolute()
-        for path in (folder, *folder.parents):
-            if path.is_file():
-                raise ConfigError(f"STORE {url} cannot be a folder: {path} is a file", "name a folder")
     try:
+        if "://" not in url:
+            folder = Path(url).absolute()
+            for path in (folder, *folder.parents):
+                if path.is_file():
+                    raise ConfigError(f"STORE {url} cannot be a folder: {path} is a file", "name a folder")
         return Store(url)
-    except (ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
             f"STORE {url} cannot be opened ({error})", "name a folder, or a URL that fsspec knows"
         ) from None

@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 
 from graphbuild.errors import ConfigError, InputError, StageError
 from graphbuild.recipe import Recipe
-from graphbuild.runner import require
 from graphbuild.stage import Stage, Task, outputs
+from graphbuild.state import require
 from graphbuild.store import Json, Store, Writer, file_identity
 from graphbuild.tables import TableSpec, read_chunks
 

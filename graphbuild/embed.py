@@ -19,9 +19,9 @@ from graphbuild.encoder import encode, find_encoder
 from graphbuild.errors import InputError, StageError
 from graphbuild.number import SAMPLES
 from graphbuild.recipe import Recipe
-from graphbuild.runner import require
 from graphbuild.scan import SCHEMA, shard_name
 from graphbuild.stage import Stage, Task, digest
+from graphbuild.state import require
 from graphbuild.store import Json, Store, Writer, file_identity, local_file
 
 EMPTY_NORM = 1e-6

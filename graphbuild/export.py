@@ -13,10 +13,10 @@ import pyarrow as pa
 
 from graphbuild.index import VECTORS
 from graphbuild.recipe import Recipe
-from graphbuild.runner import require
 from graphbuild.sharded import Array, node_array
 from graphbuild.sidecar import SidecarHeader, TarIdentity, quantize_int8, sidecar_schema
 from graphbuild.stage import Stage, Task, outputs
+from graphbuild.state import require
 from graphbuild.store import Json, Store, Writer
 from graphbuild.tars import tar_stem
 

@@ -11,8 +11,8 @@ from graphbuild.encoder import encode, find_encoder
 from graphbuild.errors import InputError
 from graphbuild.graph import SampleGraph
 from graphbuild.recipe import Recipe, resolve
-from graphbuild.runner import require
 from graphbuild.sharded import Array
+from graphbuild.state import require
 from graphbuild.store import Json, Store
 from graphbuild.text import usable_text
 

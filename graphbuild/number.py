@@ -17,8 +17,8 @@ import pyarrow as pa
 
 from graphbuild.errors import InputError
 from graphbuild.recipe import Recipe
-from graphbuild.runner import require
 from graphbuild.stage import Stage, Task, digest, outputs
+from graphbuild.state import require
 from graphbuild.store import Json, Store, Writer
 
 NO_NODE = -1

@@ -9,8 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from graphbuild import certify, download, embed, export, index, number, scan
 from graphbuild.encoder import find_encoder
 from graphbuild.recipe import Recipe
-from graphbuild.runner import Runner, write_recipe
+from graphbuild.runner import Runner
 from graphbuild.stage import Stage
+from graphbuild.state import write_recipe
 from graphbuild.store import Json, Store
 
 PACKAGES = (

@@ -5,13 +5,13 @@ A job's resolved recipe lies in STORE/recipe.yaml, every default written out; op
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import fsspec
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from graphbuild.errors import ConfigError
 from graphbuild.store import Store
@@ -68,9 +68,14 @@ class Embed(Section):
         given = [name for name in ("shards", "captions", "vectors") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other: give one source")
-        if self.template.count("{}") != 1:
-            raise ValueError(f"template must contain {{}} once, not {self.template!r}")
         return self
+
+    @field_validator("template")
+    @classmethod
+    def _check_template(cls, template: str) -> str:
+        if template.count("{}") != 1:
+            raise ValueError(f"{template!r} must contain {{}} once, the caption's place")
+        return template
 
 
 class Index(Section):
@@ -125,7 +130,7 @@ def resolve(store: Store, section: str, changes: Mapping[str, Any]) -> Recipe:
     if section == "embed" and sources:
         values["embed"].update(shards=None, captions=None, vectors=None)
     values[section].update(given)
-    return _validate(values, f"--{next(iter(given), '')}".replace("_", "-"))
+    return _validate(values, options=list(given))
 
 
 def _parse(content: bytes, where: str) -> Recipe:
@@ -138,17 +143,20 @@ def _parse(content: bytes, where: str) -> Recipe:
     return _validate(values, where)
 
 
-def _validate(values: Mapping[str, Any], where: str) -> Recipe:
+def _validate(values: Mapping[str, Any], where: str = "", options: Sequence[str] = ()) -> Recipe:
+    """The recipe of these values; what is wrong is named as a field of the file `where`, or as one of the options."""
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(str(part) for part in e['loc'])}: "
-            + ("no such setting" if e["type"] == "extra_forbidden" else e["msg"].removeprefix("Value error, "))
-            for e in error.errors()
-        ]
+        lines = []
+        for fault in error.errors():
+            field = fault["loc"][-1]
+            names = [name for name in options if name == field or len(fault["loc"]) == 1]
+            name = ", ".join(f"--{name.replace('_', '-')}" for name in names) or ".".join(map(str, fault["loc"]))
+            known = fault["type"] != "extra_forbidden"
+            lines.append(f"{name}: {fault['msg'].removeprefix('Value error, ') if known else 'no such setting'}")
         raise ConfigError(
-            f"{where}: " + "; ".join(lines),
+            (f"{where}: " if where else "") + "; ".join(lines),
             "see docs/recipe.md, or the command's --help, for what is allowed",
         ) from None
     values = recipe.model_dump()
@@ -161,9 +169,17 @@ def _validate(values: Mapping[str, Any], where: str) -> Recipe:
     ):
         if values[section][key] is not None:
             values[section][key] = absolute(values[section][key])
-    if Path(values["embed"]["encoder"]).is_dir():
+    if is_folder(values["embed"]["encoder"]):
         values["embed"]["encoder"] = absolute(values["embed"]["encoder"])
     return Recipe.model_validate(values)
+
+
+def is_folder(name: str) -> bool:
+    """Whether there is a local folder of that name; no name at all, or one too long for a path, is none."""
+    try:
+        return bool(name) and Path(name).is_dir()
+    except OSError:
+        return False
 
 
 def absolute(path: str) -> str:

@@ -22,7 +22,8 @@ from typing import Any
 from graphbuild.errors import ConfigError, GraphbuildError, InputError, StageError
 from graphbuild.progress import Progress
 from graphbuild.recipe import Recipe
-from graphbuild.stage import ORDER, Stage, Task, digest, perform, records, state_path
+from graphbuild.stage import Stage, Task, digest, perform, records, state_path
+from graphbuild.state import invalidate, pending, total_counts, write_recipe
 from graphbuild.store import Json, Store
 
 logger = logging.getLogger(__name__)
@@ -230,42 +231,6 @@ class Runner:
         return ray
 
 
-def pending(stage: Stage, tasks: Sequence[Task], done: Mapping[str, Json], store: Store, *, force: bool) -> list[Task]:
-    """The tasks still to do. Raises ConfigError with a diff where finished work was built differently."""
-    changed = {
-        t.name: t.changes(done[t.name])
-        for t in tasks
-        if t.name in done and done[t.name]["fingerprint"] != t.fingerprint
-    }
-    gone = sorted(done.keys() - {task.name for task in tasks})
-    if (changed or gone) and not force:
-        lines = sorted({line for lines in changed.values() for line in lines})
-        lines += [f"no longer in the input: {', '.join(gone[:5])}{' ...' if len(gone) > 5 else ''}"] if gone else []
-        raise ConfigError(
-            f"{store.url} was built differently "
-            f"({stage.name}: {len(changed) + len(gone)} of {len(done)} finished tasks):\n    "
-            + "\n    ".join(lines[:20]),
-            "give the same settings and inputs again, use another STORE, or add --force to rebuild what differs",
-        )
-    for name in [*changed, *gone]:
-        for output in done[name]["outputs"]:
-            store.remove(output["path"])
-        store.remove(state_path(stage.name, name))
-    sizes: dict[str, int] = {}
-    for folder in {o["path"].rsplit("/", 1)[0] for record in done.values() for o in record["outputs"]}:
-        sizes.update(store.sizes(folder))
-    todo = []
-    for task in tasks:
-        lost = [
-            o["path"] for o in done.get(task.name, {"outputs": []})["outputs"] if sizes.get(o["path"]) != o["bytes"]
-        ]
-        if lost:
-            logger.warning("%s is missing or of another size; running %s %s again", lost[0], stage.name, task.name)
-        if task.name not in done or task.name in changed or lost:
-            todo.append(task)
-    return todo
-
-
 def check_address(address: str) -> None:
     """Raise ConfigError within seconds when nothing listens at HOST:PORT or ray://HOST:PORT; Ray waits for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -278,36 +243,6 @@ def check_address(address: str) -> None:
             f"--address {address}: nothing answers there ({error})",
             "check it with `ray status` on the cluster's head node",
         ) from None
-
-
-def write_recipe(recipe: Recipe, store: Store) -> None:
-    """The resolved recipe, beside what it made; written once its changes are accepted."""
-    text = recipe.dump().encode()
-    if not store.exists("recipe.yaml") or store.read_bytes("recipe.yaml") != text:
-        store.write_bytes("recipe.yaml", text)
-
-
-def invalidate(store: Store, stage: str) -> None:
-    """Take a stage that is about to change, and all after it, out of the manifest: nothing may build on old results."""
-    manifest = store.manifest()
-    stale = [name for name in ORDER[ORDER.index(stage) :] if manifest["stages"].pop(name, None) is not None]
-    if stale:
-        store.write_json("manifest.json", manifest)
-
-
-def require(store: Store, stage: str, verb: str) -> list[Json]:
-    """The records of a finished stage that the next one builds on; StageError names the verb to run first."""
-    if stage not in store.manifest()["stages"]:
-        raise StageError(f"{store.url} has no finished {stage} stage", f"run `graphbuild {verb} {store.url}` first")
-    return list(records(store, stage).values())
-
-
-def total_counts(done: Sequence[Json]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for record in done:
-        for key, value in record["facts"].get("counts", {}).items():
-            total[key] = total.get(key, 0) + value
-    return dict(sorted(total.items()))
 
 
 def failed(stage: Stage, failures: Mapping[str, Failure], store: Store) -> GraphbuildError:

@@ -12,8 +12,9 @@ import ray
 
 from graphbuild.errors import ConfigError, InputError, StageError
 from graphbuild.recipe import Index, Recipe
-from graphbuild.runner import Runner, require
+from graphbuild.runner import Runner
 from graphbuild.stage import Stage, Task, records
+from graphbuild.state import require
 from graphbuild.store import Json, Store, Writer
 
 WORKERS = [0, 2]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import json
 import os
-import signal
+import shutil
 import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -37,11 +41,21 @@ def free_port() -> int:
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     """A Ray head whose jobs run in a folder: that folder, and the address to submit to."""
     folder = tmp_path_factory.mktemp("jobs")
+    # Ray finds a job's cluster through its temporary folder: one of its own, and short, as socket paths must be.
+    temporary = tempfile.mkdtemp(prefix="gb", dir="/tmp")
     ports = {name: free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port")}
-    command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--object-store-memory=200000000"]
+    command = [
+        BIN / "ray",
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus=2",
+        "--object-store-memory=200000000",
+        f"--temp-dir={temporary}",
+    ]
     command += [f"--{name}={port}" for name, port in ports.items()]
     with (folder / "head.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{ports['dashboard-port']}"
     for _ in range(60):
         if (
@@ -54,11 +68,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]
         time.sleep(1)
     time.sleep(5)  # the job agent comes up after the dashboard
     yield folder, address
-    os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(20)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+    for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait(20)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def submit(head: tuple[Path, str], recipe: str) -> dict[str, object]:
@@ -75,7 +89,7 @@ def submit(head: tuple[Path, str], recipe: str) -> dict[str, object]:
         PIPELINES / recipe,
         f"store-{recipe[:-5]}",
     ]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, cwd=folder)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, cwd=folder, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout + done.stderr
     return dict(json.loads((folder / f"store-{recipe[:-5]}" / "manifest.json").read_text()))
@@ -97,12 +111,10 @@ def test_a_url_list_becomes_a_graph(head: tuple[Path, str], recipe: str, name: s
 
 
 def test_class_prompts_become_a_dense_graph(head: tuple[Path, str]) -> None:
-    names = [
-        f"{a} {b} {c}"
-        for a in ["red", "green", "blue", "old", "new", "tall", "small", "wet", "dry", "loud"]
-        for b in ["stone", "wooden", "paper", "iron", "silk", "clay", "glass", "brass", "wool", "straw"]
-        for c in ["horse", "boat", "house", "lamp", "tree", "cup", "road", "bell", "hat", "drum"]
-    ]
+    adjectives = ("red", "green", "blue", "old", "new", "tall", "small", "wet", "dry", "loud")
+    materials = ("stone", "wooden", "paper", "iron", "silk", "clay", "glass", "brass", "wool", "straw")
+    things = ("horse", "boat", "house", "lamp", "tree", "cup", "road", "bell", "hat", "drum")
+    names = [" ".join(words) for words in itertools.product(adjectives, materials, things)]
     (head[0] / "imagenet_classes.txt").write_text("\n".join(names))
     (head[0] / "imagenet").mkdir()
     image = encode_jpeg(render(make_scenes(1)[0]))

@@ -1,0 +1,219 @@
+"""A WebDataset pipeline that joins the samples of tars with the rows of their sidecars while it reads.
+
+Every sample of every tar is delivered exactly once an epoch, whatever the ranks and workers, beside the
+sidecar row that was written for it: key by key, position by position, or a ShardError that names both. Costs
+one sequential pass over the tars, and in each worker one sidecar and `shuffle` still encoded samples of
+memory.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset as wds
+from torch.utils.data import IterableDataset, default_collate
+from webdataset.utils import pytorch_worker_info
+
+from graphbuild.errors import ConfigError
+from graphbuild.sidecar import ShardError, SidecarHeader, read_header, unit_rows
+from graphbuild.torch.shards import JoinedSample, Shard, find_shards, joined_samples, member_value, open_image
+
+BATCH_FIELDS = (
+    "image",
+    "caption",
+    "key",
+    "row",
+    "node",
+    "embedding",
+    "neighbors",
+    "similarities",
+    "background",
+)
+
+
+def graph_webdataset(
+    urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    batch_size: int,
+    sidecars: str | os.PathLike[str] | None = None,
+    shuffle: int = 1000,
+    seed: int = 0,
+    image_pixels: int | None = None,
+    transform: Callable[[Any], Any] | None = None,
+    extra: Sequence[str] = (),
+    partial: bool = True,
+    split_by_rank: bool = True,
+) -> GraphWebDataset:
+    """Batches of images with captions, embeddings and neighbours, from tars and the sidecars beside them.
+
+    Use it as it is or behind `torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=n)`. Shards
+    are split over ranks (RANK and WORLD_SIZE, or torch.distributed) and workers. Samples without a usable
+    caption are left out.
+
+    Args:
+        urls: tars as a brace pattern, a glob, or a list of these; local paths or fsspec URLs. DIR/NAME.tar
+            has its sidecar at DIR/NAME.graph.parquet.
+        batch_size: samples of a batch, B. Batches do not span workers.
+        sidecars: another folder or URL that holds the NAME.graph.parquet.
+        shuffle: samples of the shuffle buffer; 0 reads shards and samples in order. Shards and samples are
+            shuffled anew by `set_epoch`.
+        seed: of the shuffle; the same on all ranks.
+        image_pixels: P: resize and centre-crop to P x P.
+        transform: called with each image (PIL, RGB) in place of that; its results are collated as torch's
+            `default_collate` does.
+        extra: further members of each sample by extension, such as "json" (parsed); "txt" gives str, others
+            bytes.
+        partial: also deliver a worker's last, smaller batch. Pass False for training.
+        split_by_rank: False gives every rank all shards, as an evaluation on one rank needs.
+
+    Returns:
+        An iterable of dicts: image uint8 [B, 3, P, P], a list of [3, H, W] without image_pixels, or the
+        collated results of transform; caption and key: lists of B; row and node int64 [B]; embedding float32
+        [B, d], unit norm (absent from a store exported without); neighbors int64 [B, k], node ids;
+        similarities float32 [B, k], descending; background float32 [B, 2], mean and deviation; and a list of
+        B for each name in extra.
+
+    Raises:
+        ConfigError: an option out of range, or a pattern that names no tar.
+        ShardError: here or while iterating, also out of workers: a tar or sidecar is missing, damaged, of
+            another format version or graph, or the two differ in size, number, order or keys of their
+            samples.
+    """
+    if batch_size < 1 or shuffle < 0 or (image_pixels is not None and image_pixels < 1):
+        raise ConfigError(
+            f"batch_size = {batch_size}, shuffle = {shuffle}, image_pixels = {image_pixels}",
+            "batch_size and image_pixels start at 1, shuffle at 0",
+        )
+    if image_pixels is not None and transform is not None:
+        raise ConfigError(
+            "image_pixels and transform are both set",
+            "pass one: a transform decides on the image's size itself",
+        )
+    if isinstance(extra, str) or not set(extra).isdisjoint(BATCH_FIELDS):
+        raise ConfigError(
+            f"extra = {extra!r}", f'pass a list of extensions, such as ("json",), apart from {BATCH_FIELDS}'
+        )
+    return GraphWebDataset(
+        find_shards(urls, sidecars),
+        batch_size=batch_size,
+        shuffle=shuffle,
+        seed=seed,
+        image_pixels=image_pixels,
+        transform=transform,
+        extra=tuple(extra),
+        partial=partial,
+        split_by_rank=split_by_rank,
+    )
+
+
+class GraphWebDataset(IterableDataset[dict[str, Any]]):
+    """What `graph_webdataset` returns; made there, where its options are checked and described."""
+
+    def __init__(
+        self,
+        shards: list[Shard],
+        *,
+        batch_size: int,
+        shuffle: int,
+        seed: int,
+        image_pixels: int | None,
+        transform: Callable[[Any], Any] | None,
+        extra: tuple[str, ...],
+        partial: bool,
+        split_by_rank: bool,
+    ) -> None:
+        self.shards = shards
+        self._batch_size = batch_size
+        self._shuffle = shuffle
+        self._seed = seed
+        self._image_pixels = image_pixels
+        self._transform = transform
+        self._extra = extra
+        self._partial = partial
+        self._split_by_rank = split_by_rank
+        # Shared memory: workers that live for several epochs (persistent_workers) see set_epoch too.
+        self._epoch = torch.zeros(1, dtype=torch.int64)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+        self._node: tuple[int, int] | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of shards and samples for iterations that start now; alike on all ranks."""
+        self._epoch.fill_(epoch)
+
+    def count_samples(self) -> int:
+        """Samples with a node in all shards, before any split: one small read a shard."""
+        return sum(read_header(shard.sidecar)[1] for shard in self.shards)
+
+    @cached_property
+    def header(self) -> SidecarHeader:
+        """The first shard's header; all shards must share its encoder, d, k, embeddings and graph."""
+        return read_header(self.shards[0].sidecar)[0]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        rank, ranks = self._rank_and_ranks() if self._split_by_rank else (0, 1)
+        _, _, worker, _ = pytorch_worker_info()
+        if ranks > len(self.shards):
+            raise ShardError(
+                f"{len(self.shards)} tar(s) for {ranks} ranks: rank {len(self.shards)} would get none",
+                "write smaller shards, at least one for each rank and worker, or use fewer ranks",
+            )
+        shards = list(self.shards)
+        epoch = int(self._epoch)
+        if self._shuffle:
+            random.Random(f"shards {self._seed} {epoch}").shuffle(shards)
+        samples_rng = random.Random(f"samples {self._seed} {epoch} {rank} {worker}")
+        yield from wds.DataPipeline(
+            lambda: iter(shards[rank::ranks]),
+            wds.split_by_worker,
+            self._join,
+            wds.shuffle(self._shuffle, initial=self._shuffle, rng=samples_rng) if self._shuffle else None,
+            wds.batched(self._batch_size, collation_fn=self._collate, partial=self._partial),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A worker that is started afresh (spawn) knows no process group: it takes its rank along."""
+        return {**self.__dict__, "_node": self._rank_and_ranks()}
+
+    def _rank_and_ranks(self) -> tuple[int, int]:
+        return self._node or pytorch_worker_info()[:2]
+
+    def _join(self, shards: Iterator[Shard]) -> Iterator[JoinedSample]:
+        for shard in shards:
+            yield from joined_samples(shard, expected=self.header, extra=self._extra)
+
+    def _collate(self, samples: list[JoinedSample]) -> dict[str, Any]:
+        places = [(sample.sidecar, sample.position) for sample in samples]
+        batch: dict[str, Any] = {
+            "image": self._images(samples),
+            "caption": [sidecar.caption[position] for sidecar, position in places],
+            "key": [sidecar.key[position] for sidecar, position in places],
+            "row": _column([sidecar.row[position] for sidecar, position in places], np.int64),
+            "node": _column([sidecar.node[position] for sidecar, position in places], np.int64),
+            "neighbors": _column([sidecar.neighbors[position] for sidecar, position in places], np.int64),
+            "similarities": _column([sidecar.similarities[position] for sidecar, position in places], np.float32),
+            "background": _column([sidecar.background[position] for sidecar, position in places], np.float32),
+        }
+        stored = [sidecar.embedding[position] for sidecar, position in places if sidecar.embedding is not None]
+        if stored:
+            batch["embedding"] = torch.from_numpy(unit_rows(np.stack(stored)))
+        for name in self._extra:
+            batch[name] = [member_value(sample, name) for sample in samples]
+        return batch
+
+    def _images(self, samples: list[JoinedSample]) -> Any:
+        if self._transform is not None:
+            return default_collate([self._transform(open_image(sample)) for sample in samples])
+        arrays = [np.asarray(open_image(sample, self._image_pixels)) for sample in samples]  # [H, W, 3]
+        if self._image_pixels is None:
+            return [torch.from_numpy(array.transpose(2, 0, 1).copy()) for array in arrays]
+        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+
+def _column(values: list[Any], dtype: type[np.generic]) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=dtype))

@@ -1,0 +1,258 @@
+"""Tars and their sidecars: which file belongs to which, and the samples of one pair, read in step.
+
+A pair that does not fit raises a ShardError that names the tar, the position and both keys. One sequential
+pass over the tar; memory: its sidecar and one sample.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from glob import has_magic
+from typing import Any
+
+import fsspec
+from braceexpand import braceexpand
+from fsspec.implementations.local import LocalFileSystem
+from PIL import Image, ImageOps
+from webdataset.tariterators import group_by_keys, tar_file_iterator
+
+from graphbuild.errors import ConfigError
+from graphbuild.sidecar import ShardError, Sidecar, SidecarHeader
+from graphbuild.tars import IMAGE_EXTENSIONS, tar_stem
+
+logger = logging.getLogger(__name__)
+
+SHARED_BY_SHARDS = ("encoder", "d", "k", "embeddings", "graph")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar and its sidecar, as paths or URLs."""
+
+    tar: str
+    sidecar: str
+
+
+@dataclass(frozen=True)
+class JoinedSample:
+    """A sample still encoded, the sidecar of its tar, and its row there. extra: the wanted members' bytes."""
+
+    tar: str
+    sidecar: Sidecar
+    position: int
+    image: bytes
+    extra: dict[str, bytes]
+
+
+def find_shards(
+    urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    sidecars: str | os.PathLike[str] | None,
+) -> list[Shard]:
+    """Expand braces and globs to tars and pair each with its sidecar; local files must exist.
+
+    Raises:
+        ConfigError: no tar, a tar named twice, or a name without a tar's extension.
+        ShardError: a local tar or sidecar does not exist. Remote ones are looked for when they are read.
+    """
+    given = [urls] if isinstance(urls, str | os.PathLike) else list(urls)
+    tars = [tar for pattern in given for tar in _expand(os.fspath(pattern))]
+    if not tars:
+        raise ConfigError("no tars were named", "pass a pattern such as out/shards/{00000..00331}.tar")
+    if len(set(tars)) < len(tars):
+        twice = next(tar for tar in tars if tars.count(tar) > 1)
+        raise ConfigError(f"{twice} is named twice", "name each tar once")
+    shards = [Shard(tar, _sidecar_of(tar, sidecars)) for tar in tars]
+    for shard in shards:
+        for url in (shard.tar, shard.sidecar):
+            file_system, path = fsspec.core.url_to_fs(url)
+            if isinstance(file_system, LocalFileSystem) and not file_system.exists(path):
+                raise _missing(shard, url)
+    return shards
+
+
+def joined_samples(shard: Shard, *, expected: SidecarHeader, extra: Sequence[str]) -> Iterator[JoinedSample]:
+    """The samples of one tar beside their sidecar rows, in tar order, without those that have no node.
+
+    Raises:
+        ShardError: the pair does not fit, is damaged, or belongs to another graph than `expected`.
+    """
+    sidecar = Sidecar.read(shard.sidecar)
+    _check_same_graph(sidecar, expected)
+    rows, position, without_image = sidecar.header.rows, -1, 0
+    for position, sample in enumerate(_tar_samples(shard, sidecar.header)):
+        _check_key(shard, sidecar, position, sample["__key__"])
+        if sidecar.node[position] < 0:
+            continue
+        image = next((name for name in sample if name.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS), None)
+        if image is None:
+            if sidecar.image_offset[position] >= 0:
+                raise ShardError(
+                    f"{shard.tar}: sample {position}, key {sidecar.key[position]!r}, has lost its image",
+                    "the tar changed after the export: restore it, or embed and export again",
+                )
+            without_image += 1
+            continue
+        absent = [name for name in extra if name not in sample]
+        if absent:
+            raise ShardError(
+                f"{shard.tar}: sample {position}, key {sample['__key__']!r}, has no member {absent[0]!r}",
+                f"it has {sorted(name for name in sample if not name.startswith('__'))}: correct `extra`",
+            )
+        yield JoinedSample(shard.tar, sidecar, position, sample[image], {name: sample[name] for name in extra})
+    if position + 1 < rows:
+        raise ShardError(
+            f"{shard.tar} holds {position + 1} samples, {shard.sidecar} {rows} rows: the tar ends before row"
+            f" {position + 1}, key {sidecar.key[position + 1]!r}",
+            "the tar is cut short or changed after the export: restore it, or embed and export again",
+        )
+    without_node = int((sidecar.node < 0).sum())
+    used = rows - without_node - without_image
+    logger.log(
+        logging.INFO if used else logging.WARNING,
+        "%s: %d of %d samples used; %d without a usable caption, %d without an image",
+        shard.tar,
+        used,
+        rows,
+        without_node,
+        without_image,
+    )
+
+
+def open_image(sample: JoinedSample, pixels: int | None = None) -> Image.Image:
+    """Decode to RGB; with pixels, resize and centre-crop to that square.
+
+    Raises:
+        ShardError: the image cannot be decoded.
+    """
+    try:
+        with Image.open(io.BytesIO(sample.image)) as encoded:
+            if pixels is None:
+                return encoded.convert("RGB")
+            encoded.draft("RGB", (pixels, pixels))  # JPEG: decode at a fraction of the size, never below it
+            return ImageOps.fit(encoded.convert("RGB"), (pixels, pixels), Image.Resampling.BICUBIC)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ShardError(
+            f"{_name(sample)}: the image cannot be decoded ({error})",
+            "replace the image, or leave the sample out: rewrite the tar, then embed and export again",
+        ) from error
+
+
+def member_value(sample: JoinedSample, name: str) -> Any:
+    """An extra member: json parsed, txt as str, others as bytes.
+
+    Raises:
+        ShardError: the member is not valid JSON or UTF-8.
+    """
+    content, extension = sample.extra[name], name.rsplit(".", 1)[-1]
+    try:
+        if extension == "json":
+            return json.loads(content)
+        return content.decode() if extension == "txt" else content
+    except ValueError as error:
+        raise ShardError(
+            f"{_name(sample)}: member {name!r} is malformed ({error})",
+            "correct the member, or drop it from `extra`",
+        ) from error
+
+
+def _tar_samples(shard: Shard, header: SidecarHeader) -> Iterator[dict[str, Any]]:
+    """Samples as webdataset and graphbuild.tars group them: members side by side that share a key."""
+    file_system, path = fsspec.core.url_to_fs(shard.tar)
+    try:
+        bytes_found = file_system.size(path)  # None where a server does not tell; then keys and counts decide
+        if header.tar is not None and bytes_found not in (None, header.tar.bytes):
+            raise ShardError(
+                f"{shard.tar} has {bytes_found} bytes; {shard.sidecar} was written for {header.tar.bytes}",
+                "restore that tar, or embed and export again",
+            )
+        with file_system.open(path, "rb") as stream:
+            members = ({**member, "__url__": shard.tar} for member in tar_file_iterator(stream, skip_meta=None))
+            yield from group_by_keys(members)
+    except FileNotFoundError:
+        raise _missing(shard, shard.tar) from None
+    except (tarfile.TarError, EOFError, ValueError) as error:  # ValueError: a member twice in one sample
+        reason = error.args[0] if error.args else type(error).__name__
+        raise ShardError(
+            f"{shard.tar}: {reason}",
+            "the tar is damaged or has the same member twice: fetch or write it again",
+        ) from error
+
+
+def _check_key(shard: Shard, sidecar: Sidecar, position: int, key: str) -> None:
+    if position < len(sidecar.key) and key == sidecar.key[position]:
+        return
+    earlier = (sidecar.key[:position] == key).nonzero()[0]
+    if len(earlier):
+        raise ShardError(
+            f"{shard.tar}: key {key!r} stands at sample {earlier[0]} and again at sample {position}:"
+            " a duplicate key, or one sample whose members are apart",
+            "rewrite the tar with each key once and its members side by side, then embed and export again",
+        )
+    if position >= len(sidecar.key):
+        raise ShardError(
+            f"{shard.tar} holds more samples than {shard.sidecar} has rows ({len(sidecar.key)}):"
+            f" sample {position} has key {key!r}",
+            "the tar changed after the export: restore it, or embed and export again",
+        )
+    raise ShardError(
+        f"{shard.tar}: sample {position} has key {key!r}, but {shard.sidecar} has {sidecar.key[position]!r}"
+        f" there (row {sidecar.row[position]} of the store)",
+        "the sidecar belongs to another tar, or the tar was reordered: restore it, or embed and export again",
+    )
+
+
+def _check_same_graph(sidecar: Sidecar, expected: SidecarHeader) -> None:
+    for name in SHARED_BY_SHARDS:
+        found, wanted = getattr(sidecar.header, name), getattr(expected, name)
+        if found != wanted:
+            raise ShardError(
+                f"{sidecar.url}: {name} is {found!r}, but the first tar's sidecar has {wanted!r}",
+                "batches cannot mix graphs: name tars of one store only, or export the whole store again",
+            )
+
+
+def _expand(pattern: str) -> list[str]:
+    try:
+        alternatives: list[str] = list(braceexpand(pattern))
+    except ValueError:
+        raise ConfigError(f"{pattern}: unbalanced braces", "write {00000..00331}, or pass a list") from None
+    tars: list[str] = []
+    for url in alternatives:
+        if not has_magic(url):
+            tars.append(url)
+            continue
+        file_system, path = fsspec.core.url_to_fs(url)
+        found = sorted(file_system.glob(path))
+        if not found:
+            raise ConfigError(f"{url} matches no file", "check the path; a store keeps its tars in shards/")
+        tars += [file_system.unstrip_protocol(name) if "://" in url else name for name in found]
+    return tars
+
+
+def _sidecar_of(tar: str, sidecars: str | os.PathLike[str] | None) -> str:
+    folder, _, file_name = tar.rpartition("/")
+    if tar_stem(file_name) == file_name:
+        raise ConfigError(f"{tar} does not end in .tar, .tgz or .tar.gz", "name WebDataset tars")
+    name = f"{tar_stem(file_name)}.graph.parquet"
+    if sidecars is not None:
+        folder = os.fspath(sidecars).rstrip("/")
+    return f"{folder}/{name}" if folder else name
+
+
+def _missing(shard: Shard, url: str) -> ShardError:
+    if url == shard.tar:
+        return ShardError(f"{url}: there is no such tar", "check the path or pattern")
+    return ShardError(
+        f"{url}: {shard.tar} has no sidecar there",
+        "run `graphbuild export` on the store, or name the folder of the sidecars with `sidecars=`",
+    )
+
+
+def _name(sample: JoinedSample) -> str:
+    return f"{sample.tar}: sample {sample.position}, key {sample.sidecar.key[sample.position]!r}"

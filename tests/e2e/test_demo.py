@@ -1,0 +1,61 @@
+"""`graphbuild demo` as a newcomer runs it: what it prints, what it leaves, and what a second run does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from graphbuild.demo.scenes import make_scenes
+from graphbuild.demo.server import FAULTS, assign_faults, expected_images, image_url
+
+SCENES = 300
+GRAPHBUILD = Path(sys.executable).parent / "graphbuild"
+
+
+def demo(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [GRAPHBUILD, "demo", "demo", "--scenes", str(SCENES)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, demo(folder)
+
+
+def test_demo_succeeds_and_says_what_to_look_at(run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = run
+    assert done.returncode == 0, done.stderr
+    images = expected_images(assign_faults(SCENES))
+    assert f"{SCENES:,} rows -> {SCENES:,} URLs -> {images:,} images" in done.stdout
+    assert "recall@32 1.000000" in done.stdout
+    assert "404: Not Found" in done.stdout
+    assert f"{folder}/demo/shards/" in done.stdout
+    assert done.stdout.count("nearest neighbours") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_every_url_ends_as_its_fault_foretells(run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    files = [path for path in (run[0] / "demo" / "shards").glob("0*.parquet") if ".graph." not in path.name]
+    status = dict(pl.concat([pl.read_parquet(path, columns=["url", "status"]) for path in files]).iter_rows())
+    base = next(iter(status)).rsplit("/images/", 1)[0]
+    for index, fault in enumerate(assign_faults(len(make_scenes(SCENES)))):
+        kept = status[image_url(base, index)] == "success"
+        assert kept == (fault is None or fault.kept), (index, fault)
+    assert {fault.kind for fault in assign_faults(SCENES) if fault} == set(FAULTS)
+
+
+def test_a_second_demo_does_nothing_and_is_quick(run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (run[0] / "demo").rglob("*") if path.is_file()}
+    begin = time.monotonic()
+    done = demo(run[0])
+    seconds = time.monotonic() - begin
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("up to date") == 10
+    assert {path: path.stat().st_mtime_ns for path in (run[0] / "demo").rglob("*") if path.is_file()} == before
+    assert seconds < 10

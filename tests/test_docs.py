@@ -1,0 +1,65 @@
+"""What the documents say exists: every setting, every command with its options, every file they link."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from graphbuild.cli import app
+from graphbuild.recipe import Recipe, read_recipe
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "pipelines" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_every_setting_of_a_recipe_is_documented_with_its_default() -> None:
+    page = (ROOT / "docs" / "recipe.md").read_text()
+    for section, values in Recipe().model_dump().items():
+        part = page.split(f"\n## {section}")[1].split("\n## ")[0]
+        for name, default in values.items():
+            row = next((line for line in part.splitlines() if re.search(rf"^\|[^|]*\b{name}\b", line)), None)
+            assert row is not None, f"{section}.{name} is missing"
+            names = [cell.strip() for cell in row.split("|")[1].split(",")]
+            defaults = [cell.strip() for cell in row.split("|")[2].split(",")]
+            shown = "" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+            assert defaults[names.index(name)] in (shown, shown.removesuffix(".0")), f"{section}.{name}: {row}"
+
+
+def commands() -> list[str]:
+    found = []
+    for page in PAGES:
+        prose, *blocks = re.split(r"^```.*$", page.read_text(), flags=re.M)
+        for number, block in enumerate(blocks):
+            if number % 2 == 0:
+                found += re.findall(r"^(graphbuild [a-z].*)$", block, re.M)
+            else:
+                prose += block
+        found += [" ".join(code.split()) for code in re.findall(r"`(graphbuild [a-z][^`]*)`", prose)]
+    return sorted({part.strip() for line in found for part in line.split("&&")})
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_in_the_documents_has_such_a_verb_and_options(line: str) -> None:
+    words = shlex.split(line.split("  ")[0])[1:]
+    group = typer.main.get_command(app)
+    if words[0] == "VERB":
+        return
+    verb = group.commands[words[0]]  # type: ignore[attr-defined]
+    options = {option for parameter in verb.params for option in parameter.opts}
+    assert {word for word in words if word.startswith("--")} <= options | {"--help"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_and_named_file_exists(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links {target}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pipelines").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_is_valid(path: Path) -> None:
+    read_recipe(str(path))

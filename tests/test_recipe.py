@@ -1,0 +1,153 @@
+"""Recipes: written-out defaults, options over a store's recipe, exclusive sources, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from graphbuild.errors import ConfigError
+from graphbuild.recipe import Recipe, read_recipe, resolve
+from graphbuild.store import Store
+
+
+def write(folder: Path, content: str | bytes) -> str:
+    path = folder / "recipe.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def test_a_recipe_writes_every_default_out_and_reads_back_the_same(tmp_path: Path) -> None:
+    dumped = Recipe().dump()
+    assert read_recipe(write(tmp_path, dumped)) == Recipe()
+    written = yaml.safe_load(dumped)
+    assert {name: set(section) for name, section in written.items()} == {
+        name: set(field.annotation.model_fields)  # type: ignore[union-attr]
+        for name, field in Recipe.model_fields.items()
+    }
+    assert (written["index"]["k"], written["export"]["embeddings"]) == (64, "int8")
+
+
+@pytest.mark.parametrize("content", ["", "# nothing\n", "embed:\n  template: '{}'\n"])
+def test_what_a_recipe_leaves_out_has_its_default(tmp_path: Path, content: str) -> None:
+    assert read_recipe(write(tmp_path, content)) == Recipe()
+
+
+def test_text_in_any_script_survives_the_file(tmp_path: Path) -> None:
+    recipe = Recipe.model_validate(
+        {"embed": {"template": "写真: {} \u202e 🐕\n", "caption_column": "Bildunterschrift ß"}}
+    )
+    assert read_recipe(write(tmp_path, recipe.dump())) == recipe
+
+
+def test_options_change_the_recipe_of_the_store_and_nothing_else(tmp_path: Path) -> None:
+    write(tmp_path, "index: {k: 7, seed: 3}\nexport: {embeddings: none}\n")
+    recipe = resolve(Store(str(tmp_path)), "index", {"k": 9, "min_recall": None})
+    assert (recipe.index.k, recipe.index.seed, recipe.index.min_recall) == (9, 3, 0.999)
+    assert recipe.export.embeddings == "none"
+    assert resolve(Store(str(tmp_path / "new")), "index", {}) == Recipe()
+
+
+@pytest.mark.parametrize("source", ["shards", "captions", "vectors"])
+def test_another_source_takes_the_place_of_the_one_in_the_recipe(tmp_path: Path, source: str) -> None:
+    write(tmp_path, "embed: {captions: /data/list.csv, caption_column: text}\n")
+    embed = resolve(Store(str(tmp_path)), "embed", {source: "/data/x"}).embed
+    given = {name: getattr(embed, name) for name in ("shards", "captions", "vectors")}
+    assert given == {"shards": None, "captions": None, "vectors": None} | {source: "/data/x"}
+    assert embed.caption_column == "text"
+
+
+def test_relative_paths_become_absolute_and_urls_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    section = (
+        "embed: {shards: 'tars/{00..11}.tar', class_names: names.txt, encoder: model}\ndownload: {urls: ~/l.csv}\n"
+    )
+    recipe = read_recipe(write(tmp_path, section))
+    assert recipe.embed.shards == f"{tmp_path}/tars/{{00..11}}.tar"
+    assert recipe.embed.class_names == f"{tmp_path}/names.txt"
+    assert recipe.embed.encoder == f"{tmp_path}/model"
+    assert recipe.download.urls == str(Path("~/l.csv").expanduser())
+    assert read_recipe(write(tmp_path, "embed: {shards: 's3://b/{0..9}.tar'}")).embed.shards == "s3://b/{0..9}.tar"
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("embed: [", "YAML"),
+        ("a: b: c", "YAML"),
+        (b"\xff\xfe\x00", "YAML"),
+        ("embed: \x07", "YAML"),
+        ("embed: !!python/object/apply:os.system ['true']", "YAML"),
+        ("- embed", "sections"),
+        ("just text", "sections"),
+        ("embeds: {}", "embeds: no such setting"),
+        ("embed: {caption_colum: x}", "embed.caption_colum: no such setting"),
+        ("embed: text", "embed: "),
+        ("index: {k: many}", "index.k"),
+        ("index: {k: 0}", "index.k"),
+        ("index: {k: 1.5}", "index.k"),
+        ("index: {k: 5000}", "index.k"),
+        ("index: {min_recall: 1.01}", "index.min_recall"),
+        ("index: {device: tpu}", "index.device"),
+        ("export: {embeddings: int4}", "export.embeddings"),
+        ("embed: {encoder: ''}", "embed.encoder"),
+        ("embed: {shards: ''}", "embed.shards"),
+        ("embed: {captions: 3}", "embed.captions"),
+        ("embed: {preset: laion}", "embed.preset"),
+        ("embed: {template: a photo}", "must contain {} once"),
+        ("embed: {template: '{} and {}'}", "must contain {} once"),
+        ("embed: {shards: a.tar, captions: b.csv}", "shards and captions exclude each other"),
+        ("embed: {shards: a.tar, captions: b.csv, vectors: c.npy}", "shards and captions and vectors exclude"),
+        ("download: {timeout_seconds: 0}", "download.timeout_seconds"),
+        ("download: {retries: -1}", "download.retries"),
+    ],
+)
+def test_a_bad_recipe_is_refused_by_naming_the_file_and_the_setting(
+    tmp_path: Path, content: str | bytes, named: str
+) -> None:
+    path = write(tmp_path, content)
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(path)
+    assert path in caught.value.cause
+    assert named in caught.value.cause
+
+
+def test_all_faults_of_a_recipe_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(write(tmp_path, "index: {k: 0, seeds: 1}\nexport: {embeddings: x}\n"))
+    assert all(named in caught.value.cause for named in ("index.k", "index.seeds", "export.embeddings"))
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", "", "recipe.yaml/below", "foo://bar/recipe.yaml"])
+def test_a_recipe_that_cannot_be_read_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    write(tmp_path, "embed: {}")
+    path = name if "://" in name else str(tmp_path / name)
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(path)
+    assert path in caught.value.cause
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "named"),
+    [
+        ("index", {"k": 0}, "--k"),
+        ("embed", {"caption_column": None, "template": "no place"}, "--template"),
+        ("embed", {"shards": "a", "vectors": "b"}, "--shards, --vectors: shards and vectors exclude each other"),
+        ("embed", {"captions": "a.csv", "template": ""}, "--template: '' must contain {} once"),
+        ("download", {"shard_size": 0}, "--shard-size"),
+    ],
+)
+def test_a_bad_option_is_refused_by_its_name(tmp_path: Path, section: str, changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(Store(str(tmp_path)), section, changes)
+    assert named in caught.value.cause
+
+
+def test_the_recipe_of_another_format_version_is_not_read(tmp_path: Path) -> None:
+    write(tmp_path, "from_the_future: {}")
+    (tmp_path / "manifest.json").write_text('{"format_version": 99}')
+    with pytest.raises(ConfigError, match="format version 99"):
+        resolve(Store(str(tmp_path)), "index", {})

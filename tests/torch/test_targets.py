@@ -1,0 +1,126 @@
+"""Targets against the formula of Sobal et al. written with loops in float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from graphbuild.errors import ConfigError, InputError
+from graphbuild.torch import similarity_targets
+
+
+def written_out(texts: np.ndarray, tau_s: float, views: int) -> np.ndarray:
+    texts = texts.astype(np.float64)
+    texts = texts / np.sqrt((texts**2).sum(1, keepdims=True))
+    images = len(texts)
+    target = np.zeros((views * images, views * images))
+    for i in range(views * images):
+        for j in range(views * images):
+            same_image = i % images == j % images
+            similarity = 1.0 if same_image else float(texts[i % images] @ texts[j % images])
+            target[i, j] = 0.0 if i == j else math.exp(similarity / tau_s)
+        target[i] /= target[i].sum()
+    return target
+
+
+@pytest.fixture
+def texts() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(6, 5)) * np.arange(1, 7)[:, None]
+
+
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize("tau_s", [0.05, 0.1, 1.0])
+def test_equals_the_written_formula(texts: np.ndarray, tau_s: float, views: int) -> None:
+    target = similarity_targets(torch.from_numpy(texts).float(), tau_s=tau_s, views=views)
+    np.testing.assert_allclose(target, written_out(texts, tau_s, views), atol=1e-6)
+
+
+def test_rows_sum_to_one_self_is_zero_and_no_gradient_flows(texts: np.ndarray) -> None:
+    target = similarity_targets(torch.from_numpy(texts).float().requires_grad_(), tau_s=0.1)
+    assert target.shape == (12, 12)
+    assert target.dtype == torch.float32
+    assert not target.requires_grad
+    assert (target.diagonal() == 0).all()
+    torch.testing.assert_close(target.sum(1), torch.ones(12))
+
+
+def test_keeps_float64(texts: np.ndarray) -> None:
+    target = similarity_targets(torch.from_numpy(texts), tau_s=0.02)
+    np.testing.assert_allclose(target, written_out(texts, 0.02, 2), atol=1e-13)
+
+
+def test_a_precomputed_block_gives_the_same_target_and_is_left_alone(texts: np.ndarray) -> None:
+    unit = torch.nn.functional.normalize(torch.from_numpy(texts).float(), dim=1)
+    block = unit @ unit.T
+    block.fill_diagonal_(float("nan"))  # a graph stores no self edges
+    before = block.clone()
+    target = similarity_targets(similarities=block, tau_s=0.1)
+    torch.testing.assert_close(target, similarity_targets(unit, tau_s=0.1))
+    torch.testing.assert_close(block, before, equal_nan=True)
+
+
+def test_int8_and_float16_embeddings_of_any_scale(texts: np.ndarray) -> None:
+    stored = np.rint(texts / np.abs(texts).max(1, keepdims=True) * 127)
+    expected = written_out(stored, 0.1, 2)
+    np.testing.assert_allclose(
+        similarity_targets(torch.from_numpy(stored).to(torch.int8), tau_s=0.1), expected, atol=1e-6
+    )
+    tiny, huge = torch.from_numpy(stored).half() * 2**-12, torch.from_numpy(stored).half() * 2**8
+    np.testing.assert_allclose(similarity_targets(tiny, tau_s=0.1), expected, atol=1e-6)
+    np.testing.assert_allclose(similarity_targets(huge, tau_s=0.1), expected, atol=1e-6)
+
+
+def test_autocast_does_not_lower_the_precision(texts: np.ndarray) -> None:
+    embeddings = torch.from_numpy(texts).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = similarity_targets(embeddings, tau_s=0.1)
+    assert torch.equal(inside, similarity_targets(embeddings, tau_s=0.1))
+
+
+def test_duplicate_captions_share_the_mass_with_the_other_view() -> None:
+    texts = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    target = similarity_targets(texts, tau_s=0.01)
+    torch.testing.assert_close(target[0], torch.tensor([0, 1 / 3, 0, 1 / 3, 1 / 3, 0]))
+    torch.testing.assert_close(target[2], torch.tensor([0.0, 0, 0, 0, 0, 1]))
+
+
+@pytest.mark.parametrize("tau_s", [0.0, -0.1, float("nan"), float("inf")])
+def test_a_temperature_must_be_positive_and_finite(tau_s: float) -> None:
+    with pytest.raises(ConfigError, match="tau_s"):
+        similarity_targets(torch.eye(3), tau_s=tau_s)
+
+
+def test_embeddings_or_similarities_but_not_both() -> None:
+    with pytest.raises(ConfigError):
+        similarity_targets(tau_s=0.1)
+    with pytest.raises(ConfigError):
+        similarity_targets(torch.eye(3), similarities=torch.eye(3), tau_s=0.1)
+
+
+def test_one_view_of_one_image_has_nothing_to_find() -> None:
+    with pytest.raises(ConfigError, match="nothing to find"):
+        similarity_targets(torch.ones(1, 4), tau_s=0.1, views=1)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_unusable_embeddings_are_named(value: float) -> None:
+    embeddings = torch.eye(4)
+    embeddings[2] = value
+    with pytest.raises(InputError, match=r"\[2\]"):
+        similarity_targets(embeddings, tau_s=0.1)
+
+
+@pytest.mark.parametrize(
+    "embeddings", [torch.ones(4), torch.ones(2, 3, 4), torch.ones(4, 0), torch.ones(4, 4, dtype=torch.int64)]
+)
+def test_wrong_shapes_and_dtypes_raise(embeddings: torch.Tensor) -> None:
+    with pytest.raises(InputError):
+        similarity_targets(embeddings, tau_s=0.1)
+
+
+def test_a_block_must_be_square_and_finite() -> None:
+    with pytest.raises(InputError, match="square"):
+        similarity_targets(similarities=torch.ones(3, 4), tau_s=0.1)
+    with pytest.raises(InputError, match="NaN"):
+        similarity_targets(similarities=torch.full((3, 3), float("nan")), tau_s=0.1)

@@ -1,0 +1,119 @@
+"""What frozen features know: weighted k-NN and a linear probe on labels from the samples' json members.
+
+Hyper-parameters are chosen on a fifth of the train part, never on the test part. Next to each accuracy stand
+chance (always the commonest class) and the same probe on an untrained encoder. One pass over the images
+serves all encoders and labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from model import normalise
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+NEIGHBOURS = (5, 20, 50)
+KNN_TEMPERATURE = 0.07
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+VALIDATION_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of each encoder [n, features], float32 on the CPU; and of each label n values."""
+
+    by_encoder: dict[str, Tensor]
+    labels: dict[str, list[str]]
+
+
+@torch.inference_mode()
+def extract(
+    encoders: Mapping[str, nn.Module], batches: Iterable[dict[str, Any]], labels: Sequence[str], device: torch.device
+) -> Features:
+    """Features of every image, in the order of `batches`, which carry image and json."""
+    features: dict[str, list[Tensor]] = {name: [] for name in encoders}
+    values: dict[str, list[str]] = {label: [] for label in labels}
+    for batch in batches:
+        images = normalise(batch["image"].to(device))
+        for name, encoder in encoders.items():
+            features[name].append(encoder(images).float().cpu())
+        for label in labels:
+            absent = [key for key, json in zip(batch["key"], batch["json"], strict=True) if label not in json]
+            if absent:
+                raise SystemExit(f"sample {absent[0]} has no label {label!r} in its json member: correct --labels")
+            values[label] += [str(json[label]) for json in batch["json"]]
+    return Features({name: torch.cat(parts) for name, parts in features.items()}, values)
+
+
+def evaluate(train: Features, test: Features) -> list[dict[str, Any]]:
+    """One row a label: classes, chance, and accuracy on the test part of knn and linear for each encoder."""
+    rows = []
+    for label, names in train.labels.items():
+        classes = sorted({*names, *test.labels[label]})
+        index = {name: number for number, name in enumerate(classes)}
+        y_train = torch.tensor([index[name] for name in names])
+        y_test = torch.tensor([index[name] for name in test.labels[label]])
+        commonest = y_train.mode().values
+        row: dict[str, Any] = {"label": label, "classes": len(classes), "chance": accuracy(commonest, y_test)}
+        for encoder, x_train in train.by_encoder.items():
+            x_test = test.by_encoder[encoder]
+            for probe, choices in ((knn, NEIGHBOURS), (linear, PENALTIES)):
+                predicted = _chosen_on_validation(probe, choices, x_train, y_train, x_test, len(classes))
+                row[f"{probe.__name__} {encoder}"] = accuracy(predicted, y_test)
+        rows.append(row)
+    return rows
+
+
+def knn(x: Tensor, y: Tensor, queries: Tensor, classes: int, neighbours: int) -> Tensor:
+    """Votes of the nearest neighbours weighted by exp(cosine / 0.07), as in Wu et al., arXiv 1805.01978."""
+    similarity, nearest = (normalize(queries) @ normalize(x).T).topk(min(neighbours, len(x)))
+    votes = torch.zeros(len(queries), classes)
+    votes.scatter_add_(1, y[nearest], torch.exp((similarity - 1) / KNN_TEMPERATURE))
+    return votes.argmax(1)
+
+
+def linear(x: Tensor, y: Tensor, queries: Tensor, classes: int, penalty: float) -> Tensor:
+    """Multinomial logistic regression with an L2 penalty on standardised features, fitted by L-BFGS."""
+    mean, deviation = x.mean(0), x.std(0).clamp_min(1e-6)
+    x, queries = (x - mean) / deviation, (queries - mean) / deviation
+    head = nn.Linear(x.shape[1], classes)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=60, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = cross_entropy(head(x), y) + penalty * head.weight.square().sum() / 2
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    with torch.inference_mode():
+        return head(queries).argmax(1)
+
+
+def accuracy(predicted: Tensor, truth: Tensor) -> float:
+    return (predicted == truth).float().mean().item()
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as text, accuracies in percent."""
+    columns = list(rows[0])
+    cells = [columns] + [
+        [f"{100 * value:.1f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows
+    ]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(columns))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+
+
+def _chosen_on_validation(
+    probe: Any, choices: Sequence[float], x: Tensor, y: Tensor, queries: Tensor, classes: int
+) -> Tensor:
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    held, kept = order.tensor_split([max(1, int(VALIDATION_SHARE * len(x)))])
+    scores = [accuracy(probe(x[kept], y[kept], x[held], classes, choice), y[held]) for choice in choices]
+    return probe(x, y, queries, classes, choices[scores.index(max(scores))])
