@@ -1,8 +1,6 @@
-"""Stages encode and vectors: nodes/<shard>.npy, the embedding of every node.
+"""Stage encode: the sentence encoder over each shard's distinct texts, to nodes/<shard>.npy.
 
-encode runs the sentence encoder over a shard's distinct texts; vectors takes ready vectors instead, one node a row, and
-writes that shard's samples and nodes as well. Either way float16, unit norm, and checked: a NaN, an infinity or a zero
-vector is refused with its row. Memory: one shard.
+Embeddings are float16, unit norm, and the same bytes whatever the worker count. Memory: the model, and one shard.
 """
 
 from __future__ import annotations
@@ -10,39 +8,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
 from graphbuild.encoder import encode, find_encoder
 from graphbuild.errors import InputError, StageError
-from graphbuild.number import SAMPLES
 from graphbuild.recipe import Recipe
-from graphbuild.scan import SCHEMA, shard_name
 from graphbuild.stage import Stage, Task, digest
 from graphbuild.state import require
-from graphbuild.store import Json, Store, Writer, file_identity, local_file
-
-EMPTY_NORM = 1e-6
+from graphbuild.store import Json, Store, Writer
 
 
-def plan_encode(recipe: Recipe, store: Store) -> list[Task]:
+def plan(recipe: Recipe, store: Store) -> list[Task]:
     embed = recipe.embed
     encoder = find_encoder(embed.encoder)
     return [
         Task(
             stage="encode",
             name=record["task"],
-            settings={"encoder": encoder.identity},
+            settings={"encoder": encoder.identity, "batch_size": embed.batch_size},
             inputs={"texts": record["facts"]["texts_sha256"]},
-            hints={"encoder": embed.encoder, "batch_size": embed.batch_size, "device": embed.device},
+            hints={"encoder": embed.encoder, "device": embed.device},
         )
         for record in require(store, "assign", "embed")
     ]
 
 
-def run_encode(task: Task, store: Store, writer: Writer) -> Json:
+def run(task: Task, store: Store, writer: Writer) -> Json:
     encoder = find_encoder(task.hints["encoder"])
     if encoder.identity != task.settings["encoder"]:
         raise StageError(
@@ -54,94 +43,17 @@ def run_encode(task: Task, store: Store, writer: Writer) -> Json:
         texts, keep = ["-"], 0
     else:
         keep = len(texts)
-    vectors = encode(encoder, texts, batch_size=task.hints["batch_size"], device=task.hints["device"])[:keep]
+    vectors = encode(encoder, texts, batch_size=task.settings["batch_size"], device=task.hints["device"])[:keep]
     writer.array(f"nodes/{task.name}.npy", vectors)
     return {"counts": {"embeddings": keep}, "d": vectors.shape[1]}
 
 
-def finish_encode(recipe: Recipe, store: Store, done: list[Json]) -> Json:
+def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     encoder = find_encoder(recipe.embed.encoder)
-    return _embeddings_entry(done, {"encoder": encoder.name, "weights_sha256": encoder.sha256})
+    return embeddings_entry(done, {"encoder": encoder.name, "weights_sha256": encoder.sha256})
 
 
-def plan_vectors(recipe: Recipe, store: Store) -> list[Task]:
-    embed = recipe.embed
-    assert embed.vectors is not None
-    with local_file(embed.vectors) as path:
-        rows = (
-            len(_open_npy(path, embed.vectors))
-            if embed.vectors.endswith(".npy")
-            else _open_parquet(path, embed).metadata.num_rows
-        )
-    if rows == 0:
-        raise InputError(f"{embed.vectors} holds no vectors", "give a file with at least two rows")
-    identity = file_identity(embed.vectors)
-    return [
-        Task(
-            stage="vectors",
-            name=shard_name(number),
-            settings={
-                "first_row": first,
-                "rows": min(embed.shard_size, rows - first),
-                "vector_column": embed.vector_column,
-            },
-            inputs={"vectors": identity},
-            hints={"url": embed.vectors},
-        )
-        for number, first in enumerate(range(0, rows, embed.shard_size))
-    ]
-
-
-def run_vectors(task: Task, store: Store, writer: Writer) -> Json:
-    url, first, count = task.hints["url"], task.settings["first_row"], task.settings["rows"]
-    with local_file(url) as path:
-        if url.endswith(".npy"):
-            values = np.asarray(_open_npy(path, url)[first : first + count])
-        else:
-            values = _parquet_rows(path, url, task.settings)
-    vectors = unit_vectors(values, first_row=first, source=url)
-    rows = np.arange(first, first + count)
-    empty = {field.name: pa.nulls(count, field.type) for field in SCHEMA}
-    columns = {**empty, "row": pa.array(rows), "key": pa.array(rows.astype(str)), "node": pa.array(rows)}
-    writer.table(f"samples/{task.name}.parquet", pa.table({name: columns[name] for name in SAMPLES}))
-    writer.table(
-        f"nodes/{task.name}.parquet",
-        pa.table({"node": rows, "text": empty["text"], "samples": np.ones(count, np.int64)}),
-    )
-    writer.array(f"nodes/{task.name}.npy", vectors)
-    return {"counts": {"samples": count, "nodes": count}, "d": vectors.shape[1]}
-
-
-def finish_vectors(recipe: Recipe, store: Store, done: list[Json]) -> Json:
-    shards = []
-    for record in done:
-        first, count = record["settings"]["first_row"], record["settings"]["rows"]
-        place = {"first_row": first, "samples": count, "first_node": first, "nodes": count}
-        shards.append({"shard": record["task"], **place, "tar": None})
-    return {"shards": shards, **_embeddings_entry(done, {"encoder": "ready vectors", "weights_sha256": None})}
-
-
-def unit_vectors(values: np.ndarray[Any, Any], *, first_row: int, source: str) -> np.ndarray[Any, np.dtype[np.float16]]:
-    """Rows scaled to unit norm as float16 [n, d]; InputError naming the row of a NaN, an infinity or a zero vector."""
-    exact = values.astype(np.float64)
-    with np.errstate(over="ignore"):
-        norms = np.linalg.norm(exact, axis=1)
-    for bad, what in (
-        (~np.isfinite(exact).all(axis=1), "holds NaN or infinity"),
-        (~np.isfinite(norms), "is too long for float64"),
-        (norms < EMPTY_NORM, "is a zero vector"),
-    ):
-        if bad.any():
-            row = first_row + int(np.argmax(bad))
-            raise InputError(
-                f"{source}: row {row} {what} ({int(bad.sum())} such rows near it)",
-                "remove or mend these rows, then run again",
-            )
-    unit: np.ndarray[Any, np.dtype[np.float16]] = (exact / norms[:, None]).astype(np.float16)
-    return unit
-
-
-def _embeddings_entry(done: list[Json], encoder: Mapping[str, Any]) -> Json:
+def embeddings_entry(done: list[Json], encoder: Mapping[str, Any]) -> Json:
     dimensions = sorted({record["facts"]["d"] for record in done})
     if len(dimensions) > 1:
         raise InputError(f"vectors of mixed length: {dimensions}", "give every row a vector of one length")
@@ -149,67 +61,4 @@ def _embeddings_entry(done: list[Json], encoder: Mapping[str, Any]) -> Json:
     return {"embeddings": {**encoder, "d": dimensions[0], "dtype": "float16", "fingerprint": digest(files)}}
 
 
-def _open_npy(path: Any, url: str) -> np.ndarray[Any, Any]:
-    try:
-        values: np.ndarray[Any, Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(
-            f"{url} is not a whole .npy file ({error})", "write it with numpy.save, as a float array [n, d]"
-        ) from None
-    if values.ndim != 2 or not np.issubdtype(values.dtype, np.floating) or values.shape[1] == 0:
-        raise InputError(
-            f"{url} holds {values.dtype} {list(values.shape)}", "give a float array [n, d], one vector a row"
-        )
-    return values
-
-
-def _open_parquet(path: Any, embed: Any) -> pq.ParquetFile:
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"{embed.vectors} is neither .npy nor parquet ({error})", "give --vectors a .npy or parquet file"
-        ) from None
-    if file.schema_arrow.names.count(embed.vector_column) != 1:
-        raise InputError(
-            f"{embed.vectors} has no column {embed.vector_column!r}, or several; "
-            f"it has {', '.join(map(repr, file.schema_arrow.names[:50]))}",
-            "name the vectors' column by --vector-column",
-        )
-    kind = file.schema_arrow.field(embed.vector_column).type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    if not (is_list and pa.types.is_floating(kind.value_type)):
-        raise InputError(
-            f"{embed.vectors}: column {embed.vector_column!r} is {kind}", "give a column of lists of floats"
-        )
-    return file
-
-
-def _parquet_rows(path: Any, url: str, settings: Mapping[str, Any]) -> np.ndarray[Any, Any]:
-    """Rows [first_row, first_row + rows) of a list column, reading only the row groups that hold them."""
-    first, count = settings["first_row"], settings["rows"]
-    file = pq.ParquetFile(path)
-    begin, parts = 0, []
-    try:
-        for group in range(file.metadata.num_row_groups):
-            size = file.metadata.row_group(group).num_rows
-            if begin < first + count and begin + size > first:
-                column = file.read_row_group(group, [settings["vector_column"]]).column(0)
-                parts.append(column.slice(max(first - begin, 0), first + count - max(begin, first)))
-            begin += size
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{url} is truncated or damaged ({error})", "fetch or write the file again") from None
-    column = pa.chunked_array([chunk for part in parts for chunk in part.chunks]).combine_chunks()
-    lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy()
-    if (lengths != lengths[0]).any() or lengths[0] < 1:
-        row = int(np.argmax(lengths != lengths[0])) if lengths[0] > 0 else 0
-        what = "has no vector" if lengths[row] < 1 else f"has a vector of {lengths[row]} numbers, not {lengths[0]}"
-        raise InputError(
-            f"{url}: row {first + row} of column {settings['vector_column']!r} {what}",
-            "give every row a vector of one length",
-        )
-    return np.asarray(column.flatten()).reshape(count, -1)
-
-
-ENCODE = Stage(name="encode", title="encoding", plan=plan_encode, run=run_encode, finish=finish_encode, on_device=True)
-VECTORS = Stage(name="vectors", title="vectors", plan=plan_vectors, run=run_vectors, finish=finish_vectors)
+STAGE = Stage(name="encode", title="encoding", plan=plan, run=run, finish=finish, on_device=True)

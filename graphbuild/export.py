@@ -86,10 +86,15 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
 
 def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     """shards/sizes.json, samples a tar, by which open_clip and others learn the data set's size."""
-    sizes = {shard["tar"]["name"]: shard["samples"] for shard in store.manifest()["shards"] if shard["tar"] is not None}
-    if sizes:
+    sizes = tar_sizes(store.manifest())
+    if sizes is not None:
         store.write_json(SIZES, sizes)
     return {}
+
+
+def tar_sizes(manifest: Json) -> dict[str, int] | None:
+    """Samples a tar by its name; None for a store whose samples came from no tar."""
+    return {s["tar"]["name"]: s["samples"] for s in manifest["shards"] if s["tar"] is not None} or None
 
 
 STAGE = Stage(name="export", title="export", plan=plan, run=run, finish=finish)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from graphbuild.errors import StageError
+from graphbuild.errors import ConfigError
 from graphbuild.index import VECTORS
 from graphbuild.sharded import ShardedArray, node_array
 from graphbuild.store import Json, Store
@@ -45,11 +45,11 @@ class SampleGraph:
 
     @classmethod
     def open(cls, url: str) -> SampleGraph:
-        """Open the graph of a store, a folder or any fsspec URL; StageError when it has no certified graph."""
+        """Open the graph of a store, a folder or any fsspec URL; ConfigError when it has no certified graph."""
         store = Store(url)
         manifest = store.manifest()
         if "certify" not in manifest["stages"]:
-            raise StageError(f"{store.url} has no finished graph", f"run `graphbuild index {store.url}` first")
+            raise ConfigError(f"{store.url} has no finished graph", f"run `graphbuild index {store.url}` first")
         files = ("graph/{}.neighbors.npy", "graph/{}.similarities.npy", "graph/{}.background.npy")
         return cls(manifest, *(node_array(store, manifest, pattern) for pattern in (VECTORS, *files)))
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from graphbuild.encoder import one_thread
-from graphbuild.errors import ConfigError, StageError
+from graphbuild.errors import ConfigError
 from graphbuild.recipe import Recipe
 from graphbuild.sharded import Array, node_array
 from graphbuild.stage import Stage, Task, digest
@@ -25,10 +25,10 @@ VECTORS = "nodes/{}.npy"
 
 
 def nodes_entry(store: Store) -> Json:
-    """The manifest, once embeddings are finished; StageError before that."""
+    """The manifest, once embeddings are finished; ConfigError before that."""
     manifest = store.manifest()
     if not {"encode", "vectors"} & manifest["stages"].keys():
-        raise StageError(f"{store.url} has no finished embeddings", f"run `graphbuild embed {store.url}` first")
+        raise ConfigError(f"{store.url} has no finished embeddings", f"run `graphbuild embed {store.url}` first")
     return manifest
 
 

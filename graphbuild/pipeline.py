@@ -6,8 +6,9 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from graphbuild import certify, download, embed, export, index, number, scan
+from graphbuild import certify, download, embed, export, index, number, scan, vectors
 from graphbuild.encoder import find_encoder
+from graphbuild.errors import ConfigError
 from graphbuild.recipe import Recipe
 from graphbuild.runner import Runner
 from graphbuild.stage import Stage
@@ -31,6 +32,11 @@ PACKAGES = (
 def stages_of(verb: str, recipe: Recipe) -> Sequence[Stage]:
     """The stages of download, embed, index, export, or of `run`, which is all that the recipe's source needs."""
     if verb == "run":
+        chosen = [name for name in ("shards", "captions", "vectors") if getattr(recipe.embed, name) is not None]
+        if recipe.download.urls is not None and chosen:
+            raise ConfigError(
+                f"the recipe has download.urls and embed.{chosen[0]}: two sources", "drop one of them from the recipe"
+            )
         from_list = recipe.download.urls is not None
         return [
             stage
@@ -39,10 +45,10 @@ def stages_of(verb: str, recipe: Recipe) -> Sequence[Stage]:
             for stage in stages_of(part, recipe)
         ]
     if verb == "embed" and recipe.embed.vectors is not None:
-        return [embed.VECTORS]
+        return [vectors.STAGE]
     return {
         "download": [download.URLS, download.DOWNLOAD],
-        "embed": [scan.STAGE, number.NUMBER, number.ASSIGN, embed.ENCODE],
+        "embed": [scan.STAGE, number.NUMBER, number.ASSIGN, embed.STAGE],
         "index": [index.STAGE_MOMENTS, index.STAGE_SEARCH, certify.STAGE],
         "export": [export.STAGE],
     }[verb]
@@ -52,7 +58,7 @@ def run_verb(verb: str, recipe: Recipe, store: Store, runner: Runner, *, force: 
     """Bring every stage of a verb up to date; returns the manifest. Nothing is written before the first plan holds."""
     stages = stages_of(verb, recipe)
     store.manifest()  # refuse another format version before anything else
-    if embed.ENCODE in stages:
+    if embed.STAGE in stages:
         find_encoder(recipe.embed.encoder)
     stages[0].plan(recipe, store)
     store.check_writable()

@@ -72,7 +72,8 @@ class Progress:
         if self._skipped == self._total:
             logger.info("%-9s up to date (%d of %d tasks done before)", self._title, self._skipped, self._total)
             return
-        parts = [f"{self._done - self._skipped - self._failed} tasks in {seconds:.1f} s"]
+        finished = self._done - self._skipped - self._failed
+        parts = [f"{finished} task{'s' * (finished != 1)} in {seconds:.1f} s"]
         parts += [f"{self._skipped} done before"] if self._skipped else []
         parts += [f"{self._failed} FAILED"] if self._failed else []
         logger.info("%-9s %s%s", self._title, ", ".join(parts), f": {self._describe(counts)}" if counts else "")

@@ -85,6 +85,7 @@ class Runner:
         self.address = address or os.environ.get("RAY_ADDRESS")
         self.progress = progress or Progress()
         self.seconds: dict[str, float] = {}  # by stage, wall time of the last run
+        self._recipe: Recipe | None = None  # as last written to the store
         self._started_ray = False
         self._pools: dict[bool, list[Any]] = {
             False: [],
@@ -114,7 +115,6 @@ class Runner:
         todo = pending(stage, tasks, done, store, force=force)
         self.progress.begin(stage.title, total=len(tasks), done=len(tasks) - len(todo))
         if todo:
-            write_recipe(recipe, store)
             invalidate(store, stage.name)
             failures = {}
             for task, result in self._results(stage, todo, store):
@@ -122,6 +122,9 @@ class Runner:
                     failures[task.name] = result
                     self.progress.advance({}, failed=True)
                 else:
+                    if self._recipe != recipe:  # not before a task took its settings: a refused one is not remembered
+                        write_recipe(recipe, store)
+                        self._recipe = recipe
                     done[task.name] = result
                     self.progress.advance(result["facts"].get("counts", {}))
             if failures:

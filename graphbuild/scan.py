@@ -8,23 +8,20 @@ input; memory: one shard's captions.
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
-import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
+from graphbuild.captions import CONTENT_CHARACTERS, fill_template, read_class_names, sample_caption
 from graphbuild.download import downloaded_tars
 from graphbuild.errors import InputError
 from graphbuild.recipe import Recipe
 from graphbuild.stage import Stage, Task, records
 from graphbuild.store import Json, Store, Writer, file_identity, file_sha256, local_file
 from graphbuild.tables import TableSpec, read_chunks
-from graphbuild.tars import Member, Tar, TarSample, expand_shards, open_tar, tar_stem
+from graphbuild.tars import expand_shards, open_tar, tar_stem
 from graphbuild.text import hashes, usable_text
 
 MEMBER = pa.struct([("extension", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
@@ -43,8 +40,6 @@ SCHEMA = pa.schema(
 REJECTED = pa.schema(
     [("position", pa.int64()), ("key", pa.string()), ("reason", pa.string()), ("content", pa.string())]
 )
-CONTENT_CHARACTERS = 10_000  # of a rejected row, kept
-UNPACKED_BYTES = 64 << 20  # of a gzip member, at most
 
 
 def plan(recipe: Recipe, store: Store) -> list[Task]:
@@ -57,7 +52,7 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
         return [Task(stage="scan", name="list", settings=settings, inputs=identity, hints={"url": embed.captions})]
     settings["caption_member"] = embed.caption_member
     if embed.class_names is not None:
-        settings["class_names"] = _class_names(embed.class_names)
+        settings["class_names"] = read_class_names(embed.class_names)
     if embed.shards is not None:
         tars = {url: file_identity(url) for url in expand_shards(embed.shards)}
         numbers = _shard_numbers(list(tars), store)
@@ -92,7 +87,7 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
     with open_tar(full_url) as tar:
         samples = tar.samples()
         keys = [sample.key for sample in samples]
-        found = [_caption(tar, sample, settings) for sample in samples]
+        found = [sample_caption(tar, sample, settings) for sample in samples]
         images = [None if tar.compressed else sample.image for sample in samples]
         members = [[] if tar.compressed else [vars(member) for member in sample.members] for sample in samples]
     captions = [content if reason is None else None for content, reason in found]
@@ -145,7 +140,7 @@ def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
     reasons: dict[str, int] = {}
     rejected_rows = 0
     keys: list[str] = []
-    captions: list[str] = []
+    captions: list[str | None] = []
     texts: list[str] = []
 
     def cut(size: int) -> None:
@@ -159,7 +154,8 @@ def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
         positions = chunk.rows["position"].to_pylist()
         row_keys = chunk.rows["key"].to_pylist() if "key" in spec.columns else [str(position) for position in positions]
         for position, key, caption in zip(positions, row_keys, chunk.rows["caption"].to_pylist(), strict=True):
-            text, reason = usable_text(_fill(settings["template"], caption))
+            caption = fill_template(settings["template"], caption)
+            text, reason = usable_text(caption)
             if text is None or key is None:
                 rejected.append((position, key, reason or "no key", caption))
             else:
@@ -184,64 +180,6 @@ def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
 
 def shard_name(number: int) -> str:
     return f"{number:05d}"
-
-
-def _caption(tar: Tar, sample: TarSample, settings: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """(caption, None), or (what stands in its place, why that is no caption)."""
-    wanted, _, field = settings["caption_member"].partition(":")
-    extensions = [wanted.lower().removeprefix(".")] if wanted != "auto" else ["txt", "json"]
-    by_extension = {member.extension.removesuffix(".gz"): member for member in reversed(sample.members)}
-    extension = next((extension for extension in extensions if extension in by_extension), None)
-    if extension is None:
-        return None, f"no member .{' or .'.join(extensions)}"
-    text, reason = _member_text(tar, by_extension[extension])
-    if text is None or reason is not None:
-        return text, reason
-    if extension == "json":
-        text, reason = _json_field(text, field or "caption")
-    names = settings.get("class_names")
-    if names is not None and text is not None and reason is None:
-        label = text.strip()
-        if not label.isdecimal() or len(label) > 20 or int(label) >= len(names):
-            return text, f"not a class number below {len(names)}, the count of class names"
-        text = names[int(label)]
-    return (_fill(settings["template"], text), None) if reason is None else (text, reason)
-
-
-def _member_text(tar: Tar, member: Member) -> tuple[str | None, str | None]:
-    content = tar.read(member)
-    if member.extension.endswith(".gz"):
-        try:
-            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(UNPACKED_BYTES + 1)
-        except (OSError, EOFError, zlib.error):
-            return None, f"member .{member.extension} cannot be unpacked"
-        if len(content) > UNPACKED_BYTES:
-            return None, f"member .{member.extension} unpacks to more than {UNPACKED_BYTES:,} bytes"
-    try:
-        return content.decode(), None
-    except UnicodeDecodeError:
-        return content[: 4 * CONTENT_CHARACTERS].decode(errors="replace"), f"member .{member.extension} is not UTF-8"
-
-
-def _json_field(content: str, field: str) -> tuple[str, str | None]:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        return content, "member .json is not valid JSON"
-    if not isinstance(value, dict) or field not in value:
-        return content, f"member .json has no field {field!r}"
-    text = value[field]
-    if isinstance(text, bool) or not isinstance(text, str | int):
-        return content, f"json field {field!r} is not a string"
-    try:
-        str(text).encode()
-    except ValueError:
-        return content, f"json field {field!r} is not Unicode text"
-    return str(text), None
-
-
-def _fill(template: str, caption: str | None) -> str | None:
-    return template.replace("{}", caption) if caption and caption.strip() else caption
 
 
 def _write_shard(
@@ -277,23 +215,6 @@ def _write_rejected(shard: str, rejected: Sequence[tuple[Any, ...]], writer: Wri
 def _reasons(rejected: Sequence[tuple[Any, ...]]) -> dict[str, int]:
     """Rows a reason; what a reason says of one row alone, behind its colon, is left to rejected/."""
     return dict(Counter(row[2].partition(": ")[0] for row in rejected))
-
-
-def _class_names(path: str) -> list[str]:
-    with local_file(path) as local:
-        try:
-            text = local.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"{path} cannot be read as class names ({error})", "give UTF-8 text, a name a line"
-            ) from None
-    names = [name.strip() for name in text.removesuffix("\n").split("\n")]
-    if not all(names):
-        raise InputError(
-            f"{path} must hold one class name a line, without blank lines",
-            "see --class-names in docs/recipe.md",
-        )
-    return names
 
 
 def _shard_numbers(urls: Sequence[str], store: Store) -> dict[str, str]:

@@ -251,9 +251,9 @@ def read_header(url: str) -> tuple[SidecarHeader, int]:
         ShardError: the file is missing or not a sidecar.
     """
     with _readable(url), fsspec.open(url, "rb") as stream:
-        footer = pq.ParquetFile(stream)
+        footer = pq.ParquetFile(stream, pre_buffer=False)
         header = _parse_header(url, footer.schema_arrow.metadata)
-        node = footer.read(columns=["node"]).column("node")
+        node = footer.read(columns=["node"], use_threads=False).column("node")
         return header, len(node) - node.null_count
 
 

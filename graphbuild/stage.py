@@ -89,8 +89,8 @@ def perform(stage: Stage, task: Task, store: Store) -> Json:
     begin = time.perf_counter()
     record = state_path(stage.name, task.name)
     store.remove(record)  # its files are about to be replaced
-    writer = Writer(store)
-    facts = stage.run(task, store, writer)
+    with Writer(store) as writer:
+        facts = stage.run(task, store, writer)
     done = {
         "task": task.name,
         "fingerprint": task.fingerprint,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-from graphbuild.errors import ConfigError, StageError
+from graphbuild.errors import ConfigError
 from graphbuild.recipe import Recipe
 from graphbuild.stage import ORDER, Stage, Task, records, state_path
 from graphbuild.store import Json, Store
@@ -70,9 +70,9 @@ def invalidate(store: Store, stage: str) -> None:
 
 
 def require(store: Store, stage: str, verb: str) -> list[Json]:
-    """The records of a finished stage that the next one builds on; StageError names the verb to run first."""
+    """The records of a finished stage that the next one builds on; ConfigError names the verb to run first."""
     if stage not in store.manifest()["stages"]:
-        raise StageError(f"{store.url} has no finished {stage} stage", f"run `graphbuild {verb} {store.url}` first")
+        raise ConfigError(f"{store.url} has no finished {stage} stage", f"run `graphbuild {verb} {store.url}` first")
     return list(records(store, stage).values())
 
 

@@ -103,7 +103,7 @@ class Store:
             value: Json = json.loads(text)
         except ValueError as error:
             raise StageError(
-                f"{self.display(name)} is not valid JSON ({error})", "restore it, or rerun with --force"
+                f"{self.display(name)} is not valid JSON ({error})", "restore it, or build into a new folder"
             ) from error
         return value
 
@@ -148,7 +148,8 @@ class Store:
 
         try:
             with self.fs.open(self.path(name), "rb") as file:
-                return pq.read_table(file, columns=columns)
+                # Arrow's own threads may outlive the interpreter and abort it while they hold a Python file's buffers.
+                return pq.ParquetFile(file, pre_buffer=False).read(columns=columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise StageError(
                 f"{self.display(name)} cannot be read as parquet ({error})",
@@ -223,11 +224,21 @@ class Store:
 
 
 class Writer:
-    """Commits one task's files to the store and remembers them as `outputs`, hashed as they lie on disk."""
+    """Commits one task's files to the store and remembers them as `outputs`, hashed as they lie on disk.
+
+    As a context manager it removes them again when the task fails: each is whole, but the task is not.
+    """
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.outputs: list[Output] = []
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        for output in self.outputs if kind is not None else ():
+            self.store.remove(output.path)
 
     @contextlib.contextmanager
     def file(self, name: str) -> Iterator[Path]:
@@ -266,7 +277,7 @@ def stream_sha256(file: IO[bytes] | io.BufferedReader) -> str:
 @contextlib.contextmanager
 def local_file(url: str) -> Iterator[Path]:
     """A local path with the content of any input file; a remote one is copied to a temporary file for the while."""
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = _file_system(url)
     if not fs.exists(path):
         raise InputError(
             f"{url} does not exist", "check the path; a pattern with * or {0..9} must be quoted in the shell"
@@ -282,10 +293,18 @@ def local_file(url: str) -> Iterator[Path]:
 
 def file_identity(url: str) -> str:
     """Name, size and last change of an input file outside the store: what tells that it is still the same."""
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = _file_system(url)
     try:
         info = fs.info(path)
     except FileNotFoundError:
         raise InputError(f"{url} does not exist", "check the path") from None
     changed = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("created")
     return f"{Path(path).name}, {info['size']} bytes, {changed}"
+
+
+def _file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{url} cannot be opened ({error})", "name a path, or a URL that fsspec knows") from None
+    return fs, path

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from graphbuild.certify import certificate_of, check_lists
-from graphbuild.errors import GraphbuildError, StageError
+from graphbuild.errors import ConfigError, GraphbuildError
+from graphbuild.export import SIZES, tar_sizes
 from graphbuild.index import node_count
 from graphbuild.sharded import Array
 from graphbuild.sidecar import Sidecar, quantize_int8
@@ -48,7 +49,7 @@ def verify_store(store: Store) -> Report:
     """Check whatever stages are finished. Raises only when the store cannot be read at all."""
     manifest = store.manifest()
     if not manifest["stages"]:
-        raise StageError(
+        raise ConfigError(
             f"{store.url} has nothing finished to verify",
             "run a stage first, for instance `graphbuild embed`",
         )
@@ -64,6 +65,8 @@ def verify_store(store: Store) -> Report:
             report.problems += _check_shard(store, manifest, shard)
         except GraphbuildError as error:
             report.problems.append(f"shard {shard['shard']}: {error.cause}")
+    if "export" in manifest["stages"] and store.read_json(SIZES) != tar_sizes(manifest):
+        report.problems.append(f"{SIZES}: not the samples a tar that the manifest says")
     if "certify" in manifest["stages"] and not report.problems:
         certified = manifest["recall"]
         report.recall = certificate_of(store, certified["sampled_nodes"], FRESH_SEED)

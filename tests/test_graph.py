@@ -9,7 +9,7 @@ import pytest
 
 import graphbuild
 from graphbuild import SampleGraph
-from graphbuild.errors import InputError, StageError
+from graphbuild.errors import ConfigError, InputError
 from tests.test_index import built, cosines
 
 
@@ -58,7 +58,7 @@ def test_a_node_out_of_range_is_refused_by_name(graph: SampleGraph, node: int) -
 
 
 def test_a_store_without_a_graph_names_the_next_step(tmp_path: Path) -> None:
-    with pytest.raises(StageError, match="graphbuild index"):
+    with pytest.raises(ConfigError, match="graphbuild index"):
         SampleGraph.open(str(tmp_path))
 
 

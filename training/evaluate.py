@@ -54,6 +54,8 @@ def evaluate(train: Features, test: Features) -> list[dict[str, Any]]:
     rows = []
     for label, names in train.labels.items():
         classes = sorted({*names, *test.labels[label]})
+        if len(classes) > len(names) / 2:
+            raise SystemExit(f"label {label!r} has {len(classes)} values: too many for a class, correct --labels")
         index = {name: number for number, name in enumerate(classes)}
         y_train = torch.tensor([index[name] for name in names])
         y_test = torch.tensor([index[name] for name in test.labels[label]])

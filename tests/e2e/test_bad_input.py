@@ -714,7 +714,7 @@ def test_a_store_that_cannot_be_written_is_refused(tmp_path: Path, case: str) ->
     ],
 )
 def test_a_verb_before_its_turn_names_the_one_to_run_first(store: Path, verb: list[str], named: str) -> None:
-    refused(graphbuild(verb[0], store, *verb[1:]), store, named, code=1)
+    refused(graphbuild(verb[0], store, *verb[1:]), store, named)
     assert not store.exists()
 
 
@@ -722,7 +722,7 @@ def test_export_before_index_names_index(tmp_path: Path, store: Path) -> None:
     np.save(tmp_path / "v.npy", np.eye(4, dtype=np.float32))
     succeeded(graphbuild("embed", store, "--vectors", tmp_path / "v.npy", "--workers", 0))
     before = snapshot(store)
-    refused(graphbuild("export", store, "--workers", 0), "graphbuild index", code=1)
+    refused(graphbuild("export", store, "--workers", 0), "graphbuild index")
     assert snapshot(store) == before
 
 

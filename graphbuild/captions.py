@@ -1,0 +1,95 @@
+"""A sample's caption: which member of a tar holds it, how a class number becomes a prompt, and why there is none.
+
+Reads one member a sample, at most UNPACKED_BYTES of a compressed one. Reasons are few, so that they can be counted.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+from graphbuild.errors import InputError
+from graphbuild.store import local_file
+from graphbuild.tars import Member, Tar, TarSample
+
+CONTENT_CHARACTERS = 10_000  # of a rejected caption, kept
+UNPACKED_BYTES = 64 << 20
+
+
+def sample_caption(tar: Tar, sample: TarSample, settings: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """(caption, None), or (what stands in its place, why that is no caption)."""
+    wanted, _, field = settings["caption_member"].partition(":")
+    extensions = [wanted.lower().removeprefix(".")] if wanted != "auto" else ["txt", "json"]
+    by_extension = {member.extension.removesuffix(".gz"): member for member in reversed(sample.members)}
+    extension = next((extension for extension in extensions if extension in by_extension), None)
+    if extension is None:
+        return None, f"no member .{' or .'.join(extensions)}"
+    text, reason = _member_text(tar, by_extension[extension])
+    if text is None or reason is not None:
+        return text, reason
+    if extension == "json":
+        text, reason = _json_field(text, field or "caption")
+    names = settings.get("class_names")
+    if names is not None and text is not None and reason is None:
+        label = text.strip()
+        if not label.isdecimal() or len(label) > 20 or int(label) >= len(names):
+            return text, f"not a class number below {len(names)}, the count of class names"
+        text = names[int(label)]
+    return (fill_template(settings["template"], text), None) if reason is None else (text, reason)
+
+
+def _member_text(tar: Tar, member: Member) -> tuple[str | None, str | None]:
+    content = tar.read(member)
+    if member.extension.endswith(".gz"):
+        try:
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(UNPACKED_BYTES + 1)
+        except (OSError, EOFError, zlib.error):
+            return None, f"member .{member.extension} cannot be unpacked"
+        if len(content) > UNPACKED_BYTES:
+            return None, f"member .{member.extension} unpacks to more than {UNPACKED_BYTES:,} bytes"
+    try:
+        return content.decode(), None
+    except UnicodeDecodeError:
+        return content[: 4 * CONTENT_CHARACTERS].decode(errors="replace"), f"member .{member.extension} is not UTF-8"
+
+
+def _json_field(content: str, field: str) -> tuple[str, str | None]:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return content, "member .json is not valid JSON"
+    if not isinstance(value, dict) or field not in value:
+        return content, f"member .json has no field {field!r}"
+    text = value[field]
+    if isinstance(text, bool) or not isinstance(text, str | int):
+        return content, f"json field {field!r} is not a string"
+    try:
+        str(text).encode()
+    except ValueError:
+        return content, f"json field {field!r} is not Unicode text"
+    return str(text), None
+
+
+def fill_template(template: str, caption: str | None) -> str | None:
+    return template.replace("{}", caption) if caption and caption.strip() else caption
+
+
+def read_class_names(path: str) -> list[str]:
+    with local_file(path) as local:
+        try:
+            text = local.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"{path} cannot be read as class names ({error})", "give UTF-8 text, a name a line"
+            ) from None
+    names = [name.strip() for name in text.removesuffix("\n").split("\n")]
+    if not all(names):
+        raise InputError(
+            f"{path} must hold one class name a line, without blank lines",
+            "see --class-names in docs/recipe.md",
+        )
+    return names
