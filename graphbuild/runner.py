@@ -85,7 +85,6 @@ class Runner:
         self.address = address or os.environ.get("RAY_ADDRESS")
         self.progress = progress or Progress()
         self.seconds: dict[str, float] = {}  # by stage, wall time of the last run
-        self._recipe: Recipe | None = None  # as last written to the store
         self._started_ray = False
         self._pools: dict[bool, list[Any]] = {
             False: [],
@@ -116,15 +115,16 @@ class Runner:
         self.progress.begin(stage.title, total=len(tasks), done=len(tasks) - len(todo))
         if todo:
             invalidate(store, stage.name)
-            failures = {}
+            failures: dict[str, Failure] = {}
+            accepted = False
             for task, result in self._results(stage, todo, store):
                 if isinstance(result, Failure):
                     failures[task.name] = result
                     self.progress.advance({}, failed=True)
                 else:
-                    if self._recipe != recipe:  # not before a task took its settings: a refused one is not remembered
+                    if not accepted:  # settings that every task refuses are not remembered
                         write_recipe(recipe, store)
-                        self._recipe = recipe
+                        accepted = True
                     done[task.name] = result
                     self.progress.advance(result["facts"].get("counts", {}))
             if failures:
