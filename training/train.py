@@ -252,7 +252,7 @@ def main(
     store: str,
     run_dir: Path = Path("runs/default"),
     epochs: int = 8,
-    batch_size: int = 128,
+    batch_size: int = 64,
     pixels: int = 64,
     held_out: Annotated[int, typer.Option(help="last shards, kept from training, that test the probes")] = 1,
     labels: Annotated[str, typer.Option(help="fields of the json members to probe: a,b,c")] = "",
