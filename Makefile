@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: $(VENV)/.installed
 	$(BIN)/graphbuild demo demo
-	$(BIN)/python training/train.py demo --labels kind,colour,background --run-dir runs/demo
+	$(BIN)/python training/train.py demo --labels kind,colour,count,background --run-dir runs/demo
 
 test: lint
 	$(BIN)/python -m pytest
