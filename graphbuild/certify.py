@@ -27,8 +27,8 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
     manifest = nodes_entry(store)
     index = recipe.index
     settings = {"sample": index.recall_sample, "seed": index.seed, "min_recall": index.min_recall}
-    inputs = {"graph": manifest["graph"]["fingerprint"], "embeddings": manifest["embeddings"]["fingerprint"]}
-    return [Task(stage="certify", name="all", settings=settings, inputs=inputs)]
+    built = {"graph": manifest["graph"]["fingerprint"], "embeddings": manifest["embeddings"]["fingerprint"]}
+    return [Task(stage="certify", name="all", settings=settings, built=built)]
 
 
 def run(task: Task, store: Store, writer: Writer) -> Json:

@@ -108,7 +108,7 @@ def plan_download(recipe: Recipe, store: Store) -> list[Task]:
             stage="download",
             name=path.rsplit("/", 1)[-1].removesuffix(".parquet"),
             settings=config.model_dump(include=names),
-            inputs={"urls": sha256},
+            built={"urls": sha256},
             hints={"threads": config.threads},
         )
         for path, sha256 in outputs(require(store, "urls", "download"), "_state/urls/").items()

@@ -24,7 +24,7 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
             stage="encode",
             name=record["task"],
             settings={"encoder": encoder.identity, "batch_size": embed.batch_size},
-            inputs={"texts": record["facts"]["texts_sha256"]},
+            built={"texts": record["facts"]["texts_sha256"]},
             hints={"encoder": embed.encoder, "device": embed.device},
         )
         for record in require(store, "assign", "embed")

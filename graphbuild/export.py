@@ -33,12 +33,8 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
         Task(
             stage="export",
             name=shard["shard"],
-            settings={
-                "embeddings": recipe.export.embeddings,
-                "k": manifest["graph"]["k"],
-                "tar": shard["tar"],
-            },
-            inputs={**built, "samples": samples[f"samples/{shard['shard']}.parquet"]},
+            settings={"embeddings": recipe.export.embeddings},
+            built={**built, "samples": samples[f"samples/{shard['shard']}.parquet"], "tar": shard["tar"]},
         )
         for shard in manifest["shards"]
     ]
@@ -60,7 +56,7 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
         gathered["embedding"], gathered["embedding_scale"] = quantize_int8(embedded)
     elif task.settings["embeddings"] == "float16":
         gathered["embedding"] = embedded
-    tar = task.settings["tar"]
+    tar = task.built["tar"]
     header = SidecarHeader(
         encoder=manifest["embeddings"]["encoder"],
         d=manifest["embeddings"]["d"],

@@ -48,8 +48,7 @@ def plan_moments(recipe: Recipe, store: Store) -> list[Task]:
         Task(
             stage="moments",
             name="all",
-            settings={},
-            inputs={"embeddings": manifest["embeddings"]["fingerprint"]},
+            built={"embeddings": manifest["embeddings"]["fingerprint"]},
         )
     ]
 
@@ -76,8 +75,12 @@ def plan_search(recipe: Recipe, store: Store) -> list[Task]:
         Task(
             stage="search",
             name=shard["shard"],
-            settings={"k": recipe.index.k, "first_node": shard["first_node"], "nodes": shard["nodes"]},
-            inputs={"embeddings": manifest["embeddings"]["fingerprint"]},
+            settings={"k": recipe.index.k},
+            built={
+                "embeddings": manifest["embeddings"]["fingerprint"],
+                "first_node": shard["first_node"],
+                "nodes": shard["nodes"],
+            },
             hints={"device": recipe.index.device},
         )
         for shard in manifest["shards"]
@@ -89,7 +92,7 @@ def run_search(task: Task, store: Store, writer: Writer) -> Json:
     from graphbuild.knn.exact import search
 
     vectors = node_array(store, store.manifest(), VECTORS)
-    first, count, k = task.settings["first_node"], task.settings["nodes"], task.settings["k"]
+    first, count, k = task.built["first_node"], task.built["nodes"], task.settings["k"]
     neighbors, similarities, searched_again = search(vectors, first, count, k, task.hints["device"])
     background = background_of(
         vectors.take(np.arange(first, first + count)), similarities, store.array(MOMENTS), len(vectors)

@@ -27,13 +27,13 @@ SAMPLES = ["row", "key", "node", "caption", "image_offset", "image_size", "membe
 
 def plan_number(recipe: Recipe, store: Store) -> list[Task]:
     scans = outputs(require(store, "scan", "embed"), "_state/scan/")
-    return [Task(stage="number", name="all", settings={}, inputs=scans)]
+    return [Task(stage="number", name="all", built=scans)]
 
 
 def run_number(task: Task, store: Store, writer: Writer) -> Json:
-    names = [path.rsplit("/", 1)[-1].removesuffix(".parquet") for path in task.inputs]
+    names = [path.rsplit("/", 1)[-1].removesuffix(".parquet") for path in task.built]
     columns = ["hash_high", "hash_low"]
-    tables = [store.table(path, columns) for path in task.inputs]
+    tables = [store.table(path, columns) for path in task.built]
     sizes = [table.num_rows for table in tables]
     nodes, counts = number_nodes(pl.from_arrow(pa.concat_tables(tables)))  # type: ignore[arg-type]
     if not len(counts):
@@ -76,17 +76,15 @@ def number_nodes(hashes: pl.DataFrame) -> tuple[np.ndarray[Any, Any], np.ndarray
 def plan_assign(recipe: Recipe, store: Store) -> list[Task]:
     scans = outputs(require(store, "scan", "embed"), "_state/scan/")
     (numbering,) = require(store, "number", "embed")
-    tasks = []
-    for path, sha256 in scans.items():
-        name = path.rsplit("/", 1)[-1].removesuffix(".parquet")
-        shard = dict(numbering["facts"]["shards"][name])
-        inputs = {path: sha256, "numbering": shard.pop("sha256")}
-        tasks.append(Task(stage="assign", name=name, settings=shard, inputs=inputs))
-    return tasks
+    shards = numbering["facts"]["shards"]
+    names = {path: path.rsplit("/", 1)[-1].removesuffix(".parquet") for path in scans}
+    return [
+        Task(stage="assign", name=name, built={**shards[name], "scan": scans[path]}) for path, name in names.items()
+    ]
 
 
 def run_assign(task: Task, store: Store, writer: Writer) -> Json:
-    shard = task.settings
+    shard = task.built
     rows = slice(shard["first_row"], shard["first_row"] + shard["samples"])
     first_node, new = shard["first_node"], shard["nodes"]
     nodes = np.asarray(store.array("_state/number/nodes.npy")[rows])
@@ -109,7 +107,12 @@ def finish_assign(recipe: Recipe, store: Store, done: list[Json]) -> Json:
         for record in require(store, "scan", "embed")
         for name, shard in record["facts"]["shards"].items()
     }
-    return {"shards": [{"shard": record["task"], **record["settings"], "tar": tars[record["task"]]} for record in done]}
+    places = ("first_row", "samples", "first_node", "nodes")
+    return {
+        "shards": [
+            {"shard": r["task"], **{name: r["built"][name] for name in places}, "tar": tars[r["task"]]} for r in done
+        ]
+    }
 
 
 NUMBER = Stage(name="number", title="numbering", plan=plan_number, run=run_number)

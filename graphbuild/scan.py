@@ -54,14 +54,15 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
     if embed.class_names is not None:
         settings["class_names"] = read_class_names(embed.class_names)
     if embed.shards is not None:
-        tars = {url: file_identity(url) for url in expand_shards(embed.shards)}
-        numbers = _shard_numbers(list(tars), store)
-    else:
-        tars = downloaded_tars(store)
-        numbers = {url: tar_stem(url) for url in tars}
+        identities = {url: file_identity(url) for url in expand_shards(embed.shards)}
+        numbers = _shard_numbers(list(identities), store)
+        return [
+            Task(stage="scan", name=name, settings=settings, inputs={"tar": identities[url]}, hints={"url": url})
+            for url, name in sorted(numbers.items(), key=lambda item: item[1])
+        ]
     return [
-        Task(stage="scan", name=numbers[url], settings=settings, inputs={"tar": tars[url]}, hints={"url": url})
-        for url in sorted(tars, key=numbers.__getitem__)
+        Task(stage="scan", name=tar_stem(url), settings=settings, built={"tar": sha256}, hints={"url": url})
+        for url, sha256 in downloaded_tars(store).items()
     ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,22 +40,26 @@ ORDER = (
 class Task:
     """One unit of work and of resume.
 
-    settings: JSON values that decide the output's bytes. inputs: name -> identity (a hash, or size and date) of what
-    is read. hints: what does not change the result (device, threads) or what the other two already cover.
+    settings: JSON values, chosen by the user, that decide the output's bytes. inputs: name -> identity (size and date)
+    of what is read from outside the store. built: what is read of the store's own earlier stages, by digest, and what
+    follows from them. hints: what does not change the result (device, threads) or what the others already cover.
+
+    Changed settings or inputs need the user's word (--force); changed `built` only follows from such a change.
     """
 
     stage: str
     name: str
-    settings: Mapping[str, Any]
-    inputs: Mapping[str, str]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    built: Mapping[str, Any] = field(default_factory=dict)
     hints: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
-        return digest([FORMAT_VERSION, self.stage, self.name, self.settings, self.inputs])
+        return fingerprint(self.stage, self.name, self.settings, self.inputs, self.built)
 
     def changes(self, done: Json) -> list[str]:
-        """What differs from the run recorded in `done`, a readable line each; empty when nothing does."""
+        """What of settings and inputs differs from the run recorded in `done`, a readable line each."""
         lines = []
         for kind, now in (("settings", self.settings), ("inputs", self.inputs)):
             before = done[kind]
@@ -65,6 +70,7 @@ class Task:
         return lines
 
 
+logger = logging.getLogger(__name__)
 Run = Callable[[Task, Store, Writer], Json]
 
 
@@ -96,6 +102,7 @@ def perform(stage: Stage, task: Task, store: Store) -> Json:
         "fingerprint": task.fingerprint,
         "settings": dict(task.settings),
         "inputs": dict(task.inputs),
+        "built": dict(task.built),
         "outputs": writer.records(),
         "facts": facts,
         "seconds": round(time.perf_counter() - begin, 3),
@@ -113,14 +120,24 @@ def records(store: Store, stage: str, state: str = "done") -> dict[str, Json]:
     """Task name -> record, of all tasks of a stage in that state, in order of name."""
     suffix = f".{state}.json"
     names = sorted(name for name in store.sizes(f"_state/{stage}") if name.endswith(suffix))
-    keys = [name.rsplit("/", 1)[-1].removesuffix(suffix) for name in names]
-    return dict(zip(keys, store.read_jsons(names), strict=True))
+    found = {}
+    for name, record in zip(names, store.read_jsons(names), strict=True):
+        if record is None:
+            logger.warning("%s is damaged; its task counts as not done", store.display(name))
+        else:
+            found[name.rsplit("/", 1)[-1].removesuffix(suffix)] = record
+    return found
 
 
 def outputs(records: Sequence[Json], prefix: str = "", suffix: str = "") -> dict[str, str]:
     """Path -> sha256 of the files that those tasks wrote under `prefix` with that `suffix`, in order of path."""
     found = {o["path"]: o["sha256"] for record in records for o in record["outputs"]}
     return {path: found[path] for path in sorted(found) if path.startswith(prefix) and path.endswith(suffix)}
+
+
+def fingerprint(stage: str, task: str, settings: Any, inputs: Any, built: Any) -> str:
+    """sha256 over all that decides a task's files, and the format version."""
+    return digest([FORMAT_VERSION, stage, task, settings, inputs, built])
 
 
 def digest(value: Any) -> str:

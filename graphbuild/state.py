@@ -17,39 +17,44 @@ logger = logging.getLogger(__name__)
 
 
 def pending(stage: Stage, tasks: Sequence[Task], done: Mapping[str, Json], store: Store, *, force: bool) -> list[Task]:
-    """The tasks still to do. Raises ConfigError with a diff where finished work was built differently."""
-    changed = {
+    """The tasks still to do. Raises ConfigError with a diff where the user changed what finished work was built from.
+
+    Work whose input an earlier stage has built anew is simply done again.
+    """
+    other = {
         t.name: t.changes(done[t.name])
         for t in tasks
         if t.name in done and done[t.name]["fingerprint"] != t.fingerprint
     }
     gone = sorted(done.keys() - {task.name for task in tasks})
-    if (changed or gone) and not force:
-        lines = sorted({line for lines in changed.values() for line in lines})
-        lines += [f"no longer in the input: {', '.join(gone[:5])}{' ...' if len(gone) > 5 else ''}"] if gone else []
+    gone_inputs = [name for name in gone if done[name]["inputs"]]
+    changed = [name for name, lines in other.items() if lines]
+    if (changed or gone_inputs) and not force:
+        lines = sorted({line for name in changed for line in other[name]})
+        if gone_inputs:
+            lines.append(
+                f"no longer in the input: {', '.join(gone_inputs[:5])}{' ...' if len(gone_inputs) > 5 else ''}"
+            )
         raise ConfigError(
             f"{store.url} was built differently "
-            f"({stage.name}: {len(changed) + len(gone)} of {len(done)} finished tasks):\n    "
-            + "\n    ".join(lines[:20]),
+            f"({stage.name}: {len(changed) + len(gone_inputs)} of {len(done)} finished tasks):"
+            + "".join(f"\n    {line}" for line in lines[:20]),
             "give the same settings and inputs again, use another STORE, or add --force to rebuild what differs",
         )
-    for name in [*changed, *gone]:
+    for name in [*other, *gone]:
         for output in done[name]["outputs"]:
             store.remove(output["path"])
         store.remove(state_path(stage.name, name))
+    kept = {name: record["outputs"] for name, record in done.items() if name not in other and name not in gone}
     sizes: dict[str, int] = {}
-    for folder in {o["path"].rsplit("/", 1)[0] for record in done.values() for o in record["outputs"]}:
+    for folder in {output["path"].rsplit("/", 1)[0] for outputs in kept.values() for output in outputs}:
         sizes.update(store.sizes(folder))
     todo = []
     for task in tasks:
-        lost = [
-            o["path"]
-            for o in done.get(task.name, {"outputs": []})["outputs"]
-            if task.name not in changed and sizes.get(o["path"]) != o["bytes"]
-        ]
+        lost = [o["path"] for o in kept.get(task.name, []) if sizes.get(o["path"]) != o["bytes"]]
         if lost:
             logger.warning("%s is missing or of another size; running %s %s again", lost[0], stage.name, task.name)
-        if task.name not in done or task.name in changed or lost:
+        if task.name not in kept or lost:
             todo.append(task)
     return todo
 

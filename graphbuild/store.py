@@ -107,12 +107,21 @@ class Store:
             ) from error
         return value
 
-    def read_jsons(self, names: list[str]) -> list[Json]:
-        """Many JSON files at once (an object store fetches them concurrently)."""
+    def read_jsons(self, names: list[str]) -> list[Json | None]:
+        """Many JSON objects at once (an object store fetches them concurrently); None for one that is damaged."""
         if self.is_local or not names:
-            return [json.loads(Path(self.path(name)).read_bytes()) for name in names]
-        contents = self.fs.cat([self.path(name) for name in names])
-        return [json.loads(contents[self.path(name)]) for name in names]
+            contents = [Path(self.path(name)).read_bytes() for name in names]
+        else:
+            fetched = self.fs.cat([self.path(name) for name in names])
+            contents = [fetched[self.path(name)] for name in names]
+        values: list[Json | None] = []
+        for content in contents:
+            try:
+                value = json.loads(content)
+            except ValueError:
+                value = None
+            values.append(value if isinstance(value, dict) else None)
+        return values
 
     def local_copy(self, name: str) -> Path:
         """A local path with the file's content: the file itself, or a copy in this user's cache folder."""

@@ -16,9 +16,10 @@ from graphbuild.certify import certificate_of, check_lists
 from graphbuild.errors import ConfigError, GraphbuildError
 from graphbuild.export import SIZES, tar_sizes
 from graphbuild.index import node_count
+from graphbuild.recipe import resolve
 from graphbuild.sharded import Array
 from graphbuild.sidecar import Sidecar, quantize_int8
-from graphbuild.stage import ORDER, records
+from graphbuild.stage import ORDER, fingerprint, records
 from graphbuild.store import Json, Store, stream_sha256
 from graphbuild.tars import open_tar, tar_stem
 
@@ -54,6 +55,10 @@ def verify_store(store: Store) -> Report:
             "run a stage first, for instance `graphbuild embed`",
         )
     report = Report()
+    try:
+        resolve(store, "embed", {})
+    except ConfigError as error:
+        report.problems.append(f"recipe.yaml: {error.cause}")
     for stage in ORDER:
         done = list(records(store, stage).values())
         _check_records(store, stage, done, manifest, report)
@@ -78,6 +83,7 @@ def verify_store(store: Store) -> Report:
 
 
 def _check_records(store: Store, stage: str, done: list[Json], manifest: Json, report: Report) -> None:
+    report.problems += _check_states(store, stage)
     entry = manifest["stages"].get(stage)
     if entry is not None and entry["tasks"] != len(done):
         report.problems.append(
@@ -90,6 +96,21 @@ def _check_records(store: Store, stage: str, done: list[Json], manifest: Json, r
         ]
     report.files += len(outputs)
     report.bytes += sum(output["bytes"] for output in outputs)
+
+
+def _check_states(store: Store, stage: str) -> list[str]:
+    """Records that are no JSON, or whose fingerprint is not that of what they say."""
+    problems = []
+    for path in sorted(path for path in store.sizes(f"_state/{stage}") if path.endswith(".json")):
+        try:
+            record = store.read_json(path)
+            if path.endswith(".done.json") and record is not None:
+                decided = (record["task"], record["settings"], record["inputs"], record["built"])
+                if fingerprint(stage, *decided) != record["fingerprint"]:
+                    problems.append(f"{path}: its fingerprint is not that of its settings and inputs")
+        except (GraphbuildError, KeyError, TypeError):
+            problems.append(f"{path}: not a whole record")
+    return problems
 
 
 def _check_file(store: Store, output: Json) -> str | None:

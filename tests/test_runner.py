@@ -133,6 +133,25 @@ def test_tasks_that_left_the_input_are_removed_by_force_only(store: Store) -> No
     assert set(records(store, "search")) == {"00000", "00001", "00002"}
 
 
+def test_what_an_earlier_stage_built_anew_is_followed_without_force(store: Store) -> None:
+    def planned(digest: str) -> Stage:
+        tasks = [Task(stage="search", name="00000", settings={"k": 1}, built={"nodes": digest})]
+        return Stage(name="search", title="search", plan=lambda recipe, store: tasks, run=write)
+
+    with Runner(workers=0) as runner:
+        before = runner.run(planned("old"), Recipe(), store)
+        after = runner.run(planned("new"), Recipe(), store)
+    assert before["fingerprint"] != after["fingerprint"]
+
+
+def test_a_damaged_record_counts_as_not_done(store: Store) -> None:
+    with Runner(workers=0) as runner:
+        before = runner.run(stage(write), Recipe(), store)
+        (Path(store.url) / "_state" / "search" / "00002.done.json").write_text("{")
+        assert set(records(store, "search")) == {"00000", "00001", "00003"}
+        assert runner.run(stage(write), Recipe(), store) == before
+
+
 @pytest.mark.parametrize("damage", ["lost", "cut"])
 def test_an_output_that_is_gone_or_cut_is_made_again(store: Store, damage: str) -> None:
     path = Path(store.url) / "graph" / "00001.txt"

@@ -366,7 +366,7 @@ def test_a_new_tar_gets_the_next_numbers_and_the_others_are_not_touched(
     before = mtimes(copy)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"embed:\n  shards: '{extra}'\nindex:\n  k: {K}\n")
-    cli("run", recipe, copy, "--workers", 0, "--force")
+    cli("run", recipe, copy, "--workers", 0)
     after = mtimes(copy)
     kept = [
         name for name in before if name.startswith(("_state/scan/", "_state/encode/")) or re.match(r"nodes/.*npy", name)
