@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from graphbuild.demo.captions import caption
+from graphbuild.demo.scenes import encode_jpeg, make_scenes, render
+
 Picture = tuple[bytes, str]  # a JPEG and its caption
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 NOT_INHERITED = ("RAY_ADDRESS", "AWS_", "FSSPEC_", "COLUMNS")
@@ -61,6 +64,15 @@ def flickr(shared_data: Path) -> list[Picture]:
             for member in archive
             if member.isfile()
         ]
+
+
+@pytest.fixture(scope="session")
+def pictures() -> list[Picture]:
+    """120 drawn scenes, each with a caption of its own."""
+    return [
+        (encode_jpeg(render(scene, 32)), f"{caption(scene)}, picture {number}")
+        for number, scene in enumerate(make_scenes(120))
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -55,12 +55,12 @@ def members(pictures: Iterable[tuple[int, Picture]]) -> list[tuple[str, bytes]]:
 
 
 @pytest.fixture(scope="session")
-def tars(flickr: list[Picture], write_tar: WriteTar, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tars(pictures: list[Picture], write_tar: WriteTar, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of four tars; the last image of each has the first one's caption."""
     folder = tmp_path_factory.mktemp("tars")
     for number in range(TARS):
-        mine = list(enumerate(flickr))[number * SAMPLES : (number + 1) * SAMPLES]
-        mine[-1] = (mine[-1][0], (mine[-1][1][0], flickr[0][1]))
+        mine = list(enumerate(pictures))[number * SAMPLES : (number + 1) * SAMPLES]
+        mine[-1] = (mine[-1][0], (mine[-1][1][0], pictures[0][1]))
         write_tar(folder / f"part-{number:04d}.tar", members(mine))
     return folder
 
@@ -343,10 +343,10 @@ def test_a_shortened_file_is_made_again(built: Path, recipe: Path, copy: Path, c
 
 
 @pytest.fixture(scope="session")
-def extra(tars: Path, flickr: list[Picture], write_tar: WriteTar) -> str:
+def extra(tars: Path, pictures: list[Picture], write_tar: WriteTar) -> str:
     """The same tars and a new one whose name comes first; its first caption is already a node. A pattern."""
-    mine = list(enumerate(flickr))[100:106]
-    mine[0] = (100, (mine[0][1][0], flickr[0][1]))
+    mine = list(enumerate(pictures))[100:106]
+    mine[0] = (100, (mine[0][1][0], pictures[0][1]))
     write_tar(tars / "extra.tar", members(mine))
     return f"{tars}/{{extra,part-*}}.tar"
 
@@ -361,7 +361,7 @@ def test_a_new_tar_is_taken_or_refused_before_anything_changes(copy: Path, extra
 
 
 def test_a_new_tar_gets_the_next_numbers_and_the_others_are_not_touched(
-    built: Path, copy: Path, extra: str, flickr: list[Picture], cli: Cli, tmp_path: Path
+    built: Path, copy: Path, extra: str, pictures: list[Picture], cli: Cli, tmp_path: Path
 ) -> None:
     before = mtimes(copy)
     recipe = tmp_path / "recipe.yaml"
@@ -383,7 +383,7 @@ def test_a_new_tar_gets_the_next_numbers_and_the_others_are_not_touched(
     assert [row["node"] for row in rows[TARS * SAMPLES :]] == [0, *range(old, old + 5)]
     assert [row["node"] for row in nodes] == list(range(old + 5))
     assert nodes[0]["samples"] == TARS + 2
-    assert [row["caption"] for row in rows[-5:]] == [caption for _, caption in flickr[101:106]]
+    assert [row["caption"] for row in rows[-5:]] == [caption for _, caption in pictures[101:106]]
     sizes = json.loads((copy / "shards/sizes.json").read_bytes())
     assert sizes == {"extra.tar": 6, **{f"part-{n:04d}.tar": SAMPLES for n in range(TARS)}}
     assert "no problems" in cli("verify", copy).stdout
