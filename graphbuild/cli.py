@@ -70,7 +70,9 @@ Workers = Annotated[
 ]
 Address = Annotated[
     str | None,
-    typer.Option(help="a Ray cluster, as in auto or ray://host:10001  [default: this machine]", show_default=False),
+    typer.Option(
+        help="a Ray cluster: auto (on one of its nodes), or HOST:PORT  [default: this machine]", show_default=False
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="rebuild what was built with other settings or inputs")]
 PresetOption = Annotated[Preset | None, typer.Option(help="a published headerless TSV", show_default=False)]

@@ -219,7 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
                 body = site.image(index)
                 self._answer(body[: len(body) // 2], claimed_bytes=len(body))
             case _:
-                raise NotImplementedError(kind)
+                raise ValueError(f"no such fault: {kind}")
 
     def _answer(self, body: bytes, content_type: str = "image/jpeg", claimed_bytes: int | None = None) -> None:
         self.send_response(200)
