@@ -174,14 +174,18 @@ def embed(
 def index(
     store: StoreArg,
     k: Annotated[int | None, typer.Option("--k", help="neighbours a node  [default: 64]", show_default=False)] = None,
-    min_recall: Annotated[float | None, _option("fail below this recall@k  [default: 0.999]")] = None,
+    engine: Annotated[str | None, _option("auto, exact, partition or faiss:FACTORY  [default: auto]")] = None,
+    recall: Annotated[float | None, _option("recall@k to aim for, unless exact  [default: 0.99]")] = None,
+    min_recall: Annotated[
+        float | None, _option("fail below this recall@k  [default: 0.999 if exact, else --recall less 0.01]")
+    ] = None,
     device: DeviceOption = None,
     workers: Workers = None,
     address: Address = None,
     force: Force = False,
 ) -> None:
     """Nodes to the k-nearest-neighbour graph, recall certified."""
-    _run_section("index", store, _given(locals(), "k min_recall device"), workers, address, force)
+    _run_section("index", store, _given(locals(), "k engine recall min_recall device"), workers, address, force)
 
 
 @app.command()

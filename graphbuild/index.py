@@ -1,9 +1,13 @@
-"""Stages moments and search: the k-nearest-neighbour graph and each node's background.
+"""Nodes to the k-nearest-neighbour graph: the stages prepare, codes, moments, join, merge and search.
 
-search is one task a shard, over all nodes' embeddings: graph/<shard>.neighbors.npy, .similarities.npy and
-.background.npy. The background is the mean and deviation of a node's similarity to the nodes that are *not* its
-neighbours, from the first two moments of all embeddings, so it costs d^2 a node and no search. moments is one task that
-reads every embedding once (float64 [d + 1, d]: the sum, then the sum of outer products).
+An engine (`graphbuild.knn.engine`) makes candidate lists of nodes in independent join tasks; merge unites each shard's;
+search looks at neighbours' neighbours where the engine is approximate, scores all candidates again (float64 sums,
+rounded to float32), proves lists complete where it is exact, completes those that are short or unproved by a second
+search, and writes graph/<shard>.neighbors.npy, .similarities.npy and .background.npy. Files between the stages lie in
+_work/ and are removed when the graph is whole. Memory: codes and lists of one join task's nodes (docs/scaling.md).
+
+The background is the mean and deviation of a node's similarity to the nodes that are *not* its neighbours, from the
+first two moments of all embeddings (float64 [d + 1, d]: the sum, then the sum of outer products).
 """
 
 from __future__ import annotations
@@ -15,13 +19,14 @@ import numpy as np
 from graphbuild.encoder import one_thread
 from graphbuild.errors import ConfigError
 from graphbuild.recipe import Recipe
-from graphbuild.sharded import Array, node_array
-from graphbuild.stage import Stage, Task, digest
+from graphbuild.sharded import Array
+from graphbuild.stage import Stage, Task, digest, records
 from graphbuild.store import Json, Store, Writer
 
-BLOCK_ROWS = 8_192
 MOMENTS = "_state/moments/moments.npy"
 VECTORS = "nodes/{}.npy"
+SCRATCH = "_work"
+BLOCK_ROWS = 8_192
 
 
 def nodes_entry(store: Store) -> Json:
@@ -36,7 +41,36 @@ def node_count(manifest: Json) -> int:
     return sum(shard["nodes"] for shard in manifest["shards"])
 
 
-def plan_moments(recipe: Recipe, store: Store) -> list[Task]:
+def engine_of(recipe: Recipe, manifest: Json) -> tuple[Any, str]:
+    """The engine of this build, and why it was taken."""
+    from graphbuild.knn.engine import choose
+
+    return choose(recipe.index, node_count(manifest), manifest["embeddings"]["d"])
+
+
+def _task(recipe: Recipe, manifest: Json, stage: str, name: str, **built: Any) -> Task:
+    engine, _ = engine_of(recipe, manifest)
+    return Task(
+        stage=stage,
+        name=name,
+        settings={"k": recipe.index.k, "engine": engine.name, **engine.settings()},
+        built={"embeddings": manifest["embeddings"]["fingerprint"], **built},
+        hints={"device": recipe.index.device if engine.on_device else "cpu", "index": recipe.index.model_dump()},
+    )
+
+
+def _engine(task: Task, manifest: Json) -> Any:
+    from graphbuild.knn.engine import choose
+    from graphbuild.recipe import Index
+
+    index = Index.model_validate({**task.hints["index"], "engine": task.settings["engine"]})
+    return choose(index, node_count(manifest), manifest["embeddings"]["d"])[0]
+
+
+# -- prepare: what needs all nodes at once
+
+
+def plan_prepare(recipe: Recipe, store: Store) -> list[Task]:
     manifest = nodes_entry(store)
     nodes = node_count(manifest)
     if recipe.index.k >= nodes:
@@ -44,63 +78,185 @@ def plan_moments(recipe: Recipe, store: Store) -> list[Task]:
             f"--k {recipe.index.k}: the store has {nodes:,} nodes, so a node has {nodes - 1:,} possible neighbours",
             f"use --k {max(nodes - 1, 1)} or fewer" if nodes > 1 else "give at least two different captions",
         )
+    engine, _ = engine_of(recipe, manifest)
+    return [_task(recipe, manifest, "prepare", "all")] if engine.prepares else []
+
+
+def run_prepare(task: Task, store: Store, writer: Writer) -> Json:
+    from graphbuild.knn.engine import Inputs
+
+    inputs = Inputs(store)
+    with one_thread("cpu"):
+        facts: Json = _engine(task, inputs.manifest).prepare(inputs, task.settings["k"], writer)
+    return facts
+
+
+# -- codes: int8 codes of each shard's nodes, and the sums that moments are made of
+
+
+def plan_codes(recipe: Recipe, store: Store) -> list[Task]:
+    manifest = nodes_entry(store)
+    prepared = manifest["stages"].get("prepare", {}).get("fingerprint")
     return [
-        Task(
-            stage="moments",
-            name="all",
-            built={"embeddings": manifest["embeddings"]["fingerprint"]},
-        )
+        _task(recipe, manifest, "codes", shard["shard"], prepared=prepared, nodes=shard["nodes"])
+        for shard in manifest["shards"]
+        if shard["nodes"]
     ]
 
 
-def run_moments(task: Task, store: Store, writer: Writer) -> Json:
+def run_codes(task: Task, store: Store, writer: Writer) -> Json:
     import torch
 
-    from graphbuild.knn.exact import unit
+    from graphbuild.knn.codes import encode, unit
+    from graphbuild.knn.engine import Inputs
 
-    vectors = node_array(store, store.manifest(), VECTORS)
-    moments = torch.zeros(vectors.width + 1, vectors.width, dtype=torch.float64)
-    with one_thread("cpu"):
-        for _, block in vectors.blocks(BLOCK_ROWS):
-            x = unit(torch.from_numpy(np.array(block)), torch.float64)
-            moments[0] += x.sum(dim=0)
-            moments[1:].addmm_(x.T, x)
-    writer.array(MOMENTS, moments.numpy())
+    inputs = Inputs(store)
+    raw = store.array(VECTORS.format(task.name))
+    with one_thread("cpu"), torch.inference_mode():
+        codes = encode(raw)
+        arrays = {"codes": codes.codes, "scales": codes.scales, **_engine(task, inputs.manifest).describe(inputs, codes)}
+        sums = torch.zeros(raw.shape[1] + 1, raw.shape[1], dtype=torch.float64)
+        for begin in range(0, len(raw), BLOCK_ROWS):
+            x = unit(torch.from_numpy(np.array(raw[begin : begin + BLOCK_ROWS])), torch.float32)
+            sums[0] += x.sum(dim=0, dtype=torch.float64)
+            sums[1:] += x.T @ x
+    for what, values in {**arrays, "moments": sums.numpy()}.items():
+        writer.array(f"{SCRATCH}/{what}/{task.name}.npy", values, durable=False)
+    return {"largest_rest": float(codes.scales[:, 1].max())}
+
+
+def finish_codes(recipe: Recipe, store: Store, done: list[Json]) -> Json:
+    return {"largest_rest": max(record["facts"]["largest_rest"] for record in done)}
+
+
+# -- moments: of all embeddings
+
+
+def plan_moments(recipe: Recipe, store: Store) -> list[Task]:
+    manifest = nodes_entry(store)
+    return [Task(stage="moments", name="all", built={"embeddings": manifest["embeddings"]["fingerprint"]})]
+
+
+def run_moments(task: Task, store: Store, writer: Writer) -> Json:
+    names = [shard["shard"] for shard in store.manifest()["shards"] if shard["nodes"]]
+    total = np.array(store.array(f"{SCRATCH}/moments/{names[0]}.npy"))
+    for name in names[1:]:
+        total += store.array(f"{SCRATCH}/moments/{name}.npy")
+    writer.array(MOMENTS, total)
     return {}
 
 
-def plan_search(recipe: Recipe, store: Store) -> list[Task]:
+# -- join: candidate lists, in tasks of the engine's making
+
+
+def plan_join(recipe: Recipe, store: Store) -> list[Task]:
     manifest = nodes_entry(store)
+    engine, _ = engine_of(recipe, manifest)
+    codes = manifest["stages"]["codes"]["fingerprint"]
     return [
-        Task(
-            stage="search",
-            name=shard["shard"],
-            settings={"k": recipe.index.k},
-            built={
-                "embeddings": manifest["embeddings"]["fingerprint"],
-                "first_node": shard["first_node"],
-                "nodes": shard["nodes"],
-            },
-            hints={"device": recipe.index.device},
+        _task(recipe, manifest, "join", f"{number:05}", codes=codes, argument=argument)
+        for number, argument in enumerate(engine.joins(node_count(manifest)))
+    ]
+
+
+def run_join(task: Task, store: Store, writer: Writer) -> Json:
+    import torch
+
+    from graphbuild.knn.engine import Inputs
+
+    inputs = Inputs(store)
+    engine = _engine(task, inputs.manifest)
+    length = engine.length(task.settings["k"], node_count(inputs.manifest))
+    with one_thread("cpu"), torch.inference_mode():
+        ids, keys = engine.join(task.built["argument"], inputs, length, task.hints["device"])
+    writer.array(f"{SCRATCH}/lists/{task.name}.ids.npy", ids, durable=False)
+    writer.array(f"{SCRATCH}/lists/{task.name}.keys.npy", keys, durable=False)
+    return {}
+
+
+# -- merge: one list a node
+
+
+def plan_merge(recipe: Recipe, store: Store) -> list[Task]:
+    manifest = nodes_entry(store)
+    joined = manifest["stages"]["join"]["fingerprint"]
+    return [
+        _task(
+            recipe,
+            manifest,
+            "merge",
+            shard["shard"],
+            joined=joined,
+            first_node=shard["first_node"],
+            nodes=shard["nodes"],
         )
         for shard in manifest["shards"]
         if shard["nodes"]
     ]
 
 
-def run_search(task: Task, store: Store, writer: Writer) -> Json:
-    from graphbuild.knn.exact import search
+def run_merge(task: Task, store: Store, writer: Writer) -> Json:
+    from graphbuild.knn.kernels import EMPTY, merge_lists
 
-    vectors = node_array(store, store.manifest(), VECTORS)
+    manifest = store.manifest()
+    first, count = task.built["first_node"], task.built["nodes"]
+    length = _engine(task, manifest).length(task.settings["k"], node_count(manifest))
+    keys = np.full((count, length), EMPTY, np.int64)
+    for name in records(store, "join"):
+        ids = store.array(f"{SCRATCH}/lists/{name}.ids.npy")
+        begin, end = np.searchsorted(ids, [first, first + count])
+        if begin < end:
+            lists = store.array(f"{SCRATCH}/lists/{name}.keys.npy")
+            merge_lists(keys, ids[begin:end] - first, lists[begin:end])
+    writer.array(f"{SCRATCH}/merged/{task.name}.npy", keys, durable=False)
+    return {}
+
+
+# -- search: the graph
+
+
+def plan_search(recipe: Recipe, store: Store) -> list[Task]:
+    manifest = nodes_entry(store)
+    return [
+        _task(recipe, manifest, "search", shard["shard"], first_node=shard["first_node"], nodes=shard["nodes"])
+        for shard in manifest["shards"]
+        if shard["nodes"]
+    ]
+
+
+def run_search(task: Task, store: Store, writer: Writer) -> Json:
+    from graphbuild.knn import exact, kernels, partition
+    from graphbuild.knn.engine import Inputs
+
+    inputs = Inputs(store)
+    engine = _engine(task, inputs.manifest)
     first, count, k = task.built["first_node"], task.built["nodes"], task.settings["k"]
-    neighbors, similarities, searched_again = search(vectors, first, count, k, task.hints["device"])
-    background = background_of(
-        vectors.take(np.arange(first, first + count)), similarities, store.array(MOMENTS), len(vectors)
-    )
+    vectors = inputs.vectors
+    candidates = np.array(store.array(f"{SCRATCH}/merged/{task.name}.npy"))
+    if engine.name == "partition":
+        leaves, lists = inputs.of("leaves"), inputs.of("merged")
+        tables = [part.table() for part in (lists, inputs.codes, inputs.scales, leaves)]
+        kernels.refine_lists(first, candidates, partition.EXPAND, *tables, vectors.width, leaves.width)
+    keys = np.sort(kernels.exact_similarities(first, candidates, vectors.table(), vectors.width), axis=1)[:, ::-1]
+    keys = np.ascontiguousarray(keys[:, :k])
+    lacking = keys[:, -1] == kernels.EMPTY
+    if engine.name == "exact":
+        scales = np.array(store.array(f"{SCRATCH}/scales/{task.name}.npy"))
+        similarities, _ = kernels.unpack(keys)
+        lacking |= ~exact.proved(candidates, similarities, scales, inputs.manifest["largest_rest"])
+    rows = np.flatnonzero(lacking)
+    with one_thread("cpu"):
+        for begin in range(0, len(rows), exact.AGAIN_ROWS):
+            part = rows[begin : begin + exact.AGAIN_ROWS]
+            lists = keys[part]
+            exact.search_again(vectors, first + part, lists)
+            keys[part] = lists
+    similarities, neighbors = kernels.unpack(keys)
+    background = background_of(vectors.span(first, count), similarities, store.array(MOMENTS), len(vectors))
     writer.array(f"graph/{task.name}.neighbors.npy", neighbors.astype(np.uint32))
     writer.array(f"graph/{task.name}.similarities.npy", similarities.astype(np.float16))
     writer.array(f"graph/{task.name}.background.npy", background)
-    return {"counts": {"nodes": count, "edges": count * k}, "searched_again": searched_again}
+    return {"counts": {"nodes": count, "edges": count * k}, "searched_again": len(rows)}
 
 
 def background_of(raw: Array, similarities: Array, moments: Array, total: int) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -111,17 +267,17 @@ def background_of(raw: Array, similarities: Array, moments: Array, total: int) -
     """
     import torch
 
-    from graphbuild.knn.exact import unit
+    from graphbuild.knn.codes import unit
 
     rest = total - 1 - similarities.shape[1]
     if rest == 0:
         return np.zeros((len(raw), 2), np.float32)
     near = similarities.astype(np.float64)
     with one_thread("cpu"):
-        x = unit(torch.from_numpy(raw), torch.float64)
-        all_moments = torch.from_numpy(np.array(moments))
-        first = (x @ all_moments[0]).numpy() - 1 - near.sum(axis=1)
-        second = torch.einsum("nd,nd->n", x @ all_moments[1:], x).numpy() - 1 - (near**2).sum(axis=1)
+        x = unit(torch.from_numpy(raw), torch.float32)
+        all_moments = torch.from_numpy(moments / total).float()
+        first = (x @ all_moments[0]).double().numpy() * total - 1 - near.sum(axis=1)
+        second = ((x @ all_moments[1:]) * x).sum(dim=1).double().numpy() * total - 1 - (near**2).sum(axis=1)
     mean = first / rest
     deviation = np.sqrt(np.maximum(second / rest - mean**2, 0))
     return np.stack([mean, deviation], axis=1).astype(np.float32)
@@ -129,10 +285,18 @@ def background_of(raw: Array, similarities: Array, moments: Array, total: int) -
 
 def finish_search(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     files = sorted(o["path"] + o["sha256"] for record in done for o in record["outputs"])
-    return {"graph": {"k": recipe.index.k, "engine": "exact", "fingerprint": digest(files)}}
+    engine, reason = engine_of(recipe, store.manifest())
+    prepared = records(store, "prepare").get("all", {}).get("facts", {})
+    entry = {"k": recipe.index.k, "engine": engine.name, "reason": reason, **prepared, "fingerprint": digest(files)}
+    return {"graph": entry}
 
 
-STAGE_MOMENTS = Stage(name="moments", title="moments", plan=plan_moments, run=run_moments)
-STAGE_SEARCH = Stage(
-    name="search", title="search", plan=plan_search, run=run_search, finish=finish_search, on_device=True
-)
+MOMENTS_STAGE = Stage(name="moments", title="moments", plan=plan_moments, run=run_moments)
+SEARCH = Stage(name="search", title="search", plan=plan_search, run=run_search, finish=finish_search)
+_SERVED = (MOMENTS_STAGE, SEARCH)
+PREPARE = Stage(name="prepare", title="prepare", plan=plan_prepare, run=run_prepare, serves=_SERVED)
+CODES = Stage(name="codes", title="codes", plan=plan_codes, run=run_codes, finish=finish_codes, serves=_SERVED)
+JOIN = Stage(name="join", title="join", plan=plan_join, run=run_join, serves=_SERVED, on_device=True)
+MERGE = Stage(name="merge", title="merge", plan=plan_merge, run=run_merge, serves=_SERVED)
+STAGES = (PREPARE, CODES, MOMENTS_STAGE, JOIN, MERGE, SEARCH)
+SCRATCH_STAGES = (PREPARE, CODES, JOIN, MERGE)

@@ -12,7 +12,7 @@ from graphbuild.errors import ConfigError
 from graphbuild.recipe import Recipe
 from graphbuild.runner import Runner
 from graphbuild.stage import Stage
-from graphbuild.state import write_recipe
+from graphbuild.state import remove_scratch, write_recipe
 from graphbuild.store import Json, Store
 
 PACKAGES = (
@@ -49,7 +49,7 @@ def stages_of(verb: str, recipe: Recipe) -> Sequence[Stage]:
     return {
         "download": [download.URLS, download.DOWNLOAD],
         "embed": [scan.STAGE, number.NUMBER, number.ASSIGN, embed.STAGE],
-        "index": [index.STAGE_MOMENTS, index.STAGE_SEARCH, certify.STAGE],
+        "index": [*index.STAGES, certify.STAGE],
         "export": [export.STAGE],
     }[verb]
 
@@ -64,6 +64,8 @@ def run_verb(verb: str, recipe: Recipe, store: Store, runner: Runner, *, force: 
     store.check_writable()
     for stage in stages:
         runner.run(stage, recipe, store, force=force)
+        if stage is index.SEARCH:
+            remove_scratch(index.SCRATCH_STAGES, index.SCRATCH, store)
     write_recipe(recipe, store)
     manifest = store.manifest()
     versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}

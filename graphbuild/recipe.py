@@ -82,10 +82,21 @@ class Index(Section):
     """Nodes to the k-nearest-neighbour graph, with its recall certificate."""
 
     k: int = Field(64, ge=1, le=2048, description="neighbours kept per node, itself excluded")
-    min_recall: float = Field(0.999, ge=0, le=1, description="a build below this recall@k fails")
-    recall_sample: int = Field(1_000, ge=1, description="nodes searched again in float64 for the certificate")
-    seed: int = Field(0, description="draws the certificate's sample")
+    engine: str = Field("auto", description="auto, exact, partition or faiss:FACTORY, as in faiss:IVF1024,Flat")
+    recall: float = Field(0.99, gt=0, lt=1, description="recall@k that partition and faiss are set for, on a sample")
+    min_recall: float | None = Field(
+        None, ge=0, le=1, description="a build below this recall@k fails; default: 0.999 if exact, else recall - 0.01"
+    )
+    recall_sample: int = Field(10_000, ge=1, description="nodes searched again by brute force for the certificate")
+    seed: int = Field(0, ge=0, description="draws leaders and samples")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @field_validator("engine")
+    @classmethod
+    def _check_engine(cls, engine: str) -> str:
+        if engine not in ("auto", "exact", "partition") and not (engine.startswith("faiss:") and engine[6:].strip()):
+            raise ValueError(f"{engine!r} is none of auto, exact, partition, faiss:FACTORY")
+        return engine
 
 
 class Export(Section):

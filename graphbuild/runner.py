@@ -23,7 +23,7 @@ from graphbuild.errors import ConfigError, GraphbuildError, InputError, StageErr
 from graphbuild.progress import Progress
 from graphbuild.recipe import Recipe
 from graphbuild.stage import Stage, Task, digest, perform, records, state_path
-from graphbuild.state import invalidate, pending, total_counts, write_recipe
+from graphbuild.state import invalidate, is_done, pending, total_counts, write_recipe
 from graphbuild.store import Json, Store
 
 logger = logging.getLogger(__name__)
@@ -109,6 +109,8 @@ class Runner:
         InputError or StageError when tasks failed.
         """
         begin = time.monotonic()
+        if stage.serves and all(is_done(other, recipe, store, force=force) for other in stage.serves):
+            return {}
         tasks = stage.plan(recipe, store)
         done = records(store, stage.name)
         todo = pending(stage, tasks, done, store, force=force)

@@ -40,6 +40,25 @@ class ShardedArray:
             for begin in range(0, len(part), rows):
                 yield int(start) + begin, part[begin : begin + rows]
 
+    def table(self) -> tuple[Array, Array, Array, int]:
+        """What a compiled loop finds row `id` by: address and first id of each shard, the shard of each 256th id, and
+        the bytes of a row. Valid as long as this object lives."""
+        addresses = np.array([part.ctypes.data for part in self._parts], np.int64)
+        every = np.arange(0, len(self), 256)
+        guess = (np.searchsorted(self.starts, every, side="right") - 1).astype(np.int32)
+        return addresses, self.starts, guess, self.width * self.dtype.itemsize
+
+    def span(self, first: int, count: int) -> Array:
+        """Rows first..first+count-1, copied into one array."""
+        shards = range(
+            int(np.searchsorted(self.starts, first, side="right")) - 1,
+            int(np.searchsorted(self.starts, first + count, side="left")),
+        )
+        parts = [
+            self._parts[s][max(first - int(self.starts[s]), 0) : first + count - int(self.starts[s])] for s in shards
+        ]
+        return np.concatenate(parts) if parts else np.empty((0, self.width), self.dtype)
+
     def take(self, ids: Array) -> Array:
         """Rows of any ids [...] in their order, as [..., width]; InputError names an id out of range."""
         flat = np.asarray(ids).reshape(-1)

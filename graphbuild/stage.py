@@ -28,7 +28,11 @@ ORDER = (
     "assign",
     "encode",
     "vectors",
+    "prepare",
+    "codes",
     "moments",
+    "join",
+    "merge",
     "search",
     "certify",
     "export",
@@ -79,7 +83,8 @@ class Stage:
     """A step of the pipeline. It knows nothing of parallelism; `graphbuild.runner` executes it.
 
     plan lists the tasks, reading only small files. run does one and returns its facts: JSON, its integer `counts` are
-    summed over the tasks. finish turns the records of all tasks into entries of manifest.json.
+    summed over the tasks. finish turns the records of all tasks into entries of manifest.json. serves: the stages that
+    its files are for; when those are done it is not run, and its files are scratch that may be gone.
     """
 
     name: str
@@ -88,6 +93,7 @@ class Stage:
     run: Run
     finish: Callable[[Recipe, Store, list[Json]], Json] = lambda recipe, store, records: {}
     on_device: bool = False
+    serves: tuple[Stage, ...] = ()
 
 
 def perform(stage: Stage, task: Task, store: Store) -> Json:

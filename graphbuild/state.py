@@ -59,6 +59,20 @@ def pending(stage: Stage, tasks: Sequence[Task], done: Mapping[str, Json], store
     return todo
 
 
+def is_done(stage: Stage, recipe: Recipe, store: Store, *, force: bool) -> bool:
+    """Whether nothing of a stage is left to do; raises as `pending` does."""
+    return not pending(stage, stage.plan(recipe, store), records(store, stage.name), store, force=force)
+
+
+def remove_scratch(stages: Sequence[Stage], folder: str, store: Store) -> None:
+    """Take away the files of stages that served their end, and every trace of their tasks."""
+    for path in (folder, *(f"_state/{stage.name}" for stage in stages)):
+        store.remove_folder(path)
+    manifest = store.manifest()
+    if [name for stage in stages if (name := manifest["stages"].pop(stage.name, None)) is not None]:
+        store.write_json("manifest.json", manifest)
+
+
 def write_recipe(recipe: Recipe, store: Store) -> None:
     """The resolved recipe, beside what it made; written once its changes are accepted."""
     text = recipe.dump().encode()

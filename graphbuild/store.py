@@ -168,8 +168,11 @@ class Store:
     # -- writing
 
     @contextlib.contextmanager
-    def staged(self, name: str) -> Iterator[Path]:
-        """A local path to write to; committed under `name` on a clean exit, removed otherwise."""
+    def staged(self, name: str, *, durable: bool = True) -> Iterator[Path]:
+        """A local path to write to; committed under `name` on a clean exit, removed otherwise.
+
+        durable: flushed to disk before it gets its name; scratch files are not.
+        """
         final = self.path(name)
         if self.is_local:
             folder = Path(final).parent
@@ -179,7 +182,9 @@ class Store:
         temporary = folder / f".{Path(final).name}.{uuid.uuid4().hex}.tmp"
         try:
             yield temporary
-            if self.is_local:
+            if self.is_local and not durable:
+                temporary.rename(final)
+            elif self.is_local:
                 with temporary.open("rb") as file:
                     os.fsync(file.fileno())
                 temporary.rename(final)
@@ -203,6 +208,10 @@ class Store:
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(self.path(name))
+
+    def remove_folder(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm(self.path(name), recursive=True)
 
     def check_writable(self) -> None:
         """Raise ConfigError when nothing can be written here; leaves nothing behind."""
@@ -250,17 +259,17 @@ class Writer:
             self.store.remove(output.path)
 
     @contextlib.contextmanager
-    def file(self, name: str) -> Iterator[Path]:
+    def file(self, name: str, *, durable: bool = True) -> Iterator[Path]:
         """A local path to write to, committed as `name` on a clean exit."""
-        with self.store.staged(name) as path:
+        with self.store.staged(name, durable=durable) as path:
             yield path
             self.outputs.append(Output(name, path.stat().st_size, file_sha256(path)))
 
-    def array(self, name: str, values: np.ndarray[Any, Any]) -> None:
+    def array(self, name: str, values: np.ndarray[Any, Any], *, durable: bool = True) -> None:
         """A plain C-order .npy file."""
         import numpy as np
 
-        with self.file(name) as path, path.open("wb") as file:
+        with self.file(name, durable=durable) as path, path.open("wb") as file:
             np.save(file, np.ascontiguousarray(values), allow_pickle=False)
 
     def table(self, name: str, table: pa.Table, **options: Any) -> None:

@@ -1,133 +1,133 @@
-"""Exact k-nearest-neighbour search by blocked matrix products, on CPU or CUDA through the same torch code.
+"""Exact engine: every pair of nodes, once, by int8 products; then proof.
 
-Promise: each node's k neighbours by float32 similarity, ties by smaller id, itself left out by id; the result does not
-depend on block sizes, device or threads. A float32 product picks k + slack candidates, these are scored again in
-float64, and the product's rounding-error bound proves that no other node can belong to the list; rows where it does not
-(ties beyond the slack) are searched again in float64. Similarity is the cosine of the stored float16 vectors, rounded
-once to float32. Cost: 2 N d flop a node; memory: the query block, and one tile of TILE float32 scores.
+Nodes fall into groups; a join task takes two groups (or one with itself) and offers each pair of a 512 x 512 tile to the
+lists of both its nodes, so it costs half the products of a search. Lists are longer than k; whether what they left out
+can still belong to the k best is proved afterwards from the codes' error bound (`proved`), and rows where that fails
+are searched again (`search_again`). Cost: N^2 d int8 operations, and 4 to 8 lists a node of scratch;
+memory: codes and lists of two groups.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from itertools import combinations_with_replacement
 
 import numpy as np
 import torch
 
-from graphbuild.encoder import one_thread
+from graphbuild.knn import kernels
+from graphbuild.knn.codes import Tensor, products, unit
 from graphbuild.sharded import Array, ShardedArray
 
-QUERY_ROWS = 1_024
+TILE_ROWS = 512
+GROUP_ROWS = 16_384
+LARGE = 1_000_000
 BLOCK_ROWS = 8_192
-RESCORE_ROWS = 256
-Tensor = torch.Tensor
+AGAIN_ROWS = 1_024
+DEVICE_ROWS = 16_384
+DEVICE_COLUMNS = 32_768
+FLOAT32_BITS = 2.0**-23  # a similarity is rounded to float32 once
 
 
-def search(vectors: ShardedArray, first: int, count: int, k: int, device: str) -> tuple[Array, Array, int]:
-    """Neighbours of nodes first..first+count-1 among all.
+def list_length(k: int, nodes: int) -> int:
+    """Candidates kept a node, so that the proof nearly always succeeds."""
+    return min(2 * k + 16, nodes - 1)
 
-    Returns ids int64 [count, k], similarities float32 [count, k] in descending order, and the number of rows that
-    needed the second search. Requires k < len(vectors) < 2**31.
+
+def joins(nodes: int) -> list[list[tuple[int, int]]]:
+    """The pairs of groups, a group being (first node, count): one task each."""
+    rows = max(GROUP_ROWS, math.ceil(nodes / (4 if nodes <= LARGE else 8)))
+    groups = [(first, min(rows, nodes - first)) for first in range(0, nodes, rows)]
+    return [sorted({a, b}) for a, b in combinations_with_replacement(groups, 2)]
+
+
+def join(groups: list[tuple[int, int]], codes: ShardedArray, scales: ShardedArray, length: int) -> tuple[Array, Array]:
+    """Lists of one group's nodes within it, or of two groups' nodes in the other: ids int64 [m], keys int64 [m, length]."""
+    ids = np.concatenate([np.arange(first, first + count) for first, count in groups])
+    code = torch.from_numpy(np.concatenate([codes.span(first, count) for first, count in groups]))
+    scale = np.concatenate([scales.span(first, count)[:, 0] for first, count in groups])
+    keys = np.full((len(ids), length), kernels.EMPTY, np.int64)
+    floors = np.full(len(ids), -np.inf, np.float32)
+    places = np.arange(len(ids))
+    split = groups[0][1]
+    for a in range(0, split, TILE_ROWS):
+        for b in range(a if len(groups) == 1 else split, len(ids), TILE_ROWS):
+            rows = places[a : min(a + TILE_ROWS, split)]
+            columns = places[b : b + TILE_ROWS]
+            tile = products(code[rows[0] : rows[-1] + 1], code[columns[0] : columns[-1] + 1])
+            kernels.join_tile(tile.numpy(), rows, columns, ids, scale, floors, keys, a == b)
+    return ids, keys
+
+
+def join_on_device(
+    groups: list[tuple[int, int]], codes: ShardedArray, scales: ShardedArray, length: int, device: str
+) -> tuple[Array, Array]:
+    """The same lists by torch operations alone, each pair from both sides: what a GPU runs.
+
+    A tile's scores are compared with each row's worst so far; only what passes is compacted and selected from.
     """
-    ids = np.empty((count, k), np.int64)
-    similarities = np.empty((count, k), np.float32)
-    searched_again = 0
-    with one_thread(device), torch.inference_mode():
-        for begin in range(first, first + count, QUERY_ROWS):
-            query_ids = torch.arange(begin, min(begin + QUERY_ROWS, first + count))
-            keys, again = _search_block(vectors, query_ids, k, device)
-            rows = slice(begin - first, begin - first + len(query_ids))
-            ids[rows], similarities[rows] = _unpack(keys)
-            searched_again += again
-    return ids, similarities, searched_again
+    place = torch.device(device)
+    sides = [
+        (
+            torch.arange(first, first + count, device=place),
+            torch.from_numpy(codes.span(first, count)).to(place),
+            torch.from_numpy(scales.span(first, count)[:, 0].copy()).to(place),
+        )
+        for first, count in groups
+    ]
+    ids, keys = [], []
+    for (own, code, _), others in zip(sides, sides[::-1], strict=True):
+        for at in range(0, len(own), DEVICE_ROWS):
+            rows = slice(at, at + DEVICE_ROWS)
+            ids.append(own[rows].cpu().numpy())
+            keys.append(_search_on_device(own[rows], code[rows], others, length))
+    return np.concatenate(ids), np.concatenate(keys)
 
 
-def _search_block(vectors: ShardedArray, query_ids: Tensor, k: int, device: str) -> tuple[Tensor, int]:
-    raw = torch.from_numpy(vectors.take(query_ids.numpy()))
-    width = min(k + max(16, k // 4), len(vectors) - 1)
-    scores, candidates = _candidates(vectors, unit(raw, torch.float32).to(device), query_ids.to(device), width)
-    keys = torch.cat(
-        [
-            _rescored(vectors, raw[at : at + RESCORE_ROWS], candidates[at : at + RESCORE_ROWS].cpu(), k)
-            for at in range(0, len(raw), RESCORE_ROWS)
-        ]
-    )
-    if width < len(vectors) - 1:
-        # |float32 product - exact| <= (d + 4) u for unit vectors (Higham 2002, section 3.1); one more u for rounding
-        margin = (vectors.width + 8) * 2.0**-24
-        kth = _similarity(keys[:, -1])
-        unproved = torch.nonzero(kth <= scores.min(dim=1).values.cpu() + margin).squeeze(1)
-        if len(unproved):
-            keys[unproved] = _float64_search(vectors, raw[unproved], query_ids[unproved], k, device)
-        return keys, len(unproved)
-    return keys, 0
-
-
-def _candidates(vectors: ShardedArray, queries: Tensor, query_ids: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The `width` best by float32 product, unordered: scores [q, width] and ids [q, width], on the queries' device."""
-    q = len(queries)
-    scores = torch.full((q, width), -torch.inf, device=queries.device)
-    ids = torch.zeros((q, width), dtype=torch.int64, device=queries.device)
-    for first, block in vectors.blocks(BLOCK_ROWS):
-        tile = queries @ unit(torch.from_numpy(np.array(block)).to(queries.device), torch.float32).T
-        _drop_self(tile, query_ids, first)
-        floor = scores.min(dim=1).values
-        row, column = torch.nonzero(tile > floor[:, None], as_tuple=True)
+def _search_on_device(own: Tensor, code: Tensor, others: tuple[Tensor, Tensor, Tensor], length: int) -> Array:
+    count, place = len(own), own.device
+    best = torch.full((count, length), -torch.inf, device=place)
+    best_ids = torch.full((count, length), kernels.LARGEST_ID, dtype=torch.int64, device=place)
+    for at in range(0, len(others[0]), DEVICE_COLUMNS):
+        ids, other_code, other_scales = (part[at : at + DEVICE_COLUMNS] for part in others)
+        tile = products(code, other_code).float() * other_scales
+        if own[0] <= ids[-1] and ids[0] <= own[-1]:
+            tile[own[:, None] == ids[None, :]] = -torch.inf
+        row, column = torch.nonzero(tile > best.amin(dim=1, keepdim=True), as_tuple=True)
         if not len(row):
             continue
-        survivors = torch.bincount(row, minlength=q)
-        slot = torch.arange(len(row), device=row.device) - (survivors.cumsum(0) - survivors)[row]
-        new_scores = torch.full((q, int(survivors.max())), -torch.inf, device=queries.device)
-        new_ids = torch.zeros_like(new_scores, dtype=torch.int64)
-        new_scores[row, slot] = tile[row, column]
-        new_ids[row, slot] = column + first
-        scores, best = torch.cat([scores, new_scores], dim=1).topk(width, dim=1, sorted=False)
-        ids = torch.cat([ids, new_ids], dim=1).gather(1, best)
-    return scores, ids
+        passed = torch.bincount(row, minlength=count)
+        slot = torch.arange(len(row), device=place) - (passed.cumsum(0) - passed)[row]
+        new = torch.full((count, int(passed.max())), -torch.inf, device=place)
+        new_ids = torch.full_like(new, kernels.LARGEST_ID, dtype=torch.int64)
+        new[row, slot] = tile[row, column]
+        new_ids[row, slot] = ids[column]
+        best, kept = torch.cat([best, new], dim=1).topk(length, dim=1)
+        best_ids = torch.cat([best_ids, new_ids], dim=1).gather(1, kept)
+    return np.sort(kernels.pack(best.cpu().numpy(), best_ids.cpu().numpy()), axis=1)[:, ::-1]
 
 
-def _rescored(vectors: ShardedArray, raw: Tensor, candidates: Tensor, k: int) -> Tensor:
-    """The k best candidates by float64 product, as sorted keys [q, k]."""
-    others = unit(torch.from_numpy(vectors.take(candidates.numpy())), torch.float64)
-    exact = torch.einsum("qd,qcd->qc", unit(raw, torch.float64), others)
-    return _pack(exact.float(), candidates).sort(dim=1, descending=True).values[:, :k]
+def proved(candidates: Array, exact: Array, scales: Array, largest_rest: float) -> Array:
+    """bool [n]: whether no node outside the candidates can be among a row's k best.
+
+    candidates int64 [n, c]: lists by code, descending; exact float32 [n, k]: true similarities of the k best of them;
+    scales float32 [n, 2]: scale and rest of the rows' codes; largest_rest: of any node.
+    """
+    worst, _ = kernels.unpack(candidates[:, -1])
+    rest = scales[:, 1].astype(np.float64)
+    bound = worst.astype(np.float64) * scales[:, 0] + rest + largest_rest + rest * largest_rest
+    full: Array = candidates[:, -1] != kernels.EMPTY
+    return ~full | (bound + FLOAT32_BITS < exact[:, -1])
 
 
-def _float64_search(vectors: ShardedArray, raw: Tensor, query_ids: Tensor, k: int, device: str) -> Tensor:
-    """The same search with every product in float64: slow, and no tie escapes it. Keys [q, k]."""
-    queries = unit(raw, torch.float64).to(device)
-    best = torch.full((len(raw), k), torch.iinfo(torch.int64).min, device=device)
+def search_again(vectors: ShardedArray, ids: Array, keys: Array) -> None:
+    """Make the lists keys int64 [n, k] of nodes `ids` the exact ones, ties and all, by comparing with every node.
+
+    keys: exact similarities of some neighbours, or EMPTY. A float32 product, whose error is at most (d + 8) 2^-24 for
+    unit vectors (Higham 2002, section 3.1), tells which nodes can reach a list; those are computed in float64.
+    """
+    queries = unit(torch.from_numpy(vectors.take(ids)), torch.float32)
+    margin = (vectors.width + 8) * 2.0**-23
     for first, block in vectors.blocks(BLOCK_ROWS):
-        tile = queries @ unit(torch.from_numpy(np.array(block)).to(device), torch.float64).T
-        _drop_self(tile, query_ids.to(device), first)
-        keys = _pack(tile.float(), torch.arange(first, first + tile.shape[1], device=device).expand_as(tile))
-        best = torch.cat([best, keys.topk(min(k, keys.shape[1]), dim=1).values], dim=1).topk(k, dim=1).values
-    return best.cpu()
-
-
-def unit(raw: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows scaled to unit norm in `dtype`, from stored float16 [..., d] (whose norm is 1 only to 1e-3)."""
-    exact = raw.to(dtype)
-    norms: Tensor = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
-    return exact / norms
-
-
-def _drop_self(tile: Tensor, query_ids: Tensor, first: int) -> None:
-    inside = torch.nonzero((query_ids >= first) & (query_ids < first + tile.shape[1])).squeeze(1)
-    tile[inside, query_ids[inside] - first] = -torch.inf
-
-
-def _pack(similarities: Tensor, ids: Tensor) -> Tensor:
-    """int64 keys whose descending order is: larger float32 similarity first, then smaller id."""
-    bits = similarities.contiguous().view(torch.int32).to(torch.int64)
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return (ordered << 32) | (0x7FFFFFFF - ids)
-
-
-def _similarity(keys: Tensor) -> Tensor:
-    ordered = keys >> 32
-    return torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(torch.int32).view(torch.float32)
-
-
-def _unpack(keys: Tensor) -> tuple[Any, Any]:
-    return (0x7FFFFFFF - (keys & 0xFFFFFFFF)).numpy(), _similarity(keys).numpy()
+        tile = (queries @ unit(torch.from_numpy(np.array(block)), torch.float32).T).numpy()
+        kernels.offer_exactly(tile, ids, first, margin, keys, vectors.table(), vectors.width)

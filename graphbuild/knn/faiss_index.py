@@ -1,0 +1,152 @@
+"""faiss engine: any index factory string, on CPU or GPU, searched shard by shard.
+
+`IVF1024,Flat` or `HNSW32` or `Flat` as faiss's index_factory takes it, over unit vectors and inner product. What the index has
+to set between speed and recall (nprobe, efSearch) is doubled until a sample reaches the recall asked for. The CPU
+wheel's OpenBLAS does not know recent Intel CPUs and runs them four times slower unless told, so it is told (`import_faiss`).
+Memory: the whole index, once a worker: N d 4 bytes for Flat, IVF...,Flat and HNSW.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graphbuild.errors import ConfigError
+from graphbuild.sharded import Array, ShardedArray
+
+TRAINING_ROWS = 262_144
+BLOCK_ROWS = 8_192
+SAMPLE = 400
+LARGEST_EFFORT = 2_048
+
+
+def import_faiss() -> Any:
+    """The module faiss, its BLAS set to what the CPU has; ConfigError says how to install it."""
+    if "faiss" not in sys.modules:
+        import torch
+
+        able = torch.cpu.get_capabilities()
+        if able.get("avx512_f"):
+            os.environ.setdefault("OPENBLAS_CORETYPE", "SKYLAKEX")
+        elif able.get("avx2"):
+            os.environ.setdefault("OPENBLAS_CORETYPE", "HASWELL")
+    try:
+        import faiss
+    except ImportError:
+        raise ConfigError(
+            "--engine faiss: the package faiss is not installed",
+            "pip install 'graphbuild[cpu]' or 'graphbuild[gpu]', or use --engine auto",
+        ) from None
+    return faiss
+
+
+def check_factory(factory: str) -> None:
+    """ConfigError when faiss cannot make such an index."""
+    faiss = import_faiss()
+    try:
+        faiss.index_factory(64, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1][:200]
+        raise ConfigError(
+            f"--engine faiss:{factory}: not an index factory string ({reason})",
+            "see faiss's index_factory, as IVF1024,Flat",
+        ) from None
+
+
+def build(vectors: ShardedArray, factory: str, k: int, recall: float, seed: int, path: Path) -> dict[str, Any]:
+    """Train, fill and calibrate an index of all nodes, and write it to `path`. Returns the effort and sampled recall."""
+    faiss = import_faiss()
+    faiss.omp_set_num_threads(os.cpu_count() or 1)
+    try:
+        index = faiss.index_factory(vectors.width, factory, faiss.METRIC_INNER_PRODUCT)
+        random = np.random.default_rng(seed)
+        if not index.is_trained:
+            ids = np.sort(random.choice(len(vectors), min(TRAINING_ROWS, len(vectors)), replace=False))
+            index.train(unit(vectors.take(ids)))
+        for _, block in vectors.blocks(BLOCK_ROWS):
+            index.add(unit(block))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"--engine faiss:{factory} cannot hold {len(vectors):,} vectors of {vectors.width} numbers "
+            f"({str(error).strip().splitlines()[-1][:200]})",
+            "use fewer lists, another factory, or --engine partition",
+        ) from None
+    ids = np.sort(random.choice(len(vectors), min(SAMPLE, len(vectors)), replace=False))
+    queries = unit(vectors.take(ids))
+    true = _true_worst(vectors, queries, k)
+    knob = _knob(faiss, index)
+    effort = 1 if knob == "nprobe" else k + 1
+    while True:
+        if knob:
+            faiss.ParameterSpace().set_index_parameter(index, knob, effort)
+        found = search(index, queries, ids, k)[1]
+        exact = [(unit(vectors.take(row[row >= 0])) @ query) for row, query in zip(found, queries, strict=True)]
+        reached = float(
+            np.mean([(scores >= worst - 1e-6).sum() / k for scores, worst in zip(exact, true, strict=True)])
+        )
+        if not knob or reached >= recall or effort * 2 > LARGEST_EFFORT:
+            break
+        effort *= 2
+    faiss.write_index(index, str(path))
+    return {"knob": knob, "effort": effort if knob else None, "sampled_recall": round(reached, 4)}
+
+
+def open_index(path: Path, facts: dict[str, Any], device: str) -> Any:
+    """The index of `build`, on its device: a GPU's after a real search there has found what it must, or ConfigError."""
+    faiss = import_faiss()
+    faiss.omp_set_num_threads(1)
+    index = faiss.read_index(str(path))
+    if device == "cuda":
+        if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
+            raise ConfigError(
+                "--engine faiss on a GPU: this faiss has no GPU support, or sees no GPU",
+                "pip install 'graphbuild[gpu]' in place of [cpu], or say --device cpu",
+            )
+        probe = np.eye(64, dtype=np.float32)
+        flat = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, faiss.IndexFlatIP(64))
+        flat.add(probe)
+        if not (flat.search(probe, 1)[1][:, 0] == np.arange(64)).all():
+            raise ConfigError("faiss finds the wrong neighbours on this GPU", "use --engine exact, or --device cpu")
+        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+        if facts["knob"]:
+            faiss.GpuParameterSpace().set_index_parameter(index, facts["knob"], facts["effort"])
+    elif facts["knob"]:
+        faiss.ParameterSpace().set_index_parameter(index, facts["knob"], facts["effort"])
+    return index
+
+
+def search(index: Any, queries: Array, ids: Array, length: int) -> tuple[Array, Array]:
+    """Similarities float32 and ids int64 [n, length] of the neighbours of nodes `ids`, themselves left out; -1: none."""
+    scores, found = index.search(queries, length + 1)
+    own = found == ids[:, None]
+    own[~own.any(axis=1), -1] = True  # one too many where it did not find itself
+    return scores[~own].reshape(len(ids), length), found[~own].reshape(len(ids), length)
+
+
+def _knob(faiss: Any, index: Any) -> str | None:
+    for name in ("nprobe", "efSearch"):
+        try:
+            faiss.ParameterSpace().set_index_parameter(index, name, 1)
+        except RuntimeError:
+            continue
+        return name
+    return None
+
+
+def _true_worst(vectors: ShardedArray, queries: Array, k: int) -> Array:
+    best = np.full((len(queries), k + 1), -np.inf, np.float32)  # each query finds itself as well
+    for _, block in vectors.blocks(BLOCK_ROWS):
+        both = np.concatenate([best, queries @ unit(block).T], axis=1)
+        best = np.partition(both, both.shape[1] - k - 1, axis=1)[:, -k - 1 :]
+    worst: Array = best.min(axis=1)
+    return worst
+
+
+def unit(raw: Array) -> Array:
+    """float32 unit vectors of stored float16 [n, d]."""
+    exact = raw.astype(np.float32)
+    return np.asarray(exact / np.linalg.norm(exact, axis=1, keepdims=True))
