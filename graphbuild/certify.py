@@ -2,8 +2,8 @@
 
 Written with numpy alone, on purpose: it shares no code with the engines it judges. recall@k is the share of a node's k
 listed neighbours whose true similarity reaches that of its true k-th neighbour (less TOLERANCE, so ties are no misses).
-A task takes a slice of the sampled nodes through all embeddings (float32: 2 S N d operations in all) and validates every
-row of its share of the graph's shards. Memory: a block of vectors and its scores, SLICE_NODES x BLOCK_ROWS float32.
+A task takes a slice of the sampled nodes through all embeddings (float32: 2 S N d operations in all) and validates
+every row of its share of the graph's shards. Memory: a block of vectors and SLICE_NODES x BLOCK_ROWS float32 scores.
 """
 
 from __future__ import annotations

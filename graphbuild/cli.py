@@ -179,13 +179,14 @@ def index(
     min_recall: Annotated[
         float | None, _option("fail below this recall@k  [default: 0.999 if exact, else --recall less 0.01]")
     ] = None,
+    memory: Annotated[float | None, _option("GB a worker may take  [default: 4]")] = None,
     device: DeviceOption = None,
     workers: Workers = None,
     address: Address = None,
     force: Force = False,
 ) -> None:
     """Nodes to the k-nearest-neighbour graph, recall certified."""
-    _run_section("index", store, _given(locals(), "k engine recall min_recall device"), workers, address, force)
+    _run_section("index", store, _given(locals(), "k engine recall min_recall memory device"), workers, address, force)
 
 
 @app.command()

@@ -12,6 +12,7 @@ first two moments of all embeddings (float64 [d + 1, d]: the sum, then the sum o
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,14 @@ def engine_of(recipe: Recipe, manifest: Json) -> tuple[Any, str]:
     return choose(recipe.index, node_count(manifest), manifest["embeddings"]["d"])
 
 
+def forecast(recipe: Recipe, store: Store) -> str:
+    """The engine, why it was taken, and what memory and scratch the build will take."""
+    from graphbuild.knn import engine
+
+    manifest = nodes_entry(store)
+    return engine.forecast(recipe.index, node_count(manifest), manifest["embeddings"]["d"])
+
+
 def _task(recipe: Recipe, manifest: Json, stage: str, name: str, **built: Any) -> Task:
     engine, _ = engine_of(recipe, manifest)
     return Task(
@@ -78,16 +87,17 @@ def plan_prepare(recipe: Recipe, store: Store) -> list[Task]:
             f"--k {recipe.index.k}: the store has {nodes:,} nodes, so a node has {nodes - 1:,} possible neighbours",
             f"use --k {max(nodes - 1, 1)} or fewer" if nodes > 1 else "give at least two different captions",
         )
-    engine, _ = engine_of(recipe, manifest)
-    return [_task(recipe, manifest, "prepare", "all")] if engine.prepares else []
+    return [_task(recipe, manifest, "prepare", "all")]
 
 
 def run_prepare(task: Task, store: Store, writer: Writer) -> Json:
-    from graphbuild.knn.engine import Inputs
+    import torch
+
+    from graphbuild.knn.inputs import Inputs
 
     inputs = Inputs(store)
-    with one_thread("cpu"):
-        facts: Json = _engine(task, inputs.manifest).prepare(inputs, task.settings["k"], writer)
+    torch.set_num_threads(os.cpu_count() or 1)  # nothing else runs
+    facts: Json = _engine(task, inputs.manifest).prepare(inputs, task.settings["k"], writer)
     return facts
 
 
@@ -107,14 +117,19 @@ def plan_codes(recipe: Recipe, store: Store) -> list[Task]:
 def run_codes(task: Task, store: Store, writer: Writer) -> Json:
     import torch
 
-    from graphbuild.knn.codes import encode, unit
-    from graphbuild.knn.engine import Inputs
+    from graphbuild.knn.codes import encode
+    from graphbuild.knn.inputs import Inputs
+    from graphbuild.knn.products import unit
 
     inputs = Inputs(store)
     raw = store.array(VECTORS.format(task.name))
     with one_thread("cpu"), torch.inference_mode():
         codes = encode(raw)
-        arrays = {"codes": codes.codes, "scales": codes.scales, **_engine(task, inputs.manifest).describe(inputs, codes)}
+        arrays = {
+            "codes": codes.codes,
+            "scales": codes.scales,
+            **_engine(task, inputs.manifest).describe(inputs, codes, task.settings["k"]),
+        }
         sums = torch.zeros(raw.shape[1] + 1, raw.shape[1], dtype=torch.float64)
         for begin in range(0, len(raw), BLOCK_ROWS):
             x = unit(torch.from_numpy(np.array(raw[begin : begin + BLOCK_ROWS])), torch.float32)
@@ -151,18 +166,22 @@ def run_moments(task: Task, store: Store, writer: Writer) -> Json:
 
 def plan_join(recipe: Recipe, store: Store) -> list[Task]:
     manifest = nodes_entry(store)
+    from graphbuild.knn.engine import nodes_at_once
+
     engine, _ = engine_of(recipe, manifest)
+    nodes = node_count(manifest)
+    at_once = nodes_at_once(engine, recipe.index, nodes, manifest["embeddings"]["d"])
     codes = manifest["stages"]["codes"]["fingerprint"]
     return [
         _task(recipe, manifest, "join", f"{number:05}", codes=codes, argument=argument)
-        for number, argument in enumerate(engine.joins(node_count(manifest)))
+        for number, argument in enumerate(engine.joins(nodes, at_once))
     ]
 
 
 def run_join(task: Task, store: Store, writer: Writer) -> Json:
     import torch
 
-    from graphbuild.knn.engine import Inputs
+    from graphbuild.knn.inputs import Inputs
 
     inputs = Inputs(store)
     engine = _engine(task, inputs.manifest)
@@ -196,7 +215,7 @@ def plan_merge(recipe: Recipe, store: Store) -> list[Task]:
 
 
 def run_merge(task: Task, store: Store, writer: Writer) -> Json:
-    from graphbuild.knn.kernels import EMPTY, merge_lists
+    from graphbuild.knn.lists import EMPTY, merge_lists
 
     manifest = store.manifest()
     first, count = task.built["first_node"], task.built["nodes"]
@@ -226,7 +245,8 @@ def plan_search(recipe: Recipe, store: Store) -> list[Task]:
 
 def run_search(task: Task, store: Store, writer: Writer) -> Json:
     from graphbuild.knn import exact, kernels, partition
-    from graphbuild.knn.engine import Inputs
+    from graphbuild.knn.inputs import Inputs
+    from graphbuild.knn.lists import EMPTY, unpack
 
     inputs = Inputs(store)
     engine = _engine(task, inputs.manifest)
@@ -234,24 +254,25 @@ def run_search(task: Task, store: Store, writer: Writer) -> Json:
     vectors = inputs.vectors
     candidates = np.array(store.array(f"{SCRATCH}/merged/{task.name}.npy"))
     if engine.name == "partition":
-        leaves, lists = inputs.of("leaves"), inputs.of("merged")
-        tables = [part.table() for part in (lists, inputs.codes, inputs.scales, leaves)]
+        leaves, merged = inputs.of("leaves"), inputs.of("merged")
+        tables = [part.table() for part in (merged, inputs.codes, inputs.scales, leaves)]
         kernels.refine_lists(first, candidates, partition.EXPAND, *tables, vectors.width, leaves.width)
     keys = np.sort(kernels.exact_similarities(first, candidates, vectors.table(), vectors.width), axis=1)[:, ::-1]
     keys = np.ascontiguousarray(keys[:, :k])
-    lacking = keys[:, -1] == kernels.EMPTY
+    lacking = keys[:, -1] == EMPTY
     if engine.name == "exact":
         scales = np.array(store.array(f"{SCRATCH}/scales/{task.name}.npy"))
-        similarities, _ = kernels.unpack(keys)
-        lacking |= ~exact.proved(candidates, similarities, scales, inputs.manifest["largest_rest"])
-    rows = np.flatnonzero(lacking)
+        similarities, _ = unpack(keys)
+        floors = np.array(store.array(f"{SCRATCH}/floors/{task.name}.npy"))[:, 0]
+        lacking |= ~exact.proved(candidates, floors, similarities, scales, inputs.manifest["largest_rest"])
+    rows: Array = np.flatnonzero(lacking)
     with one_thread("cpu"):
         for begin in range(0, len(rows), exact.AGAIN_ROWS):
-            part = rows[begin : begin + exact.AGAIN_ROWS]
-            lists = keys[part]
-            exact.search_again(vectors, first + part, lists)
-            keys[part] = lists
-    similarities, neighbors = kernels.unpack(keys)
+            some = rows[begin : begin + exact.AGAIN_ROWS]
+            lists = keys[some]
+            exact.search_again(vectors, first + some, lists)
+            keys[some] = lists
+    similarities, neighbors = unpack(keys)
     background = background_of(vectors.span(first, count), similarities, store.array(MOMENTS), len(vectors))
     writer.array(f"graph/{task.name}.neighbors.npy", neighbors.astype(np.uint32))
     writer.array(f"graph/{task.name}.similarities.npy", similarities.astype(np.float16))
@@ -267,7 +288,7 @@ def background_of(raw: Array, similarities: Array, moments: Array, total: int) -
     """
     import torch
 
-    from graphbuild.knn.codes import unit
+    from graphbuild.knn.products import unit
 
     rest = total - 1 - similarities.shape[1]
     if rest == 0:
@@ -294,7 +315,7 @@ def finish_search(recipe: Recipe, store: Store, done: list[Json]) -> Json:
 MOMENTS_STAGE = Stage(name="moments", title="moments", plan=plan_moments, run=run_moments)
 SEARCH = Stage(name="search", title="search", plan=plan_search, run=run_search, finish=finish_search)
 _SERVED = (MOMENTS_STAGE, SEARCH)
-PREPARE = Stage(name="prepare", title="prepare", plan=plan_prepare, run=run_prepare, serves=_SERVED)
+PREPARE = Stage(name="prepare", title="prepare", plan=plan_prepare, run=run_prepare, serves=_SERVED, note=forecast)
 CODES = Stage(name="codes", title="codes", plan=plan_codes, run=run_codes, finish=finish_codes, serves=_SERVED)
 JOIN = Stage(name="join", title="join", plan=plan_join, run=run_join, serves=_SERVED, on_device=True)
 MERGE = Stage(name="merge", title="merge", plan=plan_merge, run=run_merge, serves=_SERVED)

@@ -88,6 +88,7 @@ class Index(Section):
         None, ge=0, le=1, description="a build below this recall@k fails; default: 0.999 if exact, else recall - 0.01"
     )
     recall_sample: int = Field(10_000, ge=1, description="nodes searched again by brute force for the certificate")
+    memory: float = Field(4, gt=0, description="GB a worker may take; less makes more and smaller join tasks")
     seed: int = Field(0, ge=0, description="draws leaders and samples")
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

@@ -114,6 +114,8 @@ class Runner:
         tasks = stage.plan(recipe, store)
         done = records(store, stage.name)
         todo = pending(stage, tasks, done, store, force=force)
+        if todo and stage.note:
+            logger.info("%-9s %s", "plan", stage.note(recipe, store))
         self.progress.begin(stage.title, total=len(tasks), done=len(tasks) - len(todo))
         if todo:
             invalidate(store, stage.name)

@@ -84,7 +84,8 @@ class Stage:
 
     plan lists the tasks, reading only small files. run does one and returns its facts: JSON, its integer `counts` are
     summed over the tasks. finish turns the records of all tasks into entries of manifest.json. serves: the stages that
-    its files are for; when those are done it is not run, and its files are scratch that may be gone.
+    its files are for; when those are done it is not run, and its files are scratch that may be gone. note: a line to
+    show before its first task: what was chosen, and what it will take.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Stage:
     finish: Callable[[Recipe, Store, list[Json]], Json] = lambda recipe, store, records: {}
     on_device: bool = False
     serves: tuple[Stage, ...] = ()
+    note: Callable[[Recipe, Store], str] | None = None
 
 
 def perform(stage: Stage, task: Task, store: Store) -> Json:

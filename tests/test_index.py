@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from graphbuild.certify import certificate_of, check_lists, true_similarities, wilson_interval
+from graphbuild.certify import certify_afresh, check_lists, check_similarities, true_similarities, wilson_interval
 from graphbuild.errors import GraphbuildError, QualityError, StageError
 from graphbuild.index import MOMENTS, background_of
 from graphbuild.pipeline import run_verb
@@ -57,7 +57,7 @@ def test_certificate_of_an_exact_graph_is_one(tmp_path: Path, vectors: np.ndarra
     certificate = built(tmp_path, vectors, k=9, recall_sample=1_000).manifest()["recall"]
     assert certificate["recall"] == 1.0
     assert certificate["sampled_nodes"] == 200
-    assert abs(certificate["mean_similarity_deficit"]) < 1e-9
+    assert abs(certificate["mean_similarity_deficit"]) < 1e-6
 
 
 def spoil(store: Store, row: int, change: np.ndarray) -> None:
@@ -71,7 +71,7 @@ def test_certificate_sees_wrong_neighbours(tmp_path: Path, vectors: np.ndarray) 
     store = built(tmp_path, vectors, k=9)
     farthest = np.argsort(cosines(vectors)[3])[:9]
     spoil(store, 3, farthest)
-    certificate = certificate_of(store, 200, seed=0)
+    certificate = certify_afresh(store, 200, seed=0)
     assert certificate["recall"] == pytest.approx(1 - 1 / 200)
     assert certificate["worst_node_recall"] == 0
     assert certificate["mean_similarity_deficit"] > 0
@@ -91,26 +91,47 @@ def test_certificate_refuses_lists_that_are_no_lists(
     store = built(tmp_path, vectors, k=9)
     spoil(store, 3, np.array(change))
     with pytest.raises(StageError, match=f"node 3.*{what}"):
-        certificate_of(store, 200, seed=0)
+        certify_afresh(store, 200, seed=0)
 
 
 def test_a_graph_under_the_floor_fails_and_is_not_marked_done(
     tmp_path: Path, vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from graphbuild.knn import exact
+    from graphbuild.knn import exact, lists
 
-    def poor(vectors: ShardedArray, first: int, count: int, k: int, device: str) -> tuple[np.ndarray, np.ndarray, int]:
-        ids = (np.arange(first, first + count)[:, None] + 1 + np.arange(k)) % len(vectors)
-        return ids, np.zeros((count, k), np.float32), 0
+    def poor(groups: list[tuple[int, int]], *rest: object) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.arange(200)
+        keys = lists.pack(np.zeros((200, 9)), (ids[:, None] + 1 + np.arange(9)) % 200)
+        return ids, np.sort(keys, axis=1)[:, ::-1]
 
-    monkeypatch.setattr(exact, "search", poor)
+    monkeypatch.setattr(exact, "join", poor)
+    monkeypatch.setattr(exact, "proved", lambda candidates, *rest: np.ones(len(candidates), bool))
     with pytest.raises(GraphbuildError, match="under the floor") as error:
         built(tmp_path, vectors, k=9)
     assert error.value.exit_code == QualityError.exit_code == 1
     store = Store(str(tmp_path / "store"))
     assert "certify" not in store.manifest()["stages"]
     assert store.exists("graph/00000.neighbors.npy")
-    assert store.exists("_state/certify/all.failed.json")
+    with pytest.raises(QualityError, match="under the floor"):  # and fails again, though no task is left to run
+        built(tmp_path, vectors, k=9)
+    built(tmp_path, vectors, k=9, min_recall=0.0)  # another floor only judges anew
+    assert "certify" in store.manifest()["stages"]
+
+
+def test_raising_the_floor_over_a_finished_graph_fails_it(tmp_path: Path, vectors: np.ndarray) -> None:
+    store = built(tmp_path, vectors, k=9, min_recall=0.5)
+    spoil(store, 3, np.argsort(cosines(vectors)[3])[:9])
+    with pytest.raises(QualityError, match=r"under the floor of 1\.0"):
+        built(tmp_path, vectors, k=9, min_recall=1.0)
+    assert "certify" not in store.manifest()["stages"]
+
+
+def test_similarities_out_of_order_or_not_finite_are_refused() -> None:
+    good = np.array([[0.9, 0.5], [0.4, 0.4]], np.float16)
+    check_similarities(np.array([7, 8]), good)
+    for bad in ([0.4, 0.5], [np.nan, 0.1], [1.5, 0.2]):
+        with pytest.raises(StageError, match="node 8"):
+            check_similarities(np.array([7, 8]), np.array([[0.9, 0.5], bad], np.float16))
 
 
 def test_true_similarities_equal_a_full_sort(tmp_path: Path, vectors: np.ndarray) -> None:
@@ -121,8 +142,11 @@ def test_true_similarities_equal_a_full_sort(tmp_path: Path, vectors: np.ndarray
     similar = cosines(x)
     np.fill_diagonal(similar, -np.inf)
     unit = x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
-    found = true_similarities(array, unit[ids], ids, 9)
-    np.testing.assert_allclose(found, -np.sort(-similar[ids], axis=1)[:, :9], atol=1e-12)
+    true = -np.sort(-similar[ids], axis=1)
+    for rank in (0, 5, 120):  # however poor the list under judgement
+        found = true[:, rank : rank + 9].astype(np.float32)
+        seen = true_similarities(array, unit[ids].astype(np.float32), ids, found)
+        np.testing.assert_allclose(seen, true[:, :9], atol=1e-6)
 
 
 def test_wilson_interval_matches_a_published_value() -> None:
@@ -140,5 +164,5 @@ def test_moments_are_the_sum_and_the_outer_products(tmp_path: Path, vectors: np.
     stored = np.concatenate([np.load(path) for path in sorted(Path(store.url).glob("nodes/*.npy"))]).astype(np.float64)
     stored /= np.linalg.norm(stored, axis=1, keepdims=True)
     moments = np.load(Path(store.url) / MOMENTS)
-    np.testing.assert_allclose(moments[0], stored.sum(axis=0), atol=1e-9)
-    np.testing.assert_allclose(moments[1:], stored.T @ stored, atol=1e-9)
+    np.testing.assert_allclose(moments[0], stored.sum(axis=0), atol=1e-4)
+    np.testing.assert_allclose(moments[1:], stored.T @ stored, atol=1e-4)

@@ -45,7 +45,7 @@ def test_text_in_any_script_survives_the_file(tmp_path: Path) -> None:
 def test_options_change_the_recipe_of_the_store_and_nothing_else(tmp_path: Path) -> None:
     write(tmp_path, "index: {k: 7, seed: 3}\nexport: {embeddings: none}\n")
     recipe = resolve(Store(str(tmp_path)), "index", {"k": 9, "min_recall": None})
-    assert (recipe.index.k, recipe.index.seed, recipe.index.min_recall) == (9, 3, 0.999)
+    assert (recipe.index.k, recipe.index.seed, recipe.index.min_recall) == (9, 3, None)
     assert recipe.export.embeddings == "none"
     assert resolve(Store(str(tmp_path / "new")), "index", {}) == Recipe()
 

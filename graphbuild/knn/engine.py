@@ -1,69 +1,57 @@
 """The three engines behind one protocol, and which of them a build takes.
 
-An engine's work is `prepare` (one task over all nodes), `describe` (one a shard) and `join`s: independent tasks, each of
-which returns candidate lists of some nodes. What follows is the same for all: lists are merged by shard, scored again
-exactly, proved or completed (`graphbuild.index`).
+An engine's work is `prepare` (one task over all nodes), `describe` (one a shard) and `join`s: independent tasks, each
+of which returns candidate lists of some nodes. What follows is the same for all: lists are merged by shard, scored
+again exactly, proved or completed (`graphbuild.index`). Heavy imports wait until there is work.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 
-from graphbuild.errors import StageError
-from graphbuild.index import SCRATCH, VECTORS
-from graphbuild.knn import exact, faiss_index, kernels, partition
-from graphbuild.knn.codes import Codes
+from graphbuild.errors import ConfigError, StageError
+from graphbuild.index import SCRATCH
 from graphbuild.recipe import Index
-from graphbuild.sharded import Array, ShardedArray, node_array
-from graphbuild.store import Json, Store, Writer
+from graphbuild.sharded import Array
+from graphbuild.store import Json, Writer
 
+if TYPE_CHECKING:
+    from graphbuild.knn.codes import Codes
+    from graphbuild.knn.inputs import Inputs
+
+FAN = f"{SCRATCH}/fan.npy"
+FAISS_INDEX = f"{SCRATCH}/index.faiss"
+FAISS_TASK_NODES = 65_536
+BASE_BYTES = 1e9  # a worker with torch and numba loaded
+LEAST_NODES = 4_096
 EXACT_OPERATIONS = 2e14  # what `auto` spends on a CPU: about five minutes of one core with VNNI
 
 
-class Inputs:
-    """What a task reads: the node's vectors, and what earlier stages of the build left in scratch."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.manifest = store.manifest()
-
-    def of(self, what: str) -> ShardedArray:
-        return node_array(self.store, self.manifest, f"{SCRATCH}/{what}/{{}}.npy")
-
-    @cached_property
-    def vectors(self) -> ShardedArray:
-        return node_array(self.store, self.manifest, VECTORS)
-
-    @cached_property
-    def codes(self) -> ShardedArray:
-        return self.of("codes")
-
-    @cached_property
-    def scales(self) -> ShardedArray:
-        return self.of("scales")
-
-
 class Engine(Protocol):
-    name: str
-    on_device: bool
-    prepares: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def on_device(self) -> bool: ...
 
     def settings(self) -> Json:
         """What of the recipe decides its result, beside k."""
 
     def prepare(self, inputs: Inputs, k: int, writer: Writer) -> Json:
-        """Work that needs all nodes at once, where `prepares`; returns facts."""
+        """Work that needs all nodes at once,; returns facts."""
 
-    def describe(self, inputs: Inputs, codes: Codes) -> dict[str, Array]:
+    def describe(self, inputs: Inputs, codes: Codes, k: int) -> dict[str, Array]:
         """More arrays [n, ...] of a shard's nodes for its joins."""
 
-    def joins(self, nodes: int) -> list[Any]:
-        """The arguments (JSON) of its join tasks, independent of workers and memory."""
+    def joins(self, nodes: int, at_once: int) -> list[Any]:
+        """The arguments (JSON) of its join tasks, each of at most about `at_once` nodes; the result is the same."""
+
+    def spread(self, nodes: int, tasks: int) -> tuple[float, float]:
+        """About how many nodes one of so many join tasks holds, and in how many tasks a node has a list."""
 
     def length(self, k: int, nodes: int) -> int:
         """Candidates a list holds."""
@@ -74,30 +62,46 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Exact:
+    seed: int
     name: str = "exact"
     on_device: bool = True
-    prepares: bool = False
 
     def settings(self) -> Json:
         return {}
 
     def prepare(self, inputs: Inputs, k: int, writer: Writer) -> Json:
+        from graphbuild.knn.inputs import LEADERS
+        from graphbuild.knn.leaders import draw_leaders
+
+        writer.array(LEADERS, draw_leaders(inputs.vectors, self.seed), durable=False)
         return {}
 
-    def describe(self, inputs: Inputs, codes: Codes) -> dict[str, Array]:
-        return {}
+    def describe(self, inputs: Inputs, codes: Codes, k: int) -> dict[str, Array]:
+        from graphbuild.knn.leaders import floor_leader
 
-    def joins(self, nodes: int) -> list[Any]:
-        return exact.joins(nodes)
+        return {"floors": inputs.leaders.leaves(codes.codes, 0, floor_leader(k))[1]}
+
+    def joins(self, nodes: int, at_once: int) -> list[Any]:
+        from graphbuild.knn import exact
+
+        return exact.joins(nodes, at_once)
+
+    def spread(self, nodes: int, tasks: int) -> tuple[float, float]:
+        groups = round((2 * tasks + 0.25) ** 0.5 - 0.5)
+        return 2 * nodes / groups, groups
 
     def length(self, k: int, nodes: int) -> int:
+        from graphbuild.knn import exact
+
         return exact.list_length(k, nodes)
 
     def join(self, argument: Any, inputs: Inputs, length: int, device: str) -> tuple[Array, Array]:
+        from graphbuild.knn import exact
+
         groups = [(int(first), int(count)) for first, count in argument]
         if device == "cpu":
-            return exact.join(groups, inputs.codes, inputs.scales, length)
-        return exact.join_on_device(groups, inputs.codes, inputs.scales, length, device)
+            return exact.join(groups, inputs.codes, inputs.scales, inputs.floors, length)
+        return exact.join_on_device(groups, inputs.codes, inputs.scales, inputs.floors, length, device)
 
 
 @dataclass(frozen=True)
@@ -106,32 +110,45 @@ class Partition:
     seed: int
     name: str = "partition"
     on_device: bool = False
-    prepares: bool = True
 
     def settings(self) -> Json:
         return {"recall": self.recall, "seed": self.seed}
 
     def prepare(self, inputs: Inputs, k: int, writer: Writer) -> Json:
-        drawn = partition.draw_leaders(inputs.vectors, self.seed)
-        fan, promised = partition.calibrate(inputs.vectors, partition.Leaders(drawn), k, self.recall, self.seed)
-        writer.array(f"{SCRATCH}/leaders.npy", drawn)
-        writer.array(f"{SCRATCH}/fan.npy", np.array([fan]))
+        from graphbuild.knn import partition
+        from graphbuild.knn.inputs import LEADERS
+        from graphbuild.knn.leaders import Leaders, draw_leaders
+
+        drawn = draw_leaders(inputs.vectors, self.seed)
+        fan, promised = partition.calibrate(inputs.vectors, Leaders(drawn), k, self.recall, self.seed)
+        writer.array(LEADERS, drawn, durable=False)
+        writer.array(FAN, np.array([fan]), durable=False)
         return {"leaders": len(drawn), "fan": fan, "promised_recall": round(promised, 4)}
 
-    def describe(self, inputs: Inputs, codes: Codes) -> dict[str, Array]:
-        leaders = partition.Leaders(np.array(inputs.store.array(f"{SCRATCH}/leaders.npy")))
-        leaves, floors = leaders.leaves(codes.codes, int(inputs.store.array(f"{SCRATCH}/fan.npy")[0]))
+    def describe(self, inputs: Inputs, codes: Codes, k: int) -> dict[str, Array]:
+        from graphbuild.knn.leaders import floor_leader
+
+        leaves, floors = inputs.leaders.leaves(codes.codes, int(inputs.store.array(FAN)[0]), floor_leader(k))
         return {"leaves": leaves, "floors": floors}
 
-    def joins(self, nodes: int) -> list[Any]:
-        return partition.joins(nodes)
+    def joins(self, nodes: int, at_once: int) -> list[Any]:
+        from graphbuild.knn import partition
+
+        return partition.joins(nodes, at_once)
+
+    def spread(self, nodes: int, tasks: int) -> tuple[float, float]:
+        return 3 * nodes / tasks, 2
 
     def length(self, k: int, nodes: int) -> int:
+        from graphbuild.knn import partition
+
         return partition.list_length(k, nodes)
 
     def join(self, argument: Any, inputs: Inputs, length: int, device: str) -> tuple[Array, Array]:
-        leaves, floors = inputs.of("leaves"), inputs.of("floors")
-        return partition.join((argument[0], argument[1]), leaves, floors, inputs.codes, inputs.scales, length)
+        from graphbuild.knn import partition
+
+        span = (int(argument[0]), int(argument[1]))
+        return partition.join(span, inputs.of("leaves"), inputs.floors, inputs.codes, inputs.scales, length)
 
 
 @dataclass(frozen=True)
@@ -140,7 +157,6 @@ class Faiss:
     recall: float
     seed: int
     on_device: bool = True
-    prepares: bool = True
 
     @property
     def name(self) -> str:
@@ -150,50 +166,92 @@ class Faiss:
         return {"recall": self.recall, "seed": self.seed}
 
     def prepare(self, inputs: Inputs, k: int, writer: Writer) -> Json:
-        with writer.file(f"{SCRATCH}/index.faiss") as path:
+        from graphbuild.knn import faiss_index
+
+        with writer.file(FAISS_INDEX, durable=False) as path:
             facts = faiss_index.build(inputs.vectors, self.factory, k, self.recall, self.seed, path)
         return facts
 
-    def describe(self, inputs: Inputs, codes: Codes) -> dict[str, Array]:
+    def describe(self, inputs: Inputs, codes: Codes, k: int) -> dict[str, Array]:
         return {}
 
-    def joins(self, nodes: int) -> list[Any]:
-        rows = partition.TASK_NODES
+    def joins(self, nodes: int, at_once: int) -> list[Any]:
+        rows = min(FAISS_TASK_NODES, at_once)
         return [(first, min(rows, nodes - first)) for first in range(0, nodes, rows)]
 
+    def spread(self, nodes: int, tasks: int) -> tuple[float, float]:
+        return nodes / tasks, 1
+
     def length(self, k: int, nodes: int) -> int:
+        from graphbuild.knn import partition
+
         return partition.list_length(k, nodes)
 
     def join(self, argument: Any, inputs: Inputs, length: int, device: str) -> tuple[Array, Array]:
+        from graphbuild.knn import faiss_index, lists
+
         first, count = argument
         record = inputs.store.read_json("_state/prepare/all.done.json")
         if record is None:
             raise StageError("the faiss index has no record", "run `graphbuild index --force`")
-        index = faiss_index.open_index(inputs.store.local_copy(f"{SCRATCH}/index.faiss"), record["facts"], device)
+        index = faiss_index.open_index(inputs.store.local_copy(FAISS_INDEX), record["facts"], device)
         ids = np.arange(first, first + count)
         keys = np.empty((count, length), np.int64)
         for start in range(0, count, faiss_index.BLOCK_ROWS):
             rows = ids[start : start + faiss_index.BLOCK_ROWS]
             queries = faiss_index.unit(inputs.vectors.take(rows))
             scores, found = faiss_index.search(index, queries, rows, length)
-            keys[start : start + len(rows)] = np.where(found < 0, kernels.EMPTY, kernels.pack(scores, found))
+            keys[start : start + len(rows)] = np.where(found < 0, lists.EMPTY, lists.pack(scores, found))
         keys[:, ::-1].sort(axis=1)
         return ids, keys
 
 
 def choose(index: Index, nodes: int, width: int) -> tuple[Engine, str]:
     """The engine of a build and why: as asked, or exact where it is affordable, else partition."""
-    approximate = {"recall": index.recall, "seed": index.seed}
     if index.engine.startswith("faiss:"):
-        return Faiss(index.engine.removeprefix("faiss:"), **approximate), "asked for"
+        return Faiss(index.engine.removeprefix("faiss:"), index.recall, index.seed), "asked for"
     if index.engine == "exact":
-        return Exact(), "asked for"
+        return Exact(index.seed), "asked for"
     if index.engine == "partition":
-        return Partition(**approximate), "asked for"
+        return Partition(index.recall, index.seed), "asked for"
     operations = float(nodes) ** 2 * width
     sizes = f"{nodes:,} nodes x {width}: {operations:.1g} int8 operations"
-    if index.device == "cuda" or (index.device == "auto" and torch.cuda.is_available()):
-        return Exact(), f"{sizes}, on a GPU"
+    if index.device == "cuda" or (index.device == "auto" and Path("/proc/driver/nvidia/version").exists()):
+        return Exact(index.seed), f"{sizes}, on a GPU"
     if operations <= EXACT_OPERATIONS:
-        return Exact(), f"{sizes}, at most {EXACT_OPERATIONS:.0g}"
-    return Partition(**approximate), f"{sizes}, more than {EXACT_OPERATIONS:.0g} on a CPU; recall {index.recall}"
+        return Exact(index.seed), f"{sizes}, at most {EXACT_OPERATIONS:.0g}"
+    return Partition(
+        index.recall, index.seed
+    ), f"{sizes}, more than {EXACT_OPERATIONS:.0g} on a CPU; recall {index.recall}"
+
+
+def nodes_at_once(engine: Engine, index: Index, nodes: int, width: int) -> int:
+    """How many nodes' codes and lists a join task may hold; ConfigError when --memory is too little for any."""
+    free = index.memory * 1e9 - BASE_BYTES - (nodes * width * 4 if engine.name.startswith("faiss:") else 0)
+    at_once = int(free / bytes_a_node(engine, index.k, nodes, width))
+    if at_once < LEAST_NODES:
+        raise ConfigError(
+            f"--memory {index.memory:g}: {engine.name} needs over {(index.memory * 1e9 - free) / 1e9:.1f} GB a worker",
+            "give more, or take --engine partition, whose tasks can be small",
+        )
+    return at_once
+
+
+def bytes_a_node(engine: Engine, k: int, nodes: int, width: int) -> int:
+    """Codes, list, and its ids, scale, floor and place while it is joined."""
+    return width + 8 * engine.length(k, nodes) + 32
+
+
+def forecast(index: Index, nodes: int, width: int) -> str:
+    """One line before anything runs: the engine, why, and the most memory and scratch it will take."""
+    engine, reason = choose(index, nodes, width)
+    tasks = engine.joins(nodes, nodes_at_once(engine, index, nodes, width))
+    held_nodes, lists = engine.spread(nodes, len(tasks))
+    held = min(held_nodes, nodes) * bytes_a_node(engine, index.k, nodes, width)
+    if engine.name.startswith("faiss:"):
+        held += nodes * width * 4
+    scratch = nodes * (width + 8 * engine.length(index.k, nodes) * (lists + 1))
+    return (
+        f"{engine.name} ({reason}); {len(tasks)} join tasks, up to {(BASE_BYTES + held) / 1e9:.1f} GB a worker, "
+        f"{scratch / 1e9:.1f} GB of scratch"
+    )

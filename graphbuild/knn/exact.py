@@ -1,9 +1,9 @@
 """Exact engine: every pair of nodes, once, by int8 products; then proof.
 
-Nodes fall into groups; a join task takes two groups (or one with itself) and offers each pair of a 512 x 512 tile to the
-lists of both its nodes, so it costs half the products of a search. Lists are longer than k; whether what they left out
-can still belong to the k best is proved afterwards from the codes' error bound (`proved`), and rows where that fails
-are searched again (`search_again`). Cost: N^2 d int8 operations, and 4 to 8 lists a node of scratch;
+Nodes fall into groups; a join task takes two groups (or one with itself) and offers each pair of a 512 x 512 tile to
+the lists of both its nodes, so it costs half the products of a search. Lists are longer than k; whether what they left
+out can still belong to the k best is proved afterwards from the codes' error bound (`proved`), and rows where that
+fails are searched again (`search_again`). Cost: N^2 d int8 operations, and 4 to 8 lists a node of scratch;
 memory: codes and lists of two groups.
 """
 
@@ -15,8 +15,8 @@ from itertools import combinations_with_replacement
 import numpy as np
 import torch
 
-from graphbuild.knn import kernels
-from graphbuild.knn.codes import Tensor, products, unit
+from graphbuild.knn import device, kernels, lists
+from graphbuild.knn.products import products, unit
 from graphbuild.sharded import Array, ShardedArray
 
 TILE_ROWS = 512
@@ -24,8 +24,6 @@ GROUP_ROWS = 16_384
 LARGE = 1_000_000
 BLOCK_ROWS = 8_192
 AGAIN_ROWS = 1_024
-DEVICE_ROWS = 16_384
-DEVICE_COLUMNS = 32_768
 FLOAT32_BITS = 2.0**-23  # a similarity is rounded to float32 once
 
 
@@ -34,20 +32,26 @@ def list_length(k: int, nodes: int) -> int:
     return min(2 * k + 16, nodes - 1)
 
 
-def joins(nodes: int) -> list[list[tuple[int, int]]]:
-    """The pairs of groups, a group being (first node, count): one task each."""
-    rows = max(GROUP_ROWS, math.ceil(nodes / (4 if nodes <= LARGE else 8)))
+def joins(nodes: int, at_once: int) -> list[list[tuple[int, int]]]:
+    """The pairs of groups, a group being (first node, count): one task each, of at most `at_once` nodes."""
+    rows = min(max(GROUP_ROWS, math.ceil(nodes / (4 if nodes <= LARGE else 8))), at_once // 2)
     groups = [(first, min(rows, nodes - first)) for first in range(0, nodes, rows)]
     return [sorted({a, b}) for a, b in combinations_with_replacement(groups, 2)]
 
 
-def join(groups: list[tuple[int, int]], codes: ShardedArray, scales: ShardedArray, length: int) -> tuple[Array, Array]:
-    """Lists of one group's nodes within it, or of two groups' nodes in the other: ids int64 [m], keys int64 [m, length]."""
+def join(
+    groups: list[tuple[int, int]], codes: ShardedArray, scales: ShardedArray, floor: ShardedArray, length: int
+) -> tuple[Array, Array]:
+    """Lists of one group's nodes within it, or of two groups' nodes in the other.
+
+    floor float32 [N, 1]: scores below it are not kept (`Leaders.leaves`).
+    Returns ids int64 [m], keys int64 [m, length].
+    """
     ids = np.concatenate([np.arange(first, first + count) for first, count in groups])
     code = torch.from_numpy(np.concatenate([codes.span(first, count) for first, count in groups]))
     scale = np.concatenate([scales.span(first, count)[:, 0] for first, count in groups])
-    keys = np.full((len(ids), length), kernels.EMPTY, np.int64)
-    floors = np.full(len(ids), -np.inf, np.float32)
+    keys = np.full((len(ids), length), lists.EMPTY, np.int64)
+    floors = np.concatenate([floor.span(first, count)[:, 0] for first, count in groups])
     places = np.arange(len(ids))
     split = groups[0][1]
     for a in range(0, split, TILE_ROWS):
@@ -60,64 +64,43 @@ def join(groups: list[tuple[int, int]], codes: ShardedArray, scales: ShardedArra
 
 
 def join_on_device(
-    groups: list[tuple[int, int]], codes: ShardedArray, scales: ShardedArray, length: int, device: str
+    groups: list[tuple[int, int]],
+    codes: ShardedArray,
+    scales: ShardedArray,
+    floor: ShardedArray,
+    length: int,
+    place: str,
 ) -> tuple[Array, Array]:
-    """The same lists by torch operations alone, each pair from both sides: what a GPU runs.
-
-    A tile's scores are compared with each row's worst so far; only what passes is compacted and selected from.
-    """
-    place = torch.device(device)
+    """The same lists by torch operations alone, each pair from both sides: what a GPU runs."""
     sides = [
-        (
-            torch.arange(first, first + count, device=place),
+        device.Side(
+            first,
             torch.from_numpy(codes.span(first, count)).to(place),
             torch.from_numpy(scales.span(first, count)[:, 0].copy()).to(place),
+            torch.from_numpy(floor.span(first, count)[:, 0].copy()).to(place),
         )
         for first, count in groups
     ]
-    ids, keys = [], []
-    for (own, code, _), others in zip(sides, sides[::-1], strict=True):
-        for at in range(0, len(own), DEVICE_ROWS):
-            rows = slice(at, at + DEVICE_ROWS)
-            ids.append(own[rows].cpu().numpy())
-            keys.append(_search_on_device(own[rows], code[rows], others, length))
-    return np.concatenate(ids), np.concatenate(keys)
+    found = [
+        part for own, others in zip(sides, sides[::-1], strict=True) for part in device.search(own, others, length)
+    ]
+    ids = np.concatenate([np.arange(first, first + count) for first, count in groups])
+    keys = np.concatenate([lists.pack(scores.cpu().numpy(), near.cpu().numpy()) for scores, near in found])
+    return ids, np.sort(keys, axis=1)[:, ::-1]
 
 
-def _search_on_device(own: Tensor, code: Tensor, others: tuple[Tensor, Tensor, Tensor], length: int) -> Array:
-    count, place = len(own), own.device
-    best = torch.full((count, length), -torch.inf, device=place)
-    best_ids = torch.full((count, length), kernels.LARGEST_ID, dtype=torch.int64, device=place)
-    for at in range(0, len(others[0]), DEVICE_COLUMNS):
-        ids, other_code, other_scales = (part[at : at + DEVICE_COLUMNS] for part in others)
-        tile = products(code, other_code).float() * other_scales
-        if own[0] <= ids[-1] and ids[0] <= own[-1]:
-            tile[own[:, None] == ids[None, :]] = -torch.inf
-        row, column = torch.nonzero(tile > best.amin(dim=1, keepdim=True), as_tuple=True)
-        if not len(row):
-            continue
-        passed = torch.bincount(row, minlength=count)
-        slot = torch.arange(len(row), device=place) - (passed.cumsum(0) - passed)[row]
-        new = torch.full((count, int(passed.max())), -torch.inf, device=place)
-        new_ids = torch.full_like(new, kernels.LARGEST_ID, dtype=torch.int64)
-        new[row, slot] = tile[row, column]
-        new_ids[row, slot] = ids[column]
-        best, kept = torch.cat([best, new], dim=1).topk(length, dim=1)
-        best_ids = torch.cat([best_ids, new_ids], dim=1).gather(1, kept)
-    return np.sort(kernels.pack(best.cpu().numpy(), best_ids.cpu().numpy()), axis=1)[:, ::-1]
-
-
-def proved(candidates: Array, exact: Array, scales: Array, largest_rest: float) -> Array:
+def proved(candidates: Array, floors: Array, exact: Array, scales: Array, largest_rest: float) -> Array:
     """bool [n]: whether no node outside the candidates can be among a row's k best.
 
-    candidates int64 [n, c]: lists by code, descending; exact float32 [n, k]: true similarities of the k best of them;
-    scales float32 [n, 2]: scale and rest of the rows' codes; largest_rest: of any node.
+    candidates int64 [n, c]: lists by code, descending; floors float32 [n]: scores below were not kept; exact float32
+    [n, k]: true similarities of the k best of them; scales float32 [n, 2]: scale and rest of the rows' codes;
+    largest_rest: of any node.
     """
-    worst, _ = kernels.unpack(candidates[:, -1])
+    worst = np.maximum(lists.unpack(candidates[:, -1])[0], floors)
     rest = scales[:, 1].astype(np.float64)
     bound = worst.astype(np.float64) * scales[:, 0] + rest + largest_rest + rest * largest_rest
-    full: Array = candidates[:, -1] != kernels.EMPTY
-    return ~full | (bound + FLOAT32_BITS < exact[:, -1])
+    result: Array = bound + FLOAT32_BITS < exact[:, -1]
+    return result
 
 
 def search_again(vectors: ShardedArray, ids: Array, keys: Array) -> None:

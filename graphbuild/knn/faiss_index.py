@@ -1,8 +1,8 @@
 """faiss engine: any index factory string, on CPU or GPU, searched shard by shard.
 
-`IVF1024,Flat` or `HNSW32` or `Flat` as faiss's index_factory takes it, over unit vectors and inner product. What the index has
-to set between speed and recall (nprobe, efSearch) is doubled until a sample reaches the recall asked for. The CPU
-wheel's OpenBLAS does not know recent Intel CPUs and runs them four times slower unless told, so it is told (`import_faiss`).
+`IVF1024,Flat` or `HNSW32` or `Flat` as faiss's index_factory takes it, over unit vectors and inner product. What the
+index has to set between speed and recall (nprobe, efSearch) is doubled until a sample reaches the recall asked for.
+The CPU wheel's OpenBLAS does not know recent Intel CPUs and runs them slowly unless told, so it is (`import_faiss`).
 Memory: the whole index, once a worker: N d 4 bytes for Flat, IVF...,Flat and HNSW.
 """
 
@@ -58,7 +58,7 @@ def check_factory(factory: str) -> None:
 
 
 def build(vectors: ShardedArray, factory: str, k: int, recall: float, seed: int, path: Path) -> dict[str, Any]:
-    """Train, fill and calibrate an index of all nodes, and write it to `path`. Returns the effort and sampled recall."""
+    """Train, fill and calibrate an index of all nodes, and write it to `path`. Returns effort and sampled recall."""
     faiss = import_faiss()
     faiss.omp_set_num_threads(os.cpu_count() or 1)
     try:
@@ -120,7 +120,7 @@ def open_index(path: Path, facts: dict[str, Any], device: str) -> Any:
 
 
 def search(index: Any, queries: Array, ids: Array, length: int) -> tuple[Array, Array]:
-    """Similarities float32 and ids int64 [n, length] of the neighbours of nodes `ids`, themselves left out; -1: none."""
+    """Similarities float32 and ids int64 [n, length] of the neighbours of nodes `ids`, not themselves; -1: none."""
     scores, found = index.search(queries, length + 1)
     own = found == ids[:, None]
     own[~own.any(axis=1), -1] = True  # one too many where it did not find itself

@@ -1,8 +1,7 @@
-"""Compiled inner loops over neighbour lists (numba: machine code, cached, the GIL released).
+"""Compiled inner loops of the engines (numba: machine code, cached on disk, the GIL released; no compiler is needed).
 
-A list is a row of int64 keys in descending order: the upper half a float32 score as an integer of the same order, the
-lower half 2**31 - 1 - id, so that of equal scores the smaller id comes first. An empty place is EMPTY. Lists hold the
-best of all pairs ever offered, whatever the order of offering: that is what makes results independent of task sizes.
+They read the rows of all nodes where the shards' files are mapped in memory, by `ShardedArray.table`, and change lists
+(`graphbuild.knn.lists`) in place.
 """
 
 from __future__ import annotations
@@ -15,23 +14,14 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from graphbuild.knn.lists import EMPTY, key_of, node_of, offer, score_of
+
 CHUNK = 32
-LARGEST_ID = 0x7FFFFFFF
 _BIT = (np.uint32(1) << np.arange(CHUNK, dtype=np.uint32)).astype(np.uint32)
 GUESS_SHIFT = 8
 _AHEAD = 4
 _LEAF_MASK = 0x3FFF
 _SEEN = 4_096  # slots of the table of nodes already looked at for one row
-
-
-@intrinsic
-def _float_bits(context: Any, value: Any) -> Any:
-    return types.int32(types.float32), lambda ctx, b, sig, args: b.bitcast(args[0], ir.IntType(32))
-
-
-@intrinsic
-def _bits_float(context: Any, value: Any) -> Any:
-    return types.float32(types.int32), lambda ctx, b, sig, args: b.bitcast(args[0], ir.FloatType())
 
 
 @intrinsic
@@ -66,61 +56,7 @@ def _prefetch(context: Any, address: Any) -> Any:
     return types.void(types.int64), generate
 
 
-@njit(inline="always")
-def key_of(score: Any, node: Any) -> Any:
-    bits = _float_bits(score)
-    if bits < 0:
-        bits = bits ^ np.int32(LARGEST_ID)
-    return (np.int64(bits) << 32) | (np.int64(LARGEST_ID) - np.int64(node))
-
-
-@njit(inline="always")
-def score_of(key: Any) -> Any:
-    bits = np.int32(key >> 32)
-    if bits < 0:
-        bits = bits ^ np.int32(LARGEST_ID)
-    return _bits_float(bits)
-
-
-@njit(inline="always")
-def node_of(key: Any) -> Any:
-    return np.int64(LARGEST_ID) - (key & np.int64(LARGEST_ID))
-
-
-def pack(scores: Any, ids: Any) -> Any:
-    """`key_of`, for numpy arrays."""
-    bits = np.ascontiguousarray(scores, np.float32).view(np.int32).astype(np.int64)
-    return (np.where(bits < 0, bits ^ LARGEST_ID, bits) << 32) | (LARGEST_ID - np.asarray(ids, np.int64))
-
-
-def unpack(keys: Any) -> tuple[Any, Any]:
-    """Scores float32 and ids int64 of keys, for numpy arrays; an empty place has score -inf."""
-    bits = (keys >> 32).astype(np.int64)
-    scores = np.where(bits < 0, bits ^ LARGEST_ID, bits).astype(np.int32).view(np.float32)
-    return scores, LARGEST_ID - (keys & LARGEST_ID)
-
-
-EMPTY = int(pack(np.float32([-np.inf]), [LARGEST_ID])[0])
-
-
-@njit(inline="always")
-def _offer(row: Any, key: Any) -> None:
-    """Put a key in its place in a list, the last one falling out; one that is there already is not put twice."""
-    last = row.shape[0] - 1
-    if key <= row[last]:
-        return
-    known = False
-    for place in range(row.shape[0]):
-        known |= row[place] == key
-    if known:
-        return
-    for place in range(last, 0, -1):  # without branches: each place keeps the second largest of its pair and the key
-        moved = min(row[place - 1], key)
-        row[place] = max(moved, row[place])
-    row[0] = max(row[0], key)
-
-
-@njit(nogil=True, fastmath={"nsz", "arcp", "contract", "afn", "reassoc"}, cache=True)
+@njit(nogil=True, cache=True)
 def join_tile(
     tile: Any, rows: Any, columns: Any, ids: Any, scales: Any, floors: Any, keys: Any, symmetric: bool
 ) -> None:
@@ -164,19 +100,19 @@ def join_tile(
                 for_row &= for_row - np.uint32(1)
                 score = np.float32(row[j]) * column_scales[j]
                 if score >= floor:
-                    _offer(keys[place], key_of(score, ids[columns[j]]))
+                    offer(keys[place], key_of(score, ids[columns[j]]))
                     floor = max(floor, score_of(keys[place, last]))
             floors[place] = floor
             while for_column != zero:
                 j = start + np.int64(_lowest_bit(for_column))
                 for_column &= for_column - np.uint32(1)
                 other = columns[j]
-                _offer(keys[other], key_of(np.float32(row[j]) * scale, ids[place]))
+                offer(keys[other], key_of(np.float32(row[j]) * scale, ids[place]))
                 column_floors[j] = max(column_floors[j], score_of(keys[other, last]))
                 floors[other] = column_floors[j]
 
 
-@njit(nogil=True, fastmath={"nsz", "arcp", "contract", "afn", "reassoc"}, cache=True)
+@njit(nogil=True, cache=True)
 def search_tile(tile: Any, rows: Any, first: int, scales: Any, keys: Any) -> None:
     """Offer the columns of a tile int32 [m, n] (nodes first..first+n-1, codes' scales [n]) to the lists of its rows."""
     last = keys.shape[1] - 1
@@ -194,20 +130,8 @@ def search_tile(tile: Any, rows: Any, first: int, scales: Any, keys: Any) -> Non
             for j in range(start, stop):
                 score = np.float32(tile[i, j]) * scales[j]
                 if score >= floor:
-                    _offer(row, key_of(score, first + j))
+                    offer(row, key_of(score, first + j))
                     floor = score_of(row[last])
-
-
-@njit(nogil=True, cache=True)
-def merge_lists(keys: Any, places: Any, others: Any) -> None:
-    """Offer each list of others int64 [m, c] to the list at its place in keys int64 [n, c]."""
-    last = keys.shape[1] - 1
-    for i in range(others.shape[0]):
-        row = keys[places[i]]
-        for q in range(others.shape[1]):
-            if others[i, q] <= row[last]:
-                break
-            _offer(row, others[i, q])
 
 
 @njit(inline="always")
@@ -296,12 +220,12 @@ def refine_lists(
             together = False
             for y in range(fan):
                 together |= joined[leaves_of_other[y] & _LEAF_MASK] == r
-            if together:
+            if together and own[c - 1] != EMPTY:  # a short list may have refused it for its floor
                 continue
             total += 1
             product = _code_product(own_code, _address(codes, other), width)
             scale = carray(_pointer(_address(scales, other)), 1, np.float32)[0]
-            _offer(row, key_of(np.float32(product) * scale, other))
+            offer(row, key_of(np.float32(product) * scale, other))
     return total
 
 
@@ -331,9 +255,7 @@ def encode_rows(raw: Any, codes: Any, scales: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def offer_exactly(
-    tile: Any, own: Any, first: int, margin: float, keys: Any, vectors: Any, width: int
-) -> None:
+def offer_exactly(tile: Any, own: Any, first: int, margin: float, keys: Any, vectors: Any, width: int) -> None:
     """Offer nodes first..first+n-1 to the exact lists keys int64 [m, k] of nodes own [m].
 
     tile float32 [m, n]: their similarities, wrong by at most `margin`; what can reach a list is computed in float64.
@@ -346,7 +268,7 @@ def offer_exactly(
         for j in range(tile.shape[1]):
             if tile[i, j] >= floor and first + j != own[i]:
                 one[0, 0] = key_of(np.float32(0.0), first + j)
-                _offer(row, exact_similarities(own[i], one, vectors, width)[0, 0])
+                offer(row, exact_similarities(own[i], one, vectors, width)[0, 0])
                 floor = score_of(row[last]) - margin
 
 

@@ -274,7 +274,7 @@ def test_a_second_run_of_a_verb_does_nothing_and_says_so_in_three_seconds(
         (["embed", "--template", "a photo of {}"], "template: {} -> a photo of {}"),
         (["embed", "--caption-member", "json:caption"], "caption_member: auto -> json:caption"),
         (["index", "--k", 7], "k: 5 -> 7"),
-        (["index", "--min-recall", 0.5], "min_recall: 0.999 -> 0.5"),
+        (["index", "--engine", "partition"], "engine: exact -> partition"),
         (["export", "--embeddings", "float16"], "embeddings: int8 -> float16"),
     ],
 )

@@ -1,0 +1,94 @@
+"""Vectors for benchmarks, made once into a cache folder: real caption embeddings, and larger sets mixed from them.
+
+captions: the distinct captions of a parquet file (column `caption`), encoded by all-MiniLM-L6-v2, float16 [n, 384].
+mixed N: N vectors, each a random caption's moved within the span of its near ones: a + sum of w_m (b_m - a) over 3 of its
+15 nearest b, w normal with deviation 0.5, scaled to unit norm. `check` tells how that keeps the local dimension:
+Levina and Bickel's estimate (NIPS 2004), by the 10 to 30 nearest of sampled nodes.
+
+    python benchmarks/data.py CACHE --captions corpus.parquet [--mixed 3000000] [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+BLOCK = 65_536
+
+
+def captions(cache: Path, corpus: Path) -> Path:
+    path = cache / "captions.npy"
+    if not path.exists():
+        import pyarrow.parquet as pq
+        from sentence_transformers import SentenceTransformer
+
+        from graphbuild.encoder import DEFAULT_ENCODER, find_encoder
+
+        texts = pq.read_table(corpus, columns=["caption"])["caption"].to_pylist()
+        model = SentenceTransformer(str(find_encoder(DEFAULT_ENCODER).folder), device="cpu")
+        np.save(path, model.encode(texts, batch_size=128, normalize_embeddings=True).astype(np.float16))
+    return path
+
+
+def mixed(cache: Path, rows: int, seed: int = 0) -> Path:
+    path = cache / f"mixed_{rows}.npy"
+    if not path.exists():
+        base = np.load(cache / "captions.npy")
+        near = neighbors(base, np.arange(len(base)), 15)
+        random = np.random.default_rng(seed)
+        out = np.lib.format.open_memmap(path, "w+", np.float16, (rows, base.shape[1]))
+        for first in range(0, rows, BLOCK):
+            count = min(BLOCK, rows - first)
+            own = random.integers(0, len(base), count)
+            others = near[own[:, None], random.permuted(np.tile(np.arange(15), (count, 1)), axis=1)[:, :3]]
+            a = base[own].astype(np.float32)
+            moved = a + np.einsum("nm,nmd->nd", random.normal(0, 0.5, (count, 3)), base[others] - a[:, None])
+            out[first : first + count] = moved / np.linalg.norm(moved, axis=1, keepdims=True)
+    return path
+
+
+def neighbors(vectors: np.ndarray, ids: np.ndarray, k: int) -> np.ndarray:
+    """The k nearest of these nodes, ids [n, k], by float32 products."""
+    x = torch.from_numpy(vectors).float()
+    found = []
+    for at in range(0, len(ids), 1_024):
+        tile = x[ids[at : at + 1_024]] @ x.T
+        found.append(tile.topk(k + 1, dim=1).indices[:, 1:])
+    return torch.cat(found).numpy()
+
+
+def dimension(vectors: np.ndarray, sample: int = 500, seed: int = 0) -> float:
+    """Levina and Bickel's local dimension, averaged over k = 10..30 (their equation 9) and sampled nodes."""
+    ids = np.sort(np.random.default_rng(seed).choice(len(vectors), sample, replace=False))
+    near = neighbors(vectors, ids, 30)
+    x = vectors.astype(np.float32)
+    distances = np.log(np.maximum(np.linalg.norm(x[near] - x[ids][:, None], axis=2), 1e-6)).astype(np.float64)
+    return float(
+        np.mean([(k - 1) / (distances[:, k - 1 : k] - distances[:, : k - 1]).sum(axis=1).mean() for k in range(10, 31)])
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("--captions", type=Path, help="parquet with a column `caption`")
+    parser.add_argument("--mixed", type=int, nargs="*", default=[])
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    options.cache.mkdir(parents=True, exist_ok=True)
+    made = [captions(options.cache, options.captions)] + [mixed(options.cache, rows) for rows in options.mixed]
+    if options.check:
+        real = np.load(made[0])
+        for path in made:
+            vectors = np.load(path, mmap_mode="r")
+            same = vectors[np.sort(np.random.default_rng(1).choice(len(vectors), len(real), replace=False))]
+            print(
+                f"{path.name}: {len(vectors):,} vectors, local dimension {dimension(np.asarray(same)):.1f} at {len(real):,}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Candidate lists on one device by torch operations alone: the exact engine's search on a GPU.
+
+int8 products of a tile of ROWS x COLUMNS pairs are compared with each row's worst score so far; only what passes is
+compacted and selected from, so that selection does not cost more than the products. Memory: three tiles of float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from graphbuild.knn.products import Tensor, products, unit
+
+ROWS = 16_384
+COLUMNS = 32_768
+NO_NODE = 0x7FFFFFFF
+
+
+class Side(NamedTuple):
+    """Nodes first..first+n-1 on the device: codes int8 [n, d], their scales [n], and floors [n] of their lists."""
+
+    first: int
+    codes: Tensor
+    scales: Tensor
+    floors: Tensor
+
+
+def encode(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes int8 [n, d] and scales float32 [n] of float16 vectors on their device, as `graphbuild.knn.codes` has them."""
+    codes = torch.empty(vectors.shape, dtype=torch.int8, device=vectors.device)
+    scales = torch.empty(len(vectors), device=vectors.device)
+    for at in range(0, len(vectors), ROWS):
+        exact = unit(vectors[at : at + ROWS], torch.float32)
+        scales[at : at + ROWS] = exact.abs().amax(dim=1) / 127
+        codes[at : at + ROWS] = torch.round(exact / scales[at : at + ROWS, None]).to(torch.int8)
+    return codes, scales
+
+
+def search(own: Side, others: Side, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The `length` best others of each own node, itself left out, ROWS nodes at a time, best first.
+
+    Scores float32 [n, length] (product x scale of the other; -inf where there are too few) and ids int64 [n, length].
+    """
+    for at in range(0, len(own.codes), ROWS):
+        part = Side(own.first + at, *(values[at : at + ROWS] for values in own[1:]))
+        yield _search(part, others, length)
+
+
+def _search(own: Side, others: Side, length: int) -> tuple[Tensor, Tensor]:
+    count, place = len(own.codes), own.codes.device
+    best = torch.full((count, length), -torch.inf, device=place)
+    best_ids = torch.full((count, length), NO_NODE, dtype=torch.int64, device=place)
+    for at in range(0, len(others.codes), COLUMNS):
+        tile = products(own.codes, others.codes[at : at + COLUMNS]) * others.scales[at : at + COLUMNS]
+        first = others.first + at
+        begin, end = max(own.first, first), min(own.first + count, first + tile.shape[1])
+        same = torch.arange(begin, max(begin, end), device=place)
+        tile[same - own.first, same - first] = -torch.inf
+        if at == 0 and bool(torch.isinf(own.floors).all()):  # nothing to compare with yet
+            top, where = tile.topk(min(length, tile.shape[1]), dim=1)
+            best[:, : top.shape[1]], best_ids[:, : top.shape[1]] = top, where + first
+            continue
+        row, column = torch.nonzero(tile >= torch.maximum(best[:, -1], own.floors)[:, None], as_tuple=True)
+        if not len(row):
+            continue
+        passed = torch.bincount(row, minlength=count)
+        slot = torch.arange(len(row), device=place) - (passed.cumsum(0) - passed)[row]
+        new = torch.full((count, int(passed.max())), -torch.inf, device=place)
+        new_ids = torch.full_like(new, NO_NODE, dtype=torch.int64)
+        new[row, slot] = tile[row, column]
+        new_ids[row, slot] = column + first
+        best, kept = torch.cat([best, new], dim=1).topk(length, dim=1)
+        best_ids = torch.cat([best_ids, new_ids], dim=1).gather(1, kept)
+    return best, best_ids

@@ -1,0 +1,42 @@
+"""Integer products of int8 codes at the speed of the machine's int8 instructions. Imports torch alone."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+Tensor = torch.Tensor
+LEAST_TERMS = 8  # torch 2.13 multiplies columns of one number wrongly
+FLOAT32_TERMS = 2**24 // 127**2  # up to this d, a float32 sum of int8 products is an exact integer
+
+
+def unit(raw: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows scaled to unit norm in `dtype`, from stored float16 [..., d] (whose norm is 1 only to 1e-3)."""
+    exact = raw.to(dtype)
+    norms: Tensor = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+    return exact / norms
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """Integer products int32 [m, n] of codes a int8 [m, d] and b int8 [n, d], on their device."""
+    if a.shape[1] >= LEAST_TERMS and _has_int8(a.device.type):
+        if a.is_cuda:  # cuBLAS wants more than 16 rows and multiples of 8
+            rows, columns, rest = max(-len(a) % 8, 24 - len(a)), -len(b) % 8, -a.shape[1] % 8
+            pad = torch.nn.functional.pad
+            padded: Tensor = torch._int_mm(pad(a, (0, rest, 0, rows)), pad(b, (0, rest, 0, columns)).T)
+            return padded[: len(a), : len(b)]
+        return torch._int_mm(a, b.T)
+    if a.shape[1] <= FLOAT32_TERMS:
+        return (a.float() @ b.float().T).to(torch.int32)
+    return (a.double() @ b.double().T).to(torch.int32)
+
+
+@lru_cache
+def _has_int8(device: str) -> bool:
+    """Whether torch multiplies int8 at speed here, and rightly at the extremes (without VNNI, sums may saturate)."""
+    able = torch.cpu.get_capabilities()
+    if device == "cpu" and not any(able.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")):
+        return False
+    extreme = torch.full((32, 64), -127, dtype=torch.int8, device=device)
+    return bool((torch._int_mm(extreme, -extreme.T) == -(127**2) * 64).all())

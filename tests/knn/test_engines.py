@@ -1,0 +1,406 @@
+"""The engines through the whole index verb, against float64 brute force in numpy."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graphbuild.errors import ConfigError, GraphbuildError
+from graphbuild.knn import codes, device, engine, exact, faiss_index, leaders, partition, products
+from graphbuild.pipeline import run_verb
+from graphbuild.recipe import Embed, Index, Recipe
+from graphbuild.runner import Runner
+from graphbuild.store import Store
+
+
+def build(
+    folder: Path, vectors: np.ndarray, *, shard_size: int = 70, workers: int = 0, force: bool = False, **index: object
+) -> Store:
+    folder.mkdir(exist_ok=True)
+    if not (folder / "vectors.npy").exists():
+        np.save(folder / "vectors.npy", vectors)
+    store = Store(str(folder / "store"))
+    recipe = Recipe(
+        embed=Embed(vectors=str(folder / "vectors.npy"), shard_size=shard_size),
+        index=Index(**{"min_recall": 0.0, **index}),  # type: ignore[arg-type]
+    )
+    with Runner(workers=workers) as runner:
+        run_verb("embed", recipe, store, runner)
+        run_verb("index", recipe, store, runner, force=force)
+    return store
+
+
+def whole(store: Store, pattern: str) -> np.ndarray:
+    return np.concatenate([np.load(path) for path in sorted(Path(store.url).glob(pattern))])
+
+
+def graph(store: Store) -> tuple[np.ndarray, np.ndarray]:
+    return whole(store, "graph/*.neighbors.npy"), whole(store, "graph/*.similarities.npy")
+
+
+def brute_force(vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Neighbours by float32 similarity, ties by smaller id, of float16 vectors as they are stored."""
+    x = vectors.astype(np.float64)
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16).astype(np.float64)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    scores = (x @ x.T).astype(np.float32)
+    np.fill_diagonal(scores, -np.inf)
+    order = np.lexsort((np.broadcast_to(np.arange(len(x)), scores.shape), -scores), axis=1)[:, :k]
+    return order, np.take_along_axis(scores, order, axis=1)
+
+
+def assert_exact(store: Store, vectors: np.ndarray, k: int) -> None:
+    neighbors, similarities = graph(store)
+    expected, scores = brute_force(vectors, k)
+    np.testing.assert_array_equal(neighbors, expected)
+    np.testing.assert_array_equal(similarities, scores.astype(np.float16))
+
+
+def recall_of(store: Store, vectors: np.ndarray, k: int) -> float:
+    neighbors, _ = graph(store)
+    x = vectors / np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    worst = brute_force(vectors, k)[1][:, -1]
+    found = np.einsum("nd,nkd->nk", x, x[neighbors])
+    return float((found >= worst[:, None] - 1e-3).mean())
+
+
+def random_vectors(n: int, d: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((n, d)).astype(np.float16)
+
+
+def clustered(n: int, d: int = 32, clusters: int = 60, seed: int = 0) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    centres = random.standard_normal((clusters, d))
+    return (centres[random.integers(0, clusters, n)] + 0.5 * random.standard_normal((n, d))).astype(np.float32)
+
+
+def searched_again(store: Store) -> int:
+    records = Path(store.url).glob("_state/search/*.done.json")
+    return sum(json.loads(path.read_text())["facts"]["searched_again"] for path in records)
+
+
+# -- codes
+
+
+@pytest.mark.parametrize("int8", [True, False])
+@pytest.mark.parametrize("width", [1, 2, 7, 8, 9, 33, 384, 1_041])
+def test_products_of_codes_are_exact_integers(monkeypatch: pytest.MonkeyPatch, width: int, int8: bool) -> None:
+    if not int8:
+        monkeypatch.setattr(products, "_has_int8", lambda device: False)
+    random = np.random.default_rng(width)
+    for m, n in ((1, 1), (3, 40), (70, 1), (64, 65)):
+        a, b = (random.choice([-127, 127, 5, 0], (rows, width)).astype(np.int8) for rows in (m, n))
+        found = products.products(torch.from_numpy(a), torch.from_numpy(b))
+        np.testing.assert_array_equal(found.numpy(), a.astype(np.int64) @ b.astype(np.int64).T)
+
+
+@settings(max_examples=40, deadline=None)
+@given(width=st.integers(1, 60), seed=st.integers(0, 10**6), heavy=st.booleans())
+def test_the_error_of_coded_similarities_is_within_the_bound(width: int, seed: int, heavy: bool) -> None:
+    x = random_vectors(40, width, seed)
+    x = (x**3 if heavy else x) + np.float16(1e-3)
+    exact_x = x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
+    coded = codes.encode(x)
+    approximate = coded.codes.astype(np.float64) * coded.scales[:, :1]
+    rests = coded.scales[:, 1].astype(np.float64)
+    bound = rests[:, None] + rests[None, :] + rests[:, None] * rests[None, :]
+    assert (np.abs(exact_x @ exact_x.T - approximate @ approximate.T) <= bound).all()
+
+
+# -- exact
+
+
+@pytest.mark.parametrize("shard_size", [37, 700])
+@pytest.mark.parametrize("at_once", [50, 10_000])
+def test_exact_equals_brute_force_whatever_the_groups_tiles_and_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_size: int, at_once: int
+) -> None:
+    monkeypatch.setattr(exact, "TILE_ROWS", 45)
+    monkeypatch.setattr(exact, "BLOCK_ROWS", 53)
+    monkeypatch.setattr(engine, "LEAST_NODES", 1)
+    monkeypatch.setattr(engine, "nodes_at_once", lambda *_: at_once)
+    x = random_vectors(700, 24)
+    assert_exact(build(tmp_path, x, shard_size=shard_size, engine="exact", k=15), x, 15)
+
+
+def test_exact_on_torch_alone_as_on_a_gpu_gives_the_same_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = clustered(900)
+    monkeypatch.setattr(exact, "GROUP_ROWS", 250)
+    monkeypatch.setattr(device, "ROWS", 100)
+    monkeypatch.setattr(device, "COLUMNS", 130)
+    monkeypatch.setattr(exact, "join", lambda *arguments: exact.join_on_device(*arguments, "cpu"))
+    assert_exact(build(tmp_path, x, engine="exact", k=9), x, 9)
+
+
+@pytest.mark.parametrize("width", [24, 1_100])
+def test_exact_without_int8_instructions_gives_the_same_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setattr(products, "_has_int8", lambda device: False)
+    x = random_vectors(300, width)
+    assert_exact(build(tmp_path, x, engine="exact", k=9), x, 9)
+
+
+def test_lists_that_the_error_bound_does_not_prove_are_searched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exact, "list_length", lambda k, nodes: k)
+    x = clustered(600)
+    store = build(tmp_path, x, engine="exact", k=9)
+    assert searched_again(store) == 600
+    assert_exact(store, x, 9)
+
+
+def test_few_lists_need_a_second_search(tmp_path: Path) -> None:
+    assert searched_again(build(tmp_path, clustered(3_000), engine="exact", k=10)) < 60
+
+
+@pytest.mark.parametrize("name", ["exact", "partition", "faiss:IVF4,Flat"])
+def test_thirty_percent_duplicates_are_ties_by_smaller_id(tmp_path: Path, name: str) -> None:
+    x = clustered(500)
+    x[350:] = x[:150]
+    store = build(tmp_path, x, engine=name, k=7)
+    if name == "exact":
+        assert_exact(store, x, 7)
+    assert recall_of(store, x, 7) > 0.99
+
+
+@pytest.mark.parametrize("name", ["exact", "partition", "faiss:Flat"])
+def test_all_vectors_equal(tmp_path: Path, name: str) -> None:
+    x = np.ones((300, 8), np.float32)
+    store = build(tmp_path, x, engine=name, k=5)
+    neighbors, similarities = graph(store)
+    assert (similarities == 1).all()
+    if name == "exact":
+        assert_exact(store, x, 5)
+    else:
+        assert all(len(set(row)) == 5 and node not in row for node, row in enumerate(neighbors.tolist()))
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data(), n=st.integers(2, 60), d=st.integers(1, 9))
+def test_any_small_set_with_duplicates_is_exact(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, n: int, d: int
+) -> None:
+    distinct = random_vectors(max(n // 3, 1), d, seed=n * 31 + d)
+    x = distinct[data.draw(st.lists(st.integers(0, len(distinct) - 1), min_size=n, max_size=n))]
+    k = data.draw(st.integers(1, n - 1))
+    assert_exact(build(tmp_path_factory.mktemp("x"), x, shard_size=13, engine="exact", k=k), x, k)
+
+
+def test_codes_made_on_a_device_are_those_made_by_the_cpu() -> None:
+    x = random_vectors(300, 48)
+    made, scales = device.encode(torch.from_numpy(x))
+    coded = codes.encode(x)
+    assert (made.numpy() == coded.codes).mean() > 0.999  # float32 rounds a tie either way
+    np.testing.assert_allclose(scales.numpy(), coded.scales[:, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["exact", "partition", "faiss:Flat"])
+def test_two_nodes_are_each_others_neighbour(tmp_path: Path, name: str) -> None:
+    neighbors, _ = graph(build(tmp_path, random_vectors(2, 8), engine=name, k=1))
+    assert neighbors.tolist() == [[1], [0]]
+
+
+@pytest.mark.parametrize("name", ["exact", "partition", "faiss:Flat"])
+def test_k_of_all_other_nodes(tmp_path: Path, name: str) -> None:
+    x = random_vectors(40, 8)
+    assert_exact(build(tmp_path, x, engine=name, k=39), x, 39)
+
+
+def test_one_node_or_k_too_large_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="at least two"):
+        build(tmp_path / "one", random_vectors(1, 4), k=1)
+    with pytest.raises(ConfigError, match="--k 9 or fewer"):
+        build(tmp_path / "ten", random_vectors(10, 4), k=10)
+
+
+def test_opposite_vectors_give_negative_similarities_in_order(tmp_path: Path) -> None:
+    x = np.array([[1, 0], [-1, 0], [0, 1], [0.6, 0.8]], np.float32)
+    neighbors, similarities = graph(build(tmp_path, x, engine="exact", k=3))
+    np.testing.assert_array_equal(neighbors[0], [3, 2, 1])
+    np.testing.assert_allclose(similarities[0], [0.6, 0, -1], atol=1e-3)
+
+
+# -- partition
+
+
+def test_partition_reaches_the_recall_asked_for_and_little_more(tmp_path: Path) -> None:
+    x = clustered(6_000, d=48, clusters=200)
+    recalls = {}
+    for recall in (0.8, 0.97):
+        store = build(tmp_path, x, shard_size=2_000, engine="partition", k=10, recall=recall, force=True)
+        recalls[recall] = recall_of(store, x, 10)
+        assert store.manifest()["graph"]["promised_recall"] < recalls[recall] + 0.02
+    assert 0.78 < recalls[0.8] < recalls[0.97]
+    assert recalls[0.97] > 0.96
+
+
+def test_partition_does_not_depend_on_tasks_tiles_or_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = clustered(3_000)
+    once = graph(build(tmp_path / "a", x, shard_size=800, engine="partition", k=8, recall=0.8, workers=2))
+    monkeypatch.setattr(partition, "TASK_NODES", 400)
+    monkeypatch.setattr(partition, "TILE_ROWS", 60)
+    again = graph(build(tmp_path / "b", x, shard_size=800, engine="partition", k=8, recall=0.8))
+    np.testing.assert_array_equal(once[0], again[0])
+    np.testing.assert_array_equal(once[1], again[1])
+
+
+def test_a_leaf_too_large_is_cut_and_its_nodes_still_get_whole_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partition, "LARGEST_LEAF", 50)
+    neighbors, _ = graph(build(tmp_path, np.ones((400, 6), np.float32), engine="partition", k=12))
+    assert all(len(set(row)) == 12 and node not in row for node, row in enumerate(neighbors.tolist()))
+
+
+def test_leaves_are_those_of_the_nearest_leaders_and_floors_their_scores() -> None:
+    x, drawn = random_vectors(200, 16), random_vectors(90, 16, seed=1)
+    found, floors = leaders.Leaders(drawn).leaves(codes.encode(x).codes, 5, 3)
+    a, b = (v.astype(np.float64) / np.linalg.norm(v.astype(np.float64), axis=1, keepdims=True) for v in (x, drawn))
+    scores = a @ b.T
+    expected = np.sort(scores, axis=1)[:, ::-1][:, :5]
+    np.testing.assert_allclose(np.take_along_axis(scores, found.astype(int), axis=1), expected, atol=0.03)
+    np.testing.assert_allclose(floors * codes.encode(x).scales[:, :1], expected[:, 2:3], atol=0.03)
+
+
+# -- faiss
+
+
+@pytest.mark.parametrize(
+    ("factory", "knob"), [("Flat", None), ("IVF16,Flat", "nprobe"), ("HNSW16", "efSearch"), ("IVF8,SQ8", "nprobe")]
+)
+def test_faiss_reaches_the_recall_asked_for(tmp_path: Path, factory: str, knob: str | None) -> None:
+    x = clustered(2_000)
+    store = build(tmp_path, x, shard_size=900, engine=f"faiss:{factory}", k=10, recall=0.9)
+    assert recall_of(store, x, 10) > 0.88
+    assert store.manifest()["graph"]["knob"] == knob
+
+
+def test_lists_that_faiss_leaves_short_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faiss_index, "LARGEST_EFFORT", 1)
+    x = clustered(1_000)
+    store = build(tmp_path, x, engine="faiss:IVF64,Flat", k=40)
+    neighbors, _ = graph(store)
+    assert searched_again(store) > 0
+    assert neighbors.max() < 1_000
+    assert all(len(set(row)) == 40 and node not in row for node, row in enumerate(neighbors.tolist()))
+
+
+@pytest.mark.parametrize("name", ["faiss:Quatsch", "faiss:IVF4096,Flat"])
+def test_a_factory_that_cannot_be_built_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(GraphbuildError, match=name):
+        build(tmp_path, random_vectors(100, 8), engine=name, k=5)
+
+
+def test_faiss_on_a_gpu_that_is_not_there_is_refused_not_run_on_the_cpu(tmp_path: Path) -> None:
+    import faiss
+
+    if hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus():
+        pytest.skip("there is a GPU")
+    path = tmp_path / "index"
+    faiss.write_index(faiss.IndexFlatIP(4), str(path))
+    with pytest.raises(ConfigError, match="no GPU"):
+        faiss_index.open_index(path, {"knob": None}, "cuda")
+
+
+# -- choice, memory, scratch
+
+
+@pytest.mark.parametrize(
+    ("nodes", "device", "name"),
+    [
+        (50_000, "auto", "exact"),
+        (2_900_000, "cpu", "partition"),
+        (2_900_000, "cuda", "exact"),
+        (2_900_000, "auto", None),
+    ],
+)
+def test_auto_takes_exact_where_it_is_affordable_and_says_why(nodes: int, device: str, name: str | None) -> None:
+    gpu = Path("/proc/driver/nvidia/version").exists()
+    chosen, reason = engine.choose(Index(device=device), nodes, 384)  # type: ignore[arg-type]
+    assert chosen.name == (name or ("exact" if gpu else "partition"))
+    assert f"{nodes:,}" in reason
+
+
+def test_the_engine_its_reason_and_its_memory_are_shown_before_it_runs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        build(tmp_path, random_vectors(100, 8), k=5)
+    line = next(record.getMessage() for record in caplog.records if record.getMessage().startswith("plan"))
+    assert "exact" in line
+    assert "GB a worker" in line
+    assert "scratch" in line
+
+
+def test_less_memory_makes_more_tasks_and_too_little_is_refused() -> None:
+    tasks = []
+    for memory in (1.05, 4.0):
+        index = Index(engine="exact", memory=memory)
+        chosen, _ = engine.choose(index, 1_000_000, 384)
+        tasks.append(len(chosen.joins(1_000_000, engine.nodes_at_once(chosen, index, 1_000_000, 384))))
+    assert tasks[0] > tasks[1]
+    with pytest.raises(ConfigError, match="--memory 1"):
+        engine.forecast(Index(engine="exact", memory=1.001), 1_000_000, 384)
+    with pytest.raises(ConfigError, match="--memory 4"):
+        engine.forecast(Index(engine="faiss:HNSW32"), 5_000_000, 384)
+
+
+def test_scratch_is_gone_when_the_graph_is_whole_and_a_rerun_does_nothing(tmp_path: Path) -> None:
+    x = random_vectors(200, 8)
+    store = build(tmp_path, x, k=5, engine="partition")
+    assert {path.name for path in Path(store.url).glob("_state/*")} == {"vectors", "moments", "search", "certify"}
+    assert not (Path(store.url) / "_work").exists()
+    before = {path: path.stat().st_mtime_ns for path in Path(store.url).rglob("*.npy")}
+    build(tmp_path, x, k=5, engine="partition")
+    assert before == {path: path.stat().st_mtime_ns for path in Path(store.url).rglob("*.npy")}
+
+
+def test_a_build_that_stopped_takes_up_its_finished_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = clustered(900)
+    monkeypatch.setattr(exact, "GROUP_ROWS", 300)
+    whole_join, calls = exact.join, []
+
+    def failing(groups: list[tuple[int, int]], *rest: object) -> object:
+        calls.append(groups)
+        if len(calls) == 4:
+            raise RuntimeError("power")
+        return whole_join(groups, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(exact, "join", failing)
+    with pytest.raises(GraphbuildError, match="power"):
+        build(tmp_path, x, engine="exact", k=9)
+    assert len(calls) == 6
+    store = build(tmp_path, x, engine="exact", k=9)
+    assert len(calls) == 7
+    assert_exact(store, x, 9)
+
+
+def test_real_captions_partition_keeps_its_promise(tmp_path: Path, shared_data: Path) -> None:
+    x = np.load(shared_data / "embeddings" / "minilm_50k.npy", mmap_mode="r")[:20_000]
+    store = build(tmp_path, x, shard_size=10_000, engine="partition", k=32, recall=0.97)
+    manifest = store.manifest()
+    assert manifest["recall"]["recall"] > 0.96
+    assert manifest["recall"]["sampled_nodes"] == 10_000
+    assert manifest["graph"]["promised_recall"] == pytest.approx(manifest["recall"]["recall"], abs=0.015)
+
+
+def test_real_captions_agree_with_faiss(tmp_path: Path, shared_data: Path) -> None:
+    faiss = faiss_index.import_faiss()
+    x = np.load(shared_data / "embeddings" / "minilm_50k.npy", mmap_mode="r")[:6_000]
+    neighbors, similarities = graph(build(tmp_path, x, shard_size=2_500, engine="exact", k=32))
+    unit = faiss_index.unit(whole(Store(str(tmp_path / "store")), "nodes/*.npy"))
+    scores, found = faiss.knn(unit, unit, 33, metric=faiss.METRIC_INNER_PRODUCT)
+    np.testing.assert_allclose(similarities[:1_000], scores[:1_000, 1:], atol=6e-4)
+    agreement = np.mean(
+        [len(np.intersect1d(a, b[b != row])) / 32 for row, (a, b) in enumerate(zip(neighbors, found, strict=True))]
+    )
+    assert agreement > 0.999
