@@ -161,7 +161,7 @@ class Memory(threading.Thread):
                 except psutil.Error:
                     continue
             self.peak = max(self.peak, total)
-            time.sleep(0.5)
+            time.sleep(2)
 
 
 def run_peer(name: str, path: str, k: int, settings: dict[str, Any]) -> dict[str, Any]:

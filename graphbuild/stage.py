@@ -115,7 +115,7 @@ def perform(stage: Stage, task: Task, store: Store) -> Json:
         "facts": facts,
         "seconds": round(time.perf_counter() - begin, 3),
     }
-    store.write_json(record, done)
+    store.write_json(record, done, durable=not stage.serves)
     store.remove(state_path(stage.name, task.name, "failed"))
     return done
 

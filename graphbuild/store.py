@@ -198,12 +198,13 @@ class Store:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def write_bytes(self, name: str, content: bytes) -> None:
-        with self.staged(name) as path:
+    def write_bytes(self, name: str, content: bytes, *, durable: bool = True) -> None:
+        with self.staged(name, durable=durable) as path:
             path.write_bytes(content)
 
-    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        self.write_bytes(name, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+    def write_json(self, name: str, value: Mapping[str, Any], *, durable: bool = True) -> None:
+        text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
+        self.write_bytes(name, text.encode() + b"\n", durable=durable)
 
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):

@@ -18,7 +18,8 @@ from graphbuild.store import Store
 
 
 def built(folder: Path, vectors: np.ndarray, **index: object) -> Store:
-    np.save(folder / "vectors.npy", vectors)
+    if not (folder / "vectors.npy").exists():
+        np.save(folder / "vectors.npy", vectors)
     store = Store(str(folder / "store"))
     recipe = Recipe(embed=Embed(vectors=str(folder / "vectors.npy"), shard_size=70), index=Index(**index))  # type: ignore[arg-type]
     with Runner(workers=0) as runner:

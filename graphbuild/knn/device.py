@@ -28,7 +28,7 @@ class Side(NamedTuple):
 
 
 def encode(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes int8 [n, d] and scales float32 [n] of float16 vectors on their device, as `graphbuild.knn.codes` has them."""
+    """Codes int8 [n, d] and scales float32 [n] of float16 vectors on their device, as in `graphbuild.knn.codes`."""
     codes = torch.empty(vectors.shape, dtype=torch.int8, device=vectors.device)
     scales = torch.empty(len(vectors), device=vectors.device)
     for at in range(0, len(vectors), ROWS):

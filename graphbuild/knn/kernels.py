@@ -19,7 +19,8 @@ from graphbuild.knn.lists import EMPTY, key_of, node_of, offer, score_of
 CHUNK = 32
 _BIT = (np.uint32(1) << np.arange(CHUNK, dtype=np.uint32)).astype(np.uint32)
 GUESS_SHIFT = 8
-_AHEAD = 4
+_AHEAD = 6  # rows asked for before they are read
+_NEXT = 3
 _LEAF_MASK = 0x3FFF
 _SEEN = 4_096  # slots of the table of nodes already looked at for one row
 
@@ -191,8 +192,12 @@ def refine_lists(
                 slot = (slot + 1) & (_SEEN - 1)
             seen[slot] = other
             seen_by[slot] = r
+        best = min(expand, c)
+        for p in range(best):
+            if own[p] != EMPTY:
+                _prefetch_row(_address(lists, node_of(own[p])), 8 * c)
         found = 0
-        for p in range(min(expand, c)):
+        for p in range(best):
             if own[p] == EMPTY:
                 break
             list_of_neighbor = carray(_pointer(_address(lists, node_of(own[p]))), c, np.int64)
@@ -208,24 +213,31 @@ def refine_lists(
                 seen[slot] = other
                 seen_by[slot] = r
                 wanted[found] = other
+                _prefetch(_address(leaves, other))
                 found += 1
             if found + 2 * c > _SEEN // 2:
                 break
+        if own[c - 1] != EMPTY:  # a list that is not full may have refused its leaf-mates for its floor
+            apart = 0
+            for q in range(found):
+                leaves_of_other = carray(_pointer(_address(leaves, wanted[q])), fan, np.int32)
+                together = False
+                for y in range(fan):
+                    together |= joined[leaves_of_other[y] & _LEAF_MASK] == r
+                if not together:
+                    wanted[apart] = wanted[q]
+                    apart += 1
+            found = apart
+        for q in range(min(_AHEAD, found)):
+            _prefetch_row(_address(codes, wanted[q]), width)
         for q in range(found):
             other = wanted[q]
             if q + _AHEAD < found:
-                _prefetch_row(_address(leaves, wanted[q + _AHEAD]), 4 * fan)
                 _prefetch_row(_address(codes, wanted[q + _AHEAD]), width)
-            leaves_of_other = carray(_pointer(_address(leaves, other)), fan, np.int32)
-            together = False
-            for y in range(fan):
-                together |= joined[leaves_of_other[y] & _LEAF_MASK] == r
-            if together and own[c - 1] != EMPTY:  # a short list may have refused it for its floor
-                continue
-            total += 1
             product = _code_product(own_code, _address(codes, other), width)
             scale = carray(_pointer(_address(scales, other)), 1, np.float32)[0]
             offer(row, key_of(np.float32(product) * scale, other))
+        total += found
     return total
 
 
@@ -290,8 +302,8 @@ def exact_similarities(first: int, keys: Any, vectors: Any, width: int) -> Any:
         for q in range(c):
             if keys[r, q] == EMPTY:
                 continue
-            if q + 1 < c and keys[r, q + 1] != EMPTY:
-                _prefetch_row(_address(vectors, node_of(keys[r, q + 1])), 2 * width)
+            if q + _NEXT < c and keys[r, q + _NEXT] != EMPTY:
+                _prefetch_row(_address(vectors, node_of(keys[r, q + _NEXT])), 2 * width)
             other = node_of(keys[r, q])
             vector = carray(_pointer(_address(vectors, other)), width, np.uint16)
             dot = 0.0

@@ -20,6 +20,7 @@ from graphbuild.sharded import Array, ShardedArray
 NODES_PER_LEADER = 128
 GROUP_LEADERS = 128
 PROBED_GROUPS = 12
+FLAT_ROWS = 512
 
 
 def leader_count(nodes: int) -> int:
@@ -53,6 +54,11 @@ class Leaders:
         """
         code = torch.from_numpy(codes)
         keys = np.full((len(codes), max(fan, floor_at)), lists.EMPTY, np.int64)
+        if len(self.bounds) <= 2 * PROBED_GROUPS:  # nearly all are probed anyway
+            for at in range(0, len(code), FLAT_ROWS):
+                tile = products(code[at : at + FLAT_ROWS], torch.from_numpy(self.codes)).numpy()
+                kernels.search_tile(tile, np.arange(at, at + len(tile)), 0, self.scales[:, 0].copy(), keys)
+            return self._leaves_and_floors(keys, fan, floor_at)
         near = products(code, torch.from_numpy(self.group_codes)).float() * torch.from_numpy(
             self.group_scales[:, 0].copy()
         )
@@ -62,8 +68,11 @@ class Leaders:
         for group, (a, b) in enumerate(itertools.pairwise(self.bounds)):
             rows = rows_of[ends[group] : ends[group + 1]] // probed.shape[1]
             if len(rows):
-                tile = products(code[torch.from_numpy(rows)], torch.from_numpy(self.codes[a:b]))
+                tile = products(code.index_select(0, torch.from_numpy(rows)), torch.from_numpy(self.codes[a:b]))
                 kernels.search_tile(tile.numpy(), rows, a, self.scales[a:b, 0].copy(), keys)
+        return self._leaves_and_floors(keys, fan, floor_at)
+
+    def _leaves_and_floors(self, keys: Array, fan: int, floor_at: int) -> tuple[Array, Array]:
         scores, leaves = lists.unpack(keys)
         return leaves[:, :fan].astype(np.int32), scores[:, floor_at - 1 : floor_at]
 

@@ -109,7 +109,7 @@ def join(
 
 
 def _join_leaf(members: Array, code: Tensor, ids: Array, scale: Array, floors: Array, keys: Array) -> None:
-    own = code[torch.from_numpy(members)]
+    own = code.index_select(0, torch.from_numpy(members))
     rows = math.ceil(len(members) / max(1, round(len(members) / TILE_ROWS)))
     for a in range(0, len(members), rows):
         for b in range(a, len(members), rows):
