@@ -1,8 +1,8 @@
 """Vectors for benchmarks, made once into a cache folder: real caption embeddings, and larger sets mixed from them.
 
 captions: the distinct captions of a parquet file (column `caption`), encoded by all-MiniLM-L6-v2, float16 [n, 384].
-mixed N: N vectors, each a random caption's moved within the span of its near ones: a + sum of w_m (b_m - a) over 3 of its
-15 nearest b, w normal with deviation 0.5, scaled to unit norm. `check` tells how that keeps the local dimension:
+mixed N: N vectors, each a random caption's moved within the span of its near ones: a + sum of w_m (b_m - a) over 3 of
+its 15 nearest b, w normal with deviation 0.5, scaled to unit norm. --check tells how that keeps the local dimension:
 Levina and Bickel's estimate (NIPS 2004), by the 10 to 30 nearest of sampled nodes.
 
     python benchmarks/data.py CACHE --captions corpus.parquet [--mixed 3000000] [--check]
@@ -85,9 +85,8 @@ def main() -> None:
         for path in made:
             vectors = np.load(path, mmap_mode="r")
             same = vectors[np.sort(np.random.default_rng(1).choice(len(vectors), len(real), replace=False))]
-            print(
-                f"{path.name}: {len(vectors):,} vectors, local dimension {dimension(np.asarray(same)):.1f} at {len(real):,}"
-            )
+            found = dimension(np.asarray(same))
+            print(f"{path.name}: {len(vectors):,} vectors, local dimension {found:.1f} at {len(real):,}")
 
 
 if __name__ == "__main__":

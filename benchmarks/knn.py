@@ -2,8 +2,8 @@
 
 Every run is a process of its own on THREADS cores. Peers get float32 unit vectors in memory and are timed from there
 to their finished lists; graphbuild is timed from embeddings on disk to graph shards on disk (stages prepare to search,
-two warm Ray workers), so its time includes all its files. Recall@k of 2,000 sampled nodes by similarity, with a tolerance of
-1e-6, against float32 brute force, for all alike. Memory: the largest sum of the processes' proportional set sizes (PSS).
+two warm Ray workers), so its time includes all its files. Recall@k of 2,000 sampled nodes by similarity, with a
+tolerance of 1e-6, against float32 brute force, for all alike. Memory: the largest sum of the processes' PSS.
 
     python benchmarks/knn.py run CACHE/captions.npy --k 32 --only exact partition pynndescent --rounds 3
     python benchmarks/knn.py report benchmarks/results/knn.jsonl
@@ -286,7 +286,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    """A table (Markdown) of medians, and a plot of recall against time with every peer's curve, a set of vectors each."""
+    """For each set of vectors a Markdown table of medians, and a plot of recall against time, a curve an engine."""
     import matplotlib.pyplot as plt
 
     rows = [json.loads(line) for line in options.results.read_text().splitlines()]
@@ -310,7 +310,7 @@ def report(options: argparse.Namespace) -> None:
             text.append(
                 f"| {name} | {settings.strip('{}')} | {seconds:.1f} | {found:.4f} | {peak / 1e9:.1f} | {runs} |"
             )
-        text += [""] + ratios(points)
+        text += ["", *ratios(points)]
         base = options.results.with_name(f"{options.results.stem}_{Path(vectors).stem}_k{k}")
         base.with_suffix(".md").write_text("\n".join(text) + "\n")
         print("\n".join(text))

@@ -56,8 +56,8 @@ class Leaders:
         keys = np.full((len(codes), max(fan, floor_at)), lists.EMPTY, np.int64)
         if len(self.bounds) <= 2 * PROBED_GROUPS:  # nearly all are probed anyway
             for at in range(0, len(code), FLAT_ROWS):
-                tile = products(code[at : at + FLAT_ROWS], torch.from_numpy(self.codes)).numpy()
-                kernels.search_tile(tile, np.arange(at, at + len(tile)), 0, self.scales[:, 0].copy(), keys)
+                tile = products(code[at : at + FLAT_ROWS], torch.from_numpy(self.codes))
+                kernels.search_tile(tile.numpy(), np.arange(at, at + len(tile)), 0, self.scales[:, 0].copy(), keys)
             return self._leaves_and_floors(keys, fan, floor_at)
         near = products(code, torch.from_numpy(self.group_codes)).float() * torch.from_numpy(
             self.group_scales[:, 0].copy()
