@@ -11,6 +11,7 @@ Levina and Bickel's estimate (NIPS 2004), by the 10 to 30 nearest of sampled nod
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def mixed(cache: Path, rows: int, seed: int = 0) -> Path:
     path = cache / f"mixed_{rows}.npy"
     if not path.exists():
         base = np.load(cache / "captions.npy")
-        near = neighbors(base, np.arange(len(base)), 15)
+        near = graph(cache / "captions.npy", 15)
         random = np.random.default_rng(seed)
         out = np.lib.format.open_memmap(path, "w+", np.float16, (rows, base.shape[1]))
         for first in range(0, rows, BLOCK):
@@ -48,6 +49,23 @@ def mixed(cache: Path, rows: int, seed: int = 0) -> Path:
             moved = a + np.einsum("nm,nmd->nd", random.normal(0, 0.5, (count, 3)), base[others] - a[:, None])
             out[first : first + count] = moved / np.linalg.norm(moved, axis=1, keepdims=True)
     return path
+
+
+def graph(path: Path, k: int) -> np.ndarray:
+    """Near neighbours [n, k] of all vectors of a file, by graphbuild itself at recall 0.95."""
+    from graphbuild.pipeline import run_verb
+    from graphbuild.recipe import resolve
+    from graphbuild.runner import Runner
+    from graphbuild.sharded import node_array
+    from graphbuild.store import Store
+
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, Runner(workers=2) as runner:
+        store = Store(f"{folder}/store")
+        run_verb("embed", resolve(store, "embed", {"vectors": str(path)}), store, runner)
+        run_verb("index", resolve(store, "index", {"k": k, "engine": "partition", "recall": 0.95}), store, runner)
+        manifest = store.manifest()
+        nodes = manifest["stages"]["search"]["counts"]["nodes"]
+        return node_array(store, manifest, "graph/{}.neighbors.npy").span(0, nodes).astype(np.int64)
 
 
 def neighbors(vectors: np.ndarray, ids: np.ndarray, k: int) -> np.ndarray:
