@@ -252,6 +252,6 @@ def forecast(index: Index, nodes: int, width: int) -> str:
         held += nodes * width * 4
     scratch = nodes * (width + 8 * engine.length(index.k, nodes) * (lists + 1))
     return (
-        f"{engine.name} ({reason}); {len(tasks)} join tasks, up to {(BASE_BYTES + held) / 1e9:.1f} GB a worker, "
-        f"{scratch / 1e9:.1f} GB of scratch"
+        f"{engine.name} ({reason}); {len(tasks)} join tasks, up to {(BASE_BYTES + held) / 1e9:.1f} GB a worker "
+        f"beside mapped files, {scratch / 1e9:.1f} GB of scratch"
     )
