@@ -6,7 +6,7 @@ two warm Ray workers), so its time includes all its files. Recall@k of 2,000 sam
 tolerance of 1e-6, against float32 brute force, for all alike. Memory: the largest sum of the processes' PSS.
 
     python benchmarks/knn.py run CACHE/captions.npy --k 32 --only exact partition pynndescent --rounds 3
-    python benchmarks/knn.py report benchmarks/results/knn.jsonl
+    python benchmarks/knn_report.py benchmarks/results/knn.jsonl
 
 faiss gets OPENBLAS_CORETYPE as the CPU has it. Needs: pip install pynndescent hnswlib usearch pipnn matplotlib.
 """
@@ -23,121 +23,25 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peers
+from peers import THREADS
 
-THREADS = 2
 SAMPLE = 2_000
 RESULTS = Path(__file__).parent / "results"
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "exact": [{}],
-    "faiss.knn": [{}],
     "partition": [{"recall": recall} for recall in (0.9, 0.95, 0.97, 0.99, 0.995)],
-    "pynndescent": [
-        {"n_trees": 8, "n_iters": 3, "max_candidates": 20},
-        {"n_trees": 8, "n_iters": 4, "max_candidates": 24},
-        {},
-        {"extra": 12},
-        {"extra": 24},
-    ],
-    "faiss HNSW": [{"M": 16, "ef": 32, "efc": 40}, {"M": 16, "ef": 64, "efc": 80}],
-    "faiss IVF": [{"nprobe": 8}, {"nprobe": 32}],
-    "faiss NNDescent": [{"K": 48}],
-    "hnswlib": [{"M": 16, "efc": 60, "ef": 64}],
-    "usearch": [{"M": 16, "efc": 64, "ef": 64}],
-    "pipnn": [{}],
+    **peers.SETTINGS,
 }
-Lists = np.ndarray
 
 
 def unit(path: str) -> np.ndarray:
     x = np.load(path).astype(np.float32)
     return x / np.linalg.norm(x, axis=1, keepdims=True)
-
-
-def faiss_module() -> Any:
-    from graphbuild.knn.faiss_index import import_faiss
-
-    faiss = import_faiss()
-    faiss.omp_set_num_threads(THREADS)
-    return faiss
-
-
-def faiss_knn(x: np.ndarray, k: int) -> Lists:
-    faiss = faiss_module()
-    return faiss.knn(x, x, k + 1, metric=faiss.METRIC_INNER_PRODUCT)[1]
-
-
-def faiss_hnsw(x: np.ndarray, k: int, M: int, ef: int, efc: int) -> Lists:
-    faiss = faiss_module()
-    index = faiss.IndexHNSWFlat(x.shape[1], M, faiss.METRIC_INNER_PRODUCT)
-    index.hnsw.efConstruction, index.hnsw.efSearch = efc, ef
-    index.add(x)
-    return index.search(x, k + 1)[1]
-
-
-def faiss_ivf(x: np.ndarray, k: int, nprobe: int) -> Lists:
-    faiss = faiss_module()
-    index = faiss.index_factory(x.shape[1], f"IVF{int(len(x) ** 0.5)},Flat", faiss.METRIC_INNER_PRODUCT)
-    index.train(x[np.random.default_rng(0).choice(len(x), min(len(x), 65_536), replace=False)])
-    index.add(x)
-    index.nprobe = nprobe
-    return index.search(x, k + 1)[1]
-
-
-def faiss_nndescent(x: np.ndarray, k: int, K: int) -> Lists:
-    faiss = faiss_module()
-    index = faiss.IndexNNDescentFlat(x.shape[1], K, faiss.METRIC_INNER_PRODUCT)
-    index.add(x)
-    return faiss.vector_to_array(index.nndescent.final_graph).reshape(len(x), K)
-
-
-def pynndescent_(x: np.ndarray, k: int, extra: int = 0, **settings: Any) -> Lists:
-    import pynndescent
-
-    index = pynndescent.NNDescent(x, metric="dot", n_neighbors=k + 1 + extra, n_jobs=THREADS, **settings)
-    return index.neighbor_graph[0]
-
-
-def hnswlib_(x: np.ndarray, k: int, M: int, efc: int, ef: int) -> Lists:
-    import hnswlib
-
-    index = hnswlib.Index("ip", x.shape[1])
-    index.init_index(len(x), ef_construction=efc, M=M)
-    index.set_num_threads(THREADS)
-    index.add_items(x)
-    index.set_ef(ef)
-    return index.knn_query(x, k + 1)[0]
-
-
-def usearch_(x: np.ndarray, k: int, M: int, efc: int, ef: int) -> Lists:
-    from usearch.index import Index
-
-    index = Index(ndim=x.shape[1], metric="ip", dtype="f16", connectivity=M, expansion_add=efc, expansion_search=ef)
-    index.add(np.arange(len(x)), x, threads=THREADS)
-    return index.search(x, k + 1, threads=THREADS).keys
-
-
-def pipnn_(x: np.ndarray, k: int) -> Lists:
-    import pipnn
-
-    found = pipnn.self_knn_graph(x, k)
-    return np.asarray(found[0] if np.asarray(found[0]).dtype.kind in "iu" else found[1])
-
-
-PEERS: dict[str, Callable[..., Lists]] = {
-    "faiss.knn": faiss_knn,
-    "faiss HNSW": faiss_hnsw,
-    "faiss IVF": faiss_ivf,
-    "faiss NNDescent": faiss_nndescent,
-    "pynndescent": pynndescent_,
-    "hnswlib": hnswlib_,
-    "usearch": usearch_,
-    "pipnn": pipnn_,
-}
 
 
 class Memory(threading.Thread):
@@ -167,20 +71,13 @@ class Memory(threading.Thread):
 def run_peer(name: str, path: str, k: int, settings: dict[str, Any]) -> dict[str, Any]:
     x = unit(path)
     if name == "pynndescent":  # compile outside the clock
-        pynndescent_(x[:2_000], k)
+        peers.pynndescent_(x[:2_000], k)
     memory = Memory()
     begin = time.perf_counter()
-    lists = PEERS[name](x, k, **settings)
+    lists = peers.PEERS[name](x, k, **settings)
     seconds = time.perf_counter() - begin
     sample = sampled(len(x))
-    own = lists[sample].astype(np.int64)
-    kept = np.stack(
-        [
-            row[row != node][:k] if (row != node).sum() >= k else np.resize(row, k)
-            for node, row in zip(sample, own, strict=True)
-        ]
-    )
-    return {"seconds": seconds, "recall": recall(x, sample, kept, k, path), "peak_bytes": memory.peak}
+    return {"seconds": seconds, "recall": recall(x, sample, lists[sample], k, path), "peak_bytes": memory.peak}
 
 
 def run_own(name: str, path: str, k: int, settings: dict[str, Any]) -> dict[str, Any]:
@@ -223,7 +120,10 @@ def sampled(rows: int) -> np.ndarray:
 
 
 def recall(x: np.ndarray, sample: np.ndarray, lists: np.ndarray, k: int, path: str) -> float:
-    """Recall@k of lists [n, k] of sampled nodes; the true k-th similarities are cached beside the vectors."""
+    """Recall@k of lists [n, >= k] of sampled nodes: of the first k that are other nodes.
+
+    The true k-th similarities are cached beside the vectors.
+    """
     cache = Path(f"{path}.{k}.kth.npy")
     if not cache.exists():
         best = np.full((len(sample), k), -np.inf, np.float32)
@@ -234,18 +134,19 @@ def recall(x: np.ndarray, sample: np.ndarray, lists: np.ndarray, k: int, path: s
             best = np.partition(np.concatenate([best, tile], axis=1), -k, axis=1)[:, -k:]
         np.save(cache, best.min(axis=1))
     worst = np.load(cache)
-    hits = [
-        (x[row] @ x[node] >= least - 1e-6) & (row != node)
-        for node, row, least in zip(sample, lists, worst, strict=True)
-    ]
-    distinct = [len(np.unique(row[hit])) for row, hit in zip(lists, hits, strict=True)]
-    return float(np.mean(distinct) / k)
+    found = 0
+    for node, row, least in zip(sample, lists.astype(np.int64), worst, strict=True):
+        others = np.unique(row[(row != node) & (row >= 0)][:k])
+        found += int((x[others] @ x[node] >= least - 1e-6).sum())
+    return found / (k * len(sample))
 
 
 def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
-    return f"{', '.join(sorted(names)) or platform.processor()}, {os.cpu_count()} cores"
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    names = {line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")}
+    able = [name for name in ("avx2", "avx512f", "avx512_vnni", "amx_int8") if name in text.split()]
+    return f"{', '.join(sorted(names)) or platform.processor()}, {os.cpu_count()} cores, {' '.join(able[-2:])}"
 
 
 def run(options: argparse.Namespace) -> None:
@@ -285,69 +186,6 @@ def run(options: argparse.Namespace) -> None:
                 print({key: value for key, value in row.items() if key not in ("graph", "machine")}, flush=True)
 
 
-def report(options: argparse.Namespace) -> None:
-    """For each set of vectors a Markdown table of medians, and a plot of recall against time, a curve an engine."""
-    import matplotlib.pyplot as plt
-
-    rows = [json.loads(line) for line in options.results.read_text().splitlines()]
-    for vectors, k in sorted({(row["vectors"], row["k"]) for row in rows}):
-        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for row in rows:
-            if (row["vectors"], row["k"]) == (vectors, k) and "seconds" in row:
-                groups.setdefault((row["name"], json.dumps(row["settings"])), []).append(row)
-        points = [
-            (
-                name,
-                settings,
-                *(float(np.median([row[key] for row in runs])) for key in ("seconds", "recall", "peak_bytes")),
-                len(runs),
-            )
-            for (name, settings), runs in groups.items()
-        ]
-        text = [f"# {vectors}, k = {k}", "", f"{rows[-1]['machine']}; medians of the runs.", ""]
-        text += ["| engine | settings | seconds | recall | peak GB | runs |", "|---|---|---|---|---|---|"]
-        for name, settings, seconds, found, peak, runs in sorted(points, key=lambda point: (point[0], point[2])):
-            text.append(
-                f"| {name} | {settings.strip('{}')} | {seconds:.1f} | {found:.4f} | {peak / 1e9:.1f} | {runs} |"
-            )
-        text += ["", *ratios(points)]
-        base = options.results.with_name(f"{options.results.stem}_{Path(vectors).stem}_k{k}")
-        base.with_suffix(".md").write_text("\n".join(text) + "\n")
-        print("\n".join(text))
-        figure, axes = plt.subplots(figsize=(7, 4.5))
-        for name in sorted({point[0] for point in points}):
-            mine = sorted((point[3], point[2]) for point in points if point[0] == name)
-            own = name in ("exact", "partition")
-            axes.plot(
-                *zip(*mine, strict=True),
-                marker="o",
-                linewidth=2.5 if own else 1,
-                label=f"graphbuild {name}" if own else name,
-            )
-        axes.set(xlabel=f"recall@{k}", ylabel="seconds (log)", yscale="log", title=f"{vectors}, {THREADS} cores")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=8)
-        figure.tight_layout()
-        figure.savefig(base.with_suffix(".png"), dpi=120)
-
-
-def ratios(points: list[tuple[str, str, float, float, float, int]]) -> list[str]:
-    """graphbuild's quickest setting at a recall against the quickest peer's."""
-    lines = []
-    for wanted in (0.8, 0.95, 0.99, 0.9999):
-        best = {}
-        for name, _, seconds, found, _, _ in points:
-            side = "own" if name in ("exact", "partition") else "peer"
-            if found >= wanted and seconds < best.get(side, ("", np.inf))[1]:
-                best[side] = (name, seconds)
-        if len(best) == 2:
-            (own, mine), (peer, theirs) = best["own"], best["peer"]
-            lines.append(
-                f"recall >= {wanted}: {own} {mine:.1f} s, best peer {peer} {theirs:.1f} s: {theirs / mine:.1f} x"
-            )
-    return lines
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True)
@@ -360,12 +198,9 @@ def main() -> None:
     runner.add_argument("--limit", type=int, default=1_800, help="seconds a run may take")
     runner.add_argument("--results", type=Path, default=RESULTS / "knn.jsonl")
     runner.set_defaults(call=run)
-    reporter = verbs.add_parser("report")
-    reporter.add_argument("results", type=Path, nargs="?", default=RESULTS / "knn.jsonl")
-    reporter.set_defaults(call=report)
     one = verbs.add_parser("one")
     one.add_argument("job", type=json.loads)
-    one.set_defaults(call=lambda o: print(json.dumps((run_peer if o.job["name"] in PEERS else run_own)(**o.job))))
+    one.set_defaults(call=lambda o: print(json.dumps((run_peer if o.job["name"] in peers.PEERS else run_own)(**o.job))))
     options = parser.parse_args()
     options.call(options)
 

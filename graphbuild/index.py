@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from graphbuild.encoder import one_thread
 from graphbuild.errors import ConfigError
 from graphbuild.recipe import Recipe
 from graphbuild.sharded import Array
 from graphbuild.stage import Stage, Task, digest, records
 from graphbuild.store import Json, Store, Writer
+from graphbuild.threads import torch_threads
 
 MOMENTS = "_state/moments/moments.npy"
 VECTORS = "nodes/{}.npy"
@@ -91,13 +91,11 @@ def plan_prepare(recipe: Recipe, store: Store) -> list[Task]:
 
 
 def run_prepare(task: Task, store: Store, writer: Writer) -> Json:
-    import torch
-
     from graphbuild.knn.inputs import Inputs
 
     inputs = Inputs(store)
-    torch.set_num_threads(os.cpu_count() or 1)  # nothing else runs
-    facts: Json = _engine(task, inputs.manifest).prepare(inputs, task.settings["k"], writer)
+    with torch_threads(os.cpu_count() or 1):  # nothing else runs
+        facts: Json = _engine(task, inputs.manifest).prepare(inputs, task.settings["k"], writer)
     return facts
 
 
@@ -123,7 +121,7 @@ def run_codes(task: Task, store: Store, writer: Writer) -> Json:
 
     inputs = Inputs(store)
     raw = store.array(VECTORS.format(task.name))
-    with one_thread("cpu"), torch.inference_mode():
+    with torch_threads(1), torch.inference_mode():
         codes = encode(raw)
         arrays = {
             "codes": codes.codes,
@@ -165,9 +163,9 @@ def run_moments(task: Task, store: Store, writer: Writer) -> Json:
 
 
 def plan_join(recipe: Recipe, store: Store) -> list[Task]:
-    manifest = nodes_entry(store)
     from graphbuild.knn.engine import nodes_at_once
 
+    manifest = nodes_entry(store)
     engine, _ = engine_of(recipe, manifest)
     nodes = node_count(manifest)
     at_once = nodes_at_once(engine, recipe.index, nodes, manifest["embeddings"]["d"])
@@ -186,7 +184,7 @@ def run_join(task: Task, store: Store, writer: Writer) -> Json:
     inputs = Inputs(store)
     engine = _engine(task, inputs.manifest)
     length = engine.length(task.settings["k"], node_count(inputs.manifest))
-    with one_thread("cpu"), torch.inference_mode():
+    with torch_threads(1), torch.inference_mode():
         ids, keys = engine.join(task.built["argument"], inputs, length, task.hints["device"])
     writer.array(f"{SCRATCH}/lists/{task.name}.ids.npy", ids, durable=False)
     writer.array(f"{SCRATCH}/lists/{task.name}.keys.npy", keys, durable=False)
@@ -266,7 +264,7 @@ def run_search(task: Task, store: Store, writer: Writer) -> Json:
         floors = np.array(store.array(f"{SCRATCH}/floors/{task.name}.npy"))[:, 0]
         lacking |= ~exact.proved(candidates, floors, similarities, scales, inputs.manifest["largest_rest"])
     rows: Array = np.flatnonzero(lacking)
-    with one_thread("cpu"):
+    with torch_threads(1):
         for begin in range(0, len(rows), exact.AGAIN_ROWS):
             some = rows[begin : begin + exact.AGAIN_ROWS]
             lists = keys[some]
@@ -294,7 +292,7 @@ def background_of(raw: Array, similarities: Array, moments: Array, total: int) -
     if rest == 0:
         return np.zeros((len(raw), 2), np.float32)
     near = similarities.astype(np.float64)
-    with one_thread("cpu"):
+    with torch_threads(1):
         x = unit(torch.from_numpy(raw), torch.float32)
         all_moments = torch.from_numpy(moments / total).float()
         first = (x @ all_moments[0]).double().numpy() * total - 1 - near.sum(axis=1)

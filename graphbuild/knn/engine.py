@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from graphbuild.errors import ConfigError, StageError
+from graphbuild.errors import ConfigError
 from graphbuild.index import SCRATCH
 from graphbuild.recipe import Index
 from graphbuild.sharded import Array
+from graphbuild.stage import records
 from graphbuild.store import Json, Writer
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Engine(Protocol):
         """What of the recipe decides its result, beside k."""
 
     def prepare(self, inputs: Inputs, k: int, writer: Writer) -> Json:
-        """Work that needs all nodes at once,; returns facts."""
+        """Work that needs all nodes at once; returns facts."""
 
     def describe(self, inputs: Inputs, codes: Codes, k: int) -> dict[str, Array]:
         """More arrays [n, ...] of a shard's nodes for its joins."""
@@ -87,8 +88,9 @@ class Exact:
         return exact.joins(nodes, at_once)
 
     def spread(self, nodes: int, tasks: int) -> tuple[float, float]:
-        groups = round((2 * tasks + 0.25) ** 0.5 - 0.5)
-        return 2 * nodes / groups, groups
+        from graphbuild.knn import exact
+
+        return exact.spread(nodes, tasks)
 
     def length(self, k: int, nodes: int) -> int:
         from graphbuild.knn import exact
@@ -137,7 +139,9 @@ class Partition:
         return partition.joins(nodes, at_once)
 
     def spread(self, nodes: int, tasks: int) -> tuple[float, float]:
-        return 3 * nodes / tasks, 2
+        from graphbuild.knn import partition
+
+        return partition.spread(nodes, tasks)
 
     def length(self, k: int, nodes: int) -> int:
         from graphbuild.knn import partition
@@ -191,10 +195,14 @@ class Faiss:
         from graphbuild.knn import faiss_index, lists
 
         first, count = argument
-        record = inputs.store.read_json("_state/prepare/all.done.json")
-        if record is None:
-            raise StageError("the faiss index has no record", "run `graphbuild index --force`")
-        index = faiss_index.open_index(inputs.store.local_copy(FAISS_INDEX), record["facts"], device)
+        record = records(inputs.store, "prepare")["all"]
+        index = faiss_index.open_index(
+            inputs.store.local_copy(FAISS_INDEX),
+            record["fingerprint"],
+            record["facts"]["knob"],
+            record["facts"]["effort"],
+            device,
+        )
         ids = np.arange(first, first + count)
         keys = np.empty((count, length), np.int64)
         for start in range(0, count, faiss_index.BLOCK_ROWS):

@@ -39,6 +39,11 @@ def joins(nodes: int, at_once: int) -> list[list[tuple[int, int]]]:
     return [sorted({a, b}) for a, b in combinations_with_replacement(groups, 2)]
 
 
+def spread(nodes: int, tasks: int) -> tuple[float, float]:
+    groups = round((2 * tasks + 0.25) ** 0.5 - 0.5)
+    return 2 * nodes / groups, groups
+
+
 def join(
     groups: list[tuple[int, int]], codes: ShardedArray, scales: ShardedArray, floor: ShardedArray, length: int
 ) -> tuple[Array, Array]:

@@ -10,25 +10,25 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from graphbuild.errors import ConfigError
+from graphbuild.knn import products, sample
 from graphbuild.sharded import Array, ShardedArray
 
 TRAINING_ROWS = 262_144
 BLOCK_ROWS = 8_192
-SAMPLE = 400
 LARGEST_EFFORT = 2_048
 
 
 def import_faiss() -> Any:
     """The module faiss, its BLAS set to what the CPU has; ConfigError says how to install it."""
     if "faiss" not in sys.modules:
-        import torch
-
         able = torch.cpu.get_capabilities()
         if able.get("avx512_f"):
             os.environ.setdefault("OPENBLAS_CORETYPE", "SKYLAKEX")
@@ -42,19 +42,6 @@ def import_faiss() -> Any:
             "pip install 'graphbuild[cpu]' or 'graphbuild[gpu]', or use --engine auto",
         ) from None
     return faiss
-
-
-def check_factory(factory: str) -> None:
-    """ConfigError when faiss cannot make such an index."""
-    faiss = import_faiss()
-    try:
-        faiss.index_factory(64, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1][:200]
-        raise ConfigError(
-            f"--engine faiss:{factory}: not an index factory string ({reason})",
-            "see faiss's index_factory, as IVF1024,Flat",
-        ) from None
 
 
 def build(vectors: ShardedArray, factory: str, k: int, recall: float, seed: int, path: Path) -> dict[str, Any]:
@@ -75,9 +62,9 @@ def build(vectors: ShardedArray, factory: str, k: int, recall: float, seed: int,
             f"({str(error).strip().splitlines()[-1][:200]})",
             "use fewer lists, another factory, or --engine partition",
         ) from None
-    ids = np.sort(random.choice(len(vectors), min(SAMPLE, len(vectors)), replace=False))
+    ids = sample.draw(len(vectors), seed)
     queries = unit(vectors.take(ids))
-    true = _true_worst(vectors, queries, k)
+    true, _ = sample.true_neighbors(vectors, ids, k)
     knob = _knob(faiss, index)
     effort = 1 if knob == "nprobe" else k + 1
     while True:
@@ -86,7 +73,7 @@ def build(vectors: ShardedArray, factory: str, k: int, recall: float, seed: int,
         found = search(index, queries, ids, k)[1]
         exact = [(unit(vectors.take(row[row >= 0])) @ query) for row, query in zip(found, queries, strict=True)]
         reached = float(
-            np.mean([(scores >= worst - 1e-6).sum() / k for scores, worst in zip(exact, true, strict=True)])
+            np.mean([(scores >= worst - 1e-6).sum() / k for scores, worst in zip(exact, true[:, -1], strict=True)])
         )
         if not knob or reached >= recall or effort * 2 > LARGEST_EFFORT:
             break
@@ -95,8 +82,12 @@ def build(vectors: ShardedArray, factory: str, k: int, recall: float, seed: int,
     return {"knob": knob, "effort": effort if knob else None, "sampled_recall": round(reached, 4)}
 
 
-def open_index(path: Path, facts: dict[str, Any], device: str) -> Any:
-    """The index of `build`, on its device: a GPU's after a real search there has found what it must, or ConfigError."""
+@lru_cache(maxsize=1)
+def open_index(path: Path, version: str, knob: str | None, effort: int | None, device: str) -> Any:
+    """The index of `build`, on its device: a GPU's after a real search there has found what it must, or ConfigError.
+
+    Kept from task to task; `version` changes when the file may.
+    """
     faiss = import_faiss()
     faiss.omp_set_num_threads(1)
     index = faiss.read_index(str(path))
@@ -112,10 +103,10 @@ def open_index(path: Path, facts: dict[str, Any], device: str) -> Any:
         if not (flat.search(probe, 1)[1][:, 0] == np.arange(64)).all():
             raise ConfigError("faiss finds the wrong neighbours on this GPU", "use --engine exact, or --device cpu")
         index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
-        if facts["knob"]:
-            faiss.GpuParameterSpace().set_index_parameter(index, facts["knob"], facts["effort"])
-    elif facts["knob"]:
-        faiss.ParameterSpace().set_index_parameter(index, facts["knob"], facts["effort"])
+        if knob:
+            faiss.GpuParameterSpace().set_index_parameter(index, knob, effort)
+    elif knob:
+        faiss.ParameterSpace().set_index_parameter(index, knob, effort)
     return index
 
 
@@ -137,16 +128,7 @@ def _knob(faiss: Any, index: Any) -> str | None:
     return None
 
 
-def _true_worst(vectors: ShardedArray, queries: Array, k: int) -> Array:
-    best = np.full((len(queries), k + 1), -np.inf, np.float32)  # each query finds itself as well
-    for _, block in vectors.blocks(BLOCK_ROWS):
-        both = np.concatenate([best, queries @ unit(block).T], axis=1)
-        best = np.partition(both, both.shape[1] - k - 1, axis=1)[:, -k - 1 :]
-    worst: Array = best.min(axis=1)
-    return worst
-
-
 def unit(raw: Array) -> Array:
     """float32 unit vectors of stored float16 [n, d]."""
-    exact = raw.astype(np.float32)
-    return np.asarray(exact / np.linalg.norm(exact, axis=1, keepdims=True))
+    exact: Array = products.unit(torch.from_numpy(np.array(raw)), torch.float32).numpy()
+    return exact

@@ -22,11 +22,9 @@ class Inputs:
         self.manifest = store.manifest()
 
     def of(self, what: str) -> ShardedArray:
-        return _opened(self.store, f"{SCRATCH}/{what}/{{}}.npy", self._version)
-
-    @property
-    def _version(self) -> str:
-        return str(self.manifest["stages"].get("join", self.manifest["embeddings"])["fingerprint"])
+        """codes, scales, floors or leaves, of the stage codes, or the merged lists."""
+        stage = self.manifest["stages"]["merge" if what == "merged" else "codes"]
+        return _opened(self.store, f"{SCRATCH}/{what}/{{}}.npy", str(stage["fingerprint"]))
 
     @cached_property
     def vectors(self) -> ShardedArray:

@@ -33,10 +33,11 @@ def floor_leader(k: int) -> int:
 
 
 class Leaders:
-    """codes int8 [L, d] and scales [L] of the leaders, in `groups` of near ones; and the groups' mean codes."""
+    """codes int8 [L, d] and scales [L] of the leaders, near ones behind each other; and the mean codes of their groups,
+    which end at `bounds`."""
 
     def __init__(self, vectors: Array) -> None:
-        """vectors float16 [L, d], in the order of `ordered`."""
+        """vectors float16 [L, d], as `draw_leaders` orders them."""
         self.codes, self.scales = encode(vectors)
         count = 2 ** max(0, math.ceil(math.log2(len(vectors) / GROUP_LEADERS)))
         self.bounds = np.linspace(0, len(vectors), count + 1).astype(int)

@@ -15,7 +15,7 @@ import math
 import numpy as np
 import torch
 
-from graphbuild.knn import kernels, lists
+from graphbuild.knn import kernels, lists, sample
 from graphbuild.knn.codes import encode
 from graphbuild.knn.leaders import Leaders, leader_count
 from graphbuild.knn.products import Tensor, products
@@ -24,10 +24,9 @@ from graphbuild.sharded import Array, ShardedArray
 FANS = range(2, 25)
 EXPAND = 8
 MISSING_AFTER_REFINEMENT = 0.55  # of what the leaves miss, at EXPAND = 8: 0.45 to 0.55 on captions, less on easier sets
-SAMPLE = 400
 TASK_NODES = 65_536
 TASKS = 128
-OVERLAP = 3  # nodes of a task, when tasks are few, in units of its share of all nodes
+OVERLAP = 3  # nodes of a task, in units of its share of all nodes: a node has leaves in several
 TILE_ROWS = 512
 LARGEST_LEAF = 8_192  # a larger one is cut: equal vectors would all meet in one
 BLOCK_ROWS = 8_192
@@ -44,14 +43,17 @@ def joins(nodes: int, at_once: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
+def spread(nodes: int, tasks: int) -> tuple[float, float]:
+    return OVERLAP * nodes / tasks, OVERLAP
+
+
 def calibrate(vectors: ShardedArray, leaders: Leaders, k: int, recall: float, seed: int) -> tuple[int, float]:
     """The smallest fan that promises `recall` after refinement, and the recall it promises.
 
-    Measured, at full N, on SAMPLE nodes: how many of their true k neighbours share a leaf with them.
+    Measured, at full N, on a sample: how many of their true k neighbours share a leaf with them.
     """
-    nodes = len(vectors)
-    ids = np.sort(np.random.default_rng(seed).choice(nodes, min(SAMPLE, nodes), replace=False))
-    true = _true_neighbors(vectors, ids, k)
+    ids = sample.draw(len(vectors), seed)
+    _, true = sample.true_neighbors(vectors, ids, k)
     fan = min(FANS[-1], len(leaders.codes))
     own, _ = leaders.leaves(encode(vectors.take(ids)).codes, fan, 1)
     theirs, _ = leaders.leaves(encode(vectors.take(true.reshape(-1))).codes, fan, 1)
@@ -62,21 +64,6 @@ def calibrate(vectors: ShardedArray, leaders: Leaders, k: int, recall: float, se
         if promised >= recall or tried == fan:
             break
     return tried, promised
-
-
-def _true_neighbors(vectors: ShardedArray, ids: Array, k: int) -> Array:
-    queries = torch.from_numpy(vectors.take(ids)).float()  # of norm 1 to 1e-3: near enough to count by
-    best = torch.full((len(ids), k), -torch.inf)
-    best_ids = torch.zeros((len(ids), k), dtype=torch.int64)
-    for first, block in vectors.blocks(BLOCK_ROWS):
-        tile = queries @ torch.from_numpy(np.array(block)).float().T
-        inside = torch.from_numpy(np.flatnonzero((ids >= first) & (ids < first + len(block))))
-        tile[inside, torch.from_numpy(ids)[inside] - first] = -torch.inf
-        top, at = tile.topk(min(k, tile.shape[1]), dim=1)
-        best, kept = torch.cat([best, top], dim=1).topk(k, dim=1)
-        best_ids = torch.cat([best_ids, at + first], dim=1).gather(1, kept)
-    result: Array = best_ids.numpy()
-    return result
 
 
 def join(

@@ -253,6 +253,16 @@ def test_partition_does_not_depend_on_tasks_tiles_or_workers(tmp_path: Path, mon
     np.testing.assert_array_equal(once[1], again[1])
 
 
+def test_a_second_build_in_the_same_process_reads_nothing_of_the_first(tmp_path: Path) -> None:
+    x = clustered(2_500)
+    build(tmp_path / "a", x, shard_size=800, engine="partition", k=8, recall=0.6)
+    twice = build(tmp_path / "a", x, shard_size=800, engine="partition", k=10, recall=0.99, force=True)
+    once = build(tmp_path / "b", x, shard_size=800, engine="partition", k=10, recall=0.99)
+    assert twice.manifest()["graph"]["fan"] == once.manifest()["graph"]["fan"]
+    for ours, fresh in zip(graph(twice), graph(once), strict=True):
+        np.testing.assert_array_equal(ours, fresh)
+
+
 def test_a_leaf_too_large_is_cut_and_its_nodes_still_get_whole_lists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,7 +318,7 @@ def test_faiss_on_a_gpu_that_is_not_there_is_refused_not_run_on_the_cpu(tmp_path
     path = tmp_path / "index"
     faiss.write_index(faiss.IndexFlatIP(4), str(path))
     with pytest.raises(ConfigError, match="no GPU"):
-        faiss_index.open_index(path, {"knob": None}, "cuda")
+        faiss_index.open_index(path, "1", None, None, "cuda")
 
 
 # -- choice, memory, scratch
