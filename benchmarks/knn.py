@@ -70,8 +70,7 @@ class Memory(threading.Thread):
 
 def run_peer(name: str, path: str, k: int, settings: dict[str, Any]) -> dict[str, Any]:
     x = unit(path)
-    if name == "pynndescent":  # compile outside the clock
-        peers.pynndescent_(x[:2_000], k)
+    peers.PEERS[name](x[:4_000], k, **settings)  # imports and compiles outside the clock
     memory = Memory()
     begin = time.perf_counter()
     lists = peers.PEERS[name](x, k, **settings)

@@ -16,22 +16,18 @@ import numpy as np
 THREADS = 2
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "faiss.knn": [{}],
-    "faiss HNSW": [
-        {"M": 16, "efc": 40, "ef": 32},
-        {"M": 16, "efc": 40, "ef": 64},
-        {"M": 16, "efc": 80, "ef": 128},
-    ],
-    "faiss IVF": [{"nprobe": 8}, {"nprobe": 16}, {"nprobe": 32}, {"nprobe": 64}],
-    "faiss NNDescent": [{"K": 40}, {"K": 64}],
+    "faiss HNSW": [{"M": 16, "efc": 40, "ef": 40}, {"M": 16, "efc": 80, "ef": 128}],
+    "faiss IVF": [{"nprobe": 12}, {"nprobe": 48}],
+    "faiss NNDescent": [{"K": 48}],
     "pynndescent": [
         {"n_trees": 8, "n_iters": 3, "max_candidates": 22},
         {"n_trees": 8, "n_iters": 4, "max_candidates": 24},
         {},
         {"extra": 12},
     ],
-    "hnswlib": [{"M": 16, "efc": 40, "ef": 40}, {"M": 16, "efc": 60, "ef": 64}, {"M": 16, "efc": 100, "ef": 128}],
-    "usearch": [{"M": 16, "efc": 40, "ef": 40}, {"M": 16, "efc": 64, "ef": 64}, {"M": 16, "efc": 100, "ef": 128}],
-    "pipnn": [{"runs": 1}, {"runs": 2}, {"runs": 4}],
+    "hnswlib": [{"M": 16, "efc": 60, "ef": 48}, {"M": 16, "efc": 100, "ef": 128}],
+    "usearch": [{"M": 16, "efc": 64, "ef": 48}, {"M": 16, "efc": 100, "ef": 128}],
+    "pipnn": [{"runs": 1}, {"runs": 2}],
 }
 Lists = np.ndarray
 

@@ -131,7 +131,7 @@ def run_codes(task: Task, store: Store, writer: Writer) -> Json:
         sums = torch.zeros(raw.shape[1] + 1, raw.shape[1], dtype=torch.float64)
         for begin in range(0, len(raw), BLOCK_ROWS):
             x = unit(torch.from_numpy(np.array(raw[begin : begin + BLOCK_ROWS])), torch.float32)
-            sums[0] += x.sum(dim=0, dtype=torch.float64)
+            sums[0] += x.sum(dim=0)
             sums[1:] += x.T @ x
     for what, values in {**arrays, "moments": sums.numpy()}.items():
         writer.array(f"{SCRATCH}/{what}/{task.name}.npy", values, durable=False)
@@ -254,7 +254,15 @@ def run_search(task: Task, store: Store, writer: Writer) -> Json:
     if engine.name == "partition":
         leaves, merged = inputs.of("leaves"), inputs.of("merged")
         tables = [part.table() for part in (merged, inputs.codes, inputs.scales, leaves)]
-        kernels.refine_lists(first, candidates, partition.EXPAND, *tables, vectors.width, leaves.width)
+        kernels.refine_lists(
+            first,
+            candidates,
+            partition.EXPAND,
+            round(partition.DEPTH * candidates.shape[1]),
+            *tables,
+            vectors.width,
+            leaves.width,
+        )
     keys = np.sort(kernels.exact_similarities(first, candidates, vectors.table(), vectors.width), axis=1)[:, ::-1]
     keys = np.ascontiguousarray(keys[:, :k])
     lacking = keys[:, -1] == EMPTY

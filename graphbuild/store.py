@@ -34,7 +34,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Output:
-    """One committed file: its path in the store, its size in bytes and the sha256 of its content."""
+    """One committed file: its path in the store, its size in bytes and the sha256 of its content ("" of scratch)."""
 
     path: str
     bytes: int
@@ -171,7 +171,7 @@ class Store:
     def staged(self, name: str, *, durable: bool = True) -> Iterator[Path]:
         """A local path to write to; committed under `name` on a clean exit, removed otherwise.
 
-        durable: flushed to disk before it gets its name; scratch files are not.
+        durable: flushed to disk before it gets its name; scratch is not.
         """
         final = self.path(name)
         if self.is_local:
@@ -264,7 +264,7 @@ class Writer:
         """A local path to write to, committed as `name` on a clean exit."""
         with self.store.staged(name, durable=durable) as path:
             yield path
-            self.outputs.append(Output(name, path.stat().st_size, file_sha256(path)))
+            self.outputs.append(Output(name, path.stat().st_size, file_sha256(path) if durable else ""))
 
     def array(self, name: str, values: np.ndarray[Any, Any], *, durable: bool = True) -> None:
         """A plain C-order .npy file."""

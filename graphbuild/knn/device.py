@@ -58,19 +58,31 @@ def _search(own: Side, others: Side, length: int) -> tuple[Tensor, Tensor]:
         begin, end = max(own.first, first), min(own.first + count, first + tile.shape[1])
         same = torch.arange(begin, max(begin, end), device=place)
         tile[same - own.first, same - first] = -torch.inf
-        if at == 0 and bool(torch.isinf(own.floors).all()):  # nothing to compare with yet
-            top, where = tile.topk(min(length, tile.shape[1]), dim=1)
-            best[:, : top.shape[1]], best_ids[:, : top.shape[1]] = top, where + first
-            continue
-        row, column = torch.nonzero(tile >= torch.maximum(best[:, -1], own.floors)[:, None], as_tuple=True)
+        best, best_ids = offer(best, best_ids, tile, first, own.floors)
+    return best, best_ids
+
+
+def offer(
+    best: Tensor, best_ids: Tensor, tile: Tensor, first: int, floors: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The best of lists (scores and ids [n, c], descending) and of a tile's scores [n, m] of nodes first..first+m-1.
+
+    What a full top-k of the tile would give, but only scores above a list's last, and its floor, are selected from.
+    """
+    count, length = best.shape
+    worst = best[:, -1] if floors is None else torch.maximum(best[:, -1], floors)
+    if bool(torch.isinf(worst).all()):  # nothing to compare with yet
+        top, where = tile.topk(min(length, tile.shape[1]), dim=1)
+        new, new_ids = top, where + first
+    else:
+        row, column = torch.nonzero(tile >= worst[:, None], as_tuple=True)
         if not len(row):
-            continue
+            return best, best_ids
         passed = torch.bincount(row, minlength=count)
-        slot = torch.arange(len(row), device=place) - (passed.cumsum(0) - passed)[row]
-        new = torch.full((count, int(passed.max())), -torch.inf, device=place)
+        slot = torch.arange(len(row), device=tile.device) - (passed.cumsum(0) - passed)[row]
+        new = torch.full((count, int(passed.max())), -torch.inf, device=tile.device)
         new_ids = torch.full_like(new, NO_NODE, dtype=torch.int64)
         new[row, slot] = tile[row, column]
         new_ids[row, slot] = column + first
-        best, kept = torch.cat([best, new], dim=1).topk(length, dim=1)
-        best_ids = torch.cat([best_ids, new_ids], dim=1).gather(1, kept)
-    return best, best_ids
+    best, kept = torch.cat([best, new], dim=1).topk(length, dim=1)
+    return best, torch.cat([best_ids, new_ids], dim=1).gather(1, kept)

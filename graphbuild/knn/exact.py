@@ -1,6 +1,6 @@
 """Exact engine: every pair of nodes, once, by int8 products; then proof.
 
-Nodes fall into groups; a join task takes two groups (or one with itself) and offers each pair of a 512 x 512 tile to
+Nodes fall into groups; a join task takes two groups (or one with itself) and offers each pair of a tile to
 the lists of both its nodes, so it costs half the products of a search. Lists are longer than k; whether what they left
 out can still belong to the k best is proved afterwards from the codes' error bound (`proved`), and rows where that
 fails are searched again (`search_again`). Cost: N^2 d int8 operations, and 4 to 8 lists a node of scratch;
@@ -16,11 +16,10 @@ import numpy as np
 import torch
 
 from graphbuild.knn import device, kernels, lists
-from graphbuild.knn.products import products, unit
+from graphbuild.knn.products import TILE_ROWS, products, tile_memory, unit
 from graphbuild.sharded import Array, ShardedArray
 
-TILE_ROWS = 512
-GROUP_ROWS = 16_384
+GROUP_ROWS = 25_600
 LARGE = 1_000_000
 BLOCK_ROWS = 8_192
 AGAIN_ROWS = 1_024
@@ -34,7 +33,8 @@ def list_length(k: int, nodes: int) -> int:
 
 def joins(nodes: int, at_once: int) -> list[list[tuple[int, int]]]:
     """The pairs of groups, a group being (first node, count): one task each, of at most `at_once` nodes."""
-    rows = min(max(GROUP_ROWS, math.ceil(nodes / (4 if nodes <= LARGE else 8))), at_once // 2)
+    count = min(math.ceil(nodes / GROUP_ROWS), 4 if nodes <= LARGE else 8)
+    rows = min(math.ceil(nodes / count), at_once // 2)
     groups = [(first, min(rows, nodes - first)) for first in range(0, nodes, rows)]
     return [sorted({a, b}) for a, b in combinations_with_replacement(groups, 2)]
 
@@ -58,12 +58,13 @@ def join(
     keys = np.full((len(ids), length), lists.EMPTY, np.int64)
     floors = np.concatenate([floor.span(first, count)[:, 0] for first, count in groups])
     places = np.arange(len(ids))
+    memory = tile_memory()
     split = groups[0][1]
     for a in range(0, split, TILE_ROWS):
         for b in range(a if len(groups) == 1 else split, len(ids), TILE_ROWS):
             rows = places[a : min(a + TILE_ROWS, split)]
             columns = places[b : b + TILE_ROWS]
-            tile = products(code[rows[0] : rows[-1] + 1], code[columns[0] : columns[-1] + 1])
+            tile = products(code[rows[0] : rows[-1] + 1], code[columns[0] : columns[-1] + 1], memory)
             kernels.join_tile(tile.numpy(), rows, columns, ids, scale, floors, keys, a == b)
     return ids, keys
 

@@ -16,13 +16,11 @@ from numba.extending import intrinsic
 
 from graphbuild.knn.lists import EMPTY, key_of, node_of, offer, score_of
 
-CHUNK = 32
-_BIT = (np.uint32(1) << np.arange(CHUNK, dtype=np.uint32)).astype(np.uint32)
+CHUNK = 32  # scores compared at once: a machine word of bits
 GUESS_SHIFT = 8
 _AHEAD = 6  # rows asked for before they are read
 _NEXT = 3
 _LEAF_MASK = 0x3FFF
-_SEEN = 4_096  # slots of the table of nodes already looked at for one row
 
 
 @intrinsic
@@ -57,6 +55,41 @@ def _prefetch(context: Any, address: Any) -> Any:
     return types.void(types.int64), generate
 
 
+def _vector(kind: Any) -> Any:
+    return ir.VectorType(kind, CHUNK)
+
+
+def _load(b: Any, address: Any, kind: Any) -> Any:
+    return b.load(b.inttoptr(address, _vector(kind).as_pointer()), align=4)
+
+
+def _splat(b: Any, value: Any) -> Any:
+    one = b.insert_element(ir.Constant(_vector(value.type), ir.Undefined), value, ir.IntType(32)(0))
+    return b.shuffle_vector(one, one, ir.Constant(_vector(ir.IntType(32)), [0] * CHUNK))
+
+
+def _passing(b: Any, products: Any, scale: Any, floor: Any) -> Any:
+    """Bit j of a uint32: whether int32 product j x scale (float32) reaches the floor; values or vectors of CHUNK."""
+    scores = b.fmul(b.sitofp(_load(b, products, ir.IntType(32)), _vector(ir.FloatType())), scale)
+    return b.bitcast(b.fcmp_ordered(">=", scores, floor), ir.IntType(CHUNK))
+
+
+@intrinsic
+def _passing_one_floor(context: Any, products: Any, scales: Any, floor: Any) -> Any:
+    """CHUNK products at an address, each x its own scale (address) against one floor."""
+    return types.uint32(types.int64, types.int64, types.float32), lambda ctx, b, sig, args: _passing(
+        b, args[0], _load(b, args[1], ir.FloatType()), _splat(b, args[2])
+    )
+
+
+@intrinsic
+def _passing_one_scale(context: Any, products: Any, scale: Any, floors: Any) -> Any:
+    """CHUNK products at an address, x one scale, each against its own floor (address)."""
+    return types.uint32(types.int64, types.float32, types.int64), lambda ctx, b, sig, args: _passing(
+        b, args[0], _splat(b, args[1]), _load(b, args[2], ir.FloatType())
+    )
+
+
 @njit(nogil=True, cache=True)
 def join_tile(
     tile: Any, rows: Any, columns: Any, ids: Any, scales: Any, floors: Any, keys: Any, symmetric: bool
@@ -80,18 +113,15 @@ def join_tile(
             for_row = zero
             for_column = zero
             if start + CHUNK <= n:
-                products = row[start : start + CHUNK]
-                others = column_scales[start : start + CHUNK]
-                worst = column_floors[start : start + CHUNK]
-                for j in range(CHUNK):
-                    product = np.float32(products[j])
-                    for_row |= _BIT[j] if product * others[j] >= floor else zero
-                    for_column |= _BIT[j] if product * scale >= worst[j] else zero
+                products = row.ctypes.data + 4 * start
+                for_row = _passing_one_floor(products, column_scales.ctypes.data + 4 * start, floor)
+                for_column = _passing_one_scale(products, scale, column_floors.ctypes.data + 4 * start)
             else:
                 for j in range(n - start):
                     product = np.float32(row[start + j])
-                    for_row |= _BIT[j] if product * column_scales[start + j] >= floor else zero
-                    for_column |= _BIT[j] if product * scale >= column_floors[start + j] else zero
+                    bit = np.uint32(1) << np.uint32(j)
+                    for_row |= bit if product * column_scales[start + j] >= floor else zero
+                    for_column |= bit if product * scale >= column_floors[start + j] else zero
             if symmetric and start <= i:
                 keep = np.uint32(np.uint64(0xFFFFFFFF) << np.uint64(i - start + 1))
                 for_row &= keep
@@ -118,21 +148,20 @@ def search_tile(tile: Any, rows: Any, first: int, scales: Any, keys: Any) -> Non
     """Offer the columns of a tile int32 [m, n] (nodes first..first+n-1, codes' scales [n]) to the lists of its rows."""
     last = keys.shape[1] - 1
     n = tile.shape[1]
+    whole = n // CHUNK * CHUNK
     for i in range(tile.shape[0]):
         row = keys[rows[i]]
+        products = tile[i]
         floor = score_of(row[last])
-        for start in range(0, n, CHUNK):
-            stop = min(start + CHUNK, n)
-            passed = False
-            for j in range(start, stop):
-                passed |= np.float32(tile[i, j]) * scales[j] >= floor
-            if not passed:
-                continue
-            for j in range(start, stop):
-                score = np.float32(tile[i, j]) * scales[j]
-                if score >= floor:
-                    offer(row, key_of(score, first + j))
-                    floor = score_of(row[last])
+        for start in range(0, whole, CHUNK):
+            passing = _passing_one_floor(products.ctypes.data + 4 * start, scales.ctypes.data + 4 * start, floor)
+            while passing != np.uint32(0):
+                j = start + np.int64(_lowest_bit(passing))
+                passing &= passing - np.uint32(1)
+                offer(row, key_of(np.float32(products[j]) * scales[j], first + j))
+                floor = score_of(row[last])
+        for j in range(whole, n):
+            offer(row, key_of(np.float32(products[j]) * scales[j], first + j))
 
 
 @njit(inline="always")
@@ -151,29 +180,54 @@ def _prefetch_row(address: Any, length: Any) -> None:
         _prefetch(address + offset)
 
 
-@njit(inline="always", fastmath=True)
+@njit(inline="always")
 def _code_product(a: Any, b: Any, width: Any) -> Any:
     left = carray(_pointer(a), width, np.int8)
     right = carray(_pointer(b), width, np.int8)
     total = np.int32(0)
     for j in range(width):
-        total += np.int32(left[j]) * np.int32(right[j])
+        total = np.int32(total + np.int32(left[j]) * np.int32(right[j]))
     return total
+
+
+@njit(inline="always")
+def _is_new(seen: Any, node: Any, row: Any) -> Any:
+    """Whether a node was not yet met for this row (0, 1, ...); from now on it was. seen int64: zeros, 2^i."""
+    here = (np.int64(row + 1) << 32) | node
+    slot = ((node * 0x9E3779B1) >> 7) & (seen.shape[0] - 1)
+    while seen[slot] >> 32 == row + 1:
+        if seen[slot] == here:
+            return False
+        slot = (slot + 1) & (seen.shape[0] - 1)
+    seen[slot] = here
+    return True
 
 
 @njit(nogil=True, cache=True)
 def refine_lists(
-    first: int, keys: Any, expand: int, lists: Any, codes: Any, scales: Any, leaves: Any, width: int, fan: int
+    first: int,
+    keys: Any,
+    expand: int,
+    depth: int,
+    lists: Any,
+    codes: Any,
+    scales: Any,
+    leaves: Any,
+    width: int,
+    fan: int,
 ) -> int:
-    """One round of neighbours' neighbours: offer nodes first..first+n-1 the lists of the `expand` best in theirs.
+    """One round of neighbours' neighbours: offer nodes first.. the `depth` best of each of their `expand` best.
 
     keys int64 [n, c], in place; lists, codes, scales, leaves: tables of rows of all nodes. A pair that shared a leaf
     was compared when the leaf was joined, and is left out. Returns the number of products computed.
     """
     count, c = keys.shape
-    seen = np.empty(_SEEN, np.int64)
-    seen_by = np.full(_SEEN, -1, np.int64)
-    wanted = np.empty(expand * c, np.int64)
+    best = min(expand, c)
+    slots = 1
+    while slots < 2 * (best + 1) * (c + 1):
+        slots *= 2
+    seen = np.zeros(slots, np.int64)
+    wanted = np.empty(best * c, np.int64)
     own = np.empty(c, np.int64)
     joined = np.full(_LEAF_MASK + 1, -1, np.int32)
     total = 0
@@ -185,38 +239,26 @@ def refine_lists(
         own_leaves = carray(_pointer(_address(leaves, node)), fan, np.int32)
         for y in range(fan):
             joined[own_leaves[y] & _LEAF_MASK] = r
-        for q in range(-1, c):  # itself and its own list need no second look
-            other = node if q < 0 else node_of(own[q])
-            slot = (other * 0x9E3779B1) >> 7 & (_SEEN - 1)
-            while seen_by[slot] == r and seen[slot] != other:
-                slot = (slot + 1) & (_SEEN - 1)
-            seen[slot] = other
-            seen_by[slot] = r
-        best = min(expand, c)
-        for p in range(best):
-            if own[p] != EMPTY:
-                _prefetch_row(_address(lists, node_of(own[p])), 8 * c)
+        if r + 1 < count:
+            for p in range(best):
+                if keys[r + 1, p] != EMPTY:
+                    _prefetch_row(_address(lists, node_of(keys[r + 1, p])), 8 * min(depth, c))
+        _is_new(seen, node, r)  # itself and its own list need no second look
+        for q in range(c):
+            _is_new(seen, node_of(own[q]), r)
         found = 0
         for p in range(best):
             if own[p] == EMPTY:
                 break
             list_of_neighbor = carray(_pointer(_address(lists, node_of(own[p]))), c, np.int64)
-            for q in range(c):
+            for q in range(min(depth, c)):
                 if list_of_neighbor[q] == EMPTY:
                     break
                 other = node_of(list_of_neighbor[q])
-                slot = (other * 0x9E3779B1) >> 7 & (_SEEN - 1)
-                while seen_by[slot] == r and seen[slot] != other:
-                    slot = (slot + 1) & (_SEEN - 1)
-                if seen_by[slot] == r:
-                    continue
-                seen[slot] = other
-                seen_by[slot] = r
-                wanted[found] = other
-                _prefetch(_address(leaves, other))
-                found += 1
-            if found + 2 * c > _SEEN // 2:
-                break
+                if _is_new(seen, other, r):
+                    wanted[found] = other
+                    _prefetch(_address(leaves, other))
+                    found += 1
         if own[c - 1] != EMPTY:  # a list that is not full may have refused its leaf-mates for its floor
             apart = 0
             for q in range(found):
@@ -224,9 +266,8 @@ def refine_lists(
                 together = False
                 for y in range(fan):
                     together |= joined[leaves_of_other[y] & _LEAF_MASK] == r
-                if not together:
-                    wanted[apart] = wanted[q]
-                    apart += 1
+                wanted[apart] = wanted[q]
+                apart += not together
             found = apart
         for q in range(min(_AHEAD, found)):
             _prefetch_row(_address(codes, wanted[q]), width)
@@ -292,13 +333,13 @@ def exact_similarities(first: int, keys: Any, vectors: Any, width: int) -> Any:
     """
     count, c = keys.shape
     result = np.full((count, c), EMPTY, np.int64)
-    own = np.empty(width, np.float32)
+    own = np.empty(width, np.float64)
     for r in range(count):
         stored = carray(_pointer(_address(vectors, first + r)), width, np.uint16)
         own_norm = 0.0
         for j in range(width):
             own[j] = _half(stored[j])
-            own_norm += np.float64(own[j] * own[j])
+            own_norm += own[j] * own[j]
         for q in range(c):
             if keys[r, q] == EMPTY:
                 continue
@@ -309,8 +350,8 @@ def exact_similarities(first: int, keys: Any, vectors: Any, width: int) -> Any:
             dot = 0.0
             norm = 0.0
             for j in range(width):
-                value = _half(vector[j])
-                dot += np.float64(own[j] * value)
-                norm += np.float64(value * value)
+                value = np.float64(_half(vector[j]))
+                dot += own[j] * value
+                norm += value * value
             result[r, q] = key_of(np.float32(dot / np.sqrt(own_norm * norm)), other)
     return result

@@ -1,7 +1,7 @@
 """Leaders: a random sample of the nodes, and which of them each node is nearest to.
 
 They cut the nodes into leaves (`graphbuild.knn.partition`), and tell how near a node's neighbours must at least be:
-that spares the engines most of the work of filling lists. Cost a node: L / 128 + 12 x 128 products, L = N / 128.
+that spares the engines most of the work of filling lists. Cost a node: L / 128 + 12 x 128 products, L = N / 64.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import torch
 
 from graphbuild.knn import kernels, lists
 from graphbuild.knn.codes import encode
-from graphbuild.knn.products import Tensor, products, unit
+from graphbuild.knn.products import TILE_ROWS, Tensor, products, tile_memory, unit
 from graphbuild.sharded import Array, ShardedArray
 
-NODES_PER_LEADER = 128
+NODES_PER_LEADER = 64
 GROUP_LEADERS = 128
 PROBED_GROUPS = 12
-FLAT_ROWS = 512
+FLAT_GROUPS = 48
+FLOOR_FAILS = 2e-4
 
 
 def leader_count(nodes: int) -> int:
@@ -28,8 +29,18 @@ def leader_count(nodes: int) -> int:
 
 
 def floor_leader(k: int) -> int:
-    """The rank of the leader that is farther than a node's k-th neighbour, but for a few nodes in a thousand."""
-    return 3 + k // 32
+    """The rank of the leader that is farther than a node's k-th neighbour, but for one node in 5,000.
+
+    Each of those neighbours is a leader with chance 1 / NODES_PER_LEADER: how many are is about Poisson distributed.
+    """
+    mean = k / NODES_PER_LEADER
+    rank, term = 0, math.exp(-mean)
+    rest = 1 - term
+    while rest > FLOOR_FAILS:
+        rank += 1
+        term *= mean / rank
+        rest -= term
+    return rank + 1
 
 
 class Leaders:
@@ -55,27 +66,30 @@ class Leaders:
         """
         code = torch.from_numpy(codes)
         keys = np.full((len(codes), max(fan, floor_at)), lists.EMPTY, np.int64)
-        if len(self.bounds) <= 2 * PROBED_GROUPS:  # nearly all are probed anyway
-            for at in range(0, len(code), FLAT_ROWS):
-                tile = products(code[at : at + FLAT_ROWS], torch.from_numpy(self.codes))
-                kernels.search_tile(tile.numpy(), np.arange(at, at + len(tile)), 0, self.scales[:, 0].copy(), keys)
-            return self._leaves_and_floors(keys, fan, floor_at)
-        near = products(code, torch.from_numpy(self.group_codes)).float() * torch.from_numpy(
-            self.group_scales[:, 0].copy()
-        )
-        probed = near.topk(min(PROBED_GROUPS, near.shape[1]), dim=1).indices.numpy()
-        rows_of = np.argsort(probed.reshape(-1), kind="stable")
-        ends = np.searchsorted(probed.reshape(-1)[rows_of], np.arange(near.shape[1] + 1))
-        for group, (a, b) in enumerate(itertools.pairwise(self.bounds)):
-            rows = rows_of[ends[group] : ends[group + 1]] // probed.shape[1]
-            if len(rows):
-                tile = products(code.index_select(0, torch.from_numpy(rows)), torch.from_numpy(self.codes[a:b]))
-                kernels.search_tile(tile.numpy(), rows, a, self.scales[a:b, 0].copy(), keys)
-        return self._leaves_and_floors(keys, fan, floor_at)
-
-    def _leaves_and_floors(self, keys: Array, fan: int, floor_at: int) -> tuple[Array, Array]:
+        if len(self.bounds) <= FLAT_GROUPS:  # choosing groups would cost more
+            _search(code, np.arange(len(code)), self.codes, self.scales, 0, keys)
+        else:
+            near = np.full((len(codes), PROBED_GROUPS), lists.EMPTY, np.int64)
+            _search(code, np.arange(len(code)), self.group_codes, self.group_scales, 0, near)
+            probed = lists.unpack(near)[1].reshape(-1).astype(np.uint16)
+            rows_of = np.argsort(probed, kind="stable")
+            ends = np.searchsorted(probed[rows_of], np.arange(len(self.bounds)))
+            for group, (a, b) in enumerate(itertools.pairwise(self.bounds)):
+                rows = rows_of[ends[group] : ends[group + 1]] // PROBED_GROUPS
+                _search(code, rows, self.codes[a:b], self.scales[a:b], a, keys)
         scores, leaves = lists.unpack(keys)
         return leaves[:, :fan].astype(np.int32), scores[:, floor_at - 1 : floor_at]
+
+
+def _search(code: Tensor, rows: Array, leader_codes: Array, scales: Array, first: int, keys: Array) -> None:
+    """Offer leaders first, first + 1, ... to the lists of some rows."""
+    memory = tile_memory()
+    for at in range(0, len(rows), TILE_ROWS):
+        some = rows[at : at + TILE_ROWS]
+        own = code.index_select(0, torch.from_numpy(some))
+        for a in range(0, len(leader_codes), TILE_ROWS):
+            tile = products(own, torch.from_numpy(leader_codes[a : a + TILE_ROWS]), memory)
+            kernels.search_tile(tile.numpy(), some, first + a, scales[a : a + TILE_ROWS, 0].copy(), keys)
 
 
 def draw_leaders(vectors: ShardedArray, seed: int) -> Array:

@@ -1,10 +1,10 @@
 """Partition engine: approximate search by many small overlapping leaves, and one look at neighbours' neighbours.
 
 A node joins the leaves of its `fan` nearest leaders (`graphbuild.knn.leaders`), and all pairs of a leaf are compared:
-the overlapping random partitions of PiPNN (arXiv 2602.21247). Then each list is offered the lists of its best EXPAND, a
-round of NN-descent (Dong et al., WWW 2011), which halves what is missing. `fan` follows from the recall asked for,
-measured on a sample at full N (`calibrate`). Results do not depend on how leaves fall into tasks. Cost: about
-64 fan^2 products a node; memory: codes and lists of one task's nodes.
+the overlapping random partitions of PiPNN (arXiv 2602.21247). Then each list is offered the upper part of the lists of
+its best EXPAND, a round of NN-descent (Dong et al., WWW 2011), which halves what is missing. `fan` follows from the
+recall asked for, measured on a sample at full N (`calibrate`). Results do not depend on how leaves fall into tasks.
+Cost: about 32 fan^2 products a node; memory: codes and lists of one task's nodes.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import torch
 from graphbuild.knn import kernels, lists, sample
 from graphbuild.knn.codes import encode
 from graphbuild.knn.leaders import Leaders, leader_count
-from graphbuild.knn.products import Tensor, products
+from graphbuild.knn.products import TILE_ROWS, Tensor, products, tile_memory
 from graphbuild.sharded import Array, ShardedArray
 
-FANS = range(2, 25)
-EXPAND = 8
-MISSING_AFTER_REFINEMENT = 0.55  # of what the leaves miss, at EXPAND = 8: 0.45 to 0.55 on captions, less on easier sets
+FANS = range(2, 41)
+EXPAND = 12
+DEPTH = 2 / 3  # of a list is offered to others
+MISSING_AFTER_REFINEMENT = 0.55  # of what the leaves miss, with these: 0.45 to 0.55 on captions, less on easier sets
 TASK_NODES = 65_536
 TASKS = 128
 OVERLAP = 3  # nodes of a task, in units of its share of all nodes: a node has leaves in several
-TILE_ROWS = 512
 LARGEST_LEAF = 8_192  # a larger one is cut: equal vectors would all meet in one
 BLOCK_ROWS = 8_192
 
 
 def list_length(k: int, nodes: int) -> int:
-    return min(k + max(8, k // 8), nodes - 1)
+    return min(k + max(4, k // 8), nodes - 1)
 
 
 def joins(nodes: int, at_once: int) -> list[tuple[int, int]]:
@@ -78,29 +78,34 @@ def join(
     first, end = span
     nodes, numbers = [], []
     for start, block in leaves.blocks(BLOCK_ROWS):
-        row, column = np.nonzero((block >= first) & (block < end))
-        nodes.append(row + start)
-        numbers.append(block[row, column])
-    node, leaf = np.concatenate(nodes), np.concatenate(numbers)
-    ids, place = np.unique(node, return_inverse=True)
+        flat = block.reshape(-1)
+        hits = np.flatnonzero((flat >= first) & (flat < end))
+        nodes.append(hits // leaves.width + start)
+        numbers.append(flat[hits])
+    node, leaf = np.concatenate(nodes), np.concatenate(numbers)  # nodes ascending, each as often as it has leaves here
+    starts = np.concatenate([[True], node[1:] != node[:-1]])
+    ids, place = node[starts], np.cumsum(starts) - 1
     code = torch.from_numpy(codes.take(ids))
     scale = scales.take(ids)[:, 0].copy()
     keys = np.full((len(ids), length), lists.EMPTY, np.int64)
     floors = floor.take(ids)[:, 0].copy()
+    memory = tile_memory()
     members = place[np.argsort(leaf, kind="stable")]
     ends = np.searchsorted(np.sort(leaf), np.arange(first, end + 1))
     for begin, stop in itertools.pairwise(ends):
         for cut in range(begin, stop, LARGEST_LEAF):
-            _join_leaf(members[cut : min(cut + LARGEST_LEAF, stop)], code, ids, scale, floors, keys)
+            _join_leaf(members[cut : min(cut + LARGEST_LEAF, stop)], code, ids, scale, floors, keys, memory)
     return ids, keys
 
 
-def _join_leaf(members: Array, code: Tensor, ids: Array, scale: Array, floors: Array, keys: Array) -> None:
+def _join_leaf(
+    members: Array, code: Tensor, ids: Array, scale: Array, floors: Array, keys: Array, memory: Tensor
+) -> None:
     own = code.index_select(0, torch.from_numpy(members))
-    rows = math.ceil(len(members) / max(1, round(len(members) / TILE_ROWS)))
+    rows = math.ceil(len(members) / math.ceil(len(members) / TILE_ROWS))
     for a in range(0, len(members), rows):
         for b in range(a, len(members), rows):
-            tile = products(own[a : a + rows], own[b : b + rows])
+            tile = products(own[a : a + rows], own[b : b + rows], memory)
             kernels.join_tile(
                 tile.numpy(), members[a : a + rows], members[b : b + rows], ids, scale, floors, keys, a == b
             )

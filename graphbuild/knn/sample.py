@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from graphbuild.knn import device
 from graphbuild.knn.products import unit
 from graphbuild.sharded import Array, ShardedArray
 
@@ -29,7 +30,5 @@ def true_neighbors(vectors: ShardedArray, ids: Array, k: int) -> tuple[Array, Ar
         tile = queries @ unit(torch.from_numpy(np.array(block)), torch.float32).T
         inside = torch.from_numpy(np.flatnonzero((ids >= first) & (ids < first + len(block))))
         tile[inside, torch.from_numpy(ids)[inside] - first] = -torch.inf
-        top, at = tile.topk(min(k, tile.shape[1]), dim=1)
-        best, kept = torch.cat([best, top], dim=1).topk(k, dim=1)
-        best_ids = torch.cat([best_ids, at + first], dim=1).gather(1, kept)
+        best, best_ids = device.offer(best, best_ids, tile, first)
     return best.numpy(), best_ids.numpy()
