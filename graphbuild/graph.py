@@ -5,56 +5,80 @@ Opening memory-maps the shard files and copies nothing. Ids are node ids; `block
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import polars as pl
 
-from graphbuild.errors import ConfigError
+from graphbuild.errors import ConfigError, InputError
 from graphbuild.index import VECTORS
+from graphbuild.moments import BASIS
 from graphbuild.sharded import ShardedArray, node_array
 from graphbuild.store import Json, Store
 
+if TYPE_CHECKING:
+    import networkx
+    import scipy.sparse
+    import torch
+
+    from graphbuild.edges import Edges
+
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
 Ids = np.ndarray[Any, np.dtype[np.int64]]
+Source = Literal["embeddings", "sketch", "edges"]
 
 
 class SampleGraph:
     """The directed k-nearest-neighbour graph over a store's nodes (distinct captions), with their embeddings.
 
-    len(graph) is the number of nodes M; k the neighbours of each; certificate the measured recall.
+    len(graph) is the number of nodes M; k the neighbours of each; d the width of an embedding; certificate the measured
+    recall. Pickled it is its URL, and opened again there.
     """
 
-    def __init__(
-        self,
-        manifest: Json,
-        embeddings: ShardedArray,
-        neighbors: ShardedArray,
-        similarities: ShardedArray,
-        background: ShardedArray,
-    ) -> None:
-        self._embeddings, self._neighbors, self._similarities, self._background = (
-            embeddings,
-            neighbors,
-            similarities,
-            background,
-        )
-        self.k: int = neighbors.width
-        self.d: int = embeddings.width
-        self.encoder: str = manifest["embeddings"]["encoder"]
-        self.certificate: Json = manifest["recall"]
+    def __init__(self, url: str) -> None:
+        self._store = Store(url)
+        self._manifest: Json = self._store.manifest()
+        if "certify" not in self._manifest["stages"]:
+            raise ConfigError(f"{self._store.url} has no finished graph", f"run `graphbuild index {url}` first")
+        self.url = self._store.url
+        self.k: int = self._manifest["graph"]["k"]
+        self.d: int = self._manifest["embeddings"]["d"]
+        self.encoder: str = self._manifest["embeddings"]["encoder"]
+        self.certificate: Json = self._manifest["recall"]
+        self._neighbors = self._array("graph/{}.neighbors.npy")
+        self._similarities = self._array("graph/{}.similarities.npy")
 
     @classmethod
     def open(cls, url: str) -> SampleGraph:
         """Open the graph of a store, a folder or any fsspec URL; ConfigError when it has no certified graph."""
-        store = Store(url)
-        manifest = store.manifest()
-        if "certify" not in manifest["stages"]:
-            raise ConfigError(f"{store.url} has no finished graph", f"run `graphbuild index {store.url}` first")
-        files = ("graph/{}.neighbors.npy", "graph/{}.similarities.npy", "graph/{}.background.npy")
-        return cls(manifest, *(node_array(store, manifest, pattern) for pattern in (VECTORS, *files)))
+        return cls(url)
+
+    def __reduce__(self) -> Any:
+        return SampleGraph, (self.url,)
 
     def __len__(self) -> int:
         return len(self._neighbors)
+
+    def _array(self, pattern: str) -> ShardedArray:
+        return node_array(self._store, self._manifest, pattern)
+
+    @cached_property
+    def _embeddings(self) -> ShardedArray:
+        return self._array(VECTORS)
+
+    @cached_property
+    def _background(self) -> ShardedArray:
+        return self._array("graph/{}.background.npy")
+
+    @cached_property
+    def _sketches(self) -> ShardedArray:
+        if not self._store.exists(BASIS):
+            raise ConfigError(f"{self.url} was built without sketches", f"run `graphbuild index {self.url} --force`")
+        return self._array("graph/{}.sketch.npy")
+
+    # -- nodes
 
     def neighbors(self, nodes: Any) -> tuple[Ids, Float32]:
         """Neighbour ids int64 [..., k] and similarities float32 [..., k], descending, of any nodes [...]."""
@@ -66,34 +90,128 @@ class SampleGraph:
         vectors = self._embeddings.take(np.asarray(nodes, dtype=np.int64)).astype(np.float32)
         return np.asarray(vectors / np.linalg.norm(vectors, axis=-1, keepdims=True))
 
+    def sketches(self, nodes: Any) -> Float32:
+        """Sketches float32 [..., b] of any nodes [...]: vectors whose products approximate similarities.
+
+        Stored in 64 bytes a node (docs/format.md): 0.8 GB for 12.4 million nodes, where embeddings take 9.5 GB.
+        """
+        from graphbuild.sketch import unpack
+
+        return unpack(self._sketches.take(np.asarray(nodes, dtype=np.int64)), self._sketch_steps)
+
+    @cached_property
+    def _sketch_steps(self) -> Float32:
+        from graphbuild.sketch import steps
+
+        return steps(self._store.array(BASIS))
+
     def background(self, nodes: Any) -> Float32:
         """Mean and standard deviation [..., 2] of a node's similarity to the nodes that are not its neighbours."""
         return np.asarray(self._background.take(np.asarray(nodes, dtype=np.int64)), dtype=np.float32)
 
+    # -- samples
+
+    @cached_property
+    def _sample_nodes(self) -> Ids:
+        shards = [f"samples/{shard['shard']}.parquet" for shard in self._manifest["shards"]]
+        columns = [pl.from_arrow(self._store.table(name, ["node"])["node"]) for name in shards]
+        return np.concatenate([pl.Series(column).fill_null(-1).to_numpy() for column in columns])
+
+    @cached_property
+    def _rows_by_node(self) -> tuple[Ids, Ids]:
+        rows = np.argsort(self._sample_nodes, kind="stable")
+        return rows, np.searchsorted(self._sample_nodes[rows], np.arange(len(self) + 1))
+
+    def sample_nodes(self) -> Ids:
+        """The node of each sample, int64 [N] by row; -1 where it has no usable caption. Read once: 8 bytes a sample."""
+        return self._sample_nodes
+
+    def samples_of(self, node: int) -> Ids:
+        """The rows of a node's samples, int64, ascending. The first call sorts all samples: 24 bytes each."""
+        if not 0 <= node < len(self):
+            raise InputError(f"node id {node} is not in 0..{len(self) - 1}", "use ids of this store's nodes")
+        rows, starts = self._rows_by_node
+        return rows[starts[node] : starts[node + 1]]
+
+    # -- a batch
+
     def block(
-        self, nodes: Any, *, source: Literal["embeddings", "edges"] = "embeddings", tau_s: float = 0.1
+        self, nodes: Any, *, source: Source = "embeddings", tau_s: float = 0.1
     ) -> tuple[Float32, np.ndarray[Any, np.dtype[np.bool_]]]:
         """Similarities float32 [B, B] of a batch's nodes [B], and which of them are exact, bool [B, B].
 
-        source="embeddings" takes all from the embeddings (all exact). source="edges" reads only the stored lists: row i
-        has node i's edges, float16-exact, and for absent edges, which are *not* similarity 0, its background
-        mean + deviation^2 / (2 tau_s): the value whose exponential at temperature tau_s is the mean exponential of
-        normally distributed similarities. Equal nodes have similarity 1. Cost: 2 B^2 d flop, or B k log B.
+        source="embeddings" takes all from the embeddings (all exact; 2 B^2 d flop). The others take row i's edges from
+        the stored lists, float16-exact, and what is absent there, which is *not* similarity 0, from "sketch": products
+        of 64-byte sketches (256 B^2 flop); or "edges": the node's background mean + deviation^2 / (2 tau_s), the value
+        whose exponential at temperature tau_s is the mean exponential of normally distributed similarities. Equal nodes
+        have similarity 1. How near the targets come: docs/training.md. InputError: a node out of range.
         """
         ids = np.asarray(nodes, dtype=np.int64)
         if source == "embeddings":
             vectors = self.embeddings(ids)
             return np.clip(vectors @ vectors.T, -1, 1), np.ones((len(ids), len(ids)), bool)
-        mean, deviation = self.background(ids).T
-        values = np.repeat((mean + deviation**2 / (2 * tau_s))[:, None], len(ids), axis=1).clip(-1, 1)
-        neighbor_ids, similarities = self.neighbors(ids)
-        distinct, inverse = np.unique(ids, return_inverse=True)
-        place = np.searchsorted(distinct, neighbor_ids).clip(max=len(distinct) - 1)
-        row, slot = np.nonzero(distinct[place] == neighbor_ids)
-        by_distinct = np.full((len(ids), len(distinct)), np.nan, np.float32)
-        by_distinct[row, place[row, slot]] = similarities[row, slot]
-        by_distinct[np.arange(len(ids)), inverse] = 1
-        edges = by_distinct[:, inverse]
-        known = ~np.isnan(edges)
-        values[known] = edges[known]
-        return values.astype(np.float32), known
+        if source == "sketch":
+            vectors = self.sketches(ids)
+            values = np.clip(vectors @ vectors.T, -1, 1)
+        elif source == "edges":
+            mean, deviation = self.background(ids).T
+            values = np.empty((len(ids), len(ids)), np.float32)
+            values[:] = np.minimum(mean + deviation**2 / (2 * tau_s), 1)[:, None]
+        else:
+            raise ConfigError(f"source = {source!r}", 'pass "embeddings", "sketch" or "edges"')
+        from graphbuild.edges import overlay
+
+        known = np.zeros(values.shape, bool)
+        overlay(ids, *self.neighbors(ids), values, known)
+        return values, known
+
+    # -- the whole graph
+
+    def edge_blocks(self) -> Iterator[tuple[int, np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+        """(first node, neighbors uint32 [n, k], similarities float16 [n, k]) a shard, in order, mapped, not copied."""
+        largest = len(self)
+        for (first, neighbors), (_, similarities) in zip(
+            self._neighbors.blocks(largest), self._similarities.blocks(largest), strict=True
+        ):
+            yield first, neighbors, similarities
+
+    def edges(self, least: float = -1) -> Edges:
+        """The edges of similarity `least` or more, copied into memory: 8 bytes each."""
+        from graphbuild.edges import Edges
+
+        blocks = [(ids, values.astype(np.float32)) for _, ids, values in self.edge_blocks()]
+        kept = [(ids, values, values >= least) for ids, values in blocks]
+        counts = np.concatenate([mask.sum(axis=1) for _, _, mask in kept])
+        return Edges(
+            np.concatenate([[0], np.cumsum(counts)]),
+            np.concatenate([ids[mask] for ids, _, mask in kept]),
+            np.concatenate([values[mask] for _, values, mask in kept]),
+        )
+
+    def threshold(self, least: float) -> Edges:
+        """The edges whose similarity is at least `least`."""
+        return self.edges(least)
+
+    def mutual(self) -> Edges:
+        """The edges whose reverse is an edge too."""
+        return self.edges().mutual()
+
+    def symmetrized(self) -> Edges:
+        """All edges and their reverses, each once."""
+        return self.edges().symmetrized()
+
+    def to_scipy(self) -> scipy.sparse.csr_array:
+        """`Edges.to_scipy` of all edges."""
+        return self.edges().to_scipy()
+
+    def to_torch(self) -> torch.Tensor:
+        """`Edges.to_torch` of all edges."""
+        return self.edges().to_torch()
+
+    def to_edge_index(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`Edges.to_edge_index` of all edges."""
+        return self.edges().to_edge_index()
+
+    def to_networkx(self) -> networkx.DiGraph:
+        """`Edges.to_networkx` of all edges; for small graphs."""
+        return self.edges().to_networkx()

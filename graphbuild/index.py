@@ -3,11 +3,9 @@
 An engine (`graphbuild.knn.engine`) makes candidate lists of nodes in independent join tasks; merge unites each shard's;
 search looks at neighbours' neighbours where the engine is approximate, scores all candidates again (float64 sums,
 rounded to float32), proves lists complete where it is exact, completes those that are short or unproved by a second
-search, and writes graph/<shard>.neighbors.npy, .similarities.npy and .background.npy. Files between the stages lie in
-_work/ and are removed when the graph is whole. Memory: codes and lists of one join task's nodes (docs/scaling.md).
-
-The background is the mean and deviation of a node's similarity to the nodes that are *not* its neighbours, from the
-first two moments of all embeddings (float64 [d + 1, d]: the sum, then the sum of outer products).
+search, and writes graph/<shard>.neighbors.npy, .similarities.npy, .background.npy and .sketch.npy. Files between the
+stages lie in _work/ and are removed when the graph is whole. Memory: codes and lists of one join task's nodes
+(docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from graphbuild import moments
 from graphbuild.errors import ConfigError
 from graphbuild.recipe import Recipe
 from graphbuild.sharded import Array
@@ -24,10 +23,8 @@ from graphbuild.stage import Stage, Task, digest, records
 from graphbuild.store import Json, Store, Writer
 from graphbuild.threads import torch_threads
 
-MOMENTS = "_state/moments/moments.npy"
 VECTORS = "nodes/{}.npy"
 SCRATCH = "_work"
-BLOCK_ROWS = 8_192
 
 
 def nodes_entry(store: Store) -> Json:
@@ -117,24 +114,15 @@ def run_codes(task: Task, store: Store, writer: Writer) -> Json:
 
     from graphbuild.knn.codes import encode
     from graphbuild.knn.inputs import Inputs
-    from graphbuild.knn.products import unit
 
     inputs = Inputs(store)
     raw = store.array(VECTORS.format(task.name))
     with torch_threads(1), torch.inference_mode():
         codes = encode(raw)
-        arrays = {
-            "codes": codes.codes,
-            "scales": codes.scales,
-            **_engine(task, inputs.manifest).describe(inputs, codes, task.settings["k"]),
-        }
-        sums = torch.zeros(raw.shape[1] + 1, raw.shape[1], dtype=torch.float64)
-        for begin in range(0, len(raw), BLOCK_ROWS):
-            x = unit(torch.from_numpy(np.array(raw[begin : begin + BLOCK_ROWS])), torch.float32)
-            sums[0] += x.sum(dim=0)
-            sums[1:] += x.T @ x
-    for what, values in {**arrays, "moments": sums.numpy()}.items():
+        arrays = _engine(task, inputs.manifest).describe(inputs, codes, task.settings["k"])
+    for what, values in {"codes": codes.codes, "scales": codes.scales, **arrays}.items():
         writer.array(f"{SCRATCH}/{what}/{task.name}.npy", values, durable=False)
+    writer.array(moments.PARTS.format(task.name), moments.moments_of(raw), durable=False)
     return {"largest_rest": float(codes.scales[:, 1].max())}
 
 
@@ -148,15 +136,6 @@ def finish_codes(recipe: Recipe, store: Store, done: list[Json]) -> Json:
 def plan_moments(recipe: Recipe, store: Store) -> list[Task]:
     manifest = nodes_entry(store)
     return [Task(stage="moments", name="all", built={"embeddings": manifest["embeddings"]["fingerprint"]})]
-
-
-def run_moments(task: Task, store: Store, writer: Writer) -> Json:
-    names = [shard["shard"] for shard in store.manifest()["shards"] if shard["nodes"]]
-    total = np.array(store.array(f"{SCRATCH}/moments/{names[0]}.npy"))
-    for name in names[1:]:
-        total += store.array(f"{SCRATCH}/moments/{name}.npy")
-    writer.array(MOMENTS, total)
-    return {}
 
 
 # -- join: candidate lists, in tasks of the engine's making
@@ -251,26 +230,21 @@ def run_search(task: Task, store: Store, writer: Writer) -> Json:
     first, count, k = task.built["first_node"], task.built["nodes"], task.settings["k"]
     vectors = inputs.vectors
     candidates = np.array(store.array(f"{SCRATCH}/merged/{task.name}.npy"))
+    scales = np.array(store.array(f"{SCRATCH}/scales/{task.name}.npy"), np.float64)
+    slack = np.full(count, np.inf)
     if engine.name == "partition":
         leaves, merged = inputs.of("leaves"), inputs.of("merged")
         tables = [part.table() for part in (merged, inputs.codes, inputs.scales, leaves)]
-        kernels.refine_lists(
-            first,
-            candidates,
-            partition.EXPAND,
-            round(partition.DEPTH * candidates.shape[1]),
-            *tables,
-            vectors.width,
-            leaves.width,
-        )
-    keys = np.sort(kernels.exact_similarities(first, candidates, vectors.table(), vectors.width), axis=1)[:, ::-1]
-    keys = np.ascontiguousarray(keys[:, :k])
+        depth = round(partition.DEPTH * candidates.shape[1])
+        kernels.refine_lists(first, candidates, partition.EXPAND, depth, *tables, vectors.width, leaves.width)
+    elif engine.name == "exact":
+        slack = exact.slack(scales[:, 1], inputs.manifest["largest_rest"])
+    rescored = kernels.exact_similarities(first, candidates, k, scales[:, 0], slack, vectors.table(), vectors.width)
+    keys = np.ascontiguousarray(np.sort(rescored, axis=1)[:, : -k - 1 : -1])
     lacking = keys[:, -1] == EMPTY
     if engine.name == "exact":
-        scales = np.array(store.array(f"{SCRATCH}/scales/{task.name}.npy"))
-        similarities, _ = unpack(keys)
         floors = np.array(store.array(f"{SCRATCH}/floors/{task.name}.npy"))[:, 0]
-        lacking |= ~exact.proved(candidates, floors, similarities, scales, inputs.manifest["largest_rest"])
+        lacking |= ~exact.proved(candidates, floors, unpack(keys)[0], scales[:, 0], slack)
     rows: Array = np.flatnonzero(lacking)
     with torch_threads(1):
         for begin in range(0, len(rows), exact.AGAIN_ROWS):
@@ -279,35 +253,13 @@ def run_search(task: Task, store: Store, writer: Writer) -> Json:
             exact.search_again(vectors, first + some, lists)
             keys[some] = lists
     similarities, neighbors = unpack(keys)
-    background = background_of(vectors.span(first, count), similarities, store.array(MOMENTS), len(vectors))
+    raw = vectors.span(first, count)
+    background = moments.background_of(raw, similarities, store.array(moments.MOMENTS), len(vectors))
     writer.array(f"graph/{task.name}.neighbors.npy", neighbors.astype(np.uint32))
     writer.array(f"graph/{task.name}.similarities.npy", similarities.astype(np.float16))
     writer.array(f"graph/{task.name}.background.npy", background)
+    writer.array(f"graph/{task.name}.sketch.npy", moments.sketches_of(raw, store.array(moments.BASIS)))
     return {"counts": {"nodes": count, "edges": count * k}, "searched_again": len(rows)}
-
-
-def background_of(raw: Array, similarities: Array, moments: Array, total: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Mean and standard deviation, float32 [n, 2], of the similarities of n nodes to those outside their lists.
-
-    raw: their stored vectors [n, d]; similarities: to their neighbours [n, k]; moments: of all `total` nodes. Zeros
-    where every other node is a neighbour.
-    """
-    import torch
-
-    from graphbuild.knn.products import unit
-
-    rest = total - 1 - similarities.shape[1]
-    if rest == 0:
-        return np.zeros((len(raw), 2), np.float32)
-    near = similarities.astype(np.float64)
-    with torch_threads(1):
-        x = unit(torch.from_numpy(raw), torch.float32)
-        all_moments = torch.from_numpy(moments / total).float()
-        first = (x @ all_moments[0]).double().numpy() * total - 1 - near.sum(axis=1)
-        second = ((x @ all_moments[1:]) * x).sum(dim=1).double().numpy() * total - 1 - (near**2).sum(axis=1)
-    mean = first / rest
-    deviation = np.sqrt(np.maximum(second / rest - mean**2, 0))
-    return np.stack([mean, deviation], axis=1).astype(np.float32)
 
 
 def finish_search(recipe: Recipe, store: Store, done: list[Json]) -> Json:
@@ -318,7 +270,7 @@ def finish_search(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     return {"graph": entry}
 
 
-MOMENTS_STAGE = Stage(name="moments", title="moments", plan=plan_moments, run=run_moments)
+MOMENTS_STAGE = Stage(name="moments", title="moments", plan=plan_moments, run=moments.run)
 SEARCH = Stage(name="search", title="search", plan=plan_search, run=run_search, finish=finish_search)
 _SERVED = (MOMENTS_STAGE, SEARCH)
 PREPARE = Stage(name="prepare", title="prepare", plan=plan_prepare, run=run_prepare, serves=_SERVED, note=forecast)

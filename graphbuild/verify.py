@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
+from graphbuild import sketch
 from graphbuild.certify import certify_afresh, check_lists
 from graphbuild.errors import ConfigError, GraphbuildError
 from graphbuild.export import SIZES, tar_sizes
@@ -182,6 +183,7 @@ def _check_graph(store: Store, manifest: Json, name: str, ids: Array) -> list[st
         store.array(f"graph/{name}.similarities.npy"),
     )
     background = store.array(f"graph/{name}.background.npy")
+    sketches = store.array(f"graph/{name}.sketch.npy")
     problems = []
     if neighbors.shape != (len(ids), k) or similarities.shape != (len(ids), k) or background.shape != (len(ids), 2):
         return [
@@ -190,6 +192,8 @@ def _check_graph(store: Store, manifest: Json, name: str, ids: Array) -> list[st
     check_lists(ids, neighbors.astype(np.int64), node_count(manifest))
     if (np.diff(similarities.astype(np.float32), axis=1) > 0).any() or not np.isfinite(similarities).all():
         problems.append(f"graph/{name}.similarities.npy: a row is not in descending order")
+    if sketches.shape != (len(ids), min(manifest["embeddings"]["d"], sketch.BYTES)):
+        problems.append(f"graph/{name}.sketch.npy: {sketches.shape}, not one of {sketch.BYTES} bytes a node")
     if not np.isfinite(background).all():
         problems.append(f"graph/{name}.background.npy: not finite")
     return problems

@@ -9,7 +9,7 @@ import pytest
 
 from graphbuild.certify import certify_afresh, check_lists, check_similarities, true_similarities, wilson_interval
 from graphbuild.errors import GraphbuildError, QualityError, StageError
-from graphbuild.index import MOMENTS, background_of
+from graphbuild.moments import MOMENTS, background_of
 from graphbuild.pipeline import run_verb
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner import Runner

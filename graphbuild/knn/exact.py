@@ -95,17 +95,21 @@ def join_on_device(
     return ids, np.sort(keys, axis=1)[:, ::-1]
 
 
-def proved(candidates: Array, floors: Array, exact: Array, scales: Array, largest_rest: float) -> Array:
+def slack(rests: Array, largest_rest: float) -> Array:
+    """How much more than the codes tell a similarity may be, float64 [n]; rests [n] of the rows' codes."""
+    rest = rests.astype(np.float64)
+    result: Array = rest + largest_rest + rest * largest_rest + FLOAT32_BITS
+    return result
+
+
+def proved(candidates: Array, floors: Array, exact: Array, scales: Array, slack: Array) -> Array:
     """bool [n]: whether no node outside the candidates can be among a row's k best.
 
     candidates int64 [n, c]: lists by code, descending; floors float32 [n]: scores below were not kept; exact float32
-    [n, k]: true similarities of the k best of them; scales float32 [n, 2]: scale and rest of the rows' codes;
-    largest_rest: of any node.
+    [n, k]: true similarities of the k best of them; scales [n] of the rows' codes; slack [n].
     """
-    worst = np.maximum(lists.unpack(candidates[:, -1])[0], floors)
-    rest = scales[:, 1].astype(np.float64)
-    bound = worst.astype(np.float64) * scales[:, 0] + rest + largest_rest + rest * largest_rest
-    result: Array = bound + FLOAT32_BITS < exact[:, -1]
+    worst = np.maximum(lists.unpack(candidates[:, -1])[0], floors).astype(np.float64)
+    result: Array = worst * scales + slack < exact[:, -1]
     return result
 
 

@@ -315,21 +315,24 @@ def offer_exactly(tile: Any, own: Any, first: int, margin: float, keys: Any, vec
     """
     last = keys.shape[1] - 1
     one = np.full((1, 1), EMPTY, np.int64)
+    nothing = np.full(1, np.inf)
     for i in range(tile.shape[0]):
         row = keys[i]
         floor = score_of(row[last]) - margin
         for j in range(tile.shape[1]):
             if tile[i, j] >= floor and first + j != own[i]:
                 one[0, 0] = key_of(np.float32(0.0), first + j)
-                offer(row, exact_similarities(own[i], one, vectors, width)[0, 0])
+                offer(row, exact_similarities(own[i], one, 1, nothing, nothing, vectors, width)[0, 0])
                 floor = score_of(row[last]) - margin
 
 
-@njit(nogil=True, fastmath=True, cache=True)
-def exact_similarities(first: int, keys: Any, vectors: Any, width: int) -> Any:
+@njit(nogil=True, fastmath={"nsz", "arcp", "contract", "afn", "reassoc"}, cache=True)
+def exact_similarities(first: int, keys: Any, k: int, scales: Any, slack: Any, vectors: Any, width: int) -> Any:
     """The lists of nodes first..first+n-1 scored again: float32 cosines of the stored float16 vectors, sums in float64.
 
-    keys int64 [n, c] of any scores; vectors: table of float16 rows. Returns keys [n, c] in no order.
+    keys int64 [n, c], descending; vectors: table of float16 rows. A true similarity is at most score x scales [n] +
+    slack [n] (infinite: nothing is known): candidates that cannot belong to the k best are left out. Returns keys int64
+    [n, c] in no order, the rest EMPTY.
     """
     count, c = keys.shape
     result = np.full((count, c), EMPTY, np.int64)
@@ -340,9 +343,14 @@ def exact_similarities(first: int, keys: Any, vectors: Any, width: int) -> Any:
         for j in range(width):
             own[j] = _half(stored[j])
             own_norm += own[j] * own[j]
+        worst = EMPTY  # of the first k: the k-th best is no worse
         for q in range(c):
             if keys[r, q] == EMPTY:
-                continue
+                break
+            if q == k:
+                worst = result[r, :k].min()
+            if q >= k and score_of(keys[r, q]) * scales[r] + slack[r] < score_of(worst):
+                break
             if q + _NEXT < c and keys[r, q + _NEXT] != EMPTY:
                 _prefetch_row(_address(vectors, node_of(keys[r, q + _NEXT])), 2 * width)
             other = node_of(keys[r, q])
