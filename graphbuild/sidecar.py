@@ -183,7 +183,7 @@ class Sidecar:
         """
         file_system, path = fsspec.core.url_to_fs(url)
         with _readable(url):
-            table = pq.ParquetFile(pa.BufferReader(file_system.cat_file(path))).read()
+            table = pq.ParquetFile(pa.BufferReader(file_system.cat_file(path))).read(use_threads=False)
         header = _parse_header(url, table.schema.metadata)
         _check_columns(url, header, table)
         columns = {name: table.column(name).combine_chunks() for name in table.column_names}

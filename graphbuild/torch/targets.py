@@ -1,16 +1,116 @@
-"""Soft targets from a sample similarity graph: what each view of a batch should find similar.
+"""What each view of a batch should find similar: `Targets`, which every loss takes, and X-Sample's soft target.
 
-A target is a row-stochastic matrix over the other views of the batch; the self slot is exactly 0. It is
-computed in float32 whatever the autocast state, carries no gradient, and costs one [B, B] product and two
-matrices of 4 (V B)^2 bytes. How to choose tau_s: docs/training.md.
+Whatever targets are given as, a loss reads them as one block: the similarities [B, N] of this rank's B images to all N
+of the joint batch. Float32 whatever the autocast state, no gradient; costs one [B, N] product, and the soft target two
+matrices of 4 (V B)(V N) bytes. How to choose tau_s: docs/training.md.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from graphbuild.errors import ConfigError, InputError
+from graphbuild.torch.gather import Ranks
+
+SOURCES = ("embeddings", "similarities", "labels")
+ALONE = Ranks()
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """What the losses may know of a batch's B images besides z; each loss says what it reads. No gradient flows.
+
+    Args:
+        embeddings: [B, d] of the captions, any float type or int8; only directions count. Similarity is the cosine.
+        similarities: [B, B], such as `SampleGraph.block` returns; row i belongs to anchor i and is read as it is, so a
+            directed graph stays directed. Under W ranks that gather: [B, W B], this rank's rows against the images
+            of all ranks in rank order, as a [B, B] block knows nothing of other ranks' images.
+        labels: [B], any integer type, 0 or above: similarity is 1 between equal labels, 0 otherwise.
+        class_priors: [B] in [0, 1): the share of the data that is of an anchor's class, for `DebiasedLoss`.
+        keep_diagonal: read the block's own diagonal as the similarity of an image to its other view, or to its own
+            text. By default that is 1, and the diagonal is not read.
+
+    Raises:
+        ConfigError: more than one of embeddings, similarities and labels.
+        InputError: a wrong shape or dtype.
+    """
+
+    embeddings: Tensor | None = None
+    similarities: Tensor | None = None
+    labels: Tensor | None = None
+    class_priors: Tensor | None = None
+    keep_diagonal: bool = False
+
+    def __post_init__(self) -> None:
+        given = [name for name in SOURCES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"targets have both {' and '.join(given)}", "pass one of them")
+        if self.embeddings is not None:
+            _check_embeddings(self.embeddings)
+        if self.similarities is not None and self.similarities.ndim != 2:
+            raise InputError(f"similarities have shape {list(self.similarities.shape)}", "pass a block [B, B]")
+        for name in ("labels", "class_priors"):
+            tensor = getattr(self, name)
+            if tensor is not None and (tensor.ndim != 1 or tensor.is_floating_point() != (name == "class_priors")):
+                kind = "int64" if name == "labels" else "float32"
+                raise InputError(f"{name} are {tensor.dtype} {list(tensor.shape)}", f"pass one {kind} an image: [B]")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The given tensors by name."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+    def to(self, device: torch.device) -> Targets:
+        """The same targets on a device."""
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return replace(self, **moved)
+
+    def block(self, ranks: Ranks = ALONE) -> Tensor:
+        """Similarities [B, N] of this rank's images to those of all `ranks`: float32 (float64 stays), detached.
+
+        Raises:
+            ConfigError: no embeddings, similarities or labels.
+            InputError: a block that does not fit the joint batch; zero or non-finite embeddings, negative labels, NaN
+                or infinity among the similarities, on every rank and naming rows of the joint batch.
+        """
+        if self.embeddings is not None:
+            own = unit_embeddings(self.embeddings)
+            every = ranks.concatenate(own)
+            usable = (torch.linalg.vector_norm(every, dim=1) - 1).abs() < 0.01  # False for NaN
+            fix = "skip samples without a caption (node < 0), and check the store with `graphbuild verify`"
+            _check_rows(usable, "embeddings are zero or not finite", fix)
+            block = own @ every.T
+        elif self.labels is not None:
+            every = ranks.concatenate(self.labels)
+            _check_rows(every >= 0, "labels are negative", "skip samples without a class or node")
+            block = (self.labels[:, None] == every).float()
+        elif self.similarities is not None:
+            _check_columns(self.similarities, ranks)
+            block = self.similarities.detach().to(_compute_dtype(self.similarities), copy=True)
+        else:
+            raise ConfigError(
+                "targets have no embeddings, similarities or labels", "pass one of the three: docs/training.md"
+            )
+        if not self.keep_diagonal:
+            own = torch.arange(len(block), device=block.device)
+            block[own, own + ranks.rank * len(block)] = 1
+        if self.similarities is not None:
+            finite = ranks.concatenate(torch.isfinite(block).all(dim=1))
+            fix = "fill absent edges before the call: see SampleGraph.block"
+            _check_rows(finite, "images have NaN or infinity among their similarities", fix)
+        return block
+
+    def priors(self, ranks: Ranks = ALONE) -> Tensor:
+        """class_priors [B], detached; ConfigError where there are none, InputError (on every rank) outside [0, 1)."""
+        if self.class_priors is None:
+            raise ConfigError("targets have no class_priors", "pass Targets(class_priors=...), or a constant tau_plus")
+        every = ranks.concatenate(self.class_priors.detach())
+        _check_rows((every >= 0) & (every < 1), "class priors are outside [0, 1)", "pass shares of the data set")
+        return self.class_priors.detach()
 
 
 def similarity_targets(
@@ -19,6 +119,7 @@ def similarity_targets(
     tau_s: float,
     views: int = 2,
     similarities: Tensor | None = None,
+    keep_self: bool = False,
 ) -> Tensor:
     """The X-Sample target of a batch (Sobal et al., arXiv 2407.18134).
 
@@ -32,6 +133,7 @@ def similarity_targets(
         views: V, views of each image.
         similarities: [B, B], given instead of embeddings, such as `SampleGraph.block` returns. The diagonal
             is not read.
+        keep_self: leave the self slot in, at G_ii = 1, as some public code does; it takes mass from the other view.
 
     Returns:
         [V B, V B] float32 (float64 for float64 input), rows sum to 1, detached, on the input's device.
@@ -40,55 +142,38 @@ def similarity_targets(
         ConfigError: tau_s or views out of range, or not exactly one of embeddings and similarities.
         InputError: a wrong shape or dtype, a zero or non-finite embedding, a non-finite similarity.
     """
-    if (embeddings is None) == (similarities is None):
-        raise ConfigError("similarity_targets needs embeddings or similarities", "pass exactly one of the two")
     check_temperature("tau_s", tau_s)
-    if embeddings is not None:
-        unit = unit_embeddings(embeddings)
-        check_unit(unit)
-        with torch.autocast(unit.device.type, enabled=False):
-            block = unit @ unit.T
-    else:
-        assert similarities is not None
-        if similarities.ndim != 2 or similarities.shape[0] != similarities.shape[1]:
-            raise InputError(f"similarities have shape {list(similarities.shape)}", "pass a square block [B, B]")
-        block = similarities.detach().to(_compute_dtype(similarities)).clone()
-        block.fill_diagonal_(1)
-        if not bool(torch.isfinite(block).all()):
-            raise InputError(
-                "similarities hold NaN or infinity",
-                "fill absent edges before the call: see SampleGraph.block",
-            )
-    return targets_of_anchors(block, first=0, tau_s=tau_s, views=views)
+    targets = Targets(embeddings=embeddings, similarities=similarities)
+    given = embeddings if embeddings is not None else similarities
+    with torch.autocast(given.device.type if given is not None else "cpu", enabled=False):
+        return softmax_targets(targets.block(), first=0, tau_s=tau_s, views=views, keep_self=keep_self)
 
 
-def targets_of_anchors(similarities: Tensor, *, first: int, tau_s: float, views: int) -> Tensor:
-    """The rows of the target that belong to A anchors out of a batch of B images.
+def softmax_targets(block: Tensor, *, first: int, tau_s: float, views: int, keep_self: bool = False) -> Tensor:
+    """The rows of the soft target that belong to A anchors out of a joint batch of N images.
 
     Args:
-        similarities: [A, B] cosines, detached; anchor a is image `first` + a.
+        block: [A, N] similarities; anchor a is image `first` + a.
 
     Returns:
-        [V A, V B], columns view-major over the whole batch, rows view-major over the anchors.
+        [V A, V N], columns view-major over the joint batch, rows view-major over the anchors.
 
     Raises:
         ConfigError: views below 1, or no other view left to find.
     """
-    anchors, images = similarities.shape
+    anchors, images = block.shape
     if views < 1 or views * images < 2:
         raise ConfigError(
             f"{views} view(s) of {images} image(s) leave an anchor nothing to find",
             "use two or more views, or a larger batch",
         )
-    own = torch.arange(anchors, device=similarities.device)
-    block = similarities / tau_s
-    block[own, own + first] = 1 / tau_s
-    logits = block.repeat(views, views)
-    return torch.softmax(logits.masked_fill_(self_slots(anchors, images, first, views, logits.device), -torch.inf), 1)
+    logits = (block / tau_s).repeat(views, views)
+    own = self_slots(anchors, images, first, views, logits.device)
+    return torch.softmax(logits.masked_fill_(own, 1 / tau_s if keep_self else -torch.inf), dim=1)
 
 
 def self_slots(anchors: int, images: int, first: int, views: int, device: torch.device) -> Tensor:
-    """bool [V A, V B], True where row and column are the same view of the same image."""
+    """bool [V A, V N], True where row and column are the same view of the same image."""
     image = torch.arange(first, first + anchors, device=device)
     view = torch.arange(views, device=device)[:, None]
     own_column = (view * images + image).flatten()
@@ -96,36 +181,41 @@ def self_slots(anchors: int, images: int, first: int, views: int, device: torch.
 
 
 def unit_embeddings(embeddings: Tensor) -> Tensor:
-    """[B, d] embeddings as detached float32 (float64 stays) of unit norm; zero rows stay zero, NaN stays.
-
-    Raises:
-        InputError: not a matrix, or neither floating point nor int8.
-    """
-    if embeddings.ndim != 2 or 0 in embeddings.shape:
-        raise InputError(f"embeddings have shape {list(embeddings.shape)}", "pass one embedding per image: [B, d]")
-    if not (embeddings.is_floating_point() or embeddings.dtype == torch.int8):
-        raise InputError(f"embeddings are {embeddings.dtype}", "pass float32, float16, bfloat16 or int8")
+    """[B, d] embeddings as detached float32 (float64 stays) of unit norm; zero rows stay zero, NaN stays."""
     # The largest entry goes first: squares of tiny or huge float16 and int8 values stay in range.
     exact = embeddings.detach().to(_compute_dtype(embeddings))
     exact = exact / exact.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(exact.dtype).tiny)
     return torch.nn.functional.normalize(exact, dim=1)
 
 
-def check_unit(unit: Tensor) -> None:
-    """Raise InputError, naming the rows, where rows [B, d] are not of unit norm: were zero or not finite."""
-    usable = (torch.linalg.vector_norm(unit, dim=1) - 1).abs() < 0.01  # False for NaN
-    if not bool(usable.all()):
-        rows = torch.nonzero(~usable).flatten().tolist()
-        raise InputError(
-            f"{len(rows)} of the batch's {len(unit)} embeddings are zero or not finite: rows {rows[:5]}",
-            "skip samples without a caption (node < 0), and check the store with `graphbuild verify`",
-        )
-
-
 def check_temperature(name: str, value: float) -> None:
     """Raise ConfigError unless a temperature is above 0 and finite."""
     if not 0 < value < float("inf"):
-        raise ConfigError(f"{name} = {value}", f"set {name} above 0; 0.1 is the published value")
+        raise ConfigError(f"{name} = {value}", f"set {name} above 0")
+
+
+def _check_embeddings(embeddings: Tensor) -> None:
+    if embeddings.ndim != 2 or 0 in embeddings.shape:
+        raise InputError(f"embeddings have shape {list(embeddings.shape)}", "pass one embedding per image: [B, d]")
+    if not (embeddings.is_floating_point() or embeddings.dtype == torch.int8):
+        raise InputError(f"embeddings are {embeddings.dtype}", "pass float32, float16, bfloat16 or int8")
+
+
+def _check_rows(usable: Tensor, problem: str, fix: str) -> None:
+    """Raise InputError, naming the rows, unless all of the joint batch's rows are usable, bool [N]."""
+    if not bool(usable.all()):
+        rows = torch.nonzero(~usable).flatten().tolist()
+        raise InputError(f"{len(rows)} of the batch's {len(usable)} {problem}: rows {rows[:5]}", fix)
+
+
+def _check_columns(similarities: Tensor, ranks: Ranks) -> None:
+    rows, columns = similarities.shape
+    if columns != rows * ranks.count:
+        expected = "a square block [B, B]" if ranks.count == 1 else f"[{rows}, {rows * ranks.count}]"
+        raise InputError(
+            f"similarities have shape {[rows, columns]} on {ranks.count} gathering rank(s)",
+            f"pass {expected}: this rank's images against those of all ranks, in rank order",
+        )
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:

@@ -389,8 +389,8 @@ def test_verify_names_each_file_in_which_one_bit_has_changed(downloaded: Downloa
     shutil.copytree(downloaded.store.root, store)
     kinds = ["shards/00001.tar", "shards/00001.parquet", "shards/00001_stats.json", "shards/00001.graph.parquet"]
     kinds += ["samples/00001.parquet", "nodes/00001.parquet", "nodes/00001.npy", "_state/number/nodes.npy"]
-    kinds += [f"graph/00001.{what}.npy" for what in ("neighbors", "similarities", "background")]
-    kinds += ["_state/urls/00001.parquet", "_state/scan/00001.parquet", "_state/moments/moments.npy"]
+    kinds += [f"graph/00001.{what}.npy" for what in ("neighbors", "similarities", "background", "sketch")]
+    kinds += ["_state/urls/00001.parquet", "_state/scan/00001.parquet", "_state/moments/moments.npy", "graph/basis.npy"]
     for name in kinds:
         flip_bit(store / name)
     found = cli("verify", store, code=1)

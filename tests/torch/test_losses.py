@@ -1,4 +1,4 @@
-"""The loss against formulas written with loops, against its limits, and split over two processes."""
+"""X-Sample against formulas written with loops and its limits; what every loss promises, also over two processes."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,20 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from graphbuild.errors import ConfigError, InputError
-from graphbuild.torch import XSampleLoss
+from graphbuild.torch import (
+    CLIPLoss,
+    CWCLLoss,
+    DebiasedLoss,
+    DecoupledLoss,
+    GraphSimCLRLoss,
+    GraphVICRegLoss,
+    KernelInfoNCELoss,
+    NTXentLoss,
+    SigLIPLoss,
+    SupConLoss,
+    Targets,
+    XSampleLoss,
+)
 
 IMAGES, WIDTH, TEXT_WIDTH = 8, 6, 5
 
@@ -163,6 +176,101 @@ def test_temperatures_must_be_positive(options: dict[str, float]) -> None:
         XSampleLoss(**options)
 
 
+# Every loss, with each kind of target it can read.
+
+LOSSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "x-sample of embeddings": (XSampleLoss, "embeddings"),
+    "x-sample of a block, self kept": (lambda: XSampleLoss(keep_self=True), "similarities"),
+    "x-sample of labels": (XSampleLoss, "labels"),
+    "nt-xent": (NTXentLoss, "class_priors"),
+    "supcon": (SupConLoss, "labels"),
+    "supcon of a block": (lambda: SupConLoss(threshold=0.6), "similarities"),
+    "decoupled": (DecoupledLoss, "labels"),
+    "decoupled by graph": (lambda: DecoupledLoss(threshold=0.6), "similarities"),
+    "debiased": (DebiasedLoss, "labels"),
+    "debiased by anchor": (lambda: DebiasedLoss(tau_plus=None), "class_priors"),
+    "kernel info-nce": (lambda: KernelInfoNCELoss(exponents=(1.0, 2.0)), "similarities"),
+    "graph simclr": (GraphSimCLRLoss, "labels"),
+    "graph vicreg": (GraphVICRegLoss, "similarities"),
+    "clip": (lambda: CLIPLoss(learnable=True), "labels"),
+    "soft clip": (lambda: CLIPLoss(tau_s=0.1), "embeddings"),
+    "cwcl": (lambda: CWCLLoss(learnable=True), "similarities"),
+    "siglip": (SigLIPLoss, "labels"),
+    "soft siglip": (lambda: SigLIPLoss(threshold=0.2, learnable=True), "embeddings"),
+}
+every_loss = pytest.mark.parametrize("name", LOSSES)
+
+
+def targets_of(kind: str, images: int, rows: slice = slice(None)) -> Targets:
+    """The rows' part of targets of a joint batch: a directed block that keeps its diagonal, three classes, ..."""
+    generator = torch.Generator().manual_seed(5)
+    if kind == "embeddings":
+        return Targets(embeddings=torch.randn(images, TEXT_WIDTH, generator=generator)[rows])
+    if kind == "similarities":
+        block = 2 * torch.rand(images, images, generator=generator) - 1
+        return Targets(similarities=block[rows], keep_diagonal=True)
+    if kind == "labels":
+        return Targets(labels=torch.arange(images)[rows] % 3)
+    return Targets(class_priors=0.5 * torch.rand(images, generator=generator)[rows])
+
+
+@every_loss
+def test_every_loss_has_the_gradient_of_its_value(name: str, batch: tuple[np.ndarray, ...]) -> None:
+    build, kind = LOSSES[name]
+    z1, z2, _ = tensors(*batch, dtype=torch.float64)
+    loss, targets = build().double(), targets_of(kind, IMAGES)
+    assert torch.autograd.gradcheck(lambda a, b: loss(a, b, targets), (z1.requires_grad_(), z2.requires_grad_()))
+
+
+@every_loss
+def test_every_loss_is_computed_in_float32_whatever_autocast(name: str, batch: tuple[np.ndarray, ...]) -> None:
+    build, kind = LOSSES[name]
+    z1, z2, _ = tensors(*batch)
+    loss, targets = build(), targets_of(kind, IMAGES)
+    half = [z1.bfloat16(), z2.bfloat16()]
+    exact = loss(*(tensor.float() for tensor in half), targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(*half, targets)
+    assert value.dtype == torch.float32
+    assert torch.equal(value, exact)
+
+
+@every_loss
+def test_every_loss_sends_no_gradient_into_its_targets_and_leaves_them_alone(
+    name: str, batch: tuple[np.ndarray, ...]
+) -> None:
+    build, kind = LOSSES[name]
+    z1, z2, _ = (tensor.requires_grad_() for tensor in tensors(*batch))
+    targets = targets_of(kind, IMAGES)
+    given = next(iter(targets.tensors().values()))
+    before = given.clone()
+    if given.is_floating_point():
+        given = given.requires_grad_()
+    build()(z1, z2, targets).backward()
+    assert z1.grad is not None
+    assert z2.grad is not None
+    assert given.grad is None
+    assert torch.equal(given, before)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "graph vicreg"])
+def test_every_loss_of_one_image_is_finite_with_finite_gradients(name: str) -> None:
+    build, kind = LOSSES[name]
+    z1, z2 = (torch.tensor([[1.0, 2, 3]]).requires_grad_() for _ in range(2))
+    value = build()(z1, z2, targets_of(kind, 1))
+    value.backward()
+    assert value.isfinite()
+    assert z1.grad.isfinite().all()
+
+
+def test_targets_must_fit_the_batch(batch: tuple[np.ndarray, ...]) -> None:
+    z1, z2, _ = tensors(*batch)
+    with pytest.raises(InputError, match="7 labels for 8 images"):
+        NTXentLoss()(z1, z2, Targets(labels=torch.arange(7)))
+    with pytest.raises(InputError, match="square"):
+        SupConLoss()(z1, z2, Targets(similarities=torch.ones(8, 16)))
+
+
 # Two processes: the joint batch is 2 x 8 images; rank r holds images 8 r to 8 r + 7.
 
 
@@ -186,6 +294,39 @@ def train_step(rank: int, folder: str) -> None:
     loss.backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     torch.save({"loss": loss.detach(), "gradients": gradients}, f"{folder}/{rank}.pt")
+
+
+def step(name: str, model: nn.Module, rows: slice = slice(None)) -> dict[str, object]:
+    """One training step on rows of the joint batch: the loss and the gradients of the model and of the loss."""
+    build, kind = LOSSES[name]
+    loss = build()
+    x1, x2, _ = (tensor[rows] for tensor in joint_batch())
+    z1, z2 = model(torch.cat([x1, x2])).chunk(2)
+    value = loss(z1, z2, targets_of(kind, 2 * IMAGES, rows))
+    value.backward()
+    parameters = [*model.parameters(), *loss.parameters()]
+    return {"loss": value.detach(), "gradients": [parameter.grad for parameter in parameters]}
+
+
+def step_of_every_loss(rank: int, folder: str) -> None:
+    rows = slice(rank * IMAGES, (rank + 1) * IMAGES)
+    torch.save(
+        {name: step(name, DistributedDataParallel(encoder()), rows) for name in LOSSES}, f"{folder}/all{rank}.pt"
+    )
+
+
+def targets_that_do_not_fit(rank: int, folder: str) -> None:
+    z = torch.randn(4, 3)
+    for targets, message in (
+        (Targets(similarities=torch.eye(4)), r"\[4, 4\] on 2 gathering.*\n.*\[4, 8\]"),
+        (Targets(labels=torch.tensor([0, 1, 2, -rank])), r"1 of the batch's 8 labels are negative: rows \[7\]"),
+        (Targets(similarities=torch.ones(4, 8) / torch.tensor([[1.0], [1 - rank], [1], [1]])), r"infinity.*\[5\]"),
+        (Targets(labels=torch.arange(4)) if rank else Targets(embeddings=torch.ones(4, 1)), "ranks differ"),
+    ):
+        with pytest.raises(InputError, match=message):
+            SupConLoss()(z, z, targets)
+    with pytest.raises(InputError, match=r"class priors.*\[4\]"):
+        DebiasedLoss(tau_plus=None)(z, z, Targets(class_priors=torch.tensor([rank, 0.1, 0.1, 0.1])))
 
 
 def unequal_batches(rank: int, folder: str) -> None:
@@ -226,10 +367,17 @@ def on_rank(rank: int, jobs: list[Callable[[int, str], None]], folder: str) -> N
     dist.destroy_process_group()
 
 
-def test_two_processes_equal_one_on_the_joint_batch_and_refuse_bad_batches_together(tmp_path: Path) -> None:
-    jobs = [train_step, unequal_batches, a_zero_embedding_on_one_rank, without_gather]
-    mp.spawn(on_rank, (jobs, str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two processes left their results; what they assert themselves has passed."""
+    folder = tmp_path_factory.mktemp("ranks")
+    refusals = [unequal_batches, a_zero_embedding_on_one_rank, targets_that_do_not_fit]
+    mp.spawn(on_rank, ([train_step, step_of_every_loss, *refusals, without_gather], str(folder)), nprocs=2)
+    return folder
+
+
+def test_two_processes_equal_one_on_the_joint_batch_and_refuse_bad_batches_together(two_processes: Path) -> None:
+    ranks = [torch.load(two_processes / f"{rank}.pt") for rank in range(2)]
 
     model = encoder()
     x1, x2, texts = joint_batch()
@@ -241,3 +389,15 @@ def test_two_processes_equal_one_on_the_joint_batch_and_refuse_bad_batches_toget
     for rank in ranks:
         for split, parameter in zip(rank["gradients"], model.parameters(), strict=True):
             torch.testing.assert_close(split, parameter.grad, atol=1e-5, rtol=1e-5)
+
+
+@every_loss
+def test_two_processes_equal_one_on_the_joint_batch(name: str, two_processes: Path) -> None:
+    ranks = [torch.load(two_processes / f"all{rank}.pt")[name] for rank in range(2)]
+    joint = step(name, encoder())
+    assert (ranks[0]["loss"] + ranks[1]["loss"]).item() / 2 == pytest.approx(joint["loss"].item(), rel=1e-5)
+    assert ranks[0]["loss"].item() != pytest.approx(ranks[1]["loss"].item(), rel=1e-5)
+    for rank in ranks:
+        assert len(rank["gradients"]) == len(joint["gradients"])
+        for split, whole in zip(rank["gradients"], joint["gradients"], strict=True):
+            torch.testing.assert_close(split, whole, atol=2e-5, rtol=1e-4)

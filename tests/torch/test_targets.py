@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from graphbuild.errors import ConfigError, InputError
-from graphbuild.torch import similarity_targets
+from graphbuild.torch import Targets, similarity_targets
 
 
-def written_out(texts: np.ndarray, tau_s: float, views: int) -> np.ndarray:
+def written_out(texts: np.ndarray, tau_s: float, views: int, keep_self: bool = False) -> np.ndarray:
     texts = texts.astype(np.float64)
     texts = texts / np.sqrt((texts**2).sum(1, keepdims=True))
     images = len(texts)
@@ -19,7 +19,7 @@ def written_out(texts: np.ndarray, tau_s: float, views: int) -> np.ndarray:
         for j in range(views * images):
             same_image = i % images == j % images
             similarity = 1.0 if same_image else float(texts[i % images] @ texts[j % images])
-            target[i, j] = 0.0 if i == j else math.exp(similarity / tau_s)
+            target[i, j] = 0.0 if i == j and not keep_self else math.exp(similarity / tau_s)
         target[i] /= target[i].sum()
     return target
 
@@ -124,3 +124,68 @@ def test_a_block_must_be_square_and_finite() -> None:
         similarity_targets(similarities=torch.ones(3, 4), tau_s=0.1)
     with pytest.raises(InputError, match="NaN"):
         similarity_targets(similarities=torch.full((3, 3), float("nan")), tau_s=0.1)
+
+
+def test_the_self_slot_can_be_kept(texts: np.ndarray) -> None:
+    target = similarity_targets(torch.from_numpy(texts), tau_s=0.2, keep_self=True)
+    np.testing.assert_allclose(target, written_out(texts, 0.2, 2, keep_self=True), atol=1e-13)
+
+
+def test_targets_are_one_block_of_similarities_whatever_they_are_given_as(texts: np.ndarray) -> None:
+    unit = texts / np.linalg.norm(texts, axis=1, keepdims=True)
+    np.testing.assert_allclose(Targets(embeddings=torch.from_numpy(texts)).block(), unit @ unit.T, atol=1e-13)
+    labels = [3, 0, 3, 1, 1, 3]
+    same = [[float(a == b) for b in labels] for a in labels]
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        assert Targets(labels=torch.tensor(labels, dtype=dtype)).block().tolist() == same
+    known = torch.tensor(same) > 0
+    known.fill_diagonal_(False)
+    block = Targets(similarities=known).block()  # a mask of known positives is a block too
+    assert block.dtype == torch.float32
+    assert block.tolist() == same
+
+
+def test_the_diagonal_of_a_block_is_one_unless_it_is_kept() -> None:
+    given = torch.tensor([[0.2, 0.9], [0.1, float("nan")]])
+    expected = torch.tensor([[1, 0.9], [0.1, 1]])
+    assert torch.equal(Targets(similarities=given).block(), expected)
+    with pytest.raises(InputError, match=r"1 of the batch's 2 images have NaN.*rows \[1\]"):
+        Targets(similarities=given, keep_diagonal=True).block()
+    given[1, 1] = 0.3
+    assert torch.equal(Targets(similarities=given, keep_diagonal=True).block(), given)
+
+
+def test_a_directed_block_stays_directed() -> None:
+    block = Targets(similarities=torch.tensor([[0, 0.7], [0.0, 0]])).block()
+    assert block[0, 1] == pytest.approx(0.7)
+    assert block[1, 0] == 0
+
+
+def test_targets_have_one_source_of_similarity() -> None:
+    with pytest.raises(ConfigError, match="both embeddings and labels"):
+        Targets(embeddings=torch.eye(3), labels=torch.arange(3))
+    with pytest.raises(ConfigError, match="no embeddings, similarities or labels"):
+        Targets(class_priors=torch.zeros(3)).block()
+    with pytest.raises(ConfigError, match="no class_priors"):
+        Targets(labels=torch.arange(3)).priors()
+
+
+def test_negative_labels_are_no_class() -> None:
+    with pytest.raises(InputError, match=r"2 of the batch's 4 labels are negative: rows \[1, 3\]"):
+        Targets(labels=torch.tensor([0, -1, 2, -1])).block()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"labels": torch.zeros(3)},
+        {"labels": torch.zeros(3, 1, dtype=torch.int64)},
+        {"class_priors": torch.zeros(3, dtype=torch.int64)},
+        {"class_priors": torch.zeros(3, 1)},
+        {"similarities": torch.zeros(3)},
+        {"embeddings": torch.zeros(3)},
+    ],
+)
+def test_wrong_shapes_and_dtypes_of_targets_raise_where_they_are_made(wrong: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(InputError, match="pass"):
+        Targets(**wrong)

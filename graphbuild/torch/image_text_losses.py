@@ -1,0 +1,148 @@
+"""Losses of images and their texts: CLIP, CLIP with soft targets, CWCL and SigLIP.
+
+z1 are the images, z2 the texts, [B, p] each, scaled to unit norm; G is the block of `Targets`, 1 between an image and
+its own text. A learnable scale is a parameter of the loss: give `loss.parameters()` to the optimizer; its gradient is
+averaged over the ranks that gather, so the loss need not be inside DDP. What the losses share, and cost:
+graphbuild/torch/joint.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from graphbuild.errors import ConfigError
+from graphbuild.torch.joint import JointBatch, PairLoss, cross_entropy, row_normalised
+from graphbuild.torch.targets import check_temperature
+
+MAX_CLIP_SCALE = 100.0
+
+
+class _ClipLikeLoss(PairLoss):
+    """The mean of the image-to-text and the text-to-image cross entropy at one, perhaps learnable, temperature."""
+
+    def __init__(self, tau: float, learnable: bool, gather: bool) -> None:
+        super().__init__(gather)
+        check_temperature("tau", tau)
+        self.tau = tau
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / tau))) if learnable else None
+
+    def symmetric(self, batch: JointBatch, image_weights: Tensor, text_weights: Tensor) -> Tensor:
+        (images, texts), (every_image, every_text) = batch.own.unbind(), batch.every.unbind()
+        scale: Tensor | float = 1 / self.tau
+        if self.log_scale is not None:
+            with torch.no_grad():  # a clamp in the graph would stop the gradient that leads back
+                self.log_scale.clamp_(max=math.log(MAX_CLIP_SCALE))
+            scale = batch.ranks.average_gradient(self.log_scale.to(images)).exp()
+        image_to_text = cross_entropy(image_weights, scale * images @ every_text.T)
+        return (image_to_text + cross_entropy(text_weights, scale * texts @ every_image.T)) / 2
+
+
+class CLIPLoss(_ClipLikeLoss):
+    """CLIP's symmetric cross entropy (Radford et al., arXiv 2103.00020, figure 3), one-hot or with soft targets.
+
+    loss = mean over the B pairs i of -(sum over j of s_ij log p_ij + sum over j of s_ij log q_ij) / 2, with p_ij the
+    softmax over texts j of u_i.v_j / tau, q_ij the softmax over images j of v_i.u_j / tau, and s_i the pair alone or,
+    with tau_s, the softmax over all j, i included, of G_ij / tau_s, for both directions. As tau_s falls to 0 that is
+    one-hot CLIP where all captions differ.
+
+    Args:
+        tau: temperature of the model, where training starts if it is learnable.
+        tau_s: temperature of the soft target; None: one-hot, no targets are read.
+        learnable: learn the scale 1 / tau, kept at most 100 as CLIP does.
+        gather: as for `XSampleLoss`.
+
+    Raises:
+        ConfigError: a temperature that is not above 0.
+    """
+
+    def __init__(
+        self, tau: float = 0.07, tau_s: float | None = None, learnable: bool = False, gather: bool = True
+    ) -> None:
+        super().__init__(tau, learnable, gather)
+        if tau_s is not None:
+            check_temperature("tau_s", tau_s)
+        self.tau_s = tau_s
+
+    def of_batch(self, batch: JointBatch) -> Tensor:
+        if self.tau_s is None:
+            weights = batch.pair_slots().to(batch.own.dtype)
+        else:
+            weights = torch.softmax(batch.similarities() / self.tau_s, dim=1)
+        return self.symmetric(batch, weights, weights)
+
+
+class CWCLLoss(_ClipLikeLoss):
+    """Continuously weighted contrastive loss (Srinivasa et al., arXiv 2309.14580).
+
+    The rows of z1 are weighted: - sum over j of (w_ij / sum of w_i) log p_ij, with w_ij = (1 + G_ij) / 2 and p as in
+    `CLIPLoss`; the rows of z2 have CLIP's one-hot target. The loss is the mean of both (public code adds them: twice
+    this). The paper weights the modality whose similarities they are: for G of captions call `loss(texts, images,
+    targets)`.
+
+    Args:
+        tau: temperature of the model, where training starts if it is learnable.
+        learnable: as for `CLIPLoss`.
+        gather: as for `XSampleLoss`.
+
+    Raises:
+        ConfigError: a temperature that is not above 0.
+    """
+
+    def __init__(self, tau: float = 0.07, learnable: bool = False, gather: bool = True) -> None:
+        super().__init__(tau, learnable, gather)
+
+    def of_batch(self, batch: JointBatch) -> Tensor:
+        weights = ((1 + batch.similarities()) / 2).clamp_min(0)
+        return self.symmetric(batch, row_normalised(weights), batch.pair_slots().to(weights.dtype))
+
+
+class SigLIPLoss(PairLoss):
+    """SigLIP's sigmoid loss (Zhai et al., arXiv 2303.15343, section 3.2), one-hot or with soft targets.
+
+    loss = 1 / B sum over images i and texts j of the binary cross entropy between q_ij and sigmoid(l_ij), where l_ij =
+    scale u_i.v_j + bias. One-hot: q_ij = 1 for the pair, 0 otherwise. With a threshold: q_ij rises linearly from 0, at
+    G_ij = threshold and below, to 1 at G_ij = 1. Rows are not normalised: an absent edge is an ordinary negative.
+
+    Args:
+        scale, bias: t and b, where training starts if they are learnable; the paper's values.
+        threshold: similarity, in [-1, 1), up to which a pair is a negative; None: one-hot, no targets are read.
+        learnable: learn log t and b.
+        gather: as for `XSampleLoss`.
+
+    Raises:
+        ConfigError: a scale that is not above 0, or a threshold outside [-1, 1).
+    """
+
+    def __init__(
+        self,
+        scale: float = 10.0,
+        bias: float = -10.0,
+        threshold: float | None = None,
+        learnable: bool = False,
+        gather: bool = True,
+    ) -> None:
+        super().__init__(gather)
+        check_temperature("scale", scale)
+        if threshold is not None and not -1 <= threshold < 1:
+            raise ConfigError(f"threshold = {threshold}", "set threshold in [-1, 1): a similarity")
+        self.scale = scale
+        self.bias = bias
+        self.log_scale_and_bias = nn.Parameter(torch.tensor([math.log(scale), bias])) if learnable else None
+        self.threshold = threshold
+
+    def of_batch(self, batch: JointBatch) -> Tensor:
+        scale: Tensor | float = self.scale
+        bias: Tensor | float = self.bias
+        if self.log_scale_and_bias is not None:
+            log_scale, bias = batch.ranks.average_gradient(self.log_scale_and_bias.to(batch.own)).unbind()
+            scale = log_scale.exp()
+        logits = scale * batch.own[0] @ batch.every[1].T + bias
+        if self.threshold is None:
+            probability = batch.pair_slots().to(logits.dtype)
+        else:
+            probability = ((batch.similarities() - self.threshold) / (1 - self.threshold)).clamp(0, 1)
+        return (softplus(logits) - probability * logits).sum(dim=1).mean()
