@@ -52,6 +52,13 @@ class Embeddings(enum.StrEnum):
     none = "none"
 
 
+class DerivedList(enum.StrEnum):
+    duplicates = "duplicates"
+    hard_negatives = "hard-negatives"
+    false_negatives = "false-negatives"
+    positives = "positives"
+
+
 StoreArg = Annotated[
     str,
     typer.Argument(
@@ -227,6 +234,28 @@ def neighbors(
         typer.echo(
             f"  {neighbor.similarity:.3f}  node {neighbor.node:>9}  x{neighbor.samples:<4} {printable(neighbor.text)}"
         )
+
+
+@app.command()
+def mine(
+    store: StoreArg,
+    what: Annotated[DerivedList, _option("which list")],
+    threshold: Annotated[float | None, _option("least similarity; of all but hard-negatives")] = None,
+    count: Annotated[int | None, _option("most an anchor; of hard-negatives and positives  [default: 10]")] = None,
+    skip: Annotated[int | None, _option("nearest ranks left out; this and all below of hard-negatives")] = None,
+    positive: Annotated[str | None, _option("the positive's similarity: number, or .npy by row  [default: 1]")] = None,
+    absolute_margin: Annotated[float | None, _option("stay below it by  [default: 0]")] = None,
+    relative_margin: Annotated[float | None, _option("stay below it by this share of it  [default: 0.05]")] = None,
+    min_similarity: Annotated[float | None, _option("[default: -1]")] = None,
+    max_similarity: Annotated[float | None, _option("[default: 1]")] = None,
+    mutual: Annotated[bool | None, typer.Option("--mutual", help="of positives: that list each other")] = None,
+    out: Annotated[str | None, _option("parquet file  [default: STORE/mined/WHAT.parquet]")] = None,
+) -> None:
+    """Graph to derived lists for training and cleaning, without a search."""
+    from graphbuild.mine import mine_store
+
+    names = "threshold count skip positive absolute_margin relative_margin min_similarity max_similarity mutual"
+    typer.echo(mine_store(_store(store), what.value, _given(locals(), names), out))
 
 
 @app.command()

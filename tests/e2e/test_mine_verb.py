@@ -26,6 +26,8 @@ LINES = {
     "positives": r"edges, \d+ nodes without any, \d+ truncated nodes",
 }
 
+MARGINS = ["--absolute-margin", 0.1, "--relative-margin", 0.2, "--min-similarity", -0.5, "--max-similarity", 0.8]
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -45,8 +47,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("duplicates", ["--threshold", 0.9], {"threshold": 0.9}),
         (
             "hard-negatives",
-            ["--count", 4, "--skip", 1, "--positive", "{scores}", "--absolute-margin", 0.1]
-            + "--relative-margin 0.2 --min-similarity -0.5 --max-similarity 0.8".split(),
+            ["--count", 4, "--skip", 1, "--positive", "{scores}", *MARGINS],
             {"count": 4, "skip": 1, "positive": np.linspace(0.5, 1, 60), "absolute_margin": 0.1}
             | {"relative_margin": 0.2, "min_similarity": -0.5, "max_similarity": 0.8},
         ),
