@@ -102,9 +102,10 @@ def main() -> None:
         real = np.load(made[0])
         for path in made:
             vectors = np.load(path, mmap_mode="r")
-            same = vectors[np.sort(np.random.default_rng(1).choice(len(vectors), len(real), replace=False))]
+            count = min(len(real), len(vectors))
+            same = vectors[np.sort(np.random.default_rng(1).choice(len(vectors), count, replace=False))]
             found = dimension(np.asarray(same))
-            print(f"{path.name}: {len(vectors):,} vectors, local dimension {found:.1f} at {len(real):,}")
+            print(f"{path.name}: {len(vectors):,} vectors, local dimension {found:.1f} at {count:,}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphbuild.errors import GraphbuildError
+from graphbuild.errors import ConfigError, GraphbuildError
 
 if TYPE_CHECKING:
     from graphbuild.recipe import Recipe
@@ -294,7 +294,6 @@ def _given(values: dict[str, Any], names: str) -> dict[str, Any]:
 
 
 def _store(url: str) -> Store:
-    from graphbuild.errors import ConfigError
     from graphbuild.store import Store
 
     if not url:
