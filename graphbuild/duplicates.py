@@ -95,7 +95,7 @@ def _components(graph: SampleGraph, threshold: float) -> tuple[Ids, NDArray[np.f
     return parent, strength, truncated
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _unite(parent: Any, nodes: Any, others: Any) -> None:
     """Union-find: joins the trees of each pair under the smaller root, and halves the paths that it walks."""
     for e in range(len(nodes)):

@@ -37,7 +37,7 @@ def _lowest_bit(context: Any, value: Any) -> Any:
 
 
 @intrinsic
-def _pointer(context: Any, address: Any) -> Any:
+def pointer(context: Any, address: Any) -> Any:
     return types.voidptr(types.int64), lambda ctx, b, sig, args: b.inttoptr(args[0], cgutils.voidptr_t)
 
 
@@ -165,7 +165,7 @@ def search_tile(tile: Any, rows: Any, first: int, scales: Any, keys: Any) -> Non
 
 
 @njit(inline="always")
-def _address(table: Any, node: Any) -> Any:
+def row_address(table: Any, node: Any) -> Any:
     """Where a node's row begins in memory; table is `graphbuild.knn.rows.table`."""
     addresses, starts, guess, stride = table
     shard = guess[node >> GUESS_SHIFT]
@@ -175,15 +175,15 @@ def _address(table: Any, node: Any) -> Any:
 
 
 @njit(inline="always")
-def _prefetch_row(address: Any, length: Any) -> None:
+def prefetch_row(address: Any, length: Any) -> None:
     for offset in range(0, length, 64):
         _prefetch(address + offset)
 
 
 @njit(inline="always")
 def _code_product(a: Any, b: Any, width: Any) -> Any:
-    left = carray(_pointer(a), width, np.int8)
-    right = carray(_pointer(b), width, np.int8)
+    left = carray(pointer(a), width, np.int8)
+    right = carray(pointer(b), width, np.int8)
     total = np.int32(0)
     for j in range(width):
         total = np.int32(total + np.int32(left[j]) * np.int32(right[j]))
@@ -235,14 +235,14 @@ def refine_lists(
         node = first + r
         row = keys[r]
         own[:] = row
-        own_code = _address(codes, node)
-        own_leaves = carray(_pointer(_address(leaves, node)), fan, np.int32)
+        own_code = row_address(codes, node)
+        own_leaves = carray(pointer(row_address(leaves, node)), fan, np.int32)
         for y in range(fan):
             joined[own_leaves[y] & _LEAF_MASK] = r
         if r + 1 < count:
             for p in range(best):
                 if keys[r + 1, p] != EMPTY:
-                    _prefetch_row(_address(lists, node_of(keys[r + 1, p])), 8 * min(depth, c))
+                    prefetch_row(row_address(lists, node_of(keys[r + 1, p])), 8 * min(depth, c))
         _is_new(seen, node, r)  # itself and its own list need no second look
         for q in range(c):
             _is_new(seen, node_of(own[q]), r)
@@ -250,19 +250,19 @@ def refine_lists(
         for p in range(best):
             if own[p] == EMPTY:
                 break
-            list_of_neighbor = carray(_pointer(_address(lists, node_of(own[p]))), c, np.int64)
+            list_of_neighbor = carray(pointer(row_address(lists, node_of(own[p]))), c, np.int64)
             for q in range(min(depth, c)):
                 if list_of_neighbor[q] == EMPTY:
                     break
                 other = node_of(list_of_neighbor[q])
                 if _is_new(seen, other, r):
                     wanted[found] = other
-                    _prefetch(_address(leaves, other))
+                    _prefetch(row_address(leaves, other))
                     found += 1
         if own[c - 1] != EMPTY:  # a list that is not full may have refused its leaf-mates for its floor
             apart = 0
             for q in range(found):
-                leaves_of_other = carray(_pointer(_address(leaves, wanted[q])), fan, np.int32)
+                leaves_of_other = carray(pointer(row_address(leaves, wanted[q])), fan, np.int32)
                 together = False
                 for y in range(fan):
                     together |= joined[leaves_of_other[y] & _LEAF_MASK] == r
@@ -270,13 +270,13 @@ def refine_lists(
                 apart += not together
             found = apart
         for q in range(min(_AHEAD, found)):
-            _prefetch_row(_address(codes, wanted[q]), width)
+            prefetch_row(row_address(codes, wanted[q]), width)
         for q in range(found):
             other = wanted[q]
             if q + _AHEAD < found:
-                _prefetch_row(_address(codes, wanted[q + _AHEAD]), width)
-            product = _code_product(own_code, _address(codes, other), width)
-            scale = carray(_pointer(_address(scales, other)), 1, np.float32)[0]
+                prefetch_row(row_address(codes, wanted[q + _AHEAD]), width)
+            product = _code_product(own_code, row_address(codes, other), width)
+            scale = carray(pointer(row_address(scales, other)), 1, np.float32)[0]
             offer(row, key_of(np.float32(product) * scale, other))
         total += found
     return total
@@ -338,7 +338,7 @@ def exact_similarities(first: int, keys: Any, k: int, scales: Any, slack: Any, v
     result = np.full((count, c), EMPTY, np.int64)
     own = np.empty(width, np.float64)
     for r in range(count):
-        stored = carray(_pointer(_address(vectors, first + r)), width, np.uint16)
+        stored = carray(pointer(row_address(vectors, first + r)), width, np.uint16)
         own_norm = 0.0
         for j in range(width):
             own[j] = _half(stored[j])
@@ -352,9 +352,9 @@ def exact_similarities(first: int, keys: Any, k: int, scales: Any, slack: Any, v
             if q >= k and score_of(keys[r, q]) * scales[r] + slack[r] < score_of(worst):
                 break
             if q + _NEXT < c and keys[r, q + _NEXT] != EMPTY:
-                _prefetch_row(_address(vectors, node_of(keys[r, q + _NEXT])), 2 * width)
+                prefetch_row(row_address(vectors, node_of(keys[r, q + _NEXT])), 2 * width)
             other = node_of(keys[r, q])
-            vector = carray(_pointer(_address(vectors, other)), width, np.uint16)
+            vector = carray(pointer(row_address(vectors, other)), width, np.uint16)
             dot = 0.0
             norm = 0.0
             for j in range(width):
