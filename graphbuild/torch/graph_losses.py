@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from graphbuild.errors import ConfigError
-from graphbuild.torch.joint import JointBatch, PairLoss, cross_entropy, row_normalised
-from graphbuild.torch.targets import check_temperature
+from graphbuild.torch.joint import JointBatch, PairLoss, TemperedLoss, cross_entropy, row_normalised
 
 
-class KernelInfoNCELoss(PairLoss):
+class KernelInfoNCELoss(TemperedLoss):
     """Kernel-InfoNCE (Tan et al., "Contrastive Learning Is Spectral Clustering On Similarity Graph", arXiv 2303.15103).
 
     The cross entropy between the row-normalised graph and the graph of a kernel of the representation: loss = mean over
@@ -35,11 +34,9 @@ class KernelInfoNCELoss(PairLoss):
     """
 
     def __init__(self, tau: float = 0.2, exponents: tuple[float, ...] = (2.0,), gather: bool = True) -> None:
-        super().__init__(gather)
-        check_temperature("tau", tau)
+        super().__init__(tau, gather)
         if not exponents or not all(0 < exponent <= 2 for exponent in exponents):
             raise ConfigError(f"exponents = {exponents}", "pass one or more, each above 0 and at most 2")
-        self.tau = tau
         self.exponents = exponents
 
     def of_batch(self, batch: JointBatch) -> Tensor:
@@ -50,7 +47,7 @@ class KernelInfoNCELoss(PairLoss):
         return cross_entropy(row_normalised(batch.edges()), kernels.logsumexp(dim=0), ~batch.self_slots())
 
 
-class GraphSimCLRLoss(PairLoss):
+class GraphSimCLRLoss(TemperedLoss):
     """SimCLR as a function of a graph of known positives (Cabannes et al., "Active Self-Supervised Learning", PAL,
     arXiv 2303.15256).
 
@@ -65,11 +62,6 @@ class GraphSimCLRLoss(PairLoss):
     Raises:
         ConfigError: a temperature that is not above 0.
     """
-
-    def __init__(self, tau: float = 0.1, gather: bool = True) -> None:
-        super().__init__(gather)
-        check_temperature("tau", tau)
-        self.tau = tau
 
     def of_batch(self, batch: JointBatch) -> Tensor:
         return cross_entropy(batch.edges(), batch.products() / self.tau, ~batch.self_slots())

@@ -1,4 +1,4 @@
-"""The joint batch as one rank sees it, and `PairLoss`, which hands it to a loss.
+"""The joint batch as one rank sees it, and `PairLoss`, the base of all losses, which hands it to them.
 
 Each rank computes the loss of its own anchors against the views of all ranks; the mean over ranks, and the gradients
 that DDP averages, equal those of one process on the joint batch. Float32 whatever the autocast state. Costs a few
@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from graphbuild.errors import InputError
 from graphbuild.torch.gather import Ranks
-from graphbuild.torch.targets import ALONE, Targets, self_slots
+from graphbuild.torch.targets import ALONE, Targets, check_temperature, self_slots
 
 VIEWS = 2
 
@@ -109,6 +109,23 @@ class PairLoss(nn.Module, ABC):
     @abstractmethod
     def of_batch(self, batch: JointBatch) -> Tensor:
         """The mean loss of this rank's anchors, a scalar."""
+
+
+class TemperedLoss(PairLoss):
+    """A loss at one temperature.
+
+    Args:
+        tau: temperature of the model.
+        gather: as for `PairLoss`.
+
+    Raises:
+        ConfigError: a temperature that is not above 0.
+    """
+
+    def __init__(self, tau: float = 0.1, gather: bool = True) -> None:
+        super().__init__(gather)
+        check_temperature("tau", tau)
+        self.tau = tau
 
 
 def cross_entropy(weights: Tensor, logits: Tensor, slots: Tensor | None = None) -> Tensor:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from graphbuild.errors import ConfigError
-from graphbuild.torch.joint import VIEWS, JointBatch, PairLoss, cross_entropy, row_normalised
+from graphbuild.torch.joint import VIEWS, JointBatch, TemperedLoss, cross_entropy, row_normalised
 from graphbuild.torch.targets import check_temperature, softmax_targets
 
 
-class XSampleLoss(PairLoss):
+class XSampleLoss(TemperedLoss):
     """Cross entropy between caption similarity and image similarity (Sobal et al., arXiv 2407.18134).
 
     With s the target of `similarity_targets` and p_ij = exp(z_i.z_j / tau) / sum over j' != i of exp(z_i.z_j'
@@ -34,10 +34,8 @@ class XSampleLoss(PairLoss):
     """
 
     def __init__(self, tau: float = 0.1, tau_s: float = 0.1, gather: bool = True, keep_self: bool = False) -> None:
-        super().__init__(gather)
-        check_temperature("tau", tau)
+        super().__init__(tau, gather)
         check_temperature("tau_s", tau_s)
-        self.tau = tau
         self.tau_s = tau_s
         self.keep_self = keep_self
 
@@ -48,7 +46,7 @@ class XSampleLoss(PairLoss):
         return cross_entropy(soft, batch.products() / self.tau, None if self.keep_self else ~batch.self_slots())
 
 
-class NTXentLoss(PairLoss):
+class NTXentLoss(TemperedLoss):
     """SimCLR's NT-Xent (Chen et al., arXiv 2002.05709, equation 1).
 
     loss = mean over the 2 B views i of - log p_i,other(i), with p_ij = exp(z_i.z_j / tau) / sum over j' != i. Reads no
@@ -62,17 +60,12 @@ class NTXentLoss(PairLoss):
         ConfigError: a temperature that is not above 0.
     """
 
-    def __init__(self, tau: float = 0.1, gather: bool = True) -> None:
-        super().__init__(gather)
-        check_temperature("tau", tau)
-        self.tau = tau
-
     def of_batch(self, batch: JointBatch) -> Tensor:
         logits = batch.products() / self.tau
         return cross_entropy(batch.other_view_slots().to(logits.dtype), logits, ~batch.self_slots())
 
 
-class SupConLoss(PairLoss):
+class SupConLoss(TemperedLoss):
     """Supervised contrastive loss (Khosla et al., arXiv 2004.11362, equation 2, L_out).
 
     loss = mean over the 2 B views i of - 1 / |P(i)| sum over j in P(i) of log p_ij, p as in `NTXentLoss`. P(i): the
@@ -89,9 +82,7 @@ class SupConLoss(PairLoss):
     """
 
     def __init__(self, tau: float = 0.1, threshold: float = 0.999, gather: bool = True) -> None:
-        super().__init__(gather)
-        check_temperature("tau", tau)
-        self.tau = tau
+        super().__init__(tau, gather)
         self.threshold = threshold
 
     def of_batch(self, batch: JointBatch) -> Tensor:
@@ -100,7 +91,7 @@ class SupConLoss(PairLoss):
         return cross_entropy(row_normalised(positives), logits, ~batch.self_slots())
 
 
-class DecoupledLoss(PairLoss):
+class DecoupledLoss(TemperedLoss):
     """Decoupled contrastive loss, DCL (Yeh et al., arXiv 2110.06848, equation 6): positives leave the denominator.
 
     loss = mean over the 2 B views i of - 1 / |P(i)| sum over j in P(i) of z_i.z_j / tau + log sum over j' neither i nor
@@ -118,9 +109,7 @@ class DecoupledLoss(PairLoss):
     """
 
     def __init__(self, tau: float = 0.1, threshold: float | None = None, gather: bool = True) -> None:
-        super().__init__(gather)
-        check_temperature("tau", tau)
-        self.tau = tau
+        super().__init__(tau, gather)
         self.threshold = threshold
 
     def of_batch(self, batch: JointBatch) -> Tensor:
@@ -129,7 +118,7 @@ class DecoupledLoss(PairLoss):
         return cross_entropy(row_normalised(positives.to(logits.dtype)), logits, ~(positives | batch.self_slots()))
 
 
-class DebiasedLoss(PairLoss):
+class DebiasedLoss(TemperedLoss):
     """Debiased contrastive loss (Chuang et al., arXiv 2007.00224, equations 7 and 8, one positive).
 
     loss = mean over the 2 B views i of - log(e_i / (e_i + N_i)), where e_i = exp(z_i.z_other(i) / tau) and N_i
@@ -148,11 +137,9 @@ class DebiasedLoss(PairLoss):
     """
 
     def __init__(self, tau: float = 0.5, tau_plus: float | None = 0.1, gather: bool = True) -> None:
-        super().__init__(gather)
-        check_temperature("tau", tau)
+        super().__init__(tau, gather)
         if tau_plus is not None and not 0 <= tau_plus < 1:
             raise ConfigError(f"tau_plus = {tau_plus}", "set tau_plus in [0, 1), such as 1 / number of classes")
-        self.tau = tau
         self.tau_plus = tau_plus
 
     def of_batch(self, batch: JointBatch) -> Tensor:
