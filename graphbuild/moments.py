@@ -75,5 +75,10 @@ def background_of(raw: Array, similarities: Array, moments: Array, total: int) -
 
 def sketches_of(raw: Array, basis: Array) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Sketches uint8 [n, 64 or fewer] of stored vectors float16 [n, d]."""
-    vectors = raw.astype(np.float32)
-    return sketch.pack(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), basis)
+    import torch
+
+    from graphbuild.knn.products import unit
+
+    with torch_threads(1):
+        vectors = unit(torch.from_numpy(raw), torch.float32).numpy()
+    return sketch.pack(vectors, basis)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from graphbuild.sharded import Array
+from graphbuild.threads import torch_threads
 
 BYTES = 64
 DIMENSIONS = 112
@@ -49,13 +50,16 @@ def steps(basis: Array) -> Float32:
 
 def pack(vectors: Array, basis: Array) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Sketches uint8 [n, 64 or fewer] of unit vectors float32 [n, d]."""
+    import torch
+
     wide, narrow = split(len(basis))
-    codes = np.rint(vectors @ basis.T)
-    most = np.repeat([127, 7], [wide, narrow])
-    codes = np.clip(codes, -most, most).astype(np.int8)
-    nibbles = (codes[:, wide:] + 8).astype(np.uint8)
-    half = narrow // 2
-    return np.concatenate([codes[:, :wide].view(np.uint8), nibbles[:, :half] | (nibbles[:, half:] << 4)], axis=1)
+    most = torch.tensor([127.0] * wide + [7.0] * narrow)
+    with torch_threads(1):
+        codes = (torch.from_numpy(vectors) @ torch.from_numpy(np.array(basis)).T).round_()
+        codes = torch.minimum(torch.maximum(codes, -most), most).to(torch.int8)
+        nibbles = (codes[:, wide:] + 8).view(torch.uint8)
+        low, high = nibbles[:, : narrow // 2], nibbles[:, narrow // 2 :]
+        return np.asarray(torch.cat([codes[:, :wide].view(torch.uint8), low | (high << 4)], dim=1).numpy())
 
 
 def unpack(sketches: Array, step: Array) -> Float32:

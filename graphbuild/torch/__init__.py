@@ -1,7 +1,28 @@
 """What a trainer imports: batches with their graph, targets and losses."""
 
+from graphbuild.torch.dataset import GraphDataset
+from graphbuild.torch.graph_losses import GraphSimCLRLoss, GraphVICRegLoss, KernelInfoNCELoss
+from graphbuild.torch.image_text_losses import CLIPLoss, CWCLLoss, SigLIPLoss
 from graphbuild.torch.loader import graph_webdataset
-from graphbuild.torch.losses import XSampleLoss
-from graphbuild.torch.targets import similarity_targets
+from graphbuild.torch.losses import DebiasedLoss, DecoupledLoss, NTXentLoss, SupConLoss, XSampleLoss
+from graphbuild.torch.samplers import NeighborBatchSampler
+from graphbuild.torch.targets import Targets, similarity_targets
 
-__all__ = ["XSampleLoss", "graph_webdataset", "similarity_targets"]
+__all__ = [
+    "CLIPLoss",
+    "CWCLLoss",
+    "DebiasedLoss",
+    "DecoupledLoss",
+    "GraphDataset",
+    "GraphSimCLRLoss",
+    "GraphVICRegLoss",
+    "KernelInfoNCELoss",
+    "NTXentLoss",
+    "NeighborBatchSampler",
+    "SigLIPLoss",
+    "SupConLoss",
+    "Targets",
+    "XSampleLoss",
+    "graph_webdataset",
+    "similarity_targets",
+]

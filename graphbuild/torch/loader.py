@@ -11,18 +11,31 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 import webdataset as wds
-from torch.utils.data import IterableDataset, default_collate
+from numpy.typing import NDArray
+from torch.utils.data import IterableDataset
 from webdataset.utils import pytorch_worker_info
 
 from graphbuild.errors import ConfigError
-from graphbuild.sidecar import ShardError, SidecarHeader, read_header, unit_rows
-from graphbuild.torch.shards import JoinedSample, Shard, find_shards, joined_samples, member_value, open_image
+from graphbuild.sidecar import ShardError, SidecarHeader, unit_rows
+from graphbuild.torch.images import ImageDecoder
+from graphbuild.torch.shards import (
+    READERS,
+    JoinedSample,
+    Shard,
+    count_joined,
+    find_shards,
+    joined_samples,
+    member_value,
+    read_columns,
+)
 
 BATCH_FIELDS = (
     "image",
@@ -85,27 +98,18 @@ def graph_webdataset(
             another format version or graph, or the two differ in size, number, order or keys of their
             samples.
     """
-    if batch_size < 1 or shuffle < 0 or (image_pixels is not None and image_pixels < 1):
-        raise ConfigError(
-            f"batch_size = {batch_size}, shuffle = {shuffle}, image_pixels = {image_pixels}",
-            "batch_size and image_pixels start at 1, shuffle at 0",
-        )
-    if image_pixels is not None and transform is not None:
-        raise ConfigError(
-            "image_pixels and transform are both set",
-            "pass one: a transform decides on the image's size itself",
-        )
+    if batch_size < 1 or shuffle < 0:
+        raise ConfigError(f"batch_size = {batch_size}, shuffle = {shuffle}", "batch_size starts at 1, shuffle at 0")
     if isinstance(extra, str) or not set(extra).isdisjoint(BATCH_FIELDS):
         raise ConfigError(
             f"extra = {extra!r}", f'pass a list of extensions, such as ("json",), apart from {BATCH_FIELDS}'
         )
     return GraphWebDataset(
         find_shards(urls, sidecars),
+        ImageDecoder(image_pixels, transform),
         batch_size=batch_size,
         shuffle=shuffle,
         seed=seed,
-        image_pixels=image_pixels,
-        transform=transform,
         extra=tuple(extra),
         partial=partial,
         split_by_rank=split_by_rank,
@@ -118,63 +122,93 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
     def __init__(
         self,
         shards: list[Shard],
+        decoder: ImageDecoder,
         *,
         batch_size: int,
         shuffle: int,
         seed: int,
-        image_pixels: int | None,
-        transform: Callable[[Any], Any] | None,
         extra: tuple[str, ...],
         partial: bool,
         split_by_rank: bool,
     ) -> None:
         self.shards = shards
+        self._decoder = decoder
         self._batch_size = batch_size
         self._shuffle = shuffle
         self._seed = seed
-        self._image_pixels = image_pixels
-        self._transform = transform
         self._extra = extra
         self._partial = partial
         self._split_by_rank = split_by_rank
-        # Shared memory: workers that live for several epochs (persistent_workers) see set_epoch too.
-        self._epoch = torch.zeros(1, dtype=torch.int64)
-        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+        # Epoch and batches to skip. Shared memory: workers that live on (persistent_workers) see set_epoch too.
+        self._start = torch.zeros(2, dtype=torch.int64)
+        self._start.share_memory_()  # type: ignore[no-untyped-call]
         self._node: tuple[int, int] | None = None
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of shards and samples for iterations that start now; alike on all ranks."""
-        self._epoch.fill_(epoch)
+    def set_epoch(self, epoch: int, skip_batches: int = 0) -> None:
+        """Choose the order of shards and samples for iterations that start now; alike on all ranks.
+
+        skip_batches goes on in the middle of an epoch: the number of its batches that this rank's training loop has
+        taken from its DataLoader. What follows is what an epoch without interruption gives, sample by sample, if the
+        tars, all options, the ranks and the workers are the same, and the DataLoader delivers in order (its default).
+        The stream is replayed without decoding an image: that costs a pass over the tars read so far, and one small
+        read a sidecar.
+
+        Raises:
+            ConfigError: a negative number. Too many batches are a ShardError while iterating.
+        """
+        if epoch < 0 or skip_batches < 0:
+            raise ConfigError(f"epoch = {epoch}, skip_batches = {skip_batches}", "both start at 0")
+        self._start.copy_(torch.tensor([epoch, skip_batches]))
 
     def count_samples(self) -> int:
         """Samples with a node in all shards, before any split: one small read a shard."""
-        return sum(read_header(shard.sidecar)[1] for shard in self.shards)
+        nodes = (read_columns(shard, ["node"])[1].column("node") for shard in self.shards)
+        return sum(len(node) - node.null_count for node in nodes)
 
     @cached_property
     def header(self) -> SidecarHeader:
         """The first shard's header; all shards must share its encoder, d, k, embeddings and graph."""
-        return read_header(self.shards[0].sidecar)[0]
+        return read_columns(self.shards[0], [])[0]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         rank, ranks = self._rank_and_ranks() if self._split_by_rank else (0, 1)
-        _, _, worker, _ = pytorch_worker_info()
+        _, _, worker, workers = pytorch_worker_info()
         if ranks > len(self.shards):
             raise ShardError(
                 f"{len(self.shards)} tar(s) for {ranks} ranks: rank {len(self.shards)} would get none",
                 "write smaller shards, at least one for each rank and worker, or use fewer ranks",
             )
+        epoch, skip = self._start.tolist()
         shards = list(self.shards)
-        epoch = int(self._epoch)
         if self._shuffle:
             random.Random(f"shards {self._seed} {epoch}").shuffle(shards)
+        shards = shards[rank::ranks]
+        taken = 0
+        if skip:
+            batches = [self._count_batches(shards[w::workers]) for w in range(workers)]
+            if skip > sum(batches):
+                raise ShardError(
+                    f"skip_batches = {skip}: with {workers} worker(s) epoch {epoch} of rank {rank} has {sum(batches)}",
+                    "resume with the tars, batch_size, ranks and workers that the run had",
+                )
+            turn, taken_from = resume_point(batches, skip)
+            worker = (worker + turn) % workers  # the new DataLoader begins with its worker 0
+            taken = int(taken_from[worker])
         samples_rng = random.Random(f"samples {self._seed} {epoch} {rank} {worker}")
         yield from wds.DataPipeline(
-            lambda: iter(shards[rank::ranks]),
-            wds.split_by_worker,
+            lambda: iter(shards[worker::workers]),
             self._join,
             wds.shuffle(self._shuffle, initial=self._shuffle, rng=samples_rng) if self._shuffle else None,
-            wds.batched(self._batch_size, collation_fn=self._collate, partial=self._partial),
+            wds.batched(self._batch_size, collation_fn=None, partial=self._partial),
+            lambda batches: map(self._collate, islice(batches, taken, None)),
         )
+
+    def _count_batches(self, shards: list[Shard]) -> int:
+        """The batches that one worker gives of these shards."""
+        header = self.header
+        with ThreadPoolExecutor(READERS) as pool:
+            samples = sum(pool.map(lambda shard: count_joined(shard, expected=header), shards))
+        return samples // self._batch_size if not self._partial else -(-samples // self._batch_size)
 
     def __getstate__(self) -> dict[str, Any]:
         """A worker that is started afresh (spawn) knows no process group: it takes its rank along."""
@@ -189,8 +223,9 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
 
     def _collate(self, samples: list[JoinedSample]) -> dict[str, Any]:
         places = [(sample.sidecar, sample.position) for sample in samples]
+        images = self._decoder.decode([sample.image for sample in samples], [sample.name for sample in samples])
         batch: dict[str, Any] = {
-            "image": self._images(samples),
+            "image": self._decoder.collate(images),
             "caption": [sidecar.caption[position] for sidecar, position in places],
             "key": [sidecar.key[position] for sidecar, position in places],
             "row": _column([sidecar.row[position] for sidecar, position in places], np.int64),
@@ -206,13 +241,18 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
             batch[name] = [member_value(sample, name) for sample in samples]
         return batch
 
-    def _images(self, samples: list[JoinedSample]) -> Any:
-        if self._transform is not None:
-            return default_collate([self._transform(open_image(sample)) for sample in samples])
-        arrays = [np.asarray(open_image(sample, self._image_pixels)) for sample in samples]  # [H, W, 3]
-        if self._image_pixels is None:
-            return [torch.from_numpy(array.transpose(2, 0, 1).copy()) for array in arrays]
-        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+def resume_point(batches: Sequence[int], taken: int) -> tuple[int, NDArray[np.int64]]:
+    """Where a DataLoader's epoch stands after `taken` batches: the worker whose turn it is, and what each has given.
+
+    batches: what each worker gives in the whole epoch. A DataLoader that delivers in order takes one batch of each
+    worker in turn and passes over those that have run out. Returns a worker, and int64 [workers].
+    """
+    worker = np.repeat(np.arange(len(batches)), batches)
+    turn = np.concatenate([np.arange(count) for count in batches])
+    order = worker[np.lexsort((worker, turn))]
+    following = int(order[taken]) if taken < len(order) else 0
+    return following, np.bincount(order[:taken], minlength=len(batches))
 
 
 def _column(values: list[Any], dtype: type[np.generic]) -> torch.Tensor:

@@ -6,7 +6,7 @@ pass over the tar; memory: its sidecar and one sample.
 
 from __future__ import annotations
 
-import io
+import contextlib
 import json
 import logging
 import os
@@ -17,17 +17,20 @@ from glob import has_magic
 from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
-from PIL import Image, ImageOps
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from graphbuild.errors import ConfigError
-from graphbuild.sidecar import ShardError, Sidecar, SidecarHeader
+from graphbuild.sidecar import ShardError, Sidecar, SidecarHeader, read_header, sidecar_schema
 from graphbuild.tars import IMAGE_EXTENSIONS, tar_stem
 
 logger = logging.getLogger(__name__)
 
+EXPORT = "run `graphbuild export` again"
+READERS = 8  # threads that read sidecars at once
 SHARED_BY_SHARDS = ("encoder", "d", "k", "embeddings", "graph")
 
 
@@ -48,6 +51,10 @@ class JoinedSample:
     position: int
     image: bytes
     extra: dict[str, bytes]
+
+    @property
+    def name(self) -> str:
+        return f"{self.tar}: sample {self.position}, key {self.sidecar.key[self.position]!r}"
 
 
 def find_shards(
@@ -72,8 +79,58 @@ def find_shards(
         for url in (shard.tar, shard.sidecar):
             file_system, path = fsspec.core.url_to_fs(url)
             if isinstance(file_system, LocalFileSystem) and not file_system.exists(path):
-                raise _missing(shard, url)
+                raise missing(shard, url)
     return shards
+
+
+def read_sidecar(shard: Shard, expected: SidecarHeader) -> Sidecar:
+    """The whole sidecar of a shard; ShardError as `Sidecar.read`, and where it is not of the expected graph."""
+    with _readable(shard.sidecar):
+        sidecar = Sidecar.read(shard.sidecar)
+    check_same_graph(shard, sidecar.header, expected)
+    return sidecar
+
+
+def read_columns(shard: Shard, names: Sequence[str]) -> tuple[SidecarHeader, pa.Table]:
+    """The header and some columns of a shard's sidecar; ShardError as `Sidecar.read`."""
+    url = shard.sidecar
+    with _readable(url):
+        header, _ = read_header(url)
+        with fsspec.open(url, "rb") as stream:
+            table = pq.ParquetFile(stream, pre_buffer=False).read(columns=list(names), use_threads=False)
+    schema = sidecar_schema(header.d, header.k, header.embeddings)
+    types = dict(zip(table.schema.names, table.schema.types, strict=True))
+    for name in names:
+        if types.get(name) != schema.field(name).type:
+            raise ShardError(
+                f"{url}: column {name} is {types.get(name, 'absent')}, expected {schema.field(name).type}", EXPORT
+            )
+    if table.num_rows != header.rows:
+        raise ShardError(f"{url}: {table.num_rows} rows, its header says {header.rows}", EXPORT)
+    return header, table
+
+
+def check_tar_size(shard: Shard, header: SidecarHeader) -> None:
+    """Raise a ShardError unless the tar has as many bytes as the one that the sidecar was written for."""
+    file_system, path = fsspec.core.url_to_fs(shard.tar)
+    try:
+        bytes_found = file_system.size(path)  # None where a server does not tell; then keys and counts decide
+    except FileNotFoundError:
+        raise missing(shard, shard.tar) from None
+    if header.tar is not None and bytes_found not in (None, header.tar.bytes):
+        raise ShardError(
+            f"{shard.tar} has {bytes_found} bytes; {shard.sidecar} was written for {header.tar.bytes}",
+            "restore that tar, or embed and export again",
+        )
+
+
+def count_joined(shard: Shard, *, expected: SidecarHeader) -> int:
+    """How many samples `joined_samples` gives: from the sidecar, or from a pass over a tar that is compressed."""
+    _, table = read_columns(shard, ["node", "image_offset"])
+    named, placed = (table.column(name).is_valid().to_numpy() for name in ("node", "image_offset"))
+    if named.any() and not placed.any():  # a compressed tar's sidecar does not tell which samples have images
+        return sum(1 for _ in joined_samples(shard, expected=expected, extra=()))
+    return int((named & placed).sum())
 
 
 def joined_samples(shard: Shard, *, expected: SidecarHeader, extra: Sequence[str]) -> Iterator[JoinedSample]:
@@ -82,8 +139,7 @@ def joined_samples(shard: Shard, *, expected: SidecarHeader, extra: Sequence[str
     Raises:
         ShardError: the pair does not fit, is damaged, or belongs to another graph than `expected`.
     """
-    sidecar = Sidecar.read(shard.sidecar)
-    _check_same_graph(sidecar, expected)
+    sidecar = read_sidecar(shard, expected)
     rows, position, without_image = sidecar.header.rows, -1, 0
     for position, sample in enumerate(_tar_samples(shard, sidecar.header)):
         _check_key(shard, sidecar, position, sample["__key__"])
@@ -124,25 +180,6 @@ def joined_samples(shard: Shard, *, expected: SidecarHeader, extra: Sequence[str
     )
 
 
-def open_image(sample: JoinedSample, pixels: int | None = None) -> Image.Image:
-    """Decode to RGB; with pixels, resize and centre-crop to that square.
-
-    Raises:
-        ShardError: the image cannot be decoded.
-    """
-    try:
-        with Image.open(io.BytesIO(sample.image)) as encoded:
-            if pixels is None:
-                return encoded.convert("RGB")
-            encoded.draft("RGB", (pixels, pixels))  # JPEG: decode at a fraction of the size, never below it
-            return ImageOps.fit(encoded.convert("RGB"), (pixels, pixels), Image.Resampling.BICUBIC)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ShardError(
-            f"{_name(sample)}: the image cannot be decoded ({error})",
-            "replace the image, or leave the sample out: rewrite the tar, then embed and export again",
-        ) from error
-
-
 def member_value(sample: JoinedSample, name: str) -> Any:
     """An extra member: json parsed, txt as str, others as bytes.
 
@@ -156,26 +193,21 @@ def member_value(sample: JoinedSample, name: str) -> Any:
         return content.decode() if extension == "txt" else content
     except ValueError as error:
         raise ShardError(
-            f"{_name(sample)}: member {name!r} is malformed ({error})",
+            f"{sample.name}: member {name!r} is malformed ({error})",
             "correct the member, or drop it from `extra`",
         ) from error
 
 
 def _tar_samples(shard: Shard, header: SidecarHeader) -> Iterator[dict[str, Any]]:
     """Samples as webdataset and graphbuild.tars group them: members side by side that share a key."""
+    check_tar_size(shard, header)
     file_system, path = fsspec.core.url_to_fs(shard.tar)
     try:
-        bytes_found = file_system.size(path)  # None where a server does not tell; then keys and counts decide
-        if header.tar is not None and bytes_found not in (None, header.tar.bytes):
-            raise ShardError(
-                f"{shard.tar} has {bytes_found} bytes; {shard.sidecar} was written for {header.tar.bytes}",
-                "restore that tar, or embed and export again",
-            )
         with file_system.open(path, "rb") as stream:
             members = ({**member, "__url__": shard.tar} for member in tar_file_iterator(stream, skip_meta=None))
             yield from group_by_keys(members)
     except FileNotFoundError:
-        raise _missing(shard, shard.tar) from None
+        raise missing(shard, shard.tar) from None
     except (tarfile.TarError, EOFError, ValueError) as error:  # ValueError: a member twice in one sample
         reason = error.args[0] if error.args else type(error).__name__
         raise ShardError(
@@ -207,14 +239,24 @@ def _check_key(shard: Shard, sidecar: Sidecar, position: int, key: str) -> None:
     )
 
 
-def _check_same_graph(sidecar: Sidecar, expected: SidecarHeader) -> None:
+def check_same_graph(shard: Shard, header: SidecarHeader, expected: SidecarHeader) -> None:
+    """Raise a ShardError unless the sidecars of all shards tell of one graph and store it alike."""
     for name in SHARED_BY_SHARDS:
-        found, wanted = getattr(sidecar.header, name), getattr(expected, name)
+        found, wanted = getattr(header, name), getattr(expected, name)
         if found != wanted:
             raise ShardError(
-                f"{sidecar.url}: {name} is {found!r}, but the first tar's sidecar has {wanted!r}",
+                f"{shard.sidecar}: {name} is {found!r}, but the first tar's sidecar has {wanted!r}",
                 "batches cannot mix graphs: name tars of one store only, or export the whole store again",
             )
+
+
+@contextlib.contextmanager
+def _readable(url: str) -> Iterator[None]:
+    """Damaged pages are OSErrors to Arrow."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise ShardError(f"{url}: not a readable Parquet file ({error})", EXPORT) from error
 
 
 def _expand(pattern: str) -> list[str]:
@@ -245,14 +287,11 @@ def _sidecar_of(tar: str, sidecars: str | os.PathLike[str] | None) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-def _missing(shard: Shard, url: str) -> ShardError:
+def missing(shard: Shard, url: str) -> ShardError:
+    """The error for a shard's tar or sidecar that is not there."""
     if url == shard.tar:
         return ShardError(f"{url}: there is no such tar", "check the path or pattern")
     return ShardError(
         f"{url}: {shard.tar} has no sidecar there",
         "run `graphbuild export` on the store, or name the folder of the sidecars with `sidecars=`",
     )
-
-
-def _name(sample: JoinedSample) -> str:
-    return f"{sample.tar}: sample {sample.position}, key {sample.sidecar.key[sample.position]!r}"

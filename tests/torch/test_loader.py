@@ -1,10 +1,11 @@
 """Real tars and sidecars: what belongs together arrives together, once; what does not is refused by name."""
 
-import gc
+import gzip
 import io
 import json
 import logging
 import pickle
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,33 +53,48 @@ def embedding_of(row: int) -> np.ndarray:
     return np.random.default_rng(row).normal(size=D).astype(np.float32)
 
 
+def image_places(tar: Path) -> dict[str, tuple[int, int]]:
+    """Key -> offset and size of its first image."""
+    places: dict[str, tuple[int, int]] = {}
+    with tarfile.open(tar, "r:") as archive:
+        for member in archive:
+            key, _, extension = member.name.partition(".")
+            if extension.lower().rsplit(".", 1)[-1] in ("jpg", "jpeg", "png", "webp"):
+                places.setdefault(key, (member.offset_data, member.size))
+    return places
+
+
 def write_sidecar(
     path: Path,
     tar: Path,
     rows: list[int],
     *,
     keys: list[str] | None = None,
+    nodes: list[int] | None = None,
+    places: dict[str, tuple[int, int]] | None = None,
     without_node: tuple[int, ...] = (),
-    without_image: tuple[int, ...] = (),
     tar_bytes: int | None = None,
     embeddings: Any = "int8",
     **changes: Any,
 ) -> None:
-    vectors = np.stack([embedding_of(row) for row in rows])
+    texts = nodes or rows  # what tells the fields of a node
+    vectors = np.stack([embedding_of(text) for text in texts])
     values, scale = quantize_int8(vectors)
+    keys = keys or [f"{row:06d}" for row in rows]
+    places = image_places(tar) if places is None else places
     data: dict[str, list[Any]] = {
         "row": rows,
-        "key": keys or [f"{row:06d}" for row in rows],
-        "node": [1000 + row for row in rows],
+        "key": keys,
+        "node": nodes or [1000 + row for row in rows],
         "caption": [f"caption {row}" for row in rows],
         "embedding": list(values if embeddings == "int8" else vectors.astype(np.float16)),
         "embedding_scale": list(scale),
-        "neighbors": [[row + i for i in range(1, K + 1)] for row in rows],
-        "similarities": [list(np.float16([0.9, 0.8, 0.7, row / 100])) for row in rows],
-        "background_mean": [row / 10 for row in rows],
+        "neighbors": [[text + i for i in range(1, K + 1)] for text in texts],
+        "similarities": [list(np.float16([0.9, 0.8, 0.7, text / 100])) for text in texts],
+        "background_mean": [text / 10 for text in texts],
         "background_std": [0.5 for _ in rows],
-        "image_offset": [None if row in without_image else 512 for row in rows],
-        "image_size": [None if row in without_image else 100 for row in rows],
+        "image_offset": [places.get(key, (None, None))[0] for key in keys],
+        "image_size": [places.get(key, (None, None))[1] for key in keys],
     }
     for name in set(data) - {"row", "key", "image_offset", "image_size"}:
         data[name] = [None if row in without_node else value for row, value in zip(rows, data[name], strict=True)]
@@ -96,9 +112,15 @@ def write_sidecar(
     pq.write_table(pa.table({name: data[name] for name in schema.names}, schema=schema), path)
 
 
-def write_shard(folder: Path, number: int, members: Callable[[int], list[Member]] = members_of, **sidecar: Any) -> Path:
+def write_shard(
+    folder: Path,
+    number: int,
+    members: Callable[[int], list[Member]] = members_of,
+    samples: int = SAMPLES,
+    **sidecar: Any,
+) -> Path:
     """Shard n holds rows n * SAMPLES and on."""
-    rows = list(range(number * SAMPLES, (number + 1) * SAMPLES))
+    rows = list(range(number * SAMPLES, number * SAMPLES + samples))
     tar = folder / f"{number:05d}.tar"
     write_tar(tar, [member for row in rows for member in members(row)])
     write_sidecar(tar.with_suffix(".graph.parquet"), tar, rows, **sidecar)
@@ -121,9 +143,19 @@ def refuse(folder: Path, message: str, workers: int = 0, **options: Any) -> None
     loader = DataLoader(
         graph_webdataset(f"{folder}/*.tar", batch_size=4, **options), batch_size=None, num_workers=workers
     )
-    with pytest.raises(InputError, match=message) as caught:
+    text = error_text(loader)
+    assert re.search(message, text), text
+    assert "\n  -> " in text
+
+
+def error_text(loader: DataLoader) -> str:
+    """What reading all of it raises. No traceback keeps the loader alive: its workers end at once."""
+    try:
         list(loader)
-    assert "\n  -> " in str(caught.value)
+    except InputError as error:
+        error.__traceback__ = None
+        return str(error)
+    pytest.fail("no error was raised")
 
 
 # What a batch holds
@@ -196,7 +228,7 @@ def test_samples_without_a_node_are_left_out_and_counted(tmp_path: Path, caplog:
 
 def test_a_sample_that_never_had_an_image_is_left_out(tmp_path: Path) -> None:
     imageless = lambda row: members_of(row)[1:] if row == 3 else members_of(row)  # noqa: E731
-    write_shard(tmp_path, 0, imageless, without_image=(3,))
+    write_shard(tmp_path, 0, imageless)
     assert rows_of(graph_webdataset(f"{tmp_path}/*.tar", batch_size=4, shuffle=0)) == [
         0,
         1,
@@ -330,7 +362,7 @@ def test_a_cut_tar(tmp_path: Path) -> None:
     tar = write_shard(tmp_path, 0)
     tar.write_bytes(tar.read_bytes()[:3000])
     rows = list(range(SAMPLES))
-    write_sidecar(tar.with_suffix(".graph.parquet"), tar, rows)  # the size fits, the content does not
+    write_sidecar(tar.with_suffix(".graph.parquet"), tar, rows, places={})  # the size fits, the content does not
     refuse(tmp_path, r"00000\.tar: .*(unexpected end|damaged)")
 
 
@@ -351,8 +383,18 @@ def test_a_member_that_stands_twice(tmp_path: Path) -> None:
 
 
 def test_a_sample_that_lost_its_image(tmp_path: Path) -> None:
-    write_shard(tmp_path, 0, lambda row: members_of(row)[1:] if row == 3 else members_of(row))
+    lost = lambda row: members_of(row)[1:] if row == 3 else members_of(row)  # noqa: E731
+    write_shard(tmp_path, 0, lost, places={"000003": (512, 100)})
     refuse(tmp_path, r"00000\.tar: sample 3, key '000003', has lost its image")
+
+
+def test_a_sidecar_whose_bytes_are_damaged(tmp_path: Path) -> None:
+    sidecar = write_shard(tmp_path, 0).with_suffix(".graph.parquet")
+    whole = sidecar.read_bytes()
+    sidecar.write_bytes(whole[:-100])
+    refuse(tmp_path, r"00000\.graph\.parquet: not a readable Parquet file")
+    sidecar.write_bytes(whole[:4] + bytes(len(whole) // 2) + whole[4 + len(whole) // 2 :])
+    refuse(tmp_path, r"00000\.graph\.parquet: not a readable Parquet file")
 
 
 def test_an_image_that_cannot_be_decoded(tmp_path: Path) -> None:
@@ -376,7 +418,6 @@ def test_another_format_version(tmp_path: Path) -> None:
 def test_errors_of_worker_processes_arrive_as_they_are(tmp_path: Path) -> None:
     write_shard(tmp_path, 0, tar_bytes=5)
     refuse(tmp_path, r"00000\.tar has \d+ bytes", workers=1)
-    gc.collect()  # torch ends the failed loader's worker only when its iterator is collected
 
 
 def test_shards_of_two_graphs_do_not_mix(tmp_path: Path) -> None:
@@ -462,3 +503,101 @@ def test_sidecar_and_batches_agree_on_embeddings(store: Path) -> None:
 def test_relative_paths_find_their_sidecars(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(store)
     assert rows_of(graph_webdataset("00001.tar", batch_size=8, shuffle=0)) == list(range(10, 20))
+
+
+# Going on in the middle of an epoch
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> Path:
+    """Workers run out at different times: shards of 10, 3, 7, 1, 9 and 5 samples."""
+    for number, samples in enumerate([10, 3, 7, 1, 9, 5]):
+        write_shard(tmp_path, number, samples=samples, without_node=(number * SAMPLES + 2,))
+    return tmp_path
+
+
+def told(batch: dict[str, Any]) -> tuple[list[str], bytes]:
+    return batch["key"], batch["image"].numpy().tobytes()
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3")
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize(("partial", "shuffle"), [(True, 6), (False, 6), (True, 0)])
+def test_a_resumed_epoch_gives_what_is_left_and_nothing_else(
+    uneven: Path, workers: int, partial: bool, shuffle: int
+) -> None:
+    dataset = graph_webdataset(f"{uneven}/*.tar", batch_size=3, image_pixels=8, partial=partial, shuffle=shuffle)
+    loader = DataLoader(dataset, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
+    dataset.set_epoch(4)
+    whole = [told(batch) for batch in loader]
+    assert len(whole) >= 7
+    for taken in range(len(whole) + 1):
+        dataset.set_epoch(4, skip_batches=taken)
+        assert [told(batch) for batch in loader] == whole[taken:], taken
+    dataset.set_epoch(4)
+    assert [told(batch) for batch in loader] == whole
+
+
+def test_a_new_process_resumes_each_rank_where_it_was_stopped(uneven: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    remaining = []
+    for rank, taken in ((0, 2), (1, 2), (0, 4)):
+        monkeypatch.setenv("RANK", str(rank))
+
+        def loader() -> tuple[Any, DataLoader]:
+            dataset = graph_webdataset(f"{uneven}/*.tar", batch_size=2, image_pixels=8, shuffle=6)
+            return dataset, DataLoader(dataset, batch_size=None, num_workers=2, prefetch_factor=3)
+
+        _, first = loader()
+        stream = iter(first)
+        before = [told(next(stream)) for _ in range(taken)]
+        expected = [told(batch) for batch in stream]
+        dataset, second = loader()
+        dataset.set_epoch(0, skip_batches=taken)
+        after = [told(batch) for batch in second]
+        assert after == expected
+        assert len(after) > 1
+        remaining.append([key for keys, _ in before + after for key in keys])
+    assert sorted(remaining[0] + remaining[1]) == sorted(
+        f"{number * SAMPLES + i:06d}" for number, n in enumerate([10, 3, 7, 1, 9, 5]) for i in range(n) if i != 2
+    )
+
+
+def test_a_resumed_epoch_decodes_only_what_is_left(uneven: Path) -> None:
+    seen: list[int] = []
+    dataset = graph_webdataset(
+        f"{uneven}/*.tar", batch_size=3, shuffle=0, transform=lambda image: seen.append(image.getpixel((0, 0))[0]) or 0
+    )
+    dataset.set_epoch(0, skip_batches=5)
+    rows = rows_of(dataset)
+    assert seen == rows
+    assert len(rows) == 9 + 2 + 6 + 1 + 8 + 4 - 5 * 3
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3")
+def test_a_compressed_tar_is_counted_by_its_images(tmp_path: Path) -> None:
+    """Its sidecar has no offsets, so it does not tell which samples have an image."""
+    for number in range(3):
+        tar = write_shard(
+            tmp_path, number, lambda row: members_of(row)[1:] if row in (1, 2, 3, 4, 25) else members_of(row)
+        )
+        packed = gzip.compress(tar.read_bytes())
+        tar.unlink()
+        tar.with_suffix(".tgz").write_bytes(packed)
+        rows = list(range(number * SAMPLES, (number + 1) * SAMPLES))
+        write_sidecar(tar.with_suffix(".graph.parquet"), tar.with_suffix(".tgz"), rows, places={})
+    dataset = graph_webdataset(f"{tmp_path}/*.tgz", batch_size=3, shuffle=0)
+    loader = DataLoader(dataset, batch_size=None, num_workers=3, persistent_workers=True)
+    whole = [batch["key"] for batch in loader]
+    for taken in (1, 5, 7, 8):
+        dataset.set_epoch(0, skip_batches=taken)
+        assert [batch["key"] for batch in loader] == whole[taken:]
+
+
+def test_more_batches_to_skip_than_the_epoch_has_are_refused(store: Path) -> None:
+    dataset = graph_webdataset(f"{store}/*.tar", batch_size=16)
+    dataset.set_epoch(2, skip_batches=5)
+    with pytest.raises(InputError, match=r"skip_batches = 5: with 1 worker\(s\) epoch 2 of rank 0 has 4"):
+        list(dataset)
+    with pytest.raises(ConfigError, match="skip_batches = -1"):
+        dataset.set_epoch(0, skip_batches=-1)

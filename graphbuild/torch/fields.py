@@ -1,0 +1,91 @@
+"""What the graph says of nodes, as a batch holds it: from a store's memory-mapped arrays, or from sidecars in memory.
+
+Both give, for nodes int64 [B]: neighbors int64 [B, k]; similarities float32 [B, k]; background float32 [B, 2]; and
+embedding float32 [B, d], unit norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graphbuild.errors import ConfigError
+from graphbuild.sidecar import SidecarHeader, unit_rows
+from graphbuild.store import Store
+from graphbuild.torch.shards import READERS, Shard, read_sidecar
+
+if TYPE_CHECKING:
+    from graphbuild.graph import SampleGraph
+
+Nodes = NDArray[np.int64]
+
+
+class Fields(Protocol):
+    def take(self, nodes: Nodes) -> dict[str, NDArray[Any]]:
+        """The fields of nodes [B], by name."""
+
+
+class StoreFields:
+    """Fields from a store: nothing in memory, some pages of mapped files a node; embeddings as stored, in float16.
+
+    ConfigError: the sidecars were exported from another graph.
+    """
+
+    def __init__(self, graph: SampleGraph, sidecar: str, header: SidecarHeader) -> None:
+        built = Store(graph.url).manifest()["graph"]["fingerprint"]
+        if built != header.graph:
+            raise ConfigError(
+                f"{sidecar} was exported from graph {header.graph!r}; {graph.url} holds {built!r}",
+                "open the graph of the sidecars' store, or run `graphbuild export` on that store again",
+            )
+        self._graph = graph
+
+    def take(self, nodes: Nodes) -> dict[str, NDArray[Any]]:
+        neighbors, similarities = self._graph.neighbors(nodes)
+        return {
+            "neighbors": neighbors,
+            "similarities": similarities,
+            "background": self._graph.background(nodes),
+            "embedding": self._graph.embeddings(nodes),
+        }
+
+
+class SidecarFields:
+    """Fields from the columns of all sidecars, in memory as they are stored, once for each of `nodes` that differs.
+
+    Bytes a node: 6 k + 16, and d of int8 embeddings or 2 d of float16. Sidecars without embeddings give none.
+    """
+
+    def __init__(self, shards: Sequence[Shard], header: SidecarHeader, nodes: Nodes) -> None:
+        self._header = header
+        self._nodes = np.unique(nodes)
+        count = len(self._nodes)
+        self._columns: dict[str, NDArray[Any]] = {
+            "neighbors": np.empty((count, header.k), np.uint32),
+            "similarities": np.empty((count, header.k), np.float16),
+            "background": np.empty((count, 2), np.float32),
+        }
+        if header.embeddings != "none":
+            self._columns["embedding"] = np.empty((count, header.d), header.embeddings)
+        with ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(self._read, shards))
+
+    def _read(self, shard: Shard) -> None:
+        sidecar = read_sidecar(shard, self._header)
+        wanted = np.isin(sidecar.node, self._nodes)
+        places = np.searchsorted(self._nodes, sidecar.node[wanted])
+        for name, column in self._columns.items():
+            column[places] = getattr(sidecar, name)[wanted]
+
+    def take(self, nodes: Nodes) -> dict[str, NDArray[Any]]:
+        places = np.searchsorted(self._nodes, nodes)
+        stored = {name: column[places] for name, column in self._columns.items()}
+        types = {"neighbors": np.int64, "similarities": np.float32, "background": np.float32}
+        fields = {name: stored[name].astype(kind) for name, kind in types.items()}
+        if "embedding" in stored:
+            fields["embedding"] = unit_rows(stored["embedding"])
+        return fields
