@@ -34,7 +34,10 @@ def basis_of(moments: Array, total: int) -> Float32:
     moments: float64 [d + 1, d] of `total` embeddings (`graphbuild.moments`). A row is a principal direction over the
     step of its coordinate. b = min(d, DIMENSIONS).
     """
-    values, vectors = np.linalg.eigh(moments[1:] / total)
+    import torch
+
+    with torch_threads(1):  # the same bytes wherever it runs
+        values, vectors = (part.numpy() for part in torch.linalg.eigh(torch.from_numpy(moments[1:] / total)))
     dimensions = min(len(values), DIMENSIONS)
     wide, narrow = split(dimensions)
     spread = np.sqrt(np.maximum(values[::-1][:dimensions], 1e-12))
