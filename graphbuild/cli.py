@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import enum
 import io
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -27,38 +26,12 @@ app = typer.Typer(
 )
 
 
-class Preset(enum.StrEnum):
-    cc3m = "cc3m"
-    cc12m = "cc12m"
-
-
-class Device(enum.StrEnum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class ResizeMode(enum.StrEnum):
-    no = "no"
-    keep_ratio = "keep_ratio"
-    keep_ratio_largest = "keep_ratio_largest"
-    center_crop = "center_crop"
-    border = "border"
-
-
-class Embeddings(enum.StrEnum):
-    int8 = "int8"
-    float16 = "float16"
-    none = "none"
-
-
-class DerivedList(enum.StrEnum):
-    duplicates = "duplicates"
-    hard_negatives = "hard-negatives"
-    false_negatives = "false-negatives"
-    positives = "positives"
-
-
+Preset = Literal["cc3m", "cc12m"]
+Device = Literal["auto", "cpu", "cuda"]
+ResizeMode = Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
+Embeddings = Literal["int8", "float16", "sketch:64", "none"]
+Layout = Literal["sidecars", "inline", "clustered"]
+DerivedList = Literal["duplicates", "hard-negatives", "false-negatives", "positives"]
 StoreArg = Annotated[
     str,
     typer.Argument(
@@ -200,12 +173,18 @@ def index(
 def export(
     store: StoreArg,
     embeddings: Annotated[Embeddings | None, _option("carried by the sidecars  [default: int8]")] = None,
+    layout: Annotated[
+        Layout | None,
+        _option("sidecars beside the tars; new tars with the fields inside; new tars in neighbour order  [sidecars]"),
+    ] = None,
+    chunk: Annotated[int | None, _option("of clustered: neighbours shuffled as one  [default: 32]")] = None,
+    shard_size: Annotated[int | None, _option("of clustered: samples a tar  [default: 10000]")] = None,
     workers: Workers = None,
     address: Address = None,
     force: Force = False,
 ) -> None:
-    """Graph to sidecars, one beside each tar, for trainers."""
-    _run_section("export", store, _given(locals(), "embeddings"), workers, address, force)
+    """Graph to sidecars beside the tars, or to new tars, for trainers."""
+    _run_section("export", store, _given(locals(), "embeddings layout chunk shard_size"), workers, address, force)
 
 
 @app.command()
@@ -255,7 +234,7 @@ def mine(
     from graphbuild.mine import mine_store
 
     names = "threshold count skip positive absolute_margin relative_margin min_similarity max_similarity mutual"
-    typer.echo(mine_store(_store(store), what.value, _given(locals(), names), out))
+    typer.echo(mine_store(_store(store), what, _given(locals(), names), out))
 
 
 @app.command()

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from graphbuild import sketch
 from graphbuild.index import VECTORS
+from graphbuild.moments import BASIS
 from graphbuild.recipe import Recipe
 from graphbuild.sharded import Array, node_array
-from graphbuild.sidecar import SidecarHeader, TarIdentity, quantize_int8, sidecar_schema
+from graphbuild.sidecar import EmbeddingKind, SidecarHeader, TarIdentity, quantize_int8, sidecar_schema
 from graphbuild.stage import Stage, Task, outputs
 from graphbuild.state import require
 from graphbuild.store import Json, Store, Writer
@@ -41,43 +43,69 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
 
 
 def run(task: Task, store: Store, writer: Writer) -> Json:
-    manifest = store.manifest()
     samples = store.table(f"samples/{task.name}.parquet")
-    node = samples["node"].to_numpy() if not samples["node"].null_count else samples["node"].fill_null(-1).to_numpy()
-    nodes, inverse = np.unique(node[node >= 0], return_inverse=True)
-    embedded = node_array(store, manifest, VECTORS).take(nodes)
-    gathered = {
-        "neighbors": node_array(store, manifest, "graph/{}.neighbors.npy").take(nodes),
-        "similarities": node_array(store, manifest, "graph/{}.similarities.npy").take(nodes),
-    }
-    background = node_array(store, manifest, "graph/{}.background.npy").take(nodes)
-    gathered["background_mean"], gathered["background_std"] = background[:, 0], background[:, 1]
-    if task.settings["embeddings"] == "int8":
-        gathered["embedding"], gathered["embedding_scale"] = quantize_int8(embedded)
-    elif task.settings["embeddings"] == "float16":
-        gathered["embedding"] = embedded
     tar = task.built["tar"]
+    identity = None if tar is None else TarIdentity(name=tar["name"], bytes=tar["bytes"], sha256=tar["sha256"])
+    table = sidecar_table(store, samples, task.settings["embeddings"], shard=task.name, tar=identity)
+    name = task.name if tar is None else tar_stem(tar["name"])
+    writer.table(f"shards/{name}.graph.parquet", table)
+    return {"counts": {"samples": len(samples), "without_node": samples["node"].null_count}}
+
+
+def sidecar_table(
+    store: Store,
+    samples: pa.Table,
+    embeddings: EmbeddingKind,
+    *,
+    shard: str,
+    tar: TarIdentity | None,
+    chunk: int | None = None,
+) -> pa.Table:
+    """The sidecar of some samples, in their order; samples: row, key, node, caption, image_offset, image_size."""
+    manifest = store.manifest()
     header = SidecarHeader(
         encoder=manifest["embeddings"]["encoder"],
         d=manifest["embeddings"]["d"],
         k=manifest["graph"]["k"],
-        embeddings=task.settings["embeddings"],
+        embeddings=embeddings,
         graph=manifest["graph"]["fingerprint"],
-        shard=task.name,
-        tar=None if tar is None else TarIdentity(name=tar["name"], bytes=tar["bytes"], sha256=tar["sha256"]),
+        shard=shard,
+        tar=tar,
         rows=len(samples),
+        chunk=chunk,
+        sketch_steps=sketch.steps(store.array(BASIS)).tolist() if embeddings == "sketch:64" else None,
     )
-    schema = sidecar_schema(header.d, header.k, header.embeddings)
-    columns = []
-    for field in schema:
-        if field.name in gathered:
-            columns.append(_column(gathered[field.name], inverse, node >= 0, field.type))
+    node = samples["node"].fill_null(-1).to_numpy()
+    nodes, inverse = np.unique(node[node >= 0], return_inverse=True)
+    gathered = graph_fields(store, manifest, nodes, embeddings)
+    schema = sidecar_schema(header.d, header.k, embeddings)
+    columns = [
+        _column(gathered[field.name], inverse, node >= 0, field.type)
+        if field.name in gathered
+        else samples[field.name].combine_chunks().cast(field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=schema.with_metadata(header.metadata()))
+
+
+def graph_fields(store: Store, manifest: Json, nodes: Array, embeddings: EmbeddingKind) -> dict[str, Array]:
+    """What a sidecar says of nodes [n], by the name of its column."""
+    background = node_array(store, manifest, "graph/{}.background.npy").take(nodes)
+    fields = {
+        "neighbors": node_array(store, manifest, "graph/{}.neighbors.npy").take(nodes),
+        "similarities": node_array(store, manifest, "graph/{}.similarities.npy").take(nodes),
+        "background_mean": background[:, 0],
+        "background_std": background[:, 1],
+    }
+    if embeddings == "sketch:64":
+        fields["sketch"] = node_array(store, manifest, "graph/{}.sketch.npy").take(nodes)
+    elif embeddings != "none":
+        embedded = node_array(store, manifest, VECTORS).take(nodes)
+        if embeddings == "int8":
+            fields["embedding"], fields["embedding_scale"] = quantize_int8(embedded)
         else:
-            columns.append(samples[field.name].combine_chunks().cast(field.type))
-    name = task.name if tar is None else tar_stem(tar["name"])
-    table = pa.table(columns, schema=schema.with_metadata(header.metadata()))
-    writer.table(f"shards/{name}.graph.parquet", table)
-    return {"counts": {"samples": len(samples), "without_node": int((node < 0).sum())}}
+            fields["embedding"] = embedded
+    return fields
 
 
 def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:

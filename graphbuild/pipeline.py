@@ -6,7 +6,7 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from graphbuild import certify, download, embed, export, index, number, scan, vectors
+from graphbuild import certify, clustered, download, embed, export, index, inline, number, scan, vectors
 from graphbuild.encoder import find_encoder
 from graphbuild.errors import ConfigError
 from graphbuild.recipe import Recipe
@@ -50,7 +50,9 @@ def stages_of(verb: str, recipe: Recipe) -> Sequence[Stage]:
         "download": [download.URLS, download.DOWNLOAD],
         "embed": [scan.STAGE, number.NUMBER, number.ASSIGN, embed.STAGE],
         "index": [*index.STAGES, certify.STAGE],
-        "export": [export.STAGE],
+        "export": {"sidecars": [export.STAGE], "inline": [inline.STAGE], "clustered": clustered.STAGES}[
+            recipe.export.layout
+        ],
     }[verb]
 
 
@@ -66,6 +68,8 @@ def run_verb(verb: str, recipe: Recipe, store: Store, runner: Runner, *, force: 
         runner.run(stage, recipe, store, force=force)
         if stage is index.SEARCH:
             remove_scratch(index.SCRATCH_STAGES, index.SCRATCH, store)
+        if stage is clustered.CLUSTER:
+            remove_scratch(clustered.SCRATCH_STAGES, clustered.SCRATCH, store)
     write_recipe(recipe, store)
     manifest = store.manifest()
     versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}

@@ -101,9 +101,15 @@ class Index(Section):
 
 
 class Export(Section):
-    """Graph to sidecars beside the tars."""
+    """Graph to sidecars beside the tars, or to new tars."""
 
-    embeddings: Literal["int8", "float16", "none"] = "int8"
+    embeddings: Literal["int8", "float16", "sketch:64", "none"] = Field("int8", description="carried by the sidecars")
+    layout: Literal["sidecars", "inline", "clustered"] = Field(
+        "sidecars",
+        description="sidecars beside the tars; inline: new tars that hold the fields; clustered: in neighbour order",
+    )
+    chunk: int = Field(32, ge=2, le=4096, description="of clustered: neighbouring samples that are shuffled as one")
+    shard_size: int = Field(10_000, ge=1, le=1_000_000, description="of clustered: samples a tar")
 
 
 class Recipe(Section):

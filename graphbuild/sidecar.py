@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from graphbuild import sketch
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.store import FORMAT_VERSION
 
@@ -28,7 +29,7 @@ METADATA_KEY = b"graphbuild"
 MAY_BE_NULL = ("caption", "image_offset", "image_size")  # where a sample has a node
 EXPORT = "run `graphbuild export` again"
 
-EmbeddingKind = Literal["int8", "float16", "none"]
+EmbeddingKind = Literal["int8", "float16", "sketch:64", "none"]
 
 
 class ShardError(InputError):
@@ -58,7 +59,9 @@ class SidecarHeader(BaseModel):
     """What the Parquet schema metadata says of a sidecar, as JSON under the key `graphbuild`.
 
     d: dimensions of an embedding; k: neighbours a node; graph: fingerprint of the graph that node ids refer
-    to; tar: None where the samples did not come from a tar; rows: samples in the shard.
+    to; tar: None where the samples did not come from a tar; rows: samples in the shard. chunk: in a tar of the
+    clustered layout, how many samples behind each other are neighbours and are shuffled as one. sketch_steps: what a
+    code of 1 is worth in each coordinate of a sketch (`graphbuild.sketch.unpack`).
     """
 
     model_config = ConfigDict(frozen=True, strict=True)
@@ -71,6 +74,8 @@ class SidecarHeader(BaseModel):
     shard: str
     tar: TarIdentity | None
     rows: int
+    chunk: int | None = None
+    sketch_steps: list[float] | None = None
 
     def metadata(self) -> dict[bytes, bytes]:
         """The schema metadata to write: `sidecar_schema(...).with_metadata(header.metadata())`."""
@@ -82,26 +87,27 @@ def sidecar_schema(d: int, k: int, embeddings: EmbeddingKind) -> pa.Schema:
 
     A sample without a usable caption has no node: every column but key, row, image_offset and image_size is
     null there. The value of an int8 embedding is `embedding * embedding_scale`; a float16 one has no scale;
-    with "none" both columns are absent.
+    "sketch:64" has a column sketch instead (`graphbuild.sketch`), "none" has neither.
 
     Raises:
         ConfigError: d or k below 1, or an unknown kind of embeddings.
     """
     if d < 1 or k < 1:
         raise ConfigError(f"a sidecar needs d >= 1 and k >= 1, got d = {d}, k = {k}", "set --k to 1 or more")
-    columns = {"int8": [pa.int8()], "float16": [pa.float16()], "none": []}.get(embeddings)
-    if columns is None:
-        raise ConfigError(f"unknown kind of embeddings {embeddings!r}", "use int8, float16 or none")
+    kinds: dict[str, list[pa.Field]] = {
+        "int8": [pa.field("embedding", pa.list_(pa.int8(), d)), pa.field("embedding_scale", pa.float32())],
+        "float16": [pa.field("embedding", pa.list_(pa.float16(), d))],
+        "sketch:64": [pa.field("sketch", pa.list_(pa.uint8(), min(d, sketch.BYTES)))],
+        "none": [],
+    }
+    if embeddings not in kinds:
+        raise ConfigError(f"unknown kind of embeddings {embeddings!r}", f"use one of {', '.join(kinds)}")
     fields = [
         pa.field("row", pa.int64(), nullable=False),
         pa.field("key", pa.string(), nullable=False),
         pa.field("node", pa.int64()),
         pa.field("caption", pa.string()),
-    ]
-    fields += [pa.field("embedding", pa.list_(value, d)) for value in columns]
-    if embeddings == "int8":
-        fields.append(pa.field("embedding_scale", pa.float32()))
-    fields += [
+        *kinds[embeddings],
         pa.field("neighbors", pa.list_(pa.uint32(), k)),
         pa.field("similarities", pa.list_(pa.float16(), k)),
         pa.field("background_mean", pa.float32()),
@@ -155,9 +161,9 @@ class Sidecar:
     zero.
 
     row int64 [n]; key and caption object [n] (str; a caption may be None); node int64 [n]; embedding int8 or
-    float16 [n, d], or None; embedding_scale float32 [n], or None; neighbors uint32 [n, k]; similarities
-    float16 [n, k], descending; background float32 [n, 2], mean and deviation; image_offset and image_size
-    int64 [n], bytes in the tar, -1 where the tar holds no image for the sample.
+    float16 [n, d], or None; embedding_scale float32 [n], or None; sketch uint8 [n, 64 or fewer], or None; neighbors
+    uint32 [n, k]; similarities float16 [n, k], descending; background float32 [n, 2], mean and deviation; image_offset
+    and image_size int64 [n], bytes in the tar, -1 where the tar holds no image for the sample.
     """
 
     url: str
@@ -168,6 +174,7 @@ class Sidecar:
     caption: NDArray[np.object_]
     embedding: NDArray[np.int8] | NDArray[np.float16] | None
     embedding_scale: NDArray[np.float32] | None
+    sketch: NDArray[np.uint8] | None
     neighbors: NDArray[np.uint32]
     similarities: NDArray[np.float16]
     background: NDArray[np.float32]
@@ -182,7 +189,7 @@ class Sidecar:
             ShardError: the file is missing, not a sidecar, of another format version, or contradicts itself.
         """
         file_system, path = fsspec.core.url_to_fs(url)
-        with _readable(url):
+        with readable(url):
             table = pq.ParquetFile(pa.BufferReader(file_system.cat_file(path))).read(use_threads=False)
         header = _parse_header(url, table.schema.metadata)
         _check_columns(url, header, table)
@@ -197,6 +204,7 @@ class Sidecar:
             caption=columns["caption"].to_numpy(zero_copy_only=False),
             embedding=_matrix(columns["embedding"]) if "embedding" in columns else None,
             embedding_scale=_numbers(columns["embedding_scale"]) if "embedding_scale" in columns else None,
+            sketch=_matrix(columns["sketch"]) if "sketch" in columns else None,
             neighbors=_matrix(columns["neighbors"]),
             similarities=_matrix(columns["similarities"]),
             background=np.stack(background, axis=1),
@@ -250,7 +258,7 @@ def read_header(url: str) -> tuple[SidecarHeader, int]:
     Raises:
         ShardError: the file is missing or not a sidecar.
     """
-    with _readable(url), fsspec.open(url, "rb") as stream:
+    with readable(url), fsspec.open(url, "rb") as stream:
         footer = pq.ParquetFile(stream, pre_buffer=False)
         header = _parse_header(url, footer.schema_arrow.metadata)
         node = footer.read(columns=["node"], use_threads=False).column("node")
@@ -258,7 +266,8 @@ def read_header(url: str) -> tuple[SidecarHeader, int]:
 
 
 @contextlib.contextmanager
-def _readable(url: str) -> Iterator[None]:
+def readable(url: str) -> Iterator[None]:
+    """A missing or damaged file as a ShardError that names it."""
     try:
         yield
     except FileNotFoundError:
@@ -266,7 +275,7 @@ def _readable(url: str) -> Iterator[None]:
             f"{url}: there is no such sidecar",
             "run `graphbuild export` on the store, or name the sidecars' folder with `sidecars=`",
         ) from None
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:  # Arrow calls damaged pages an OSError
         raise ShardError(f"{url}: not a readable Parquet file ({error})", EXPORT) from error
 
 

@@ -36,6 +36,10 @@ ORDER = (
     "search",
     "certify",
     "export",
+    "inline",
+    "arrange",
+    "scatter",
+    "cluster",
 )
 """All stages, each before those that build on it."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from graphbuild.store import Json, Store
 
 NEXT = {"download": "embed", "embed": "index", "index": "export"}
+EXPORTED = {"export": "sidecars, in shards/", "inline": "tars, in inline/", "cluster": "tars, in clustered/"}
 
 
 def summary(verb: str, manifest: Json, store: Store) -> str:
@@ -22,7 +23,7 @@ def _has(verb: str, manifest: Json) -> bool:
         "download": {"download"},
         "embed": {"encode", "vectors"},
         "index": {"certify"},
-        "export": {"export"},
+        "export": EXPORTED.keys(),
     }[verb]
     return bool(stages & manifest["stages"].keys())
 
@@ -71,8 +72,11 @@ def _index(manifest: Json) -> list[str]:
 
 
 def _export(manifest: Json) -> list[str]:
-    counts = manifest["stages"]["export"]["counts"]
-    lines = [f"export    {manifest['stages']['export']['tasks']:,} sidecars, {counts['samples']:,} samples, in shards/"]
+    lines = []
+    for stage, what in EXPORTED.items():
+        if stage in manifest["stages"]:
+            tasks, counts = (manifest["stages"][stage][name] for name in ("tasks", "counts"))
+            lines.append(f"export    {counts['samples']:,} samples in {tasks:,} {what}")
     if counts["without_node"]:
         lines.append(f"          {counts['without_node']:6,} samples without a usable caption: loaders leave them out")
     return lines

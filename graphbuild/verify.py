@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from graphbuild import sketch
+from graphbuild import clustered, sketch
 from graphbuild.certify import certify_afresh, check_lists
 from graphbuild.errors import ConfigError, GraphbuildError
 from graphbuild.export import SIZES, tar_sizes
@@ -73,6 +73,8 @@ def verify_store(store: Store) -> Report:
             report.problems.append(f"shard {shard['shard']}: {error.cause}")
     if "export" in manifest["stages"] and store.read_json(SIZES) != tar_sizes(manifest):
         report.problems.append(f"{SIZES}: not the samples a tar that the manifest says")
+    if "cluster" in manifest["stages"]:
+        report.problems += _check_clustered(store, manifest)
     if "certify" in manifest["stages"] and not report.problems:
         certified = manifest["recall"]
         report.recall = certify_afresh(store, certified["sampled_nodes"], FRESH_SEED)
@@ -218,8 +220,31 @@ def _check_sidecar(store: Store, manifest: Json, shard: Json, samples: pa.Table)
         if not np.array_equal(sidecar.neighbors[own], store.array(f"graph/{shard['shard']}.neighbors.npy")[at]):
             problems.append(f"{path}: column neighbors differs from graph/{shard['shard']}.neighbors.npy")
         vectors = store.array(f"nodes/{shard['shard']}.npy")[at]
-        stored = sidecar.embedding
         expected = quantize_int8(vectors)[0] if sidecar.header.embeddings == "int8" else vectors
-        if stored is not None and not np.array_equal(stored[own], expected):
+        if sidecar.embedding is not None and not np.array_equal(sidecar.embedding[own], expected):
             problems.append(f"{path}: column embedding differs from nodes/{shard['shard']}.npy")
+        sketches = store.array(f"graph/{shard['shard']}.sketch.npy")[at]
+        if sidecar.sketch is not None and not np.array_equal(sidecar.sketch[own], sketches):
+            problems.append(f"{path}: column sketch differs from graph/{shard['shard']}.sketch.npy")
+    return problems
+
+
+def _check_clustered(store: Store, manifest: Json) -> list[str]:
+    """The tars in neighbour order: each beside its sidecar, and every row of the store in one of them."""
+    problems = []
+    written = np.zeros(sum(shard["samples"] for shard in manifest["shards"]), np.int64)
+    for name in records(store, "cluster"):
+        path = f"{clustered.FOLDER}/{name}"
+        sidecar = Sidecar.read(store.display(f"{path}.graph.parquet"))
+        with open_tar(store.display(f"{path}.tar")) as opened:
+            found = opened.samples()
+        images = [-1 if sample.image is None else sample.image.offset for sample in found]
+        if [sample.key for sample in found] != sidecar.key.tolist() or images != sidecar.image_offset.tolist():
+            problems.append(f"{path}.tar: its keys or the places of its images are not those of its sidecar")
+        if sidecar.header.graph != manifest["graph"]["fingerprint"]:
+            problems.append(f"{path}.graph.parquet: written from another graph")
+        written += np.bincount(sidecar.row, minlength=len(written))
+    if (written != 1).any():
+        row = int((written != 1).argmax())
+        problems.append(f"{clustered.FOLDER}/: row {row} is in {written[row]} tars, not in one")
     return problems

@@ -1,5 +1,6 @@
 """What a trainer imports: batches with their graph, targets and losses."""
 
+from graphbuild.torch.batch_edges import BatchEdges
 from graphbuild.torch.dataset import GraphDataset
 from graphbuild.torch.graph_losses import GraphSimCLRLoss, GraphVICRegLoss, KernelInfoNCELoss
 from graphbuild.torch.image_text_losses import CLIPLoss, CWCLLoss, SigLIPLoss
@@ -9,6 +10,7 @@ from graphbuild.torch.samplers import NeighborBatchSampler
 from graphbuild.torch.targets import Targets, similarity_targets
 
 __all__ = [
+    "BatchEdges",
     "CLIPLoss",
     "CWCLLoss",
     "DebiasedLoss",

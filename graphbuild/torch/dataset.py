@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from webdataset.tariterators import base_plus_ext
 
+from graphbuild.ranges import TarRanges, member_behind
 from graphbuild.sidecar import ShardError, SidecarHeader
 from graphbuild.tars import IMAGE_EXTENSIONS
 from graphbuild.torch.fields import Fields, SidecarFields, StoreFields
 from graphbuild.torch.images import ImageDecoder
-from graphbuild.torch.ranges import TarRanges, member_behind
 from graphbuild.torch.shards import READERS, Shard, check_same_graph, check_tar_size, find_shards, read_columns
 
 if TYPE_CHECKING:
@@ -42,12 +42,12 @@ class SampleIndexError(ShardError, IndexError):
 class ShardSamples:
     """The samples of a shard that have a node and an image, in tar order: n of them.
 
-    first_row: row of the tar's first sample; position int32 [n]: in the tar; node, offset int64 [n] and size int32
-    [n]: of the image; key, caption: string [n].
+    row int64 [n]; position int32 [n]: in the tar; node, offset int64 [n] and size int32 [n]: of the image; key,
+    caption: string [n].
     """
 
     header: SidecarHeader
-    first_row: int
+    row: NDArray[np.int64]
     position: NDArray[np.int32]
     node: NDArray[np.int64]
     offset: NDArray[np.int64]
@@ -77,7 +77,7 @@ class GraphDataset(Dataset[dict[str, Any]]):
     Items are the samples with a node and an image, in order of tars and rows; `nodes` int64 [n] tells a sampler the
     node of each.
 
-    Memory: 24 bytes a sample (12 million: 0.3 GB) and its key and caption; without `graph` also the sidecars' columns,
+    Memory: 32 bytes a sample (12 million: 0.4 GB) and its key and caption; without `graph` also the sidecars' columns,
     once a distinct node: 6 k + d + 16 bytes (int8, d = 384, k = 64: 784 bytes). Forked workers share all of it; spawned
     ones copy it. Opening reads 6 columns of every sidecar, without `graph` all. A batch costs one pread (remote: one
     ranged request, all of a batch at once) for each image, with the 512 bytes before it, which must be the header of
@@ -112,7 +112,7 @@ class GraphDataset(Dataset[dict[str, Any]]):
         for shard, part in zip(self.shards, parts, strict=True):
             check_same_graph(shard, part.header, header)
         self._first_item = np.cumsum([0, *(len(part.node) for part in parts)])
-        self._first_row = np.array([part.first_row for part in parts])
+        self._row = np.concatenate([part.row for part in parts])
         self._position = np.concatenate([part.position for part in parts])
         self._offset = np.concatenate([part.offset for part in parts])
         self._size = np.concatenate([part.size for part in parts])
@@ -125,7 +125,7 @@ class GraphDataset(Dataset[dict[str, Any]]):
             if graph is None
             else StoreFields(graph, self.shards[0].sidecar, header)
         )
-        self._tars = TarRanges(self.shards)
+        self._tars = TarRanges([shard.tar for shard in self.shards])
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -146,7 +146,7 @@ class GraphDataset(Dataset[dict[str, Any]]):
             for tar, position, (key, _) in zip(tars.tolist(), self._position[items].tolist(), texts, strict=True)
         ]
         nodes = self.nodes[items]
-        columns = {"row": self._first_row[tars] + self._position[items], "node": nodes, **self._fields.take(nodes)}
+        columns = {"row": self._row[items], "node": nodes, **self._fields.take(nodes)}
         return Samples(
             {
                 "image": self._decoder.decode(images, names),
@@ -223,7 +223,7 @@ class GraphDataset(Dataset[dict[str, Any]]):
         position = int(self._position[item])
         raise ShardError(
             f"{shard.tar}: at byte {offset:,} {found}; {shard.sidecar} has there the image of sample {position}, key"
-            f" {key!r}, {size:,} bytes (row {self._first_row[tar] + position} of the store)",
+            f" {key!r}, {size:,} bytes (row {self._row[item]} of the store)",
             "the tar was changed, reordered or swapped after the export: restore it, or embed and export again",
         )
 
@@ -245,7 +245,7 @@ def read_samples(shard: Shard) -> ShardSamples:
     header, table = read_columns(shard, ["row", "key", "node", "caption", "image_offset", "image_size"])
     check_tar_size(shard, header)
     row = table.column("row").to_numpy()
-    if len(row) and not np.array_equal(row, row[0] + np.arange(len(row))):
+    if header.chunk is None and len(row) and not np.array_equal(row, row[0] + np.arange(len(row))):
         place = int((row != row[0] + np.arange(len(row))).argmax())
         raise ShardError(f"{shard.sidecar}: row {row[place]} follows {row[place - 1]} (sample {place})", RESTORE)
     named, placed, sized = (table.column(name).is_valid().to_numpy() for name in ("node", "image_offset", "image_size"))
@@ -268,6 +268,5 @@ def read_samples(shard: Shard) -> ShardSamples:
             RESTORE,
         )
     key, caption = (table.column(name).combine_chunks() for name in ("key", "caption"))
-    first_row = int(row[0]) if len(row) else 0
     node = table.column("node").to_numpy()
-    return ShardSamples(header, first_row, position, node, offset, size.astype(np.int32), key, caption)
+    return ShardSamples(header, row[usable], position, node, offset, size.astype(np.int32), key, caption)

@@ -1,7 +1,7 @@
 """What the graph says of nodes, as a batch holds it: from a store's memory-mapped arrays, or from sidecars in memory.
 
 Both give, for nodes int64 [B]: neighbors int64 [B, k]; similarities float32 [B, k]; background float32 [B, 2]; and
-embedding float32 [B, d], unit norm.
+embedding float32 [B, d], unit norm, or sketch float32 [B, b].
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from graphbuild.errors import ConfigError
 from graphbuild.sidecar import SidecarHeader, unit_rows
+from graphbuild.sketch import BYTES, unpack
 from graphbuild.store import Store
 from graphbuild.torch.shards import READERS, Shard, read_sidecar
 
@@ -57,7 +58,7 @@ class StoreFields:
 class SidecarFields:
     """Fields from the columns of all sidecars, in memory as they are stored, once for each of `nodes` that differs.
 
-    Bytes a node: 6 k + 16, and d of int8 embeddings or 2 d of float16. Sidecars without embeddings give none.
+    Bytes a node: 6 k + 16, and d of int8 embeddings, 2 d of float16, or 64 of sketches.
     """
 
     def __init__(self, shards: Sequence[Shard], header: SidecarHeader, nodes: Nodes) -> None:
@@ -69,7 +70,10 @@ class SidecarFields:
             "similarities": np.empty((count, header.k), np.float16),
             "background": np.empty((count, 2), np.float32),
         }
-        if header.embeddings != "none":
+        if header.embeddings == "sketch:64":
+            self._columns["sketch"] = np.empty((count, min(header.d, BYTES)), np.uint8)
+            self._sketch_steps = np.array(header.sketch_steps, np.float32)
+        elif header.embeddings != "none":
             self._columns["embedding"] = np.empty((count, header.d), header.embeddings)
         with ThreadPoolExecutor(READERS) as pool:
             list(pool.map(self._read, shards))
@@ -88,4 +92,6 @@ class SidecarFields:
         fields = {name: stored[name].astype(kind) for name, kind in types.items()}
         if "embedding" in stored:
             fields["embedding"] = unit_rows(stored["embedding"])
+        if "sketch" in stored:
+            fields["sketch"] = unpack(stored["sketch"], self._sketch_steps)
         return fields

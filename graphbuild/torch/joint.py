@@ -168,6 +168,6 @@ def _sizes(own: Tensor, targets: Targets) -> dict[str, int]:
     """What has to agree over ranks: 0 where targets lack a tensor, else 1 or its width."""
     given = targets.tensors()
     sizes = {"batch size": own.shape[1], "width of z": own.shape[2]}
-    for name in ("embeddings", "similarities", "labels", "class_priors"):
+    for name in ("embeddings", "similarities", "labels", "class_priors", "node", "sketch"):
         sizes[f"width of {name}"] = given[name].shape[-1] if name in given else 0
     return sizes

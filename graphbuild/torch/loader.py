@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from itertools import islice
+from itertools import chain, groupby, islice
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from webdataset.utils import pytorch_worker_info
 
 from graphbuild.errors import ConfigError
 from graphbuild.sidecar import ShardError, SidecarHeader, unit_rows
+from graphbuild.sketch import unpack
 from graphbuild.torch.images import ImageDecoder
 from graphbuild.torch.shards import (
     READERS,
@@ -44,6 +45,7 @@ BATCH_FIELDS = (
     "row",
     "node",
     "embedding",
+    "sketch",
     "neighbors",
     "similarities",
     "background",
@@ -75,7 +77,8 @@ def graph_webdataset(
         batch_size: samples of a batch, B. Batches do not span workers.
         sidecars: another folder or URL that holds the NAME.graph.parquet.
         shuffle: samples of the shuffle buffer; 0 reads shards and samples in order. Shards and samples are
-            shuffled anew by `set_epoch`.
+            shuffled anew by `set_epoch`; of tars in the clustered layout whole chunks are shuffled, so that neighbours
+            come in one batch.
         seed: of the shuffle; the same on all ranks.
         image_pixels: P: resize and centre-crop to P x P.
         transform: called with each image (PIL, RGB) in place of that; its results are collated as torch's
@@ -170,6 +173,10 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
         """The first shard's header; all shards must share its encoder, d, k, embeddings and graph."""
         return read_columns(self.shards[0], [])[0]
 
+    @cached_property
+    def _sketch_steps(self) -> NDArray[np.float32]:
+        return np.array(self.header.sketch_steps, np.float32)
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         rank, ranks = self._rank_and_ranks() if self._split_by_rank else (0, 1)
         _, _, worker, workers = pytorch_worker_info()
@@ -194,11 +201,10 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
             turn, taken_from = resume_point(batches, skip)
             worker = (worker + turn) % workers  # the new DataLoader begins with its worker 0
             taken = int(taken_from[worker])
-        samples_rng = random.Random(f"samples {self._seed} {epoch} {rank} {worker}")
         yield from wds.DataPipeline(
             lambda: iter(shards[worker::workers]),
             self._join,
-            wds.shuffle(self._shuffle, initial=self._shuffle, rng=samples_rng) if self._shuffle else None,
+            *self._shuffled(random.Random(f"samples {self._seed} {epoch} {rank} {worker}")),
             wds.batched(self._batch_size, collation_fn=None, partial=self._partial),
             lambda batches: map(self._collate, islice(batches, taken, None)),
         )
@@ -221,6 +227,20 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
         for shard in shards:
             yield from joined_samples(shard, expected=self.header, extra=self._extra)
 
+    def _shuffled(self, rng: random.Random) -> list[Callable[[Iterator[Any]], Iterator[Any]]]:
+        """The steps that shuffle samples, or chunks of them."""
+        chunk = self.header.chunk
+        if not self._shuffle:
+            return []
+        if chunk is None:
+            return [wds.shuffle(self._shuffle, initial=self._shuffle, rng=rng)]
+        chunks = max(self._shuffle // chunk, 1)
+        return [
+            lambda samples: (list(few) for _, few in groupby(samples, lambda s: (s.tar, s.position // chunk))),
+            wds.shuffle(chunks, initial=chunks, rng=rng),
+            chain.from_iterable,
+        ]
+
     def _collate(self, samples: list[JoinedSample]) -> dict[str, Any]:
         places = [(sample.sidecar, sample.position) for sample in samples]
         images = self._decoder.decode([sample.image for sample in samples], [sample.name for sample in samples])
@@ -237,6 +257,9 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
         stored = [sidecar.embedding[position] for sidecar, position in places if sidecar.embedding is not None]
         if stored:
             batch["embedding"] = torch.from_numpy(unit_rows(np.stack(stored)))
+        sketches = [sidecar.sketch[position] for sidecar, position in places if sidecar.sketch is not None]
+        if sketches:
+            batch["sketch"] = torch.from_numpy(unpack(np.stack(sketches), self._sketch_steps))
         for name in self._extra:
             batch[name] = [member_value(sample, name) for sample in samples]
         return batch

@@ -127,6 +127,10 @@ class NeighborBatchSampler(Sampler[list[int]]):
         for batch in range(self.rank, len(self._bounds) - 1, self.ranks):
             yield self._items[order[self._bounds[batch] : self._bounds[batch + 1]]].tolist()
 
+    def epoch_order(self) -> Samples:
+        """All items with a node in this epoch's order, int32 [n]: batch after batch, of all ranks."""
+        return self._items[self._plan().order]
+
     def report(self, batches: int = 1_000) -> dict[str, int | float]:
         """What this epoch's batches hold, beside random ones of the same sizes, on all ranks.
 

@@ -6,7 +6,6 @@ pass over the tar; memory: its sidecar and one sample.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -24,14 +23,14 @@ from fsspec.implementations.local import LocalFileSystem
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from graphbuild.errors import ConfigError
-from graphbuild.sidecar import ShardError, Sidecar, SidecarHeader, read_header, sidecar_schema
+from graphbuild.sidecar import ShardError, Sidecar, SidecarHeader, read_header, readable, sidecar_schema
 from graphbuild.tars import IMAGE_EXTENSIONS, tar_stem
 
 logger = logging.getLogger(__name__)
 
 EXPORT = "run `graphbuild export` again"
 READERS = 8  # threads that read sidecars at once
-SHARED_BY_SHARDS = ("encoder", "d", "k", "embeddings", "graph")
+SHARED_BY_SHARDS = ("encoder", "d", "k", "embeddings", "graph", "chunk")
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,7 @@ def find_shards(
 
 def read_sidecar(shard: Shard, expected: SidecarHeader) -> Sidecar:
     """The whole sidecar of a shard; ShardError as `Sidecar.read`, and where it is not of the expected graph."""
-    with _readable(shard.sidecar):
-        sidecar = Sidecar.read(shard.sidecar)
+    sidecar = Sidecar.read(shard.sidecar)
     check_same_graph(shard, sidecar.header, expected)
     return sidecar
 
@@ -94,10 +92,9 @@ def read_sidecar(shard: Shard, expected: SidecarHeader) -> Sidecar:
 def read_columns(shard: Shard, names: Sequence[str]) -> tuple[SidecarHeader, pa.Table]:
     """The header and some columns of a shard's sidecar; ShardError as `Sidecar.read`."""
     url = shard.sidecar
-    with _readable(url):
-        header, _ = read_header(url)
-        with fsspec.open(url, "rb") as stream:
-            table = pq.ParquetFile(stream, pre_buffer=False).read(columns=list(names), use_threads=False)
+    header, _ = read_header(url)
+    with readable(url), fsspec.open(url, "rb") as stream:
+        table = pq.ParquetFile(stream, pre_buffer=False).read(columns=list(names), use_threads=False)
     schema = sidecar_schema(header.d, header.k, header.embeddings)
     types = dict(zip(table.schema.names, table.schema.types, strict=True))
     for name in names:
@@ -248,15 +245,6 @@ def check_same_graph(shard: Shard, header: SidecarHeader, expected: SidecarHeade
                 f"{shard.sidecar}: {name} is {found!r}, but the first tar's sidecar has {wanted!r}",
                 "batches cannot mix graphs: name tars of one store only, or export the whole store again",
             )
-
-
-@contextlib.contextmanager
-def _readable(url: str) -> Iterator[None]:
-    """Damaged pages are OSErrors to Arrow."""
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        raise ShardError(f"{url}: not a readable Parquet file ({error})", EXPORT) from error
 
 
 def _expand(pattern: str) -> list[str]:

@@ -7,6 +7,7 @@ matrices of 4 (V B)(V N) bytes. How to choose tau_s: docs/training.md.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 from graphbuild.errors import ConfigError, InputError
+from graphbuild.torch.batch_edges import BatchEdges
 from graphbuild.torch.gather import Ranks
 
-SOURCES = ("embeddings", "similarities", "labels")
+SOURCES = ("embeddings", "similarities", "labels", "edges")
 ALONE = Ranks()
 
 
@@ -30,18 +32,20 @@ class Targets:
             directed graph stays directed. Under W ranks that gather: [B, W B], this rank's rows against the images
             of all ranks in rank order, as a [B, B] block knows nothing of other ranks' images.
         labels: [B], any integer type, 0 or above: similarity is 1 between equal labels, 0 otherwise.
+        edges: a `BatchEdges`: the graph's own lists, completed by sketches or background values.
         class_priors: [B] in [0, 1): the share of the data that is of an anchor's class, for `DebiasedLoss`.
         keep_diagonal: read the block's own diagonal as the similarity of an image to its other view, or to its own
             text. By default that is 1, and the diagonal is not read.
 
     Raises:
-        ConfigError: more than one of embeddings, similarities and labels.
+        ConfigError: more than one of embeddings, similarities, labels and edges.
         InputError: a wrong shape or dtype.
     """
 
     embeddings: Tensor | None = None
     similarities: Tensor | None = None
     labels: Tensor | None = None
+    edges: BatchEdges | None = None
     class_priors: Tensor | None = None
     keep_diagonal: bool = False
 
@@ -59,14 +63,30 @@ class Targets:
                 kind = "int64" if name == "labels" else "float32"
                 raise InputError(f"{name} are {tensor.dtype} {list(tensor.shape)}", f"pass one {kind} an image: [B]")
 
+    @classmethod
+    def from_batch(cls, batch: Mapping[str, Any], tau_s: float = 0.1) -> Targets:
+        """The best that a loader's batch allows: embeddings; else edges and sketches; else edges and background.
+
+        tau_s: the target's temperature, by which background values stand for absent edges.
+        """
+        if "embedding" in batch:
+            return cls(embeddings=batch["embedding"])
+        stored = {name: batch[name] for name in ("node", "neighbors", "similarities", "background")}
+        return cls(edges=BatchEdges(**stored, sketch=batch.get("sketch"), tau_s=tau_s))
+
     def tensors(self) -> dict[str, Tensor]:
         """The given tensors by name."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+        given = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+        return given | (self.edges.tensors() if self.edges is not None else {})
 
     def to(self, device: torch.device) -> Targets:
         """The same targets on a device."""
-        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        moved: dict[str, Any] = {
+            field.name: value.to(device)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor | BatchEdges)
+        }
         return replace(self, **moved)
 
     def block(self, ranks: Ranks = ALONE) -> Tensor:
@@ -88,12 +108,14 @@ class Targets:
             every = ranks.concatenate(self.labels)
             _check_rows(every >= 0, "labels are negative", "skip samples without a class or node")
             block = (self.labels[:, None] == every).float()
+        elif self.edges is not None:
+            block = self.edges.block(ranks)
         elif self.similarities is not None:
             _check_columns(self.similarities, ranks)
             block = self.similarities.detach().to(_compute_dtype(self.similarities), copy=True)
         else:
             raise ConfigError(
-                "targets have no embeddings, similarities or labels", "pass one of the three: docs/training.md"
+                "targets have no embeddings, similarities, labels or edges", "pass one of the four: docs/training.md"
             )
         if not self.keep_diagonal:
             own = torch.arange(len(block), device=block.device)

@@ -182,6 +182,8 @@ LOSSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "x-sample of embeddings": (XSampleLoss, "embeddings"),
     "x-sample of a block, self kept": (lambda: XSampleLoss(keep_self=True), "similarities"),
     "x-sample of labels": (XSampleLoss, "labels"),
+    "x-sample of edges and sketches": (XSampleLoss, "sketch"),
+    "x-sample of edges and background": (XSampleLoss, "background"),
     "nt-xent": (NTXentLoss, "class_priors"),
     "supcon": (SupConLoss, "labels"),
     "supcon of a block": (lambda: SupConLoss(threshold=0.6), "similarities"),
@@ -211,6 +213,16 @@ def targets_of(kind: str, images: int, rows: slice = slice(None)) -> Targets:
         return Targets(similarities=block[rows], keep_diagonal=True)
     if kind == "labels":
         return Targets(labels=torch.arange(images)[rows] % 3)
+    if kind in ("sketch", "background"):
+        node = torch.randint(0, 2 * images, (images,), generator=generator)  # some twice
+        fields = {
+            "node": node,
+            "neighbors": torch.stack([torch.randperm(2 * images, generator=generator)[:4] for _ in range(images)]),
+            "similarities": torch.rand(images, 4, generator=generator),
+            "background": torch.rand(images, 2, generator=generator) / 4,
+            "sketch": torch.randn(images, 3, generator=generator) / 2,
+        }
+        return Targets.from_batch({name: f[rows] for name, f in fields.items() if kind == "sketch" or name != "sketch"})
     return Targets(class_priors=0.5 * torch.rand(images, generator=generator)[rows])
 
 
@@ -315,6 +327,16 @@ def step_of_every_loss(rank: int, folder: str) -> None:
     )
 
 
+def batch_edges(**changes: Tensor) -> Targets:
+    fields = {
+        "node": torch.arange(4),
+        "neighbors": torch.tensor([[1, 9], [0, 3], [7, 8], [9, 2]]),
+        "similarities": torch.tensor([[0.9, 0.8], [0.7, 0.6], [0.5, 0.4], [0.3, 0.2]]),
+        "background": torch.tensor([[0.05, 0.1]]).repeat(4, 1),
+    }
+    return Targets.from_batch({**fields, **changes})
+
+
 def targets_that_do_not_fit(rank: int, folder: str) -> None:
     z = torch.randn(4, 3)
     for targets, message in (
@@ -322,6 +344,10 @@ def targets_that_do_not_fit(rank: int, folder: str) -> None:
         (Targets(labels=torch.tensor([0, 1, 2, -rank])), r"1 of the batch's 8 labels are negative: rows \[7\]"),
         (Targets(similarities=torch.ones(4, 8) / torch.tensor([[1.0], [1 - rank], [1], [1]])), r"infinity.*\[5\]"),
         (Targets(labels=torch.arange(4)) if rank else Targets(embeddings=torch.ones(4, 1)), "ranks differ"),
+        (
+            batch_edges(node=torch.tensor([0, 1, 2 - 3 * rank, 3])),
+            r"1 of the batch's 8 images have no node: rows \[6\]",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             SupConLoss()(z, z, targets)

@@ -164,10 +164,59 @@ def test_a_directed_block_stays_directed() -> None:
 def test_targets_have_one_source_of_similarity() -> None:
     with pytest.raises(ConfigError, match="both embeddings and labels"):
         Targets(embeddings=torch.eye(3), labels=torch.arange(3))
-    with pytest.raises(ConfigError, match="no embeddings, similarities or labels"):
+    with pytest.raises(ConfigError, match="no embeddings, similarities, labels or edges"):
         Targets(class_priors=torch.zeros(3)).block()
     with pytest.raises(ConfigError, match="no class_priors"):
         Targets(labels=torch.arange(3)).priors()
+
+
+@pytest.mark.parametrize("with_sketch", [True, False])
+def test_a_block_of_edges_is_the_stored_lists_completed(with_sketch: bool) -> None:
+    random = np.random.default_rng(3)
+    images, k, tau_s = 40, 6, 0.07
+    node = random.integers(0, 60, images)
+    neighbors = np.stack([random.choice(60, k, replace=False) for _ in range(60)])[node]
+    similarities = random.random((60, k)).astype(np.float16)[node]
+    background = (random.random((60, 2)) / 5).astype(np.float32)[node]
+    sketch = (random.normal(size=(60, 8)) / 2).astype(np.float32)[node]
+    expected = np.zeros((images, images))
+    for i in range(images):
+        for j in range(images):
+            absent = background[i, 0] + background[i, 1] ** 2 / (2 * tau_s)
+            expected[i, j] = np.clip(sketch[i] @ sketch[j], -1, 1) if with_sketch else min(absent, 1)
+            for neighbor, similarity in zip(neighbors[i], similarities[i], strict=True):
+                if neighbor == node[j]:
+                    expected[i, j] = similarity
+            if node[i] == node[j]:
+                expected[i, j] = 1
+    batch = {
+        "node": node,
+        "neighbors": neighbors,
+        "similarities": similarities,
+        "background": background,
+        **({"sketch": sketch} if with_sketch else {}),
+    }
+    targets = Targets.from_batch({name: torch.from_numpy(values) for name, values in batch.items()}, tau_s=tau_s)
+    np.testing.assert_allclose(targets.block(), expected, atol=1e-6)
+
+
+def test_embeddings_of_a_batch_come_first() -> None:
+    batch = {"embedding": torch.eye(3), "node": torch.arange(3)}
+    assert torch.equal(Targets.from_batch(batch).block(), torch.eye(3))
+
+
+def test_edges_that_do_not_fit_raise() -> None:
+    fields = {
+        "node": torch.arange(3),
+        "neighbors": torch.zeros(3, 2, dtype=torch.int64),
+        "similarities": torch.zeros(3, 2),
+        "background": torch.zeros(3, 2),
+    }
+    for wrong in ({"similarities": torch.zeros(3, 4)}, {"background": torch.zeros(3)}, {"sketch": torch.zeros(2, 4)}):
+        with pytest.raises(InputError):
+            Targets.from_batch({**fields, **wrong})
+    with pytest.raises(InputError, match=r"no node: rows \[1\]"):
+        Targets.from_batch({**fields, "node": torch.tensor([0, -1, 2])}).block()
 
 
 def test_negative_labels_are_no_class() -> None:

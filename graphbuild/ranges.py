@@ -19,16 +19,15 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from graphbuild.sidecar import ShardError
-from graphbuild.torch.shards import Shard, missing
 
 OPEN_FILES = 256  # a process; the usual limit is 1,024
 
 
 class TarRanges:
-    """The bytes of shards' tars by number of the shard. Works in forked processes, and pickled in any other."""
+    """The bytes of tars (paths or URLs) by number of the tar. Works in forked processes, and pickled in any other."""
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self._shards = shards
+    def __init__(self, tars: Sequence[str]) -> None:
+        self._tars = tars
         self._begin()
 
     def _begin(self) -> None:
@@ -37,7 +36,7 @@ class TarRanges:
         self._files: OrderedDict[int, io.FileIO] = OrderedDict()  # last used last
 
     def __reduce__(self) -> Any:
-        return TarRanges, (self._shards,)
+        return TarRanges, (self._tars,)
 
     def __del__(self) -> None:
         self.close()
@@ -76,7 +75,7 @@ class TarRanges:
 
     def _place(self, tar: int) -> tuple[Any, str]:
         if tar not in self._places:
-            self._places[tar] = fsspec.core.url_to_fs(self._shards[tar].tar)
+            self._places[tar] = fsspec.core.url_to_fs(self._tars[tar])
         return self._places[tar]
 
     def _read_local(self, tar: int, start: int, end: int) -> bytes:
@@ -92,10 +91,11 @@ class TarRanges:
             raise self._unreadable(tar, error) from error
 
     def _unreadable(self, tar: int, error: Exception) -> ShardError:
-        shard = self._shards[tar]
         if isinstance(error, FileNotFoundError):
-            return missing(shard, shard.tar)
-        return ShardError(f"{shard.tar} cannot be read ({error})", "see that the file is reachable, and run again")
+            return ShardError(f"{self._tars[tar]}: there is no such tar", "check the path or pattern")
+        return ShardError(
+            f"{self._tars[tar]} cannot be read ({error})", "see that the file is reachable, and run again"
+        )
 
 
 def member_behind(blocks: bytes) -> tarfile.TarInfo | None:

@@ -1,0 +1,175 @@
+"""Stages arrange, scatter and cluster: tars in neighbour order, for loaders that can only read tars from end to end.
+
+A chunk is some samples behind each other that are neighbours: whole groups, as `NeighborBatchSampler` makes them.
+Chunks lie in random order, so a tar holds neighbourhoods from all over the graph; `graph_webdataset` shuffles chunks
+instead of samples. Every sample is written once, the samples without a usable caption at the end. Members are
+`<row>.<extension>`: keys of different tars may be equal, rows are not.
+
+arrange (one task) makes the order: about 40 bytes a sample. scatter (one a shard) sorts the samples' rows by place;
+cluster (one a new tar) collects its rows from all shards, reads the members where they lie in the old tars, and writes
+clustered/<tar>.tar with its sidecar. Memory: a tar's sidecar and `tarwriter.BATCH` samples.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from graphbuild.errors import ConfigError
+from graphbuild.export import sidecar_table
+from graphbuild.recipe import Recipe
+from graphbuild.sharded import Array
+from graphbuild.sidecar import TarIdentity
+from graphbuild.stage import Stage, Task, digest, outputs
+from graphbuild.state import require
+from graphbuild.store import Json, Store, Writer
+from graphbuild.tarwriter import check_members, write_tar
+
+FOLDER = "clustered"
+SCRATCH = "_work_clustered"
+PLACES = f"{SCRATCH}/places.npy"
+SIZES = f"{FOLDER}/sizes.json"
+GROUP = 8  # samples that NeighborBatchSampler groups, at most
+
+
+def shards_with_tars(store: Store, layout: str) -> list[Json]:
+    """The manifest's shards; ConfigError where the samples came from no tars."""
+    require(store, "certify", "index")
+    shards: list[Json] = store.manifest()["shards"]
+    if any(shard["tar"] is None for shard in shards):
+        raise ConfigError(
+            f"--layout {layout} copies images, and the samples of {store.url} came from no tars",
+            "use the default layout, or embed tars (--shards)",
+        )
+    return shards
+
+
+def _task(recipe: Recipe, store: Store, stage: str, name: str, **built: Any) -> Task:
+    manifest = store.manifest()
+    return Task(
+        stage=stage,
+        name=name,
+        settings={"chunk": recipe.export.chunk, "seed": recipe.index.seed},
+        built={
+            "graph": manifest["graph"]["fingerprint"],
+            "samples": digest(outputs(require(store, "assign", "embed"), "samples/")),
+            **built,
+        },
+    )
+
+
+# -- arrange: the order of all samples
+
+
+def plan_arrange(recipe: Recipe, store: Store) -> list[Task]:
+    shards_with_tars(store, "clustered")
+    return [_task(recipe, store, "arrange", "all")]
+
+
+def run_arrange(task: Task, store: Store, writer: Writer) -> Json:
+    from graphbuild.graph import SampleGraph
+    from graphbuild.torch.samplers import NeighborBatchSampler
+
+    graph = SampleGraph.open(store.url)
+    chunk, seed = task.settings["chunk"], task.settings["seed"]
+    sampler = NeighborBatchSampler(graph, chunk, group=min(GROUP, chunk), seed=seed, rank=0, ranks=1)
+    order = np.concatenate([sampler.epoch_order(), np.flatnonzero(graph.sample_nodes() < 0)])
+    places = np.empty(len(order), np.int64)
+    places[order] = np.arange(len(order))
+    writer.array(PLACES, places, durable=False)
+    return {"counts": {"samples": len(order)}}
+
+
+# -- scatter: each shard's samples, sorted by their place in that order
+
+
+def plan_scatter(recipe: Recipe, store: Store) -> list[Task]:
+    shards = shards_with_tars(store, "clustered")
+    return [
+        _task(recipe, store, "scatter", shard["shard"], rows=[shard["first_row"], shard["samples"]]) for shard in shards
+    ]
+
+
+def run_scatter(task: Task, store: Store, writer: Writer) -> Json:
+    first, count = task.built["rows"]
+    samples = store.table(f"samples/{task.name}.parquet")
+    tar = next(shard["tar"] for shard in store.manifest()["shards"] if shard["shard"] == task.name)
+    check_members(samples, store.resolve(tar["url"]))
+    samples = samples.append_column("place", pa.array(store.array(PLACES)[first : first + count])).sort_by("place")
+    with (
+        writer.file(f"{SCRATCH}/{task.name}.arrow", durable=False) as path,
+        pa.OSFile(str(path), "wb") as file,
+        pa.ipc.new_file(file, samples.schema) as stream,
+    ):
+        stream.write_table(samples.combine_chunks())
+    return {}
+
+
+# -- cluster: the tars
+
+
+def plan_cluster(recipe: Recipe, store: Store) -> list[Task]:
+    shards = shards_with_tars(store, "clustered")
+    total = sum(shard["samples"] for shard in shards)
+    chunk = recipe.export.chunk
+    size = -(-recipe.export.shard_size // chunk) * chunk
+    tasks = []
+    for number, first in enumerate(range(0, total, size)):
+        rows = [first, min(size, total - first)]
+        task = _task(
+            recipe, store, "cluster", f"{number:05d}", places=rows, tars=digest([s["tar"]["sha256"] for s in shards])
+        )
+        settings = {**task.settings, "shard_size": size, "embeddings": recipe.export.embeddings}
+        tasks.append(Task(stage=task.stage, name=task.name, settings=settings, built=task.built))
+    return tasks
+
+
+def run_cluster(task: Task, store: Store, writer: Writer) -> Json:
+    shards = store.manifest()["shards"]
+    samples, sources = _collect(store, [shard["shard"] for shard in shards], *task.built["places"])
+    keys = [f"{row:012d}" for row in samples["row"].to_pylist()]
+    name = f"{FOLDER}/{task.name}.tar"
+    with writer.file(name) as path:
+        offsets, sizes = write_tar(path, samples, [store.resolve(s["tar"]["url"]) for s in shards], sources, keys)
+    tar = writer.outputs[-1]
+    identity = TarIdentity(name=f"{task.name}.tar", bytes=tar.bytes, sha256=tar.sha256)
+    placed = samples.select(["row", "node", "caption"])
+    for column, values in (("key", keys), ("image_offset", _positive(offsets)), ("image_size", _positive(sizes))):
+        placed = placed.append_column(column, pa.array(values) if isinstance(values, list) else values)
+    kind, chunk = task.settings["embeddings"], task.settings["chunk"]
+    table = sidecar_table(store, placed, kind, shard=task.name, tar=identity, chunk=chunk)
+    writer.table(f"{FOLDER}/{task.name}.graph.parquet", table)
+    return {"counts": {"samples": len(samples), "without_node": samples["node"].null_count}}
+
+
+def _collect(store: Store, shards: list[str], first: int, count: int) -> tuple[pa.Table, Array]:
+    """The samples of places first..first+count-1 in that order, and the number of the shard of each."""
+    parts, sources = [], []
+    for number, shard in enumerate(shards):
+        mapped = pa.ipc.open_file(pa.memory_map(str(store.local_copy(f"{SCRATCH}/{shard}.arrow")))).read_all()
+        begin, end = np.searchsorted(mapped["place"].to_numpy(), [first, first + count])
+        if begin < end:
+            parts.append(mapped.slice(begin, end - begin))
+            sources.append(np.full(end - begin, number))
+    found = pa.concat_tables(parts)
+    order = np.argsort(found["place"].to_numpy())
+    return found.take(pa.array(order)), np.concatenate(sources)[order]
+
+
+def _positive(values: Array) -> pa.Array:
+    return pa.array(values, mask=values < 0)
+
+
+def finish_cluster(recipe: Recipe, store: Store, done: list[Json]) -> Json:
+    """clustered/sizes.json, samples a tar."""
+    store.write_json(SIZES, {f"{record['task']}.tar": record["facts"]["counts"]["samples"] for record in done})
+    return {}
+
+
+CLUSTER = Stage(name="cluster", title="tars", plan=plan_cluster, run=run_cluster, finish=finish_cluster)
+ARRANGE = Stage(name="arrange", title="order", plan=plan_arrange, run=run_arrange, serves=(CLUSTER,))
+SCATTER = Stage(name="scatter", title="places", plan=plan_scatter, run=run_scatter, serves=(CLUSTER,))
+STAGES = (ARRANGE, SCATTER, CLUSTER)
+SCRATCH_STAGES = (ARRANGE, SCATTER)

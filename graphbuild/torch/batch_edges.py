@@ -1,0 +1,89 @@
+"""BatchEdges: a batch's similarities from what the graph stores, without its embeddings, for trainers that gather.
+
+The edges among the images of the joint batch have their stored similarities; what is absent there is *not* similarity
+0: it is the product of two sketches, or the node's background value. How near the targets come: docs/training.md. Costs
+one [B, N] product and two matrices of that size, on the tensors' device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from graphbuild.errors import InputError
+from graphbuild.torch.gather import Ranks
+
+
+@dataclass(frozen=True, eq=False)
+class BatchEdges:
+    """What `graph_webdataset` and `GraphDataset` yield of a batch's B images, tensors on one device.
+
+    Args:
+        node: int64 [B].
+        neighbors, similarities: [B, k], int64 ids and float.
+        background: float [B, 2], mean and deviation of a node's similarity to nodes outside its list.
+        sketch: float [B, b], taken instead of background; products of two approximate similarities.
+        tau_s: the target's temperature. An absent edge without sketches counts as mean + deviation^2 / (2 tau_s), the
+            value whose exponential is the mean exponential of normally distributed similarities.
+
+    Raises:
+        InputError: a wrong shape.
+    """
+
+    node: Tensor
+    neighbors: Tensor
+    similarities: Tensor
+    background: Tensor
+    sketch: Tensor | None = None
+    tau_s: float = 0.1
+
+    def __post_init__(self) -> None:
+        count, k = len(self.node), self.neighbors.shape[-1]
+        for name, shape in (("node", [count]), ("neighbors", [count, k]), ("similarities", [count, k])):
+            if list(getattr(self, name).shape) != shape:
+                raise InputError(
+                    f"{name} have shape {list(getattr(self, name).shape)}, not {shape}", "pass a loader's batch"
+                )
+        if list(self.background.shape) != [count, 2] or (self.sketch is not None and len(self.sketch) != count):
+            raise InputError(f"background or sketch are not of {count} images", "pass a loader's batch")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The given tensors by name."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+    def to(self, device: torch.device) -> BatchEdges:
+        """The same on a device."""
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def block(self, ranks: Ranks) -> Tensor:
+        """Similarities float32 [B, N] of this rank's images to those of all ranks, 1 between equal nodes.
+
+        Raises:
+            InputError: a node below 0, on every rank and naming rows of the joint batch.
+        """
+        nodes = ranks.concatenate(self.node)
+        if bool((nodes < 0).any()):
+            rows = torch.nonzero(nodes < 0).flatten().tolist()
+            raise InputError(
+                f"{len(rows)} of the batch's {len(nodes)} images have no node: rows {rows[:5]}",
+                "skip samples without a caption (node < 0)",
+            )
+        if self.sketch is not None:
+            sketch = self.sketch.float()
+            values = (sketch @ ranks.concatenate(sketch).T).clamp_(-1, 1)
+        else:
+            mean, deviation = self.background.float().unbind(dim=1)
+            values = (mean + deviation**2 / (2 * self.tau_s)).clamp(max=1)[:, None].repeat(1, len(nodes))
+        distinct, place_of = torch.unique(nodes, return_inverse=True)
+        slot = torch.searchsorted(distinct, self.neighbors.to(distinct.dtype)).clamp_(max=len(distinct) - 1)
+        present = distinct[slot] == self.neighbors
+        edges = values.new_full((len(self.node), len(distinct)), torch.nan)
+        row = torch.arange(len(self.node), device=nodes.device)[:, None].expand_as(slot)
+        edges[row[present], slot[present]] = self.similarities.float()[present]
+        edges[row[:, 0], torch.searchsorted(distinct, self.node)] = 1
+        stored = edges[:, place_of]
+        return torch.where(stored.isnan(), values, stored)
