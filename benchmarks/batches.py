@@ -1,6 +1,7 @@
 """Neighbour-aware batches: in-batch edges and planning time, beside random batches.
 
-    python benchmarks/batches.py STORE                              a store with a graph: one row a way
+    python benchmarks/batches.py STORE                              a store with a graph: one row a way, and one of
+                                                                    tars in neighbour order, streamed
     python benchmarks/batches.py FOLDER --synthetic 12000000        a graph of that many nodes, k = 64, made in FOLDER
 
 The synthetic graph has the memory behaviour and reciprocity of a real one: nodes lie on a circle, a list is 64 of the
@@ -20,14 +21,17 @@ from pathlib import Path
 import numpy as np
 
 from graphbuild import SampleGraph
+from graphbuild.clustered import GROUP
 from graphbuild.torch import NeighborBatchSampler
-from graphbuild.torch.groups import StoredGraph
+from graphbuild.torch.batches import edges_in_batches
+from graphbuild.torch.groups import NeighborLists, StoredGraph
 from graphbuild.torch.samplers import WAYS
 
 SHARD = 250_000
 K = 64
 REACH = 64
 PATTERNS = 4_096
+CHUNK = 32
 
 
 class FolderGraph:
@@ -99,6 +103,19 @@ def compare(graph: StoredGraph, batch_size: int, group: int, epochs: int) -> Non
             f" | {', '.join(seconds)} | {peak:.2f} |",
             flush=True,
         )
+    per_anchor, share = clustered(graph, batch_size)
+    print(f"| clustered tars, chunks of {CHUNK} | {per_anchor:.2f} | {share:.2%} | | | |", flush=True)
+
+
+def clustered(graph: StoredGraph, batch_size: int) -> tuple[float, float]:
+    """Edges per anchor, and the share with one, in batches of random chunks of `export --layout clustered`."""
+    order = NeighborBatchSampler(graph, CHUNK, group=GROUP, rank=0, ranks=1).epoch_order()
+    whole = order[: len(order) // CHUNK * CHUNK].reshape(-1, CHUNK)
+    nodes = graph.sample_nodes()[np.random.default_rng(0).permutation(whole).ravel()].astype(np.uint32)
+    ends = np.arange(batch_size, len(nodes) + 1, batch_size)
+    lists = NeighborLists(graph)
+    edges, covered = edges_in_batches(nodes, ends - batch_size, ends, lists.window(0, graph.k), lists.nodes)
+    return edges / ends[-1], covered / ends[-1]
 
 
 def main() -> None:

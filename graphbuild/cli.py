@@ -106,6 +106,9 @@ def download(
     timeout_seconds: Annotated[float | None, _option("[default: 10]")] = None,
     retries: Annotated[int | None, _option("[default: 1]")] = None,
     threads: Annotated[int | None, _option("requests at a time, a worker  [default: 32]")] = None,
+    allow_private_hosts: Annotated[
+        bool | None, typer.Option("--allow-private-hosts", help="also fetch from addresses that are not public")
+    ] = None,
     workers: Workers = None,
     address: Address = None,
     force: Force = False,
@@ -113,7 +116,8 @@ def download(
     """URL list to WebDataset tars; failures are counted and kept."""
     changes = _given(
         locals(),
-        "urls preset url_column caption_column shard_size image_size resize_mode timeout_seconds retries threads",
+        "urls preset url_column caption_column shard_size image_size resize_mode timeout_seconds retries threads"
+        " allow_private_hosts",
     )
     _run_section("download", store, changes, workers, address, force)
 
@@ -235,6 +239,22 @@ def mine(
 
     names = "threshold count skip positive absolute_margin relative_margin min_similarity max_similarity mutual"
     typer.echo(mine_store(_store(store), what, _given(locals(), names), out))
+
+
+@app.command()
+def retry(
+    store: StoreArg,
+    reason: Annotated[list[str] | None, _option("instead: URLs whose reason contains this; may be given again")] = None,
+    all_urls: Annotated[bool, typer.Option("--all", help="instead: all URLs without an image")] = False,
+    workers: Workers = None,
+    address: Address = None,
+) -> None:
+    """Failed tasks, and URLs whose failure may have passed, once more."""
+    from graphbuild.retry import retry_store
+    from graphbuild.runner import Runner
+
+    with Runner(workers=workers, address=address) as runner:
+        typer.echo(retry_store(_store(store), runner, reasons=reason or (), everything=all_urls))
 
 
 @app.command()

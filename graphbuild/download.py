@@ -15,19 +15,24 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from graphbuild.errors import ConfigError, InputError, StageError
+from graphbuild.fetch import Policy, fetching
 from graphbuild.recipe import Recipe
-from graphbuild.stage import Stage, Task, outputs
+from graphbuild.stage import Stage, Task, outputs, records
 from graphbuild.state import require
 from graphbuild.store import Json, Store, Writer, file_identity
 from graphbuild.tables import TableSpec, read_chunks
+
+if TYPE_CHECKING:
+    import polars as pl
 
 RESERVED = (
     "key",
@@ -39,7 +44,9 @@ RESERVED = (
     "original_height",
     "exif",
     "sha256",
+    "retry_of",
 )
+POLICY = ("timeout_seconds", "retries", "max_bytes", "host_connections", "allow_private_hosts")
 
 
 def plan_urls(recipe: Recipe, store: Store) -> list[Task]:
@@ -49,18 +56,26 @@ def plan_urls(recipe: Recipe, store: Store) -> list[Task]:
             "no URL list given", "name it: `graphbuild download STORE URLS`, or download.urls in the recipe"
         )
     settings = config.model_dump(include={"preset", "url_column", "caption_column", "shard_size"})
+    identity = {"urls": file_identity(config.urls)}
+    whole = Task(stage="urls", name="list", settings=settings, inputs=identity, hints={"url": config.urls})
+    return [whole, *retries(whole, store)]
+
+
+def retries(whole: Task, store: Store) -> list[Task]:
+    """The lists of URLs tried again (`graphbuild.retry`) that were cut from this list of URLs."""
+    found = [record for name, record in records(store, "urls").items() if name != whole.name]
     return [
-        Task(
-            stage="urls",
-            name="list",
-            settings=settings,
-            inputs={"urls": file_identity(config.urls)},
-            hints={"url": config.urls},
-        )
+        Task(stage="urls", name=record["task"], settings=record["settings"], built=record["built"])
+        for record in found
+        if record["built"]["list"] == whole.fingerprint
     ]
 
 
 def run_urls(task: Task, store: Store, writer: Writer) -> Json:
+    if task.name != "list":
+        from graphbuild.retry import cut_retry
+
+        return cut_retry(task, store, writer)
     settings = task.settings
     columns = {"url": settings["url_column"], "caption": settings["caption_column"]}
     spec = TableSpec(path=task.hints["url"], preset=settings["preset"], columns=columns)
@@ -101,6 +116,8 @@ def plan_download(recipe: Recipe, store: Store) -> list[Task]:
         "encode_quality",
         "timeout_seconds",
         "retries",
+        "max_bytes",
+        "max_pixels",
         "shard_size",
     }
     return [
@@ -109,7 +126,7 @@ def plan_download(recipe: Recipe, store: Store) -> list[Task]:
             name=path.rsplit("/", 1)[-1].removesuffix(".parquet"),
             settings=config.model_dump(include=names),
             built={"urls": sha256},
-            hints={"threads": config.threads},
+            hints=config.model_dump(include={"threads", "host_connections", "allow_private_hosts"}),
         )
         for path, sha256 in outputs(require(store, "urls", "download"), "_state/urls/").items()
     ]
@@ -146,28 +163,51 @@ def reason_of(status: str, message: str | None) -> str:
 
 
 def finish_download(recipe: Recipe, store: Store, done: list[Json]) -> Json:
-    reasons: dict[str, int] = {}
+    """What became of the list: failures by reason and host, placeholders; a URL tried again counts once."""
+    reasons: Counter[str] = Counter()
     for record in done:
-        for reason, count in record["facts"]["reasons"].items():
-            reasons[reason] = reasons.get(reason, 0) + count
+        reasons.update(record["facts"]["reasons"])
+    retried: Counter[str] = Counter()
+    for record in records(store, "urls").values():
+        retried.update(record["facts"].get("retried", {}))
+    reasons.subtract(retried)
+    fetched = fetched_urls(store, ["url", "status", "sha256"])
     return {
         "download": {
-            "failures": dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
-            "placeholders": placeholders(store),
+            "failures": {reason: count for reason, count in reasons.most_common() if count},
+            "retried": retried.total(),
+            "hosts": failing_hosts(fetched),
+            "placeholders": placeholders(fetched),
         }
     }
 
 
-def placeholders(store: Store, at_least: int = 5) -> Json:
+def fetched_urls(store: Store, columns: Sequence[str]) -> pl.DataFrame:
+    """Some columns of img2dataset's rows of all shards, in order: one a URL and try."""
+    import polars as pl
+
+    names = sorted(outputs(list(records(store, "download").values()), "shards/", ".parquet"))
+    tables = [store.table(name, list(columns)) for name in names]
+    return pl.DataFrame(pl.from_arrow(pa.concat_tables(tables)) if tables else {name: [] for name in columns})
+
+
+def failing_hosts(fetched: pl.DataFrame, most: int = 20) -> Json:
+    """The hosts with most URLs that gave no image, and how many of how many."""
+    import polars as pl
+
+    host = pl.col("url").str.extract(r"^[A-Za-z]+://(?:[^/?#]*@)?([^/?#]*)").str.to_lowercase().alias("host")
+    failed = (pl.col("status") != "success").sum().alias("failed")
+    counted = fetched.group_by(host).agg(failed, pl.len().alias("urls")).filter(pl.col("failed") > 0)
+    worst = counted.sort(["failed", "host"], descending=[True, False]).head(most)
+    return {row["host"] or "": {"failed": row["failed"], "urls": row["urls"]} for row in worst.to_dicts()}
+
+
+def placeholders(fetched: pl.DataFrame, at_least: int = 5) -> Json:
     """How many images came byte for byte from `at_least` or more URLs, and how many URLs gave them."""
     import polars as pl
 
-    files = [
-        name for name in store.sizes("shards") if name.endswith(".parquet") and not name.endswith(".graph.parquet")
-    ]
-    tables = [store.table(name, ["sha256", "url"]) for name in sorted(files)]
-    hashed: Any = pl.from_arrow(pa.concat_tables(tables)) if tables else pl.DataFrame({"sha256": [], "url": []})
-    repeated = hashed.drop_nulls().unique().group_by("sha256").len().filter(pl.col("len") >= at_least)
+    hashed = fetched.select("sha256", "url").drop_nulls().unique()
+    repeated = hashed.group_by("sha256").len().filter(pl.col("len") >= at_least)
     return {"images": repeated.height, "urls": int(repeated["len"].sum())}
 
 
@@ -179,8 +219,9 @@ def downloaded_tars(store: Store) -> dict[str, str]:
 class CheckedResizer:
     """img2dataset's resizer behind a full decode by Pillow: its own decoder fills a cut image with grey and goes on."""
 
-    def __init__(self, resizer: Any) -> None:
+    def __init__(self, resizer: Any, max_pixels: int) -> None:
         self.resizer = resizer
+        self.max_pixels = max_pixels
 
     def __call__(self, stream: io.BytesIO, boxes: Any = None) -> tuple[Any, ...]:
         from PIL import Image, UnidentifiedImageError
@@ -188,6 +229,8 @@ class CheckedResizer:
         try:
             stream.seek(0)
             with Image.open(stream) as image:
+                if image.width * image.height > self.max_pixels:
+                    return None, None, None, None, None, f"too large: over {self.max_pixels:,} pixels"
                 image.draft("RGB", (64, 64))  # JPEG: decode small, still reading every byte
                 image.load()
         except UnidentifiedImageError:
@@ -216,9 +259,9 @@ def _img2dataset(task: Task, urls: pa.Table, folder: Path) -> None:
         encode_quality=settings["encode_quality"],
         skip_reencode=keep,
     )
-    Downloader(
+    downloader = Downloader(
         sample_writer_class=WebDatasetSampleWriter,
-        resizer=CheckedResizer(resizer),
+        resizer=CheckedResizer(resizer, settings["max_pixels"]),
         thread_count=task.hints["threads"],
         save_caption=True,
         extract_exif=False,
@@ -230,10 +273,13 @@ def _img2dataset(task: Task, urls: pa.Table, folder: Path) -> None:
         compute_hash="sha256",
         verify_hash_type=None,
         encode_format="jpg",
-        retries=settings["retries"],
+        retries=0,  # `fetch` tells errors that may pass from others
         user_agent_token=None,
         disallowed_header_directives=None,
-    ).download_shard((int(task.name), str(source)))
+    )
+    policy = Policy(**{name: settings.get(name, task.hints.get(name)) for name in POLICY})
+    with fetching(policy):
+        downloader.download_shard((int(task.name), str(source)))
     stats = folder / f"{task.name}_stats.json"
     json.loads(stats.read_text())
 

@@ -37,7 +37,11 @@ class Download(Section):
     resize_only_if_bigger: bool = True
     encode_quality: int = Field(95, ge=1, le=100, description="JPEG quality of resized images")
     timeout_seconds: float = Field(10, gt=0, description="for connecting, and between two packets")
-    retries: int = Field(1, ge=0)
+    retries: int = Field(1, ge=0, description="of errors that may pass: time-outs, resets, busy servers")
+    max_bytes: int = Field(50_000_000, ge=1, description="a larger file is refused")
+    max_pixels: int = Field(100_000_000, ge=1, description="a larger image is refused before it is decoded")
+    host_connections: int = Field(8, ge=1, description="at a time to one host, of one worker")
+    allow_private_hosts: bool = Field(False, description="also fetch from addresses that are not public")
     threads: int = Field(32, ge=1, description="concurrent requests of one worker")
 
 

@@ -30,14 +30,17 @@ def _has(verb: str, manifest: Json) -> bool:
 
 def _download(manifest: Json) -> list[str]:
     listed, fetched = manifest["stages"]["urls"]["counts"], manifest["stages"]["download"]["counts"]
-    share = fetched["images"] / fetched["urls"]
+    urls = fetched["urls"] - manifest["download"]["retried"]
+    share = fetched["images"] / urls
     lines = [
-        f"download  {listed['urls'] + listed['rejected']:,} rows -> {fetched['urls']:,} URLs "
+        f"download  {listed['urls'] + listed['rejected']:,} rows -> {urls:,} URLs "
         f"-> {fetched['images']:,} images ({share:.1%})"
     ]
     if listed["rejected"]:
         lines.append(f"          {listed['rejected']:,} rows rejected, see rejected/urls/")
     lines += [f"          {count:6,} {reason}" for reason, count in list(manifest["download"]["failures"].items())[:10]]
+    worst = [(name, host) for name, host in manifest["download"]["hosts"].items() if host["failed"] >= 10]
+    lines += [f"          {host['failed']:6,} of {host['urls']:,} URLs at {name}" for name, host in worst[:3]]
     placeholders = manifest["download"]["placeholders"]
     if placeholders["images"]:
         lines.append(

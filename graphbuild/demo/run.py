@@ -48,6 +48,7 @@ def run_demo(url: str, *, scenes: int, workers: int | None, address: str | None)
             image_size=PIXELS,
             timeout_seconds=TIMEOUT_SECONDS,
             threads=16,
+            allow_private_hosts=True,  # its server is on loopback
         ),
         index=Index(k=K),
     )

@@ -267,7 +267,17 @@ def downloaded(flickr: list[Picture], cli: Cli, tmp_path_factory: pytest.TempPat
         lines = [f"{caption}\t{url}\n" for (_, caption), url in zip(flickr, urls, strict=True)]
         (folder / "list.tsv").write_text("".join(lines))
         store = folder / "store"
-        options = ["--preset", "cc3m", "--shard-size", 200, "--resize-mode", "no", "--workers", 2]
+        options = [
+            "--preset",
+            "cc3m",
+            "--shard-size",
+            200,
+            "--resize-mode",
+            "no",
+            "--allow-private-hosts",
+            "--workers",
+            2,
+        ]
         printed = {"download": cli("download", store, folder / "list.tsv", *options).stdout}
     printed["embed"] = cli("embed", store, "--workers", 2).stdout
     printed["index"] = cli("index", store, "--k", K, "--workers", 0).stdout

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, RandomSampler
 
-from graphbuild import SampleGraph
+from graphbuild import SampleGraph, ranges
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.store import Store
-from graphbuild.torch import GraphDataset, NeighborBatchSampler, graph_webdataset, ranges
+from graphbuild.torch import GraphDataset, NeighborBatchSampler, graph_webdataset
 from tests.test_index import built
 from tests.torch.test_loader import (
     SAMPLES,

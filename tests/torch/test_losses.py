@@ -217,7 +217,7 @@ def targets_of(kind: str, images: int, rows: slice = slice(None)) -> Targets:
         node = torch.randint(0, 2 * images, (images,), generator=generator)  # some twice
         fields = {
             "node": node,
-            "neighbors": torch.stack([torch.randperm(2 * images, generator=generator)[:4] for _ in range(images)]),
+            "neighbors": torch.stack([torch.randperm(2 * images + 8, generator=generator)[:4] for _ in range(images)]),
             "similarities": torch.rand(images, 4, generator=generator),
             "background": torch.rand(images, 2, generator=generator) / 4,
             "sketch": torch.randn(images, 3, generator=generator) / 2,
