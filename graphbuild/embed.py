@@ -11,7 +11,7 @@ from typing import Any
 from graphbuild.encoder import encode, find_encoder
 from graphbuild.errors import InputError, StageError
 from graphbuild.recipe import Recipe
-from graphbuild.stage import Stage, Task, digest
+from graphbuild.stage import Stage, Task, digest, outputs
 from graphbuild.state import require
 from graphbuild.store import Json, Store, Writer
 
@@ -57,8 +57,9 @@ def embeddings_entry(done: list[Json], encoder: Mapping[str, Any]) -> Json:
     dimensions = sorted({record["facts"]["d"] for record in done})
     if len(dimensions) > 1:
         raise InputError(f"vectors of mixed length: {dimensions}", "give every row a vector of one length")
-    files = sorted(o["path"] + o["sha256"] for record in done for o in record["outputs"] if o["path"].endswith(".npy"))
-    return {"embeddings": {**encoder, "d": dimensions[0], "dtype": "float16", "fingerprint": digest(files)}}
+    files = outputs(done, "nodes/", ".npy")
+    facts = {"d": dimensions[0], "dtype": "float16", "fingerprint": digest(files), "files": files}
+    return {"embeddings": {**encoder, **facts}}
 
 
 STAGE = Stage(name="encode", title="encoding", plan=plan, run=run, finish=finish, on_device=True)

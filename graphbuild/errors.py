@@ -33,5 +33,9 @@ class StageError(GraphbuildError):
     """A stage could not be finished; what was finished is kept."""
 
 
+class StorageError(StageError):
+    """A server did not answer, or a disk is full: nothing is wrong with the content, and trying again may help."""
+
+
 class QualityError(GraphbuildError):
     """The result was built but misses a promised floor, such as recall."""

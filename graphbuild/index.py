@@ -1,7 +1,7 @@
-"""Nodes to the k-nearest-neighbour graph: the stages prepare, codes, moments, join, merge and search.
+"""Nodes to the k-nearest-neighbour graph: the stages base, prepare, codes, moments, join, merge, refine and search.
 
 An engine (`graphbuild.knn.engine`) makes candidate lists of nodes in independent join tasks; merge unites each shard's;
-search looks at neighbours' neighbours where the engine is approximate, scores all candidates again (float64 sums,
+refine looks at neighbours' neighbours where the engine is partition; search scores all candidates again (float64 sums,
 rounded to float32), proves lists complete where it is exact, completes those that are short or unproved by a second
 search, and writes graph/<shard>.neighbors.npy, .similarities.npy, .background.npy and .sketch.npy. Files between the
 stages lie in _work/ and are removed when the graph is whole. Memory: codes and lists of one join task's nodes
@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from graphbuild import moments
+from graphbuild import base, moments
+from graphbuild.base import base_lists, first_new_node, vectors_of
 from graphbuild.errors import ConfigError
 from graphbuild.recipe import Recipe
-from graphbuild.sharded import Array
 from graphbuild.stage import Stage, Task, digest, records
 from graphbuild.store import Json, Store, Writer
 from graphbuild.threads import torch_threads
@@ -51,10 +51,12 @@ def forecast(recipe: Recipe, store: Store) -> str:
     from graphbuild.knn import engine
 
     manifest = nodes_entry(store)
-    return engine.forecast(recipe.index, node_count(manifest), manifest["embeddings"]["d"])
+    old = first_new_node(manifest)
+    return engine.forecast(recipe.index, node_count(manifest), manifest["embeddings"]["d"], old)
 
 
-def _task(recipe: Recipe, manifest: Json, stage: str, name: str, **built: Any) -> Task:
+def index_task(recipe: Recipe, manifest: Json, stage: str, name: str, **built: Any) -> Task:
+    """A task of these stages: its settings are k and the engine's."""
     engine, _ = engine_of(recipe, manifest)
     return Task(
         stage=stage,
@@ -84,7 +86,7 @@ def plan_prepare(recipe: Recipe, store: Store) -> list[Task]:
             f"--k {recipe.index.k}: the store has {nodes:,} nodes, so a node has {nodes - 1:,} possible neighbours",
             f"use --k {max(nodes - 1, 1)} or fewer" if nodes > 1 else "give at least two different captions",
         )
-    return [_task(recipe, manifest, "prepare", "all")]
+    return [index_task(recipe, manifest, "prepare", "all")]
 
 
 def run_prepare(task: Task, store: Store, writer: Writer) -> Json:
@@ -103,7 +105,7 @@ def plan_codes(recipe: Recipe, store: Store) -> list[Task]:
     manifest = nodes_entry(store)
     prepared = manifest["stages"].get("prepare", {}).get("fingerprint")
     return [
-        _task(recipe, manifest, "codes", shard["shard"], prepared=prepared, nodes=shard["nodes"])
+        index_task(recipe, manifest, "codes", shard["shard"], prepared=prepared, nodes=shard["nodes"])
         for shard in manifest["shards"]
         if shard["nodes"]
     ]
@@ -150,8 +152,8 @@ def plan_join(recipe: Recipe, store: Store) -> list[Task]:
     at_once = nodes_at_once(engine, recipe.index, nodes, manifest["embeddings"]["d"])
     codes = manifest["stages"]["codes"]["fingerprint"]
     return [
-        _task(recipe, manifest, "join", f"{number:05}", codes=codes, argument=argument)
-        for number, argument in enumerate(engine.joins(nodes, at_once))
+        index_task(recipe, manifest, "join", f"{number:05}", codes=codes, argument=argument)
+        for number, argument in enumerate(engine.joins(nodes, at_once, first_new_node(manifest)))
     ]
 
 
@@ -165,8 +167,8 @@ def run_join(task: Task, store: Store, writer: Writer) -> Json:
     length = engine.length(task.settings["k"], node_count(inputs.manifest))
     with torch_threads(1), torch.inference_mode():
         ids, keys = engine.join(task.built["argument"], inputs, length, task.hints["device"])
-    writer.array(f"{SCRATCH}/lists/{task.name}.ids.npy", ids, durable=False)
-    writer.array(f"{SCRATCH}/lists/{task.name}.keys.npy", keys, durable=False)
+    writer.array(f"{SCRATCH}/join/{task.name}.ids.npy", ids, durable=False)
+    writer.array(f"{SCRATCH}/join/{task.name}.keys.npy", keys, durable=False)
     return {}
 
 
@@ -177,7 +179,7 @@ def plan_merge(recipe: Recipe, store: Store) -> list[Task]:
     manifest = nodes_entry(store)
     joined = manifest["stages"]["join"]["fingerprint"]
     return [
-        _task(
+        index_task(
             recipe,
             manifest,
             "merge",
@@ -192,19 +194,56 @@ def plan_merge(recipe: Recipe, store: Store) -> list[Task]:
 
 
 def run_merge(task: Task, store: Store, writer: Writer) -> Json:
+    from graphbuild.knn.final import lists_of
     from graphbuild.knn.lists import EMPTY, merge_lists
 
     manifest = store.manifest()
     first, count = task.built["first_node"], task.built["nodes"]
-    length = _engine(task, manifest).length(task.settings["k"], node_count(manifest))
-    keys = np.full((count, length), EMPTY, np.int64)
-    for name in records(store, "join"):
-        ids = store.array(f"{SCRATCH}/lists/{name}.ids.npy")
-        begin, end = np.searchsorted(ids, [first, first + count])
-        if begin < end:
-            lists = store.array(f"{SCRATCH}/lists/{name}.keys.npy")
-            merge_lists(keys, ids[begin:end] - first, lists[begin:end])
+    engine = _engine(task, manifest)
+    length = engine.length(task.settings["k"], node_count(manifest))
+    if first < first_new_node(manifest):
+        scales = store.array(f"{SCRATCH}/scales/{task.name}.npy")
+        keys = base_lists(store, task.name, scales, length, whole=engine.name == "exact")
+    else:
+        keys = np.full((count, length), EMPTY, np.int64)
+    for ids, lists in lists_of(store, "join", first, count):
+        merge_lists(keys, ids, lists)
     writer.array(f"{SCRATCH}/merged/{task.name}.npy", keys, durable=False)
+    return {}
+
+
+# -- refine: the partition engine's neighbours' neighbours, leaf by leaf
+
+
+def plan_refine(recipe: Recipe, store: Store) -> list[Task]:
+    from graphbuild.knn.engine import nodes_at_once
+
+    manifest = nodes_entry(store)
+    engine, _ = engine_of(recipe, manifest)
+    if engine.name != "partition":
+        return []
+    nodes = node_count(manifest)
+    at_once = nodes_at_once(engine, recipe.index, nodes, manifest["embeddings"]["d"])
+    merged = manifest["stages"]["merge"]["fingerprint"]
+    return [
+        index_task(recipe, manifest, "refine", f"{number:05}", merged=merged, span=[first, end])
+        for number, (first, end, _) in enumerate(engine.joins(nodes, at_once))
+    ]
+
+
+def run_refine(task: Task, store: Store, writer: Writer) -> Json:
+    from graphbuild.knn import partition
+    from graphbuild.knn.inputs import Inputs
+    from graphbuild.knn.refine import refine
+
+    inputs = Inputs(store)
+    merged = inputs.of("merged")
+    first, end = task.built["span"]
+    arrays = inputs.of("leaves"), merged, inputs.codes, inputs.scales, inputs.vectors
+    depth = round(partition.DEPTH * merged.width)
+    ids, keys = refine((first, end), *arrays, task.settings["k"], partition.EXPAND, depth)
+    writer.array(f"{SCRATCH}/refine/{task.name}.ids.npy", ids, durable=False)
+    writer.array(f"{SCRATCH}/refine/{task.name}.keys.npy", keys, durable=False)
     return {}
 
 
@@ -214,14 +253,22 @@ def run_merge(task: Task, store: Store, writer: Writer) -> Json:
 def plan_search(recipe: Recipe, store: Store) -> list[Task]:
     manifest = nodes_entry(store)
     return [
-        _task(recipe, manifest, "search", shard["shard"], first_node=shard["first_node"], nodes=shard["nodes"])
+        index_task(
+            recipe,
+            manifest,
+            "search",
+            shard["shard"],
+            first_node=shard["first_node"],
+            nodes=shard["nodes"],
+            vectors=vectors_of(manifest, shard),
+        )
         for shard in manifest["shards"]
         if shard["nodes"]
     ]
 
 
 def run_search(task: Task, store: Store, writer: Writer) -> Json:
-    from graphbuild.knn import exact, kernels, partition
+    from graphbuild.knn.final import lists_of, scored_again, search_lacking
     from graphbuild.knn.inputs import Inputs
     from graphbuild.knn.lists import EMPTY, unpack
 
@@ -229,29 +276,14 @@ def run_search(task: Task, store: Store, writer: Writer) -> Json:
     engine = _engine(task, inputs.manifest)
     first, count, k = task.built["first_node"], task.built["nodes"], task.settings["k"]
     vectors = inputs.vectors
-    candidates = np.array(store.array(f"{SCRATCH}/merged/{task.name}.npy"))
-    scales = np.array(store.array(f"{SCRATCH}/scales/{task.name}.npy"), np.float64)
-    slack = np.full(count, np.inf)
     if engine.name == "partition":
-        leaves, merged = inputs.of("leaves"), inputs.of("merged")
-        tables = [part.table() for part in (merged, inputs.codes, inputs.scales, leaves)]
-        depth = round(partition.DEPTH * candidates.shape[1])
-        kernels.refine_lists(first, candidates, partition.EXPAND, depth, *tables, vectors.width, leaves.width)
-    elif engine.name == "exact":
-        slack = exact.slack(scales[:, 1], inputs.manifest["largest_rest"])
-    rescored = kernels.exact_similarities(first, candidates, k, scales[:, 0], slack, vectors.table(), vectors.width)
-    keys = np.ascontiguousarray(np.sort(rescored, axis=1)[:, : -k - 1 : -1])
-    lacking = keys[:, -1] == EMPTY
-    if engine.name == "exact":
-        floors = np.array(store.array(f"{SCRATCH}/floors/{task.name}.npy"))[:, 0]
-        lacking |= ~exact.proved(candidates, floors, unpack(keys)[0], scales[:, 0], slack)
-    rows: Array = np.flatnonzero(lacking)
-    with torch_threads(1):
-        for begin in range(0, len(rows), exact.AGAIN_ROWS):
-            some = rows[begin : begin + exact.AGAIN_ROWS]
-            lists = keys[some]
-            exact.search_again(vectors, first + some, lists)
-            keys[some] = lists
+        keys = np.full((count, k), EMPTY, np.int64)
+        for ids, lists in lists_of(store, "refine", first, count):
+            keys[ids] = lists
+        lacking = keys[:, -1] == EMPTY
+    else:
+        keys, lacking = scored_again(inputs, task.name, first, k, exact=engine.name == "exact")
+    searched_again = search_lacking(vectors, first, keys, lacking)
     similarities, neighbors = unpack(keys)
     raw = vectors.span(first, count)
     background = moments.background_of(raw, similarities, store.array(moments.MOMENTS), len(vectors))
@@ -259,7 +291,7 @@ def run_search(task: Task, store: Store, writer: Writer) -> Json:
     writer.array(f"graph/{task.name}.similarities.npy", similarities.astype(np.float16))
     writer.array(f"graph/{task.name}.background.npy", background)
     writer.array(f"graph/{task.name}.sketch.npy", moments.sketches_of(raw, store.array(moments.BASIS)))
-    return {"counts": {"nodes": count, "edges": count * k}, "searched_again": len(rows)}
+    return {"counts": {"nodes": count, "edges": count * k}, "searched_again": searched_again}
 
 
 def finish_search(recipe: Recipe, store: Store, done: list[Json]) -> Json:
@@ -267,15 +299,18 @@ def finish_search(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     engine, reason = engine_of(recipe, store.manifest())
     prepared = records(store, "prepare").get("all", {}).get("facts", {})
     entry = {"k": recipe.index.k, "engine": engine.name, "reason": reason, **prepared, "fingerprint": digest(files)}
-    return {"graph": entry}
+    kept = first_new_node(store.manifest())
+    return {"graph": entry | ({"kept_nodes": kept} if kept else {})}
 
 
 MOMENTS_STAGE = Stage(name="moments", title="moments", plan=plan_moments, run=moments.run)
 SEARCH = Stage(name="search", title="search", plan=plan_search, run=run_search, finish=finish_search)
 _SERVED = (MOMENTS_STAGE, SEARCH)
+BASE = Stage(name="base", title="old lists", plan=base.plan, run=base.run, serves=_SERVED)
 PREPARE = Stage(name="prepare", title="prepare", plan=plan_prepare, run=run_prepare, serves=_SERVED, note=forecast)
 CODES = Stage(name="codes", title="codes", plan=plan_codes, run=run_codes, finish=finish_codes, serves=_SERVED)
 JOIN = Stage(name="join", title="join", plan=plan_join, run=run_join, serves=_SERVED, on_device=True)
 MERGE = Stage(name="merge", title="merge", plan=plan_merge, run=run_merge, serves=_SERVED)
-STAGES = (PREPARE, CODES, MOMENTS_STAGE, JOIN, MERGE, SEARCH)
-SCRATCH_STAGES = (PREPARE, CODES, JOIN, MERGE)
+REFINE = Stage(name="refine", title="refine", plan=plan_refine, run=run_refine, serves=_SERVED)
+STAGES = (BASE, PREPARE, CODES, MOMENTS_STAGE, JOIN, MERGE, REFINE, SEARCH)
+SCRATCH_STAGES = (BASE, PREPARE, CODES, JOIN, MERGE, REFINE)

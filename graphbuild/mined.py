@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from graphbuild.errors import ConfigError
 from graphbuild.graph import SampleGraph
+from graphbuild.remote import reaching
 from graphbuild.store import FORMAT_VERSION, Json, Store
 
 BLOCK = 16_384  # nodes, samples or pairs at a time
@@ -103,7 +104,9 @@ def target(store: Store, what: str, out: str | None) -> tuple[Store, str]:
             folder = Store(parent)
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(f"--out {out} cannot be opened ({error})", "name a path, or a URL fsspec knows") from None
-    if folder.fs.isdir(folder.path(name)):
+    with reaching(folder.display(name)):
+        is_folder = folder.fs.isdir(folder.path(name))
+    if is_folder:
         raise ConfigError(f"{folder.display(name)} is a folder", "name a file by --out")
     try:
         folder.check_writable()

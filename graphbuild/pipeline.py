@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from graphbuild import certify, clustered, download, embed, export, index, inline, number, scan, vectors
 from graphbuild.encoder import find_encoder
 from graphbuild.errors import ConfigError
+from graphbuild.leftovers import remove_leftovers
 from graphbuild.recipe import Recipe
 from graphbuild.runner import Runner
 from graphbuild.stage import Stage
@@ -64,6 +65,8 @@ def run_verb(verb: str, recipe: Recipe, store: Store, runner: Runner, *, force: 
         find_encoder(recipe.embed.encoder)
     stages[0].plan(recipe, store)
     store.check_writable()
+    if store.is_local:
+        remove_leftovers(store.root)
     for stage in stages:
         runner.run(stage, recipe, store, force=force)
         if stage is index.SEARCH:
@@ -76,6 +79,8 @@ def run_verb(verb: str, recipe: Recipe, store: Store, runner: Runner, *, force: 
     if manifest.get("versions") != versions:
         manifest["versions"] = versions
         store.write_json("manifest.json", manifest)
+    if store.is_local:  # of workers that died meanwhile
+        remove_leftovers(store.root)
     return manifest
 
 

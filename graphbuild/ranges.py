@@ -13,11 +13,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-import fsspec
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
+from graphbuild.remote import file_system
 from graphbuild.sidecar import ShardError
 
 OPEN_FILES = 256  # a process; the usual limit is 1,024
@@ -75,7 +75,7 @@ class TarRanges:
 
     def _place(self, tar: int) -> tuple[Any, str]:
         if tar not in self._places:
-            self._places[tar] = fsspec.core.url_to_fs(self._tars[tar])
+            self._places[tar] = file_system(self._tars[tar])
         return self._places[tar]
 
     def _read_local(self, tar: int, start: int, end: int) -> bytes:

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import fsspec
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from graphbuild.errors import ConfigError
+from graphbuild.remote import file_system, reaching
 from graphbuild.store import Store
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -129,8 +129,9 @@ class Recipe(Section):
 def read_recipe(path: str) -> Recipe:
     """A recipe file; relative paths in it are taken from the working folder."""
     try:
-        fs, root = fsspec.core.url_to_fs(path)
-        content = fs.cat_file(root)
+        fs, root = file_system(path)
+        with reaching(path):
+            content = fs.cat_file(root)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise ConfigError(f"there is no recipe {path}", "see pipelines/ for examples") from None
     except (OSError, ValueError, ImportError) as error:

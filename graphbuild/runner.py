@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from graphbuild.errors import ConfigError, GraphbuildError, InputError, StageError
+from graphbuild.errors import ConfigError, GraphbuildError, InputError, StageError, StorageError
 from graphbuild.progress import Progress
 from graphbuild.recipe import Recipe
 from graphbuild.stage import Stage, Task, digest, perform, records, state_path
@@ -28,16 +28,21 @@ from graphbuild.store import Json, Store
 
 logger = logging.getLogger(__name__)
 ATTEMPTS = 3  # of a task whose worker dies
+PATIENCE_SECONDS = 30  # that idle workers are kept while others are busy and nothing is done
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a task failed, as it travels from a worker: plain strings and the exit code it asks for."""
+    """Why a task failed, as it travels from a worker: plain strings and the exit code it asks for.
+
+    storage: for no fault of its own, but because the store cannot be reached or is full: others would fail too.
+    """
 
     cause: str
     fix: str
     traceback: str
     exit_code: int
+    storage: bool = False
 
 
 def attempt(stage: Stage, task: Task, store: Store) -> Json | Failure:
@@ -45,7 +50,7 @@ def attempt(stage: Stage, task: Task, store: Store) -> Json | Failure:
     try:
         return perform(stage, task, store)
     except GraphbuildError as error:
-        failure = Failure(error.cause, error.fix, "", error.exit_code)
+        failure = Failure(error.cause, error.fix, "", error.exit_code, isinstance(error, StorageError))
     except Exception as error:  # noqa: BLE001 the one place where a task's unknown fault must not stop the others
         failure = Failure(
             f"{type(error).__name__}: {error}",
@@ -58,10 +63,11 @@ def attempt(stage: Stage, task: Task, store: Store) -> Json | Failure:
 
 
 def record_failure(store: Store, task: Task, failure: Failure) -> None:
-    store.write_json(
-        state_path(task.stage, task.name, "failed"),
-        {"task": task.name, "fingerprint": task.fingerprint, **dataclasses.asdict(failure)},
-    )
+    record = {"task": task.name, "fingerprint": task.fingerprint, **dataclasses.asdict(failure)}
+    try:
+        store.write_json(state_path(task.stage, task.name, "failed"), record)
+    except (StorageError, OSError) as error:  # most often for the same reason, which is what the user must see
+        logger.warning("%s %s: its failure cannot be recorded (%s)", task.stage, task.name, error)
 
 
 class Worker:
@@ -113,6 +119,8 @@ class Runner:
             return {}
         tasks = stage.plan(recipe, store)
         done = records(store, stage.name)
+        if not tasks and not done:
+            return {}
         todo = pending(stage, tasks, done, store, force=force)
         if todo and stage.note:
             logger.info("%-9s %s", "plan", stage.note(recipe, store))
@@ -156,7 +164,10 @@ class Runner:
         if self.workers == 0:
             gpu = stage.on_device and _cuda_here()
             for task in tasks:
-                yield task, attempt(stage, _placed(task, gpu=gpu), store)
+                result = attempt(stage, _placed(task, gpu=gpu), store)
+                yield task, result
+                if isinstance(result, Failure) and result.storage:
+                    return
         else:
             yield from self._ray_results(stage, tasks, store)
 
@@ -178,7 +189,10 @@ class Runner:
                 task, tries = queue.pop()
                 worker = idle.pop() if idle else worker_class.remote()
                 running[worker.attempt.remote(stage, _placed(task, gpu=gpu), store)] = (task, tries, worker)
-            ready, _ = ray.wait(list(running), num_returns=1)
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=PATIENCE_SECONDS if idle else None)
+            if not ready:  # a task may wait for a CPU that its cluster lost, or never had: idle workers hold some
+                idle.clear()
+                continue
             task, tries, worker = running.pop(ready[0])
             try:
                 result = ray.get(ready[0])
@@ -187,6 +201,7 @@ class Runner:
                 result = Failure(last, "install the same graphbuild on every node of the cluster", str(error), 1)
                 record_failure(store, task, result)
             except ray.exceptions.RayError as error:
+                idle.clear()  # with a node, more than one is gone
                 if tries < ATTEMPTS:
                     logger.warning(
                         "%s %s: its worker died (%s); trying again",
@@ -205,6 +220,8 @@ class Runner:
                 record_failure(store, task, result)
             else:
                 idle.append(worker)
+                if isinstance(result, Failure) and result.storage:
+                    queue.clear()
             yield task, result
 
     def _start_ray(self) -> Any:

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from graphbuild import sketch
 from graphbuild.errors import ConfigError, InputError
+from graphbuild.remote import file_system, reaching
 from graphbuild.store import FORMAT_VERSION
 
 METADATA_KEY = b"graphbuild"
@@ -188,9 +188,9 @@ class Sidecar:
         Raises:
             ShardError: the file is missing, not a sidecar, of another format version, or contradicts itself.
         """
-        file_system, path = fsspec.core.url_to_fs(url)
+        files, path = file_system(url)
         with readable(url):
-            table = pq.ParquetFile(pa.BufferReader(file_system.cat_file(path))).read(use_threads=False)
+            table = pq.ParquetFile(pa.BufferReader(files.cat_file(path))).read(use_threads=False)
         header = _parse_header(url, table.schema.metadata)
         _check_columns(url, header, table)
         columns = {name: table.column(name).combine_chunks() for name in table.column_names}
@@ -258,7 +258,8 @@ def read_header(url: str) -> tuple[SidecarHeader, int]:
     Raises:
         ShardError: the file is missing or not a sidecar.
     """
-    with readable(url), fsspec.open(url, "rb") as stream:
+    files, path = file_system(url)
+    with readable(url), files.open(path, "rb") as stream:
         footer = pq.ParquetFile(stream, pre_buffer=False)
         header = _parse_header(url, footer.schema_arrow.metadata)
         node = footer.read(columns=["node"], use_threads=False).column("node")
@@ -267,9 +268,10 @@ def read_header(url: str) -> tuple[SidecarHeader, int]:
 
 @contextlib.contextmanager
 def readable(url: str) -> Iterator[None]:
-    """A missing or damaged file as a ShardError that names it."""
+    """A missing or damaged file, or one that cannot be reached, as a ShardError that names it."""
     try:
-        yield
+        with reaching(url, ShardError):
+            yield
     except FileNotFoundError:
         raise ShardError(
             f"{url}: there is no such sidecar",

@@ -16,10 +16,12 @@ from graphbuild.store import Json, Store
 logger = logging.getLogger(__name__)
 
 
-def pending(stage: Stage, tasks: Sequence[Task], done: Mapping[str, Json], store: Store, *, force: bool) -> list[Task]:
+def pending(
+    stage: Stage, tasks: Sequence[Task], done: Mapping[str, Json], store: Store, *, force: bool, remove: bool = True
+) -> list[Task]:
     """The tasks still to do. Raises ConfigError with a diff where the user changed what finished work was built from.
 
-    Work whose input an earlier stage has built anew is simply done again.
+    Work whose input an earlier stage has built anew is simply done again. remove: take its files away at once.
     """
     other = {
         t.name: t.changes(done[t.name])
@@ -41,7 +43,7 @@ def pending(stage: Stage, tasks: Sequence[Task], done: Mapping[str, Json], store
             + "".join(f"\n    {line}" for line in lines[:20]),
             "give the same settings and inputs again, use another STORE, or add --force to rebuild what differs",
         )
-    for name in [*other, *gone]:
+    for name in [*other, *gone] if remove else ():
         for output in done[name]["outputs"]:
             store.remove(output["path"])
         store.remove(state_path(stage.name, name))
@@ -52,7 +54,7 @@ def pending(stage: Stage, tasks: Sequence[Task], done: Mapping[str, Json], store
     todo = []
     for task in tasks:
         lost = [o["path"] for o in kept.get(task.name, []) if sizes.get(o["path"]) != o["bytes"]]
-        if lost:
+        if lost and remove:
             logger.warning("%s is missing or of another size; running %s %s again", lost[0], stage.name, task.name)
         if task.name not in kept or lost:
             todo.append(task)
@@ -61,7 +63,8 @@ def pending(stage: Stage, tasks: Sequence[Task], done: Mapping[str, Json], store
 
 def is_done(stage: Stage, recipe: Recipe, store: Store, *, force: bool) -> bool:
     """Whether nothing of a stage is left to do; raises as `pending` does."""
-    return not pending(stage, stage.plan(recipe, store), records(store, stage.name), store, force=force)
+    tasks, done = stage.plan(recipe, store), records(store, stage.name)
+    return len(tasks) == len(done) and not pending(stage, tasks, done, store, force=force, remove=False)
 
 
 def remove_scratch(stages: Sequence[Stage], folder: str, store: Store) -> None:

@@ -22,7 +22,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 import fsspec
 
-from graphbuild.errors import ConfigError, InputError, StageError
+from graphbuild.errors import ConfigError, InputError, StageError, StorageError
+from graphbuild.leftovers import hold
+from graphbuild.remote import cache_folder, cached_copy, file_system, reaching
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,17 +50,17 @@ class Store:
     url: str
 
     def __post_init__(self) -> None:
-        _, root = fsspec.core.url_to_fs(self.url)
+        _, root = file_system(self.url)
         if "://" not in self.url:  # workers may run in another folder
             object.__setattr__(self, "url", root)
 
     @cached_property
     def fs(self) -> fsspec.AbstractFileSystem:
-        return fsspec.core.url_to_fs(self.url, use_listings_cache=False)[0]
+        return file_system(self.url, use_listings_cache=False)[0]
 
     @cached_property
     def root(self) -> str:
-        return str(fsspec.core.url_to_fs(self.url)[1]).rstrip("/")
+        return str(file_system(self.url)[1]).rstrip("/")
 
     @cached_property
     def is_local(self) -> bool:
@@ -79,19 +81,22 @@ class Store:
     # -- reading
 
     def exists(self, name: str) -> bool:
-        return bool(self.fs.exists(self.path(name)))
+        with reaching(self.display(name)):
+            return bool(self.fs.exists(self.path(name)))
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Name in the store -> bytes, for each file of one folder; one listing, empty when there is no folder."""
         try:
-            entries = self.fs.ls(self.path(folder), detail=True)
+            with reaching(self.display(folder)):
+                entries = self.fs.ls(self.path(folder), detail=True)
         except FileNotFoundError:
             return {}
         files = [entry for entry in entries if entry["type"] == "file"]
         return {f"{folder}/{entry['name'].rsplit('/', 1)[-1]}": int(entry["size"]) for entry in files}
 
     def read_bytes(self, name: str) -> bytes:
-        return bytes(self.fs.cat_file(self.path(name)))
+        with reaching(self.display(name)):
+            return bytes(self.fs.cat_file(self.path(name)))
 
     def read_json(self, name: str) -> Json | None:
         """The JSON object in a file, or None when the file is not there."""
@@ -112,7 +117,8 @@ class Store:
         if self.is_local or not names:
             contents = [Path(self.path(name)).read_bytes() for name in names]
         else:
-            fetched = self.fs.cat([self.path(name) for name in names])
+            with reaching(self.display(names[0])):
+                fetched = self.fs.cat([self.path(name) for name in names])
             contents = [fetched[self.path(name)] for name in names]
         values: list[Json | None] = []
         for content in contents:
@@ -127,24 +133,16 @@ class Store:
         """A local path with the file's content: the file itself, or a copy in this user's cache folder."""
         if self.is_local:
             return Path(self.path(name))
-        identity = f"{self.url}|{name}|{self.fs.ukey(self.path(name))}"
-        folder = Path(tempfile.gettempdir()) / f"graphbuild-cache-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        copy = folder / hashlib.sha256(identity.encode()).hexdigest()
-        if not copy.exists():
-            partial = copy.with_suffix(f".{uuid.uuid4().hex}")
-            self.fs.get_file(self.path(name), str(partial))
-            partial.rename(copy)
-        return copy
+        with reaching(self.display(name)):
+            return cached_copy(self.fs, self.path(name), f"{self.url}|{name}|{self.fs.ukey(self.path(name))}")
 
     def array(self, name: str) -> np.ndarray[Any, Any]:
         """A .npy file, memory-mapped read-only; never unpickles."""
-        import numpy as np
+        from graphbuild.mapped import map_array
 
         try:
-            values: np.ndarray[Any, Any] = np.load(self.local_copy(name), mmap_mode="r", allow_pickle=False)
-            return values
-        except (ValueError, OSError, EOFError) as error:
+            return map_array(self.local_copy(name))
+        except (ValueError, OSError) as error:
             raise StageError(
                 f"{self.display(name)} cannot be read as a .npy array ({error})",
                 f"run `graphbuild verify {self.url}` to see what is damaged",
@@ -156,7 +154,7 @@ class Store:
         import pyarrow.parquet as pq
 
         try:
-            with self.fs.open(self.path(name), "rb") as file:
+            with reaching(self.display(name)), self.fs.open(self.path(name), "rb") as file:
                 # Arrow's own threads may outlive the interpreter and abort it while they hold a Python file's buffers.
                 return pq.ParquetFile(file, pre_buffer=False).read(columns=columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
@@ -171,32 +169,29 @@ class Store:
     def staged(self, name: str, *, durable: bool = True) -> Iterator[Path]:
         """A local path to write to; committed under `name` on a clean exit, removed otherwise.
 
-        durable: flushed to disk before it gets its name; scratch is not.
+        durable: flushed to disk before it gets its name; scratch is not. The temporary file is locked while it is
+        written, which tells it from the leftovers of a killed process (`graphbuild.leftovers`).
         """
         final = self.path(name)
-        if self.is_local:
-            folder = Path(final).parent
-            folder.mkdir(parents=True, exist_ok=True)
-        else:
-            folder = Path(tempfile.gettempdir())
+        folder = Path(final).parent if self.is_local else cache_folder()
         temporary = folder / f".{Path(final).name}.{uuid.uuid4().hex}.tmp"
-        try:
-            yield temporary
-            if self.is_local and not durable:
-                temporary.rename(final)
-            elif self.is_local:
-                with temporary.open("rb") as file:
-                    os.fsync(file.fileno())
-                temporary.rename(final)
-                descriptor = os.open(folder, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
-            else:
-                self.fs.put_file(str(temporary), final)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with reaching(self.display(name), folder=folder):
+            if self.is_local:
+                folder.mkdir(parents=True, exist_ok=True)
+            locked = hold(temporary)
+            try:
+                yield temporary
+                if not self.is_local:
+                    self.fs.put_file(str(temporary), final)
+                elif durable:
+                    _flush(temporary)
+                    temporary.rename(final)
+                    _flush(folder)
+                else:
+                    temporary.rename(final)
+            finally:
+                temporary.unlink(missing_ok=True)
+                locked.close()
 
     def write_bytes(self, name: str, content: bytes, *, durable: bool = True) -> None:
         with self.staged(name, durable=durable) as path:
@@ -207,16 +202,16 @@ class Store:
         self.write_bytes(name, text.encode() + b"\n", durable=durable)
 
     def remove(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), reaching(self.display(name)):
             self.fs.rm_file(self.path(name))
 
     def remove_folder(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), reaching(self.display(name)):
             self.fs.rm(self.path(name), recursive=True)
 
     def check_writable(self) -> None:
-        """Raise ConfigError when nothing can be written here; leaves nothing behind."""
-        probe = f".graphbuild-{uuid.uuid4().hex}"
+        """Raise ConfigError when nothing can be written here; leaves nothing behind (killed: until the next time)."""
+        probe = ".graphbuild-probe"
         try:
             self.write_bytes(probe, b"")
             self.remove(probe)
@@ -256,8 +251,9 @@ class Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        for output in self.outputs if kind is not None else ():
-            self.store.remove(output.path)
+        with contextlib.suppress(StorageError):  # the next attempt writes them anew
+            for output in self.outputs if kind is not None else ():
+                self.store.remove(output.path)
 
     @contextlib.contextmanager
     def file(self, name: str, *, durable: bool = True) -> Iterator[Path]:
@@ -284,6 +280,15 @@ class Writer:
         return [asdict(output) for output in self.outputs]
 
 
+def _flush(path: Path) -> None:
+    """A file's content, or a folder's names, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return stream_sha256(file)
@@ -297,7 +302,9 @@ def stream_sha256(file: IO[bytes] | io.BufferedReader) -> str:
 def local_file(url: str) -> Iterator[Path]:
     """A local path with the content of any input file; a remote one is copied to a temporary file for the while."""
     fs, path = _file_system(url)
-    if not fs.exists(path):
+    with reaching(url):
+        found = fs.exists(path)
+    if not found:
         raise InputError(
             f"{url} does not exist", "check the path; a pattern with * or {0..9} must be quoted in the shell"
         )
@@ -306,7 +313,8 @@ def local_file(url: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / Path(path).name
-        fs.get_file(path, str(copy))
+        with reaching(url):
+            fs.get_file(path, str(copy))
         yield copy
 
 
@@ -314,7 +322,8 @@ def file_identity(url: str) -> str:
     """Name, size and last change of an input file outside the store: what tells that it is still the same."""
     fs, path = _file_system(url)
     try:
-        info = fs.info(path)
+        with reaching(url):
+            info = fs.info(path)
     except FileNotFoundError:
         raise InputError(f"{url} does not exist", "check the path") from None
     changed = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("created")
@@ -323,7 +332,6 @@ def file_identity(url: str) -> str:
 
 def _file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
-        fs, path = fsspec.core.url_to_fs(url)
+        return file_system(url)
     except (ValueError, ImportError) as error:
         raise InputError(f"{url} cannot be opened ({error})", "name a path, or a URL that fsspec knows") from None
-    return fs, path

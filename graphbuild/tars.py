@@ -21,9 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-import fsspec
-
 from graphbuild.errors import InputError
+from graphbuild.remote import file_system, reaching
 from graphbuild.store import local_file
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -174,16 +173,17 @@ def expand_shards(pattern: str) -> list[str]:
 
     urls: list[str] = []
     try:
-        parts = [(part, *fsspec.core.url_to_fs(part)) for part in braceexpand.braceexpand(pattern)]
+        parts = [(part, *file_system(part)) for part in braceexpand.braceexpand(pattern)]
     except (ValueError, ImportError) as error:
         raise InputError(f"--shards {pattern}: {error}", "write it as in 'cc3m/{0000..0331}.tar'") from None
     for part, fs, path in parts:
-        if fs.isdir(path):
-            part, path = f"{part.rstrip('/')}/*.tar", f"{path.rstrip('/')}/*.tar"
-        if any(mark in path for mark in "*?[") and not fs.exists(path):
-            urls += [fs.unstrip_protocol(found) if "://" in part else found for found in sorted(fs.glob(path))]
-        else:
-            urls.append(part)
+        with reaching(part):
+            if fs.isdir(path):
+                part, path = f"{part.rstrip('/')}/*.tar", f"{path.rstrip('/')}/*.tar"
+            if any(mark in path for mark in "*?[") and not fs.exists(path):
+                urls += [fs.unstrip_protocol(found) if "://" in part else found for found in sorted(fs.glob(path))]
+            else:
+                urls.append(part)
     if not urls:
         raise InputError(
             f"no tar matches {pattern}",

@@ -14,10 +14,11 @@ import pyarrow as pa
 
 from graphbuild import clustered, sketch
 from graphbuild.certify import certify_afresh, check_lists
-from graphbuild.errors import ConfigError, GraphbuildError
+from graphbuild.errors import ConfigError, GraphbuildError, StorageError
 from graphbuild.export import SIZES, tar_sizes
 from graphbuild.index import node_count
 from graphbuild.recipe import resolve
+from graphbuild.remote import reaching
 from graphbuild.sharded import Array
 from graphbuild.sidecar import Sidecar, quantize_int8
 from graphbuild.stage import ORDER, fingerprint, records
@@ -69,6 +70,8 @@ def verify_store(store: Store) -> Report:
         report.shards += 1
         try:
             report.problems += _check_shard(store, manifest, shard)
+        except StorageError:  # which says nothing of the shard
+            raise
         except GraphbuildError as error:
             report.problems.append(f"shard {shard['shard']}: {error.cause}")
     if "export" in manifest["stages"] and store.read_json(SIZES) != tar_sizes(manifest):
@@ -119,12 +122,13 @@ def _check_states(store: Store, stage: str) -> list[str]:
 def _check_file(store: Store, output: Json) -> str | None:
     path = output["path"]
     try:
-        size = store.fs.size(store.path(path))
-        if size != output["bytes"]:
-            return f"{path}: {size:,} bytes, {output['bytes']:,} when it was written"
-        with store.fs.open(store.path(path), "rb") as file:
-            if stream_sha256(file) != output["sha256"]:
-                return f"{path}: its content has changed (sha256 differs)"
+        with reaching(store.display(path)):
+            size = store.fs.size(store.path(path))
+            if size != output["bytes"]:
+                return f"{path}: {size:,} bytes, {output['bytes']:,} when it was written"
+            with store.fs.open(store.path(path), "rb") as file:
+                if stream_sha256(file) != output["sha256"]:
+                    return f"{path}: its content has changed (sha256 differs)"
     except FileNotFoundError:
         return f"{path}: missing"
     return None

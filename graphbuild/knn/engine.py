@@ -48,8 +48,11 @@ class Engine(Protocol):
     def describe(self, inputs: Inputs, codes: Codes, k: int) -> dict[str, Array]:
         """More arrays [n, ...] of a shard's nodes for its joins."""
 
-    def joins(self, nodes: int, at_once: int) -> list[Any]:
-        """The arguments (JSON) of its join tasks, each of at most about `at_once` nodes; the result is the same."""
+    def joins(self, nodes: int, at_once: int, first_new: int = 0) -> list[Any]:
+        """The arguments (JSON) of its join tasks, each of at most about `at_once` nodes; the result is the same.
+
+        Pairs of nodes below `first_new` are left out: their lists are known (`graphbuild.base`).
+        """
 
     def spread(self, nodes: int, tasks: int) -> tuple[float, float]:
         """About how many nodes one of so many join tasks holds, and in how many tasks a node has a list."""
@@ -82,10 +85,10 @@ class Exact:
 
         return {"floors": inputs.leaders.leaves(codes.codes, 0, floor_leader(k))[1]}
 
-    def joins(self, nodes: int, at_once: int) -> list[Any]:
+    def joins(self, nodes: int, at_once: int, first_new: int = 0) -> list[Any]:
         from graphbuild.knn import exact
 
-        return exact.joins(nodes, at_once)
+        return exact.joins(nodes, at_once, first_new)
 
     def spread(self, nodes: int, tasks: int) -> tuple[float, float]:
         from graphbuild.knn import exact
@@ -133,10 +136,10 @@ class Partition:
         leaves, floors = inputs.leaders.leaves(codes.codes, int(inputs.store.array(FAN)[0]), floor_leader(k))
         return {"leaves": leaves, "floors": floors}
 
-    def joins(self, nodes: int, at_once: int) -> list[Any]:
+    def joins(self, nodes: int, at_once: int, first_new: int = 0) -> list[Any]:
         from graphbuild.knn import partition
 
-        return partition.joins(nodes, at_once)
+        return partition.joins(nodes, at_once, first_new)
 
     def spread(self, nodes: int, tasks: int) -> tuple[float, float]:
         from graphbuild.knn import partition
@@ -151,8 +154,10 @@ class Partition:
     def join(self, argument: Any, inputs: Inputs, length: int, device: str) -> tuple[Array, Array]:
         from graphbuild.knn import partition
 
-        span = (int(argument[0]), int(argument[1]))
-        return partition.join(span, inputs.of("leaves"), inputs.floors, inputs.codes, inputs.scales, length)
+        first, end, first_new = map(int, argument)
+        return partition.join(
+            (first, end, first_new), inputs.of("leaves"), inputs.floors, inputs.codes, inputs.scales, length
+        )
 
 
 @dataclass(frozen=True)
@@ -179,7 +184,7 @@ class Faiss:
     def describe(self, inputs: Inputs, codes: Codes, k: int) -> dict[str, Array]:
         return {}
 
-    def joins(self, nodes: int, at_once: int) -> list[Any]:
+    def joins(self, nodes: int, at_once: int, first_new: int = 0) -> list[Any]:
         rows = min(FAISS_TASK_NODES, at_once)
         return [(first, min(rows, nodes - first)) for first in range(0, nodes, rows)]
 
@@ -250,16 +255,18 @@ def bytes_a_node(engine: Engine, k: int, nodes: int, width: int) -> int:
     return width + 8 * engine.length(k, nodes) + 32
 
 
-def forecast(index: Index, nodes: int, width: int) -> str:
+def forecast(index: Index, nodes: int, width: int, first_new: int = 0) -> str:
     """One line before anything runs: the engine, why, and the most memory and scratch it will take."""
     engine, reason = choose(index, nodes, width)
-    tasks = engine.joins(nodes, nodes_at_once(engine, index, nodes, width))
-    held_nodes, lists = engine.spread(nodes, len(tasks))
+    at_once = nodes_at_once(engine, index, nodes, width)
+    held_nodes, lists = engine.spread(nodes, len(engine.joins(nodes, at_once)))
+    tasks = engine.joins(nodes, at_once, first_new)
     held = min(held_nodes, nodes) * bytes_a_node(engine, index.k, nodes, width)
     if engine.name.startswith("faiss:"):
         held += nodes * width * 4
     scratch = nodes * (width + 8 * engine.length(index.k, nodes) * (lists + 1))
+    kept = f"{nodes - first_new:,} new nodes, the lists of {first_new:,} are kept; " if first_new else ""
     return (
-        f"{engine.name} ({reason}); {len(tasks)} join tasks, up to {(BASE_BYTES + held) / 1e9:.1f} GB a worker "
+        f"{engine.name} ({reason}); {kept}{len(tasks)} join tasks, up to {(BASE_BYTES + held) / 1e9:.1f} GB a worker "
         f"beside mapped files, {scratch / 1e9:.1f} GB of scratch"
     )

@@ -31,12 +31,19 @@ def list_length(k: int, nodes: int) -> int:
     return min(2 * k + 16, nodes - 1)
 
 
-def joins(nodes: int, at_once: int) -> list[list[tuple[int, int]]]:
-    """The pairs of groups, a group being (first node, count): one task each, of at most `at_once` nodes."""
+def joins(nodes: int, at_once: int, first_new: int) -> list[list[tuple[int, int]]]:
+    """The pairs of groups, a group being (first node, count): one task each, of at most `at_once` nodes.
+
+    Every pair of nodes is in one of them, apart from pairs of nodes below `first_new`.
+    """
     count = min(math.ceil(nodes / GROUP_ROWS), 4 if nodes <= LARGE else 8)
     rows = min(math.ceil(nodes / count), at_once // 2)
-    groups = [(first, min(rows, nodes - first)) for first in range(0, nodes, rows)]
-    return [sorted({a, b}) for a, b in combinations_with_replacement(groups, 2)]
+    groups = [
+        (first, min(rows, end - first))
+        for begin, end in ((0, first_new), (first_new, nodes))
+        for first in range(begin, end, rows)
+    ]
+    return [sorted({a, b}) for a, b in combinations_with_replacement(groups, 2) if b[0] >= first_new]
 
 
 def spread(nodes: int, tasks: int) -> tuple[float, float]:

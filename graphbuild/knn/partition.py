@@ -36,11 +36,14 @@ def list_length(k: int, nodes: int) -> int:
     return min(k + max(4, k // 8), nodes - 1)
 
 
-def joins(nodes: int, at_once: int) -> list[tuple[int, int]]:
-    """Ranges of leaves (first, end), one task each, of about at most `at_once` nodes; near leaves have near numbers."""
+def joins(nodes: int, at_once: int, first_new: int) -> list[tuple[int, int, int]]:
+    """Ranges of leaves (first, end, first_new), one task each, of about at most `at_once` nodes.
+
+    Near leaves have near numbers. Pairs of nodes below `first_new` are left out.
+    """
     tasks = max(min(math.ceil(nodes / TASK_NODES), TASKS), math.ceil(OVERLAP * nodes / at_once))
     bounds = np.linspace(0, leader_count(nodes), tasks + 1).astype(int).tolist()
-    return list(itertools.pairwise(bounds))
+    return [(first, end, first_new) for first, end in itertools.pairwise(bounds)]
 
 
 def spread(nodes: int, tasks: int) -> tuple[float, float]:
@@ -67,15 +70,15 @@ def calibrate(vectors: ShardedArray, leaders: Leaders, k: int, recall: float, se
 
 
 def join(
-    span: tuple[int, int],
+    span: tuple[int, int, int],
     leaves: ShardedArray,
     floor: ShardedArray,
     codes: ShardedArray,
     scales: ShardedArray,
     length: int,
 ) -> tuple[Array, Array]:
-    """All pairs of each leaf in the span: lists of their nodes, ids int64 [m] ascending, keys int64 [m, length]."""
-    first, end = span
+    """All pairs of each leaf in the span (`joins`): lists of their nodes, ids int64 [m] ascending, keys [m, length]."""
+    first, end, first_new = span
     nodes, numbers = [], []
     for start, block in leaves.blocks(BLOCK_ROWS):
         flat = block.reshape(-1)
@@ -83,29 +86,43 @@ def join(
         nodes.append(hits // leaves.width + start)
         numbers.append(flat[hits])
     node, leaf = np.concatenate(nodes), np.concatenate(numbers)  # nodes ascending, each as often as it has leaves here
-    starts = np.concatenate([[True], node[1:] != node[:-1]])
+    fresh = np.zeros(end - first, bool)
+    fresh[leaf[node >= first_new] - first] = True
+    node, leaf = node[fresh[leaf - first]], leaf[fresh[leaf - first]]
+    starts = np.concatenate([[True], node[1:] != node[:-1]])[: len(node)]
     ids, place = node[starts], np.cumsum(starts) - 1
     code = torch.from_numpy(codes.take(ids))
     scale = scales.take(ids)[:, 0].copy()
     keys = np.full((len(ids), length), lists.EMPTY, np.int64)
     floors = floor.take(ids)[:, 0].copy()
     memory = tile_memory()
+    new_place = int(np.searchsorted(ids, first_new))
     members = place[np.argsort(leaf, kind="stable")]
     ends = np.searchsorted(np.sort(leaf), np.arange(first, end + 1))
     for begin, stop in itertools.pairwise(ends):
         for cut in range(begin, stop, LARGEST_LEAF):
-            _join_leaf(members[cut : min(cut + LARGEST_LEAF, stop)], code, ids, scale, floors, keys, memory)
+            leaf_members = members[cut : min(cut + LARGEST_LEAF, stop)]
+            _join_leaf(leaf_members, new_place, code, ids, scale, floors, keys, memory)
     return ids, keys
 
 
 def _join_leaf(
-    members: Array, code: Tensor, ids: Array, scale: Array, floors: Array, keys: Array, memory: Tensor
+    members: Array, new_place: int, code: Tensor, ids: Array, scale: Array, floors: Array, keys: Array, memory: Tensor
 ) -> None:
+    """members: places in ids, ascending; of those below `new_place` no pair is compared."""
     own = code.index_select(0, torch.from_numpy(members))
-    rows = math.ceil(len(members) / math.ceil(len(members) / TILE_ROWS))
-    for a in range(0, len(members), rows):
-        for b in range(a, len(members), rows):
-            tile = products(own[a : a + rows], own[b : b + rows], memory)
-            kernels.join_tile(
-                tile.numpy(), members[a : a + rows], members[b : b + rows], ids, scale, floors, keys, a == b
-            )
+    old = int(np.searchsorted(members, new_place))
+    tiles = [*_tiles(0, old), *_tiles(old, len(members))]
+    for i, a in enumerate(tiles):
+        for b in tiles[i:]:
+            if b.start >= old:
+                tile = products(own[a], own[b], memory)
+                kernels.join_tile(tile.numpy(), members[a], members[b], ids, scale, floors, keys, a == b)
+
+
+def _tiles(begin: int, end: int) -> list[slice]:
+    """Slices of nearly equal length, TILE_ROWS at most, that cover begin..end-1."""
+    if begin == end:
+        return []
+    rows = math.ceil((end - begin) / math.ceil((end - begin) / TILE_ROWS))
+    return [slice(first, min(first + rows, end)) for first in range(begin, end, rows)]

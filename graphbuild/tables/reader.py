@@ -11,9 +11,8 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-import fsspec
-
 from graphbuild.errors import InputError
+from graphbuild.remote import file_system, reaching
 from graphbuild.tables.delimited import delimited_table
 from graphbuild.tables.jsonl import json_table
 from graphbuild.tables.parquet import parquet_chunks
@@ -55,7 +54,7 @@ def read_chunks(spec: TableSpec, *, keep_others: bool = False, chunk_rows: int =
 
 
 def _chunks(spec: TableSpec, keep_others: bool, chunk_rows: int) -> Iterator[Chunk]:
-    with _open(spec.path) as file:
+    with reaching(spec.path), _open(spec.path) as file:
         name = (spec.path.partition("?")[0] if is_url(spec.path) else spec.path).lower()
         suffix = name.removesuffix(".gz").rpartition(".")[2]
         if suffix not in ("parquet", "csv", "tsv", "jsonl") or name.endswith(".parquet.gz"):
@@ -76,11 +75,12 @@ def _chunks(spec: TableSpec, keep_others: bool, chunk_rows: int) -> Iterator[Chu
 
 def _open(path: str) -> Any:
     try:
-        file_system, inner = fsspec.core.url_to_fs(path)
+        files, inner = file_system(path)
         try:
-            return file_system.open(inner, "rb")
+            with reaching(path):
+                return files.open(inner, "rb")
         except (FileNotFoundError, IsADirectoryError) as error:
-            if file_system.isdir(inner):
+            if files.isdir(inner):
                 raise InputError(f"{path} is a folder", "name one file in it") from error
             raise InputError(f"{path} does not exist", "check the path of the list") from error
     except (OSError, ValueError, ImportError) as error:

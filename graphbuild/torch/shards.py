@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from glob import has_magic
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from braceexpand import braceexpand
@@ -23,6 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from graphbuild.errors import ConfigError
+from graphbuild.remote import file_system, reaching
 from graphbuild.sidecar import ShardError, Sidecar, SidecarHeader, read_header, readable, sidecar_schema
 from graphbuild.tars import IMAGE_EXTENSIONS, tar_stem
 
@@ -76,8 +76,8 @@ def find_shards(
     shards = [Shard(tar, _sidecar_of(tar, sidecars)) for tar in tars]
     for shard in shards:
         for url in (shard.tar, shard.sidecar):
-            file_system, path = fsspec.core.url_to_fs(url)
-            if isinstance(file_system, LocalFileSystem) and not file_system.exists(path):
+            files, path = file_system(url)
+            if isinstance(files, LocalFileSystem) and not files.exists(path):
                 raise missing(shard, url)
     return shards
 
@@ -93,7 +93,8 @@ def read_columns(shard: Shard, names: Sequence[str]) -> tuple[SidecarHeader, pa.
     """The header and some columns of a shard's sidecar; ShardError as `Sidecar.read`."""
     url = shard.sidecar
     header, _ = read_header(url)
-    with readable(url), fsspec.open(url, "rb") as stream:
+    files, path = file_system(url)
+    with readable(url), files.open(path, "rb") as stream:
         table = pq.ParquetFile(stream, pre_buffer=False).read(columns=list(names), use_threads=False)
     schema = sidecar_schema(header.d, header.k, header.embeddings)
     types = dict(zip(table.schema.names, table.schema.types, strict=True))
@@ -109,9 +110,10 @@ def read_columns(shard: Shard, names: Sequence[str]) -> tuple[SidecarHeader, pa.
 
 def check_tar_size(shard: Shard, header: SidecarHeader) -> None:
     """Raise a ShardError unless the tar has as many bytes as the one that the sidecar was written for."""
-    file_system, path = fsspec.core.url_to_fs(shard.tar)
+    files, path = file_system(shard.tar)
     try:
-        bytes_found = file_system.size(path)  # None where a server does not tell; then keys and counts decide
+        with reaching(shard.tar, ShardError):
+            bytes_found = files.size(path)  # None where a server does not tell; then keys and counts decide
     except FileNotFoundError:
         raise missing(shard, shard.tar) from None
     if header.tar is not None and bytes_found not in (None, header.tar.bytes):
@@ -198,9 +200,9 @@ def member_value(sample: JoinedSample, name: str) -> Any:
 def _tar_samples(shard: Shard, header: SidecarHeader) -> Iterator[dict[str, Any]]:
     """Samples as webdataset and graphbuild.tars group them: members side by side that share a key."""
     check_tar_size(shard, header)
-    file_system, path = fsspec.core.url_to_fs(shard.tar)
+    files, path = file_system(shard.tar)
     try:
-        with file_system.open(path, "rb") as stream:
+        with reaching(shard.tar, ShardError), files.open(path, "rb") as stream:
             members = ({**member, "__url__": shard.tar} for member in tar_file_iterator(stream, skip_meta=None))
             yield from group_by_keys(members)
     except FileNotFoundError:
@@ -257,11 +259,12 @@ def _expand(pattern: str) -> list[str]:
         if not has_magic(url):
             tars.append(url)
             continue
-        file_system, path = fsspec.core.url_to_fs(url)
-        found = sorted(file_system.glob(path))
+        files, path = file_system(url)
+        with reaching(url, ShardError):
+            found = sorted(files.glob(path))
         if not found:
             raise ConfigError(f"{url} matches no file", "check the path; a store keeps its tars in shards/")
-        tars += [file_system.unstrip_protocol(name) if "://" in url else name for name in found]
+        tars += [files.unstrip_protocol(name) if "://" in url else name for name in found]
     return tars
 
 

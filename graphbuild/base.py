@@ -1,0 +1,85 @@
+"""Stage base: the lists of a finished graph to which nodes were added, so that only pairs with a new one are joined.
+
+Old nodes keep numbers, vectors and lists; joins then compare new nodes with all, and merge offers what they find to the
+old lists. For the engines exact and partition, where k and the old vectors are as they were. From an exact graph comes
+an exact graph, byte for byte that of a build from nothing; recall is certified on the whole either way. One task an old
+shard, which keeps its lists in scratch: the search stage removes the old files. Memory: a shard's lists.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from graphbuild.knn.lists import EMPTY, pack
+from graphbuild.recipe import Recipe
+from graphbuild.sharded import Array
+from graphbuild.stage import Task, records
+from graphbuild.store import Json, Store, Writer
+
+FOLDER = "_work/base"
+FIRST = 4.0  # added to the similarities of lists that must stay whole: more than any similarity
+
+
+def plan(recipe: Recipe, store: Store) -> list[Task]:
+    """A task a shard of the old graph; none where there is no graph that can be added to."""
+    from graphbuild.index import index_task, nodes_entry
+
+    manifest = nodes_entry(store)
+    begun = list(records(store, "base").values())
+    shards = [shard for shard in manifest["shards"] if shard["nodes"]]
+    tasks = [
+        index_task(recipe, manifest, "base", s["shard"], vectors=vectors_of(manifest, s), nodes=s["nodes"])
+        for s in shards
+    ]
+    known = {(record["task"], record["fingerprint"]) for record in begun}
+    kept = [task for task in tasks if (task.name, task.fingerprint) in known]
+    if begun and len(kept) == len(begun):  # the search may have removed the old graph since
+        return kept
+    old = records(store, "search")
+    kept = [task for task in tasks if task.name in old]
+    whole = kept == tasks[: len(kept)] and len(kept) == len(old) < len(tasks)
+    return kept if whole and all(_still_holds(task, old[task.name], store) for task in kept) else []
+
+
+def _still_holds(task: Task, old: Json, store: Store) -> bool:
+    """Whether a shard's lists are there, of the same vectors and k, and good enough for the engine."""
+    same = old["settings"] == task.settings or (old["settings"]["engine"], old["settings"]["k"]) == (
+        "exact",
+        task.settings["k"],
+    )
+    there = all(store.exists(output["path"]) for output in old["outputs"])
+    engine = task.settings["engine"]
+    vectors = task.built["vectors"]
+    return same and there and not engine.startswith("faiss:") and old["built"].get("vectors") == vectors is not None
+
+
+def run(task: Task, store: Store, writer: Writer) -> Json:
+    lists = {name: store.array(f"graph/{task.name}.{name}.npy") for name in ("neighbors", "similarities")}
+    for name, values in lists.items():
+        writer.array(f"{FOLDER}/{task.name}.{name}.npy", values, durable=False)
+    return {"counts": {"nodes": len(lists["neighbors"])}}
+
+
+def first_new_node(manifest: Json) -> int:
+    """Nodes 0.. below this one have their old lists; 0 where all are new."""
+    return int(manifest["stages"].get("base", {}).get("counts", {}).get("nodes", 0))
+
+
+def vectors_of(manifest: Json, shard: Json) -> Any:
+    """sha256 of a shard's vectors."""
+    return manifest["embeddings"].get("files", {}).get(f"nodes/{shard['shard']}.npy")
+
+
+def base_lists(store: Store, name: str, scales: Array, length: int, *, whole: bool) -> Array:
+    """An old shard's lists as candidates, keys int64 [n, length], by similarity over the row's scale, as joins score.
+
+    whole: before all others, so that none of an exact list falls out.
+    """
+    neighbors = store.array(f"{FOLDER}/{name}.neighbors.npy")
+    similarities = store.array(f"{FOLDER}/{name}.similarities.npy").astype(np.float32)
+    keys = np.full((len(neighbors), length), EMPTY, np.int64)
+    keys[:, : neighbors.shape[1]] = pack((similarities + FIRST * whole) / scales[:, :1], neighbors)
+    keys[:, ::-1].sort(axis=1)
+    return keys

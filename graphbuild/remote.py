@@ -1,0 +1,127 @@
+"""Files at any URL: how their file systems are opened, and what a lost connection or a full disk becomes.
+
+An S3 request that is refused, throttled or cut is sent again by the client for half a minute, one that finds no server
+for some minutes. What fails beyond that is a StorageError that names the URL. Copies of remote files are kept on this
+machine for a day after their last use, within CACHE_BYTES (`prune`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from graphbuild.errors import GraphbuildError, StorageError
+
+S3_RETRIES = {"mode": "legacy", "max_attempts": 6}  # waits of 0.5, 1, 2, ... 16 seconds on average; s3fs repeats some
+S3_VARIABLES = {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"}  # by which users choose their own
+CACHE_BYTES = 100 * 10**9
+CACHE_SECONDS = 24 * 3600  # copies not used for so long go
+SAFE_SECONDS = 3600  # copies used since then stay whatever their size: a process may be about to open them
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_LOST = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+_CLIENTS = (("botocore.exceptions", "BotoCoreError"), ("aiohttp", "ClientError"))  # their errors are no OSError
+RERUN = "then run the same command again: what is done is kept"
+
+
+def file_system(url: str, **options: Any) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a path or URL, and the path in it; ValueError or ImportError when fsspec knows none."""
+    if url.startswith(("s3://", "s3a://")):
+        given = fsspec.config.conf.get("s3", {}).keys() | os.environ.keys()
+        if not given & {"config_kwargs", *S3_VARIABLES}:
+            options["config_kwargs"] = {"retries": S3_RETRIES}
+    found: tuple[fsspec.AbstractFileSystem, str] = fsspec.core.url_to_fs(url, **options)
+    return found
+
+
+@contextlib.contextmanager
+def reaching(
+    url: str, kind: type[GraphbuildError] = StorageError, folder: str | os.PathLike[str] | None = None
+) -> Iterator[None]:
+    """A lost connection, a server's refusal or a full disk as an error of that kind; files that are not there pass.
+
+    folder: of this machine, which is written to.
+    """
+    try:
+        yield
+    except _failures() as error:
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        if _is_full(error):
+            where = folder or tempfile.gettempdir()
+            raise kind(f"{url}: no space is left in {where} ({said})", f"make room there, {RERUN}") from error
+        if _is_lost(error, url):
+            fix = f"see that it can be reached from here (network, credentials, endpoint), {RERUN}"
+            raise kind(f"{url} cannot be reached ({said})", fix) from error
+        raise
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    loaded = [getattr(sys.modules[module], name) for module, name in _CLIENTS if module in sys.modules]
+    return (OSError, *loaded)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a disk, or what one may use of it, is full; numpy's error says so without a number."""
+    return isinstance(error, OSError) and (
+        error.errno in _FULL or (error.errno is None and str(error).endswith(" written"))
+    )
+
+
+def _is_lost(error: Exception, url: str) -> bool:
+    if not isinstance(error, OSError) or isinstance(error, ConnectionError | TimeoutError):
+        return True
+    return error.errno in _LOST or (isinstance(error, PermissionError) and "://" in url)
+
+
+def cache_folder() -> Path:
+    """This user's folder for copies of remote files, and for files on their way to a remote store."""
+    folder = Path(tempfile.gettempdir()) / f"graphbuild-cache-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def cached_copy(fs: fsspec.AbstractFileSystem, path: str, identity: str) -> Path:
+    """A copy of a remote file in this user's cache folder, for as long as it has that identity."""
+    folder = cache_folder()
+    copy = folder / hashlib.sha256(identity.encode()).hexdigest()
+    try:
+        os.utime(copy)  # used now
+    except FileNotFoundError:
+        partial = copy.with_suffix(f".{uuid.uuid4().hex}")
+        try:
+            fs.get_file(path, str(partial))
+            os.utime(partial)
+            partial.rename(copy)
+        finally:
+            partial.unlink(missing_ok=True)
+        prune(folder)
+    return copy
+
+
+def prune(folder: Path) -> None:
+    """Remove copies that were not used for CACHE_SECONDS and, the longest unused first, what exceeds CACHE_BYTES.
+
+    A process that has mapped a copy keeps it; on disk it ends when that process does.
+    """
+    copies = []
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process prunes too
+            status = path.stat()
+            copies.append((status.st_mtime, status.st_size, path))
+    kept, now = sum(size for _, size, _ in copies), time.time()
+    for used, size, path in sorted(copies):
+        idle = now - used
+        if idle > CACHE_SECONDS or (kept > CACHE_BYTES and idle > SAFE_SECONDS):
+            path.unlink(missing_ok=True)
+            kept -= size
