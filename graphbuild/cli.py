@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from graphbuild.errors import ConfigError, GraphbuildError
+from graphbuild.terminal import HarmlessFormatter, echo
 
 if TYPE_CHECKING:
     from graphbuild.recipe import Recipe
@@ -209,14 +210,12 @@ def neighbors(
         )
     if key is not None:
         sample = find_sample(opened, key)
-        typer.echo(f"{printable(sample['key'])}  node {sample['node']}  {printable(sample['caption'])}")
+        echo(f"{printable(sample['key'])}  node {sample['node']}  {printable(sample['caption'])}")
         found = neighbors_of_node(opened, sample["node"], count)
     else:
         found = neighbors_of_text(opened, text or "", count)
     for neighbor in found:
-        typer.echo(
-            f"  {neighbor.similarity:.3f}  node {neighbor.node:>9}  x{neighbor.samples:<4} {printable(neighbor.text)}"
-        )
+        echo(f"  {neighbor.similarity:.3f}  node {neighbor.node:>9}  x{neighbor.samples:<4} {printable(neighbor.text)}")
 
 
 @app.command()
@@ -238,7 +237,7 @@ def mine(
     from graphbuild.mine import mine_store
 
     names = "threshold count skip positive absolute_margin relative_margin min_similarity max_similarity mutual"
-    typer.echo(mine_store(_store(store), what, _given(locals(), names), out))
+    echo(mine_store(_store(store), what, _given(locals(), names), out))
 
 
 @app.command()
@@ -254,7 +253,7 @@ def retry(
     from graphbuild.runner import Runner
 
     with Runner(workers=workers, address=address) as runner:
-        typer.echo(retry_store(_store(store), runner, reasons=reason or (), everything=all_urls))
+        echo(retry_store(_store(store), runner, reasons=reason or (), everything=all_urls))
 
 
 @app.command()
@@ -266,8 +265,8 @@ def verify(store: StoreArg) -> None:
     opened = _store(store)
     report = verify_store(opened)
     for problem in report.problems:
-        typer.echo(f"BAD  {problem}")
-    typer.echo(report.summary())
+        echo(f"BAD  {problem}")
+    echo(report.summary())
     if report.problems:
         raise QualityError(
             f"{len(report.problems)} problem(s) in {opened.url}",
@@ -277,14 +276,16 @@ def verify(store: StoreArg) -> None:
 
 def main() -> None:
     """Entry point: users' mistakes become two lines on stderr and exit code 2, failed work exit code 1."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    handler = logging.StreamHandler()
+    handler.setFormatter(HarmlessFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("graphbuild").setLevel(logging.INFO)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may not know every caption's characters
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except GraphbuildError as error:
-        typer.echo(f"graphbuild: {error}", err=True)
+        echo(f"graphbuild: {error}", err=True)
         sys.exit(error.exit_code)
 
 
@@ -326,4 +327,4 @@ def _run_verb(verb: str, recipe: Recipe, store: Store, workers: int | None, addr
 
     with Runner(workers=workers, address=address) as runner:
         manifest = run_verb(verb, recipe, store, runner, force=force)
-    typer.echo(summary(verb, manifest, store))
+    echo(summary(verb, manifest, store))

@@ -164,8 +164,13 @@ def _positive(values: Array) -> pa.Array:
 
 def finish_cluster(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     """clustered/sizes.json, samples a tar."""
-    store.write_json(SIZES, {f"{record['task']}.tar": record["facts"]["counts"]["samples"] for record in done})
+    store.write_json(SIZES, tar_sizes(done))
     return {}
+
+
+def tar_sizes(done: list[Json]) -> dict[str, int]:
+    """Samples a tar by its name, from the records of the stage."""
+    return {f"{record['task']}.tar": record["facts"]["counts"]["samples"] for record in done}
 
 
 CLUSTER = Stage(name="cluster", title="tars", plan=plan_cluster, run=run_cluster, finish=finish_cluster)

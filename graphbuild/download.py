@@ -224,25 +224,24 @@ class CheckedResizer:
         self.max_pixels = max_pixels
 
     def __call__(self, stream: io.BytesIO, boxes: Any = None) -> tuple[Any, ...]:
-        from PIL import Image, UnidentifiedImageError
+        from graphbuild.images import ImageError, check_size, web_image
 
         try:
             stream.seek(0)
-            with Image.open(stream) as image:
-                if image.width * image.height > self.max_pixels:
-                    return None, None, None, None, None, f"too large: over {self.max_pixels:,} pixels"
+            with web_image(stream, self.max_pixels) as image:
+                if len(image.getbands()) in (2, 4) or "transparency" in image.info:  # laid on white by way of float64
+                    check_size(image, self.max_pixels // 4)
                 image.draft("RGB", (64, 64))  # JPEG: decode small, still reading every byte
                 image.load()
-        except UnidentifiedImageError:
-            return None, None, None, None, None, "not an image"
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            return None, None, None, None, None, f"broken image: {error}"[:100]
+        except ImageError as error:
+            return None, None, None, None, None, error.cause
         stream.seek(0)
         return tuple(self.resizer(stream, boxes))
 
 
 def _img2dataset(task: Task, urls: pa.Table, folder: Path) -> None:
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # its import waits for the network otherwise
+    os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(task.settings["max_pixels"])  # read when OpenCV is imported
     from img2dataset.downloader import Downloader
     from img2dataset.resizer import Resizer
     from img2dataset.writer import WebDatasetSampleWriter

@@ -1,7 +1,7 @@
-"""Nodes to the k-nearest-neighbour graph: the stages base, prepare, codes, moments, join, merge, refine and search.
+"""Nodes to the k-nearest-neighbour graph: the stages base, prepare, codes, moments, join, merge and search.
 
 An engine (`graphbuild.knn.engine`) makes candidate lists of nodes in independent join tasks; merge unites each shard's;
-refine looks at neighbours' neighbours where the engine is partition; search scores all candidates again (float64 sums,
+search looks at neighbours' neighbours where the engine is approximate, scores all candidates again (float64 sums,
 rounded to float32), proves lists complete where it is exact, completes those that are short or unproved by a second
 search, and writes graph/<shard>.neighbors.npy, .similarities.npy, .background.npy and .sketch.npy. Files between the
 stages lie in _work/ and are removed when the graph is whole. Memory: codes and lists of one join task's nodes
@@ -212,41 +212,6 @@ def run_merge(task: Task, store: Store, writer: Writer) -> Json:
     return {}
 
 
-# -- refine: the partition engine's neighbours' neighbours, leaf by leaf
-
-
-def plan_refine(recipe: Recipe, store: Store) -> list[Task]:
-    from graphbuild.knn.engine import nodes_at_once
-
-    manifest = nodes_entry(store)
-    engine, _ = engine_of(recipe, manifest)
-    if engine.name != "partition":
-        return []
-    nodes = node_count(manifest)
-    at_once = nodes_at_once(engine, recipe.index, nodes, manifest["embeddings"]["d"])
-    merged = manifest["stages"]["merge"]["fingerprint"]
-    return [
-        index_task(recipe, manifest, "refine", f"{number:05}", merged=merged, span=[first, end])
-        for number, (first, end, _) in enumerate(engine.joins(nodes, at_once))
-    ]
-
-
-def run_refine(task: Task, store: Store, writer: Writer) -> Json:
-    from graphbuild.knn import partition
-    from graphbuild.knn.inputs import Inputs
-    from graphbuild.knn.refine import refine
-
-    inputs = Inputs(store)
-    merged = inputs.of("merged")
-    first, end = task.built["span"]
-    arrays = inputs.of("leaves"), merged, inputs.codes, inputs.scales, inputs.vectors
-    depth = round(partition.DEPTH * merged.width)
-    ids, keys = refine((first, end), *arrays, task.settings["k"], partition.EXPAND, depth)
-    writer.array(f"{SCRATCH}/refine/{task.name}.ids.npy", ids, durable=False)
-    writer.array(f"{SCRATCH}/refine/{task.name}.keys.npy", keys, durable=False)
-    return {}
-
-
 # -- search: the graph
 
 
@@ -268,22 +233,15 @@ def plan_search(recipe: Recipe, store: Store) -> list[Task]:
 
 
 def run_search(task: Task, store: Store, writer: Writer) -> Json:
-    from graphbuild.knn.final import lists_of, scored_again, search_lacking
+    from graphbuild.knn.final import exact_lists
     from graphbuild.knn.inputs import Inputs
-    from graphbuild.knn.lists import EMPTY, unpack
+    from graphbuild.knn.lists import unpack
 
     inputs = Inputs(store)
     engine = _engine(task, inputs.manifest)
     first, count, k = task.built["first_node"], task.built["nodes"], task.settings["k"]
     vectors = inputs.vectors
-    if engine.name == "partition":
-        keys = np.full((count, k), EMPTY, np.int64)
-        for ids, lists in lists_of(store, "refine", first, count):
-            keys[ids] = lists
-        lacking = keys[:, -1] == EMPTY
-    else:
-        keys, lacking = scored_again(inputs, task.name, first, k, exact=engine.name == "exact")
-    searched_again = search_lacking(vectors, first, keys, lacking)
+    keys, searched_again = exact_lists(inputs, engine.name, task.name, first, k)
     similarities, neighbors = unpack(keys)
     raw = vectors.span(first, count)
     background = moments.background_of(raw, similarities, store.array(moments.MOMENTS), len(vectors))
@@ -311,6 +269,5 @@ PREPARE = Stage(name="prepare", title="prepare", plan=plan_prepare, run=run_prep
 CODES = Stage(name="codes", title="codes", plan=plan_codes, run=run_codes, finish=finish_codes, serves=_SERVED)
 JOIN = Stage(name="join", title="join", plan=plan_join, run=run_join, serves=_SERVED, on_device=True)
 MERGE = Stage(name="merge", title="merge", plan=plan_merge, run=run_merge, serves=_SERVED)
-REFINE = Stage(name="refine", title="refine", plan=plan_refine, run=run_refine, serves=_SERVED)
-STAGES = (BASE, PREPARE, CODES, MOMENTS_STAGE, JOIN, MERGE, REFINE, SEARCH)
-SCRATCH_STAGES = (BASE, PREPARE, CODES, JOIN, MERGE, REFINE)
+STAGES = (BASE, PREPARE, CODES, MOMENTS_STAGE, JOIN, MERGE, SEARCH)
+SCRATCH_STAGES = (BASE, PREPARE, CODES, JOIN, MERGE)

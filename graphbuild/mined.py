@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 from graphbuild.errors import ConfigError
 from graphbuild.graph import SampleGraph
 from graphbuild.remote import reaching
-from graphbuild.store import FORMAT_VERSION, Json, Store
+from graphbuild.stage import Stage, Task, perform
+from graphbuild.store import FORMAT_VERSION, Json, Store, Writer
 
 BLOCK = 16_384  # nodes, samples or pairs at a time
 ROW_GROUP = 262_144  # rows
 METADATA_KEY = "graphbuild"
+FOLDER, STAGE = "mined", "mine"
 
 Part = tuple[pa.Table, dict[str, int]]  # some rows, and what was counted while they were made
 
@@ -65,15 +67,30 @@ class Mined:
         """Write a zstd-compressed parquet file `name` of the store and return its rows.
 
         Its key-value metadata has the key `graphbuild`, a JSON object: format_version, what, options, counts, rows, and
-        graph, the fingerprint of the graph that the ids refer to.
+        graph, the fingerprint of the graph that the ids refer to. A list in mined/ gets a record of its sha256 in
+        `_state/mine/`, by which `graphbuild verify` knows it.
         """
-        with store.staged(name) as path:
-            return self._write(path)
+        folder, _, stem = name.removesuffix(".parquet").rpartition("/")
+        if folder != FOLDER:
+            with store.staged(name) as path:
+                return self._write(path)
+
+        def run(task: Task, store: Store, writer: Writer) -> Json:
+            with writer.file(name) as path:
+                return {"counts": {"rows": self._write(path)}}
+
+        options = json.loads(json.dumps(self.options, default=np.generic.item))
+        task = Task(stage=STAGE, name=stem, settings={"what": self.what, **options}, built={"graph": self._graph()})
+        stage = Stage(name=STAGE, title="mining", plan=lambda recipe, store: [task], run=run)
+        return int(perform(stage, task, store)["facts"]["counts"]["rows"])
+
+    def _graph(self) -> Any:
+        return Store(self.url).manifest()["graph"]["fingerprint"]
 
     def _write(self, path: Path) -> int:
         about: Json = {"format_version": FORMAT_VERSION, "what": self.what, "options": self.options, "rows": 0}
-        about["graph"] = Store(self.url).manifest()["graph"]["fingerprint"]
-        with pq.ParquetWriter(path, self.schema, compression="zstd") as writer:
+        about["graph"] = self._graph()
+        with pq.ParquetWriter(path, self.schema, compression="zstd", write_page_checksum=True) as writer:
             for group in self._row_groups():
                 writer.write_table(group, row_group_size=ROW_GROUP)
                 about["rows"] += len(group)
@@ -97,7 +114,7 @@ def target(store: Store, what: str, out: str | None) -> tuple[Store, str]:
     Raises:
         ConfigError: it cannot be written there.
     """
-    folder, name = store, f"mined/{what}.parquet"
+    folder, name = store, f"{FOLDER}/{what}.parquet"
     if out is not None:
         parent, name = _split(out)
         try:

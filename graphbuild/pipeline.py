@@ -12,7 +12,7 @@ from graphbuild.errors import ConfigError
 from graphbuild.leftovers import remove_leftovers
 from graphbuild.recipe import Recipe
 from graphbuild.runner import Runner
-from graphbuild.stage import Stage
+from graphbuild.stage import Stage, write_manifest
 from graphbuild.state import remove_scratch, write_recipe
 from graphbuild.store import Json, Store
 
@@ -78,7 +78,7 @@ def run_verb(verb: str, recipe: Recipe, store: Store, runner: Runner, *, force: 
     versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
     if manifest.get("versions") != versions:
         manifest["versions"] = versions
-        store.write_json("manifest.json", manifest)
+        write_manifest(store, manifest)
     if store.is_local:  # of workers that died meanwhile
         remove_leftovers(store.root)
     return manifest

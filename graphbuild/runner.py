@@ -22,7 +22,7 @@ from typing import Any
 from graphbuild.errors import ConfigError, GraphbuildError, InputError, StageError, StorageError
 from graphbuild.progress import Progress
 from graphbuild.recipe import Recipe
-from graphbuild.stage import Stage, Task, digest, perform, records, state_path
+from graphbuild.stage import Stage, Task, digest, perform, records, sealed, state_path, write_manifest
 from graphbuild.state import invalidate, is_done, pending, total_counts, write_recipe
 from graphbuild.store import Json, Store
 
@@ -63,7 +63,7 @@ def attempt(stage: Stage, task: Task, store: Store) -> Json | Failure:
 
 
 def record_failure(store: Store, task: Task, failure: Failure) -> None:
-    record = {"task": task.name, "fingerprint": task.fingerprint, **dataclasses.asdict(failure)}
+    record = sealed({"task": task.name, "fingerprint": task.fingerprint, **dataclasses.asdict(failure)})
     try:
         store.write_json(state_path(task.stage, task.name, "failed"), record)
     except (StorageError, OSError) as error:  # most often for the same reason, which is what the user must see
@@ -157,7 +157,7 @@ class Runner:
         if manifest["stages"].get(stage.name) != entry:
             manifest["stages"][stage.name] = entry
             manifest.update(stage.finish(recipe, store, done))
-            store.write_json("manifest.json", manifest)
+            write_manifest(store, manifest)
         return entry
 
     def _results(self, stage: Stage, tasks: Sequence[Task], store: Store) -> Iterator[tuple[Task, Json | Failure]]:
@@ -191,7 +191,7 @@ class Runner:
                 running[worker.attempt.remote(stage, _placed(task, gpu=gpu), store)] = (task, tries, worker)
             ready, _ = ray.wait(list(running), num_returns=1, timeout=PATIENCE_SECONDS if idle else None)
             if not ready:  # a task may wait for a CPU that its cluster lost, or never had: idle workers hold some
-                idle.clear()
+                dismiss(idle)
                 continue
             task, tries, worker = running.pop(ready[0])
             try:
@@ -201,7 +201,7 @@ class Runner:
                 result = Failure(last, "install the same graphbuild on every node of the cluster", str(error), 1)
                 record_failure(store, task, result)
             except ray.exceptions.RayError as error:
-                idle.clear()  # with a node, more than one is gone
+                dismiss(idle)  # with a node, more than one is gone
                 if tries < ATTEMPTS:
                     logger.warning(
                         "%s %s: its worker died (%s); trying again",
@@ -253,6 +253,14 @@ class Runner:
             ) from error
         self._started_ray = True
         return ray
+
+
+def dismiss(workers: list[Any]) -> None:
+    """End idle workers, which gives their CPUs back; some may be gone already."""
+    import ray
+
+    while workers:
+        ray.kill(workers.pop())
 
 
 def check_address(address: str) -> None:

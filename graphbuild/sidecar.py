@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from graphbuild import sketch
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.remote import file_system, reaching
+from graphbuild.stage import sealed
 from graphbuild.store import FORMAT_VERSION
 
 METADATA_KEY = b"graphbuild"
@@ -79,7 +80,7 @@ class SidecarHeader(BaseModel):
 
     def metadata(self) -> dict[bytes, bytes]:
         """The schema metadata to write: `sidecar_schema(...).with_metadata(header.metadata())`."""
-        return {METADATA_KEY: self.model_dump_json().encode()}
+        return {METADATA_KEY: json.dumps(sealed(self.model_dump(mode="json"))).encode()}
 
 
 def sidecar_schema(d: int, k: int, embeddings: EmbeddingKind) -> pa.Schema:
@@ -190,27 +191,28 @@ class Sidecar:
         """
         files, path = file_system(url)
         with readable(url):
-            table = pq.ParquetFile(pa.BufferReader(files.cat_file(path))).read(use_threads=False)
-        header = _parse_header(url, table.schema.metadata)
-        _check_columns(url, header, table)
-        columns = {name: table.column(name).combine_chunks() for name in table.column_names}
-        background = [_numbers(columns[f"background_{name}"]) for name in ("mean", "std")]
-        sidecar = cls(
-            url=url,
-            header=header,
-            row=_numbers(columns["row"]),
-            key=columns["key"].to_numpy(zero_copy_only=False),
-            node=_numbers(columns["node"], absent=-1),
-            caption=columns["caption"].to_numpy(zero_copy_only=False),
-            embedding=_matrix(columns["embedding"]) if "embedding" in columns else None,
-            embedding_scale=_numbers(columns["embedding_scale"]) if "embedding_scale" in columns else None,
-            sketch=_matrix(columns["sketch"]) if "sketch" in columns else None,
-            neighbors=_matrix(columns["neighbors"]),
-            similarities=_matrix(columns["similarities"]),
-            background=np.stack(background, axis=1),
-            image_offset=_numbers(columns["image_offset"], absent=-1),
-            image_size=_numbers(columns["image_size"], absent=-1),
-        )
+            content = pa.BufferReader(files.cat_file(path))
+            table = pq.ParquetFile(content, page_checksum_verification=True).read(use_threads=False)
+            header = _parse_header(url, table.schema.metadata)
+            _check_columns(url, header, table)
+            columns = {name: table.column(name).combine_chunks() for name in table.column_names}
+            background = [_numbers(columns[f"background_{name}"]) for name in ("mean", "std")]
+            sidecar = cls(
+                url=url,
+                header=header,
+                row=_numbers(columns["row"]),
+                key=columns["key"].to_numpy(zero_copy_only=False),
+                node=_numbers(columns["node"], absent=-1),
+                caption=columns["caption"].to_numpy(zero_copy_only=False),
+                embedding=_matrix(columns["embedding"]) if "embedding" in columns else None,
+                embedding_scale=_numbers(columns["embedding_scale"]) if "embedding_scale" in columns else None,
+                sketch=_matrix(columns["sketch"]) if "sketch" in columns else None,
+                neighbors=_matrix(columns["neighbors"]),
+                similarities=_matrix(columns["similarities"]),
+                background=np.stack(background, axis=1),
+                image_offset=_numbers(columns["image_offset"], absent=-1),
+                image_size=_numbers(columns["image_size"], absent=-1),
+            )
         sidecar._check_values(columns)
         return sidecar
 
@@ -260,7 +262,7 @@ def read_header(url: str) -> tuple[SidecarHeader, int]:
     """
     files, path = file_system(url)
     with readable(url), files.open(path, "rb") as stream:
-        footer = pq.ParquetFile(stream, pre_buffer=False)
+        footer = pq.ParquetFile(stream, pre_buffer=False, page_checksum_verification=True)
         header = _parse_header(url, footer.schema_arrow.metadata)
         node = footer.read(columns=["node"], use_threads=False).column("node")
         return header, len(node) - node.null_count
@@ -277,21 +279,30 @@ def readable(url: str) -> Iterator[None]:
             f"{url}: there is no such sidecar",
             "run `graphbuild export` on the store, or name the sidecars' folder with `sidecars=`",
         ) from None
-    except (pa.ArrowException, OSError) as error:  # Arrow calls damaged pages an OSError
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # Arrow calls damaged pages an OSError
         raise ShardError(f"{url}: not a readable Parquet file ({error})", EXPORT) from error
 
 
 def _parse_header(url: str, metadata: dict[bytes, bytes] | None) -> SidecarHeader:
     if not metadata or METADATA_KEY not in metadata:
         raise ShardError(f"{url}: a Parquet file without graphbuild's metadata", EXPORT)
-    version = json.loads(metadata[METADATA_KEY]).get("format_version")
+    try:
+        facts = json.loads(metadata[METADATA_KEY])
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict):
+        raise ShardError(f"{url}: its metadata is no JSON object", EXPORT)
+    version = facts.get("format_version")
     if version != FORMAT_VERSION:
         raise ShardError(
             f"{url}: sidecar of format version {version!r}; this graphbuild reads {FORMAT_VERSION}",
             "run `graphbuild export` with this version, or install the version that wrote the file",
         )
     try:
-        return SidecarHeader.model_validate_json(metadata[METADATA_KEY])
+        header = SidecarHeader.model_validate_json(metadata[METADATA_KEY])
+        if "checksum" in facts and header.metadata() != {METADATA_KEY: metadata[METADATA_KEY]}:
+            raise ShardError(f"{url}: its metadata has changed (checksum differs)", EXPORT)
+        return header
     except ValidationError as error:
         problem = error.errors()[0]
         name = ".".join(str(part) for part in problem["loc"])

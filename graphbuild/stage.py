@@ -34,7 +34,6 @@ ORDER = (
     "moments",
     "join",
     "merge",
-    "refine",
     "search",
     "certify",
     "export",
@@ -111,16 +110,18 @@ def perform(stage: Stage, task: Task, store: Store) -> Json:
     store.remove(record)  # its files are about to be replaced
     with Writer(store) as writer:
         facts = stage.run(task, store, writer)
-    done = {
-        "task": task.name,
-        "fingerprint": task.fingerprint,
-        "settings": dict(task.settings),
-        "inputs": dict(task.inputs),
-        "built": dict(task.built),
-        "outputs": writer.records(),
-        "facts": facts,
-        "seconds": round(time.perf_counter() - begin, 3),
-    }
+    done = sealed(
+        {
+            "task": task.name,
+            "fingerprint": task.fingerprint,
+            "settings": dict(task.settings),
+            "inputs": dict(task.inputs),
+            "built": dict(task.built),
+            "outputs": writer.records(),
+            "facts": facts,
+            "seconds": round(time.perf_counter() - begin, 3),
+        }
+    )
     store.write_json(record, done, durable=not stage.serves)
     store.remove(state_path(stage.name, task.name, "failed"))
     return done
@@ -157,6 +158,16 @@ def fingerprint(stage: str, task: str, settings: Any, inputs: Any, built: Any) -
 def digest(value: Any) -> str:
     """sha256 of a JSON value in canonical form."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def sealed(record: Mapping[str, Any]) -> Json:
+    """A record with its checksum: the digest of all else in it but `seconds`, in which no two runs agree."""
+    rest = {key: value for key, value in record.items() if key not in ("checksum", "seconds")}
+    return {**record, "checksum": digest(json.loads(json.dumps(rest)))}
+
+
+def write_manifest(store: Store, manifest: Mapping[str, Any]) -> None:
+    store.write_json("manifest.json", sealed(manifest))
 
 
 def _short(value: Any) -> str:

@@ -5,12 +5,13 @@ Reads and writes `_state/`, the stages of manifest.json and recipe.yaml; the com
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 
 from graphbuild.errors import ConfigError
 from graphbuild.recipe import Recipe
-from graphbuild.stage import ORDER, Stage, Task, records, state_path
+from graphbuild.stage import ORDER, Stage, Task, records, state_path, write_manifest
 from graphbuild.store import Json, Store
 
 logger = logging.getLogger(__name__)
@@ -73,14 +74,19 @@ def remove_scratch(stages: Sequence[Stage], folder: str, store: Store) -> None:
         store.remove_folder(path)
     manifest = store.manifest()
     if [name for stage in stages if (name := manifest["stages"].pop(stage.name, None)) is not None]:
-        store.write_json("manifest.json", manifest)
+        write_manifest(store, manifest)
 
 
 def write_recipe(recipe: Recipe, store: Store) -> None:
     """The resolved recipe, beside what it made; written once its changes are accepted."""
-    text = recipe.dump().encode()
+    text = sealed_text(recipe.dump().encode())
     if not store.exists("recipe.yaml") or store.read_bytes("recipe.yaml") != text:
         store.write_bytes("recipe.yaml", text)
+
+
+def sealed_text(text: bytes) -> bytes:
+    """Lines with one more, a comment: their sha256."""
+    return text + f"# sha256 of the lines above: {hashlib.sha256(text).hexdigest()}\n".encode()
 
 
 def invalidate(store: Store, stage: str) -> None:
@@ -88,7 +94,7 @@ def invalidate(store: Store, stage: str) -> None:
     manifest = store.manifest()
     stale = [name for name in ORDER[ORDER.index(stage) :] if manifest["stages"].pop(name, None) is not None]
     if stale:
-        store.write_json("manifest.json", manifest)
+        write_manifest(store, manifest)
 
 
 def require(store: Store, stage: str, verb: str) -> list[Json]:

@@ -156,7 +156,8 @@ class Store:
         try:
             with reaching(self.display(name)), self.fs.open(self.path(name), "rb") as file:
                 # Arrow's own threads may outlive the interpreter and abort it while they hold a Python file's buffers.
-                return pq.ParquetFile(file, pre_buffer=False).read(columns=columns, use_threads=False)
+                parquet = pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
+                return parquet.read(columns=columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise StageError(
                 f"{self.display(name)} cannot be read as parquet ({error})",
@@ -198,8 +199,7 @@ class Store:
             path.write_bytes(content)
 
     def write_json(self, name: str, value: Mapping[str, Any], *, durable: bool = True) -> None:
-        text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
-        self.write_bytes(name, text.encode() + b"\n", durable=durable)
+        self.write_bytes(name, json_text(value), durable=durable)
 
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError), reaching(self.display(name)):
@@ -237,6 +237,11 @@ class Store:
         return found
 
 
+def json_text(value: Mapping[str, Any]) -> bytes:
+    """A JSON file's bytes: the same whenever the value is."""
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+
+
 class Writer:
     """Commits one task's files to the store and remembers them as `outputs`, hashed as they lie on disk.
 
@@ -270,11 +275,11 @@ class Writer:
             np.save(file, np.ascontiguousarray(values), allow_pickle=False)
 
     def table(self, name: str, table: pa.Table, **options: Any) -> None:
-        """A zstd-compressed parquet file."""
+        """A zstd-compressed parquet file, its pages with checksums."""
         import pyarrow.parquet as pq
 
         with self.file(name) as path:
-            pq.write_table(table, path, compression="zstd", **options)
+            pq.write_table(table, path, compression="zstd", write_page_checksum=True, **options)
 
     def records(self) -> list[Json]:
         return [asdict(output) for output in self.outputs]

@@ -6,7 +6,6 @@ Reads everything once (checksums: about 1 GB/s a core) and the tars' headers; ch
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,14 +13,12 @@ import pyarrow as pa
 
 from graphbuild import clustered, sketch
 from graphbuild.certify import certify_afresh, check_lists
+from graphbuild.checksums import check_files
 from graphbuild.errors import ConfigError, GraphbuildError, StorageError
-from graphbuild.export import SIZES, tar_sizes
 from graphbuild.index import node_count
-from graphbuild.recipe import resolve
-from graphbuild.remote import reaching
 from graphbuild.sharded import Array
 from graphbuild.sidecar import Sidecar, quantize_int8
-from graphbuild.stage import ORDER, fingerprint, records
+from graphbuild.stage import ORDER, records
 from graphbuild.store import Json, Store, stream_sha256
 from graphbuild.tars import open_tar, tar_stem
 
@@ -51,19 +48,16 @@ class Report:
 def verify_store(store: Store) -> Report:
     """Check whatever stages are finished. Raises only when the store cannot be read at all."""
     manifest = store.manifest()
-    if not manifest["stages"]:
+    begun = [stage for stage in ORDER if any(".done." in name for name in store.sizes(f"_state/{stage}"))]
+    if len(begun) > 1 and not store.exists("manifest.json"):  # of a first stage that is not finished there is none
+        return Report(problems=["manifest.json: missing"])
+    if not manifest.get("stages", True):
         raise ConfigError(
             f"{store.url} has nothing finished to verify",
             "run a stage first, for instance `graphbuild embed`",
         )
-    report = Report()
-    try:
-        resolve(store, "embed", {})
-    except ConfigError as error:
-        report.problems.append(f"recipe.yaml: {error.cause}")
-    for stage in ORDER:
-        done = list(records(store, stage).values())
-        _check_records(store, stage, done, manifest, report)
+    checked = check_files(store, manifest)
+    report = Report(files=checked.files, bytes=checked.bytes, problems=checked.problems)
     if report.problems:  # what does not even match its checksum is not worth comparing further
         return report
     for shard in manifest.get("shards", []):
@@ -74,8 +68,6 @@ def verify_store(store: Store) -> Report:
             raise
         except GraphbuildError as error:
             report.problems.append(f"shard {shard['shard']}: {error.cause}")
-    if "export" in manifest["stages"] and store.read_json(SIZES) != tar_sizes(manifest):
-        report.problems.append(f"{SIZES}: not the samples a tar that the manifest says")
     if "cluster" in manifest["stages"]:
         report.problems += _check_clustered(store, manifest)
     if "certify" in manifest["stages"] and not report.problems:
@@ -86,52 +78,6 @@ def verify_store(store: Store) -> Report:
                 f"recall of a fresh sample is {report.recall['recall']}, certified was {certified['recall']}"
             )
     return report
-
-
-def _check_records(store: Store, stage: str, done: list[Json], manifest: Json, report: Report) -> None:
-    report.problems += _check_states(store, stage)
-    entry = manifest["stages"].get(stage)
-    if entry is not None and entry["tasks"] != len(done):
-        report.problems.append(
-            f"_state/{stage}/: {len(done)} tasks recorded as done, the manifest says {entry['tasks']}"
-        )
-    outputs = [output for record in done for output in record["outputs"]]
-    with ThreadPoolExecutor(8) as threads:  # hashing leaves the interpreter free
-        report.problems += [
-            problem for problem in threads.map(lambda output: _check_file(store, output), outputs) if problem
-        ]
-    report.files += len(outputs)
-    report.bytes += sum(output["bytes"] for output in outputs)
-
-
-def _check_states(store: Store, stage: str) -> list[str]:
-    """Records that are no JSON, or whose fingerprint is not that of what they say."""
-    problems = []
-    for path in sorted(path for path in store.sizes(f"_state/{stage}") if path.endswith(".json")):
-        try:
-            record = store.read_json(path)
-            if path.endswith(".done.json") and record is not None:
-                decided = (record["task"], record["settings"], record["inputs"], record["built"])
-                if fingerprint(stage, *decided) != record["fingerprint"]:
-                    problems.append(f"{path}: its fingerprint is not that of its settings and inputs")
-        except (GraphbuildError, KeyError, TypeError):
-            problems.append(f"{path}: not a whole record")
-    return problems
-
-
-def _check_file(store: Store, output: Json) -> str | None:
-    path = output["path"]
-    try:
-        with reaching(store.display(path)):
-            size = store.fs.size(store.path(path))
-            if size != output["bytes"]:
-                return f"{path}: {size:,} bytes, {output['bytes']:,} when it was written"
-            with store.fs.open(store.path(path), "rb") as file:
-                if stream_sha256(file) != output["sha256"]:
-                    return f"{path}: its content has changed (sha256 differs)"
-    except FileNotFoundError:
-        return f"{path}: missing"
-    return None
 
 
 def _check_shard(store: Store, manifest: Json, shard: Json) -> Iterator[str] | list[str]:

@@ -20,6 +20,7 @@ CHUNK = 32  # scores compared at once: a machine word of bits
 GUESS_SHIFT = 8
 _AHEAD = 6  # rows asked for before they are read
 _NEXT = 3
+_LEAF_MASK = 0x3FFF
 
 
 @intrinsic
@@ -179,20 +180,106 @@ def prefetch_row(address: Any, length: Any) -> None:
         _prefetch(address + offset)
 
 
+@njit(inline="always")
+def _code_product(a: Any, b: Any, width: Any) -> Any:
+    left = carray(pointer(a), width, np.int8)
+    right = carray(pointer(b), width, np.int8)
+    total = np.int32(0)
+    for j in range(width):
+        total = np.int32(total + np.int32(left[j]) * np.int32(right[j]))
+    return total
+
+
+@njit(inline="always")
+def _is_new(seen: Any, node: Any, row: Any) -> Any:
+    """Whether a node was not yet met for this row (0, 1, ...); from now on it was. seen int64: zeros, 2^i."""
+    here = (np.int64(row + 1) << 32) | node
+    slot = ((node * 0x9E3779B1) >> 7) & (seen.shape[0] - 1)
+    while seen[slot] >> 32 == row + 1:
+        if seen[slot] == here:
+            return False
+        slot = (slot + 1) & (seen.shape[0] - 1)
+    seen[slot] = here
+    return True
+
+
 @njit(nogil=True, cache=True)
-def gather(table: Any, ids: Any, out: Any) -> None:
-    """The rows of any ids [n] as bytes, out uint8 [n, bytes of a row]."""
-    width = out.shape[1]
-    for i in range(len(ids)):
-        if i + _AHEAD < len(ids):
-            prefetch_row(row_address(table, ids[i + _AHEAD]), width)
-        out[i] = carray(pointer(row_address(table, ids[i])), width, np.uint8)
+def refine_lists(
+    first: int,
+    keys: Any,
+    expand: int,
+    depth: int,
+    lists: Any,
+    codes: Any,
+    scales: Any,
+    leaves: Any,
+    width: int,
+    fan: int,
+) -> int:
+    """One round of neighbours' neighbours: offer nodes first.. the `depth` best of each of their `expand` best.
 
-
-def table_of(rows: Any) -> Any:
-    """The table of one array [n, width] in memory; valid as long as that lives."""
-    starts, guess = np.array([0, len(rows)]), np.zeros((len(rows) >> GUESS_SHIFT) + 1, np.int32)
-    return np.array([rows.ctypes.data]), starts, guess, rows.strides[0]
+    keys int64 [n, c], in place; lists, codes, scales, leaves: tables of rows of all nodes. A pair that shared a leaf
+    was compared when the leaf was joined, and is left out. Returns the number of products computed.
+    """
+    count, c = keys.shape
+    best = min(expand, c)
+    slots = 1
+    while slots < 2 * (best + 1) * (c + 1):
+        slots *= 2
+    seen = np.zeros(slots, np.int64)
+    wanted = np.empty(best * c, np.int64)
+    own = np.empty(c, np.int64)
+    joined = np.full(_LEAF_MASK + 1, -1, np.int32)
+    total = 0
+    for r in range(count):
+        node = first + r
+        row = keys[r]
+        own[:] = row
+        own_code = row_address(codes, node)
+        own_leaves = carray(pointer(row_address(leaves, node)), fan, np.int32)
+        for y in range(fan):
+            joined[own_leaves[y] & _LEAF_MASK] = r
+        if r + 1 < count:
+            for p in range(best):
+                if keys[r + 1, p] != EMPTY:
+                    prefetch_row(row_address(lists, node_of(keys[r + 1, p])), 8 * min(depth, c))
+        _is_new(seen, node, r)  # itself and its own list need no second look
+        for q in range(c):
+            _is_new(seen, node_of(own[q]), r)
+        found = 0
+        for p in range(best):
+            if own[p] == EMPTY:
+                break
+            list_of_neighbor = carray(pointer(row_address(lists, node_of(own[p]))), c, np.int64)
+            for q in range(min(depth, c)):
+                if list_of_neighbor[q] == EMPTY:
+                    break
+                other = node_of(list_of_neighbor[q])
+                if _is_new(seen, other, r):
+                    wanted[found] = other
+                    _prefetch(row_address(leaves, other))
+                    found += 1
+        if own[c - 1] != EMPTY:  # a list that is not full may have refused its leaf-mates for its floor
+            apart = 0
+            for q in range(found):
+                leaves_of_other = carray(pointer(row_address(leaves, wanted[q])), fan, np.int32)
+                together = False
+                for y in range(fan):
+                    together |= joined[leaves_of_other[y] & _LEAF_MASK] == r
+                wanted[apart] = wanted[q]
+                apart += not together
+            found = apart
+        for q in range(min(_AHEAD, found)):
+            prefetch_row(row_address(codes, wanted[q]), width)
+        for q in range(found):
+            other = wanted[q]
+            if q + _AHEAD < found:
+                prefetch_row(row_address(codes, wanted[q + _AHEAD]), width)
+            product = _code_product(own_code, row_address(codes, other), width)
+            scale = carray(pointer(row_address(scales, other)), 1, np.float32)[0]
+            offer(row, key_of(np.float32(product) * scale, other))
+        total += found
+    return total
 
 
 @njit(nogil=True, fastmath={"nsz", "arcp", "contract", "afn", "reassoc"}, cache=True)
@@ -228,7 +315,6 @@ def offer_exactly(tile: Any, own: Any, first: int, margin: float, keys: Any, vec
     """
     last = keys.shape[1] - 1
     one = np.full((1, 1), EMPTY, np.int64)
-    place = np.zeros((1, 1), np.int64)
     nothing = np.full(1, np.inf)
     for i in range(tile.shape[0]):
         row = keys[i]
@@ -236,19 +322,15 @@ def offer_exactly(tile: Any, own: Any, first: int, margin: float, keys: Any, vec
         for j in range(tile.shape[1]):
             if tile[i, j] >= floor and first + j != own[i]:
                 one[0, 0] = key_of(np.float32(0.0), first + j)
-                place[0, 0] = first + j
-                offer(row, exact_similarities(own[i : i + 1], place, one, 1, nothing, nothing, vectors, width)[0, 0])
+                offer(row, exact_similarities(own[i], one, 1, nothing, nothing, vectors, width)[0, 0])
                 floor = score_of(row[last]) - margin
 
 
 @njit(nogil=True, fastmath={"nsz", "arcp", "contract", "afn", "reassoc"}, cache=True)
-def exact_similarities(
-    rows: Any, places: Any, keys: Any, k: int, scales: Any, slack: Any, vectors: Any, width: int
-) -> Any:
-    """Lists scored again: float32 cosines of the stored float16 vectors, sums in float64.
+def exact_similarities(first: int, keys: Any, k: int, scales: Any, slack: Any, vectors: Any, width: int) -> Any:
+    """The lists of nodes first..first+n-1 scored again: float32 cosines of the stored float16 vectors, sums in float64.
 
-    keys int64 [n, c], descending; vectors: table of float16 rows, in which list r's node is row rows[r] and its
-    entries are rows places [n, c]. A true similarity is at most score x scales [n] +
+    keys int64 [n, c], descending; vectors: table of float16 rows. A true similarity is at most score x scales [n] +
     slack [n] (infinite: nothing is known): candidates that cannot belong to the k best are left out. Returns keys int64
     [n, c] in no order, the rest EMPTY.
     """
@@ -256,7 +338,7 @@ def exact_similarities(
     result = np.full((count, c), EMPTY, np.int64)
     own = np.empty(width, np.float64)
     for r in range(count):
-        stored = carray(pointer(row_address(vectors, rows[r])), width, np.uint16)
+        stored = carray(pointer(row_address(vectors, first + r)), width, np.uint16)
         own_norm = 0.0
         for j in range(width):
             own[j] = _half(stored[j])
@@ -270,13 +352,14 @@ def exact_similarities(
             if q >= k and score_of(keys[r, q]) * scales[r] + slack[r] < score_of(worst):
                 break
             if q + _NEXT < c and keys[r, q + _NEXT] != EMPTY:
-                prefetch_row(row_address(vectors, places[r, q + _NEXT]), 2 * width)
-            vector = carray(pointer(row_address(vectors, places[r, q])), width, np.uint16)
+                prefetch_row(row_address(vectors, node_of(keys[r, q + _NEXT])), 2 * width)
+            other = node_of(keys[r, q])
+            vector = carray(pointer(row_address(vectors, other)), width, np.uint16)
             dot = 0.0
             norm = 0.0
             for j in range(width):
                 value = np.float64(_half(vector[j]))
                 dot += own[j] * value
                 norm += value * value
-            result[r, q] = key_of(np.float32(dot / np.sqrt(own_norm * norm)), node_of(keys[r, q]))
+            result[r, q] = key_of(np.float32(dot / np.sqrt(own_norm * norm)), other)
     return result

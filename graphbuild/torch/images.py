@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import default_collate
 
 from graphbuild.errors import ConfigError
+from graphbuild.images import ImageError, web_image
 from graphbuild.sidecar import ShardError
 
 
@@ -63,15 +64,15 @@ class ImageDecoder:
 
     def _open(self, content: bytes, name: str) -> Image.Image:
         try:
-            with Image.open(io.BytesIO(content)) as encoded:
+            with web_image(io.BytesIO(content)) as encoded:
                 if self.pixels is None:
                     return encoded.convert("RGB")
                 size = (self.pixels, self.pixels)
                 encoded.draft("RGB", size)  # JPEG: decode at a fraction of the size, never below it
                 image = encoded if encoded.mode == "RGB" else encoded.convert("RGB")
                 return ImageOps.fit(image, size, Image.Resampling.BICUBIC)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except ImageError as error:
             raise ShardError(
-                f"{name}: the image cannot be decoded ({error})",
+                f"{name}: the image cannot be decoded ({error.cause})",
                 "replace the image, or leave the sample out: rewrite the tar, then embed and export again",
             ) from error

@@ -95,9 +95,10 @@ def read_columns(shard: Shard, names: Sequence[str]) -> tuple[SidecarHeader, pa.
     header, _ = read_header(url)
     files, path = file_system(url)
     with readable(url), files.open(path, "rb") as stream:
-        table = pq.ParquetFile(stream, pre_buffer=False).read(columns=list(names), use_threads=False)
+        parquet = pq.ParquetFile(stream, pre_buffer=False, page_checksum_verification=True)
+        table = parquet.read(columns=list(names), use_threads=False)
+        types = dict(zip(table.schema.names, table.schema.types, strict=True))
     schema = sidecar_schema(header.d, header.k, header.embeddings)
-    types = dict(zip(table.schema.names, table.schema.types, strict=True))
     for name in names:
         if types.get(name) != schema.field(name).type:
             raise ShardError(
