@@ -1,7 +1,7 @@
 """Files at any URL: how their file systems are opened, and what a lost connection or a full disk becomes.
 
-An S3 request that is refused, throttled or cut is sent again by the client for half a minute, one that finds no server
-for some minutes. What fails beyond that is a StorageError that names the URL. Copies of remote files are kept on this
+An S3 request that is refused, throttled or cut is sent again by the client for half a minute, or as AWS_MAX_ATTEMPTS and
+AWS_RETRY_MODE say. What fails beyond that is a StorageError that names the URL. Copies of remote files are kept on this
 machine for a day after their last use, within CACHE_BYTES (`prune`).
 """
 
@@ -23,7 +23,10 @@ import fsspec
 
 from graphbuild.errors import GraphbuildError, StorageError
 
-S3_RETRIES = {"mode": "legacy", "max_attempts": 6}  # waits of 0.5, 1, 2, ... 16 seconds on average; s3fs repeats some
+S3_RETRIES = {
+    "mode": "legacy",
+    "max_attempts": 6,
+}  # waits of 0.5, 1, 2, ... 16 seconds on average; throttled ones for longer
 S3_VARIABLES = {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"}  # by which users choose their own
 CACHE_BYTES = 100 * 10**9
 CACHE_SECONDS = 24 * 3600  # copies not used for so long go

@@ -9,13 +9,14 @@ import numpy as np
 from graphbuild.index import SCRATCH
 from graphbuild.knn import exact, kernels, partition
 from graphbuild.knn.inputs import Inputs
-from graphbuild.knn.lists import EMPTY, unpack
+from graphbuild.knn.leaders import leader_count
+from graphbuild.knn.lists import EMPTY, pack, unpack
 from graphbuild.sharded import Array
 from graphbuild.stage import records
 from graphbuild.store import Store
 from graphbuild.threads import torch_threads
 
-ROUNDS_FOR_SHORT = 3
+BLOCK_ROWS = 65_536
 
 
 def lists_of(store: Store, stage: str, first: int, count: int) -> Iterator[tuple[Array, Array]]:
@@ -37,7 +38,7 @@ def exact_lists(inputs: Inputs, engine: str, shard: str, first: int, k: int) -> 
     scales = np.array(store.array(f"{SCRATCH}/scales/{shard}.npy"), np.float64)
     slack = np.full(len(candidates), np.inf)
     if engine == "partition":
-        _refine(inputs, first, candidates, k)
+        _refine(inputs, first, candidates)
     elif engine == "exact":
         slack = exact.slack(scales[:, 1], inputs.manifest["largest_rest"])
     rescored = kernels.exact_similarities(first, candidates, k, scales[:, 0], slack, vectors.table(), vectors.width)
@@ -46,6 +47,9 @@ def exact_lists(inputs: Inputs, engine: str, shard: str, first: int, k: int) -> 
     if engine == "exact":
         floors = np.array(store.array(f"{SCRATCH}/floors/{shard}.npy"))[:, 0]
         lacking |= ~exact.proved(candidates, floors, unpack(keys)[0], scales[:, 0], slack)
+    if engine == "partition" and lacking.any():
+        _complete_from_leaves(inputs, first, keys, np.flatnonzero(lacking))
+        lacking = keys[:, -1] == EMPTY
     rows = np.flatnonzero(lacking)
     with torch_threads(1):
         for begin in range(0, len(rows), exact.AGAIN_ROWS):
@@ -56,17 +60,33 @@ def exact_lists(inputs: Inputs, engine: str, shard: str, first: int, k: int) -> 
     return keys, len(rows)
 
 
-def _refine(inputs: Inputs, first: int, candidates: Array, k: int) -> None:
-    """Neighbours' neighbours for a shard's lists, keys int64 [n, c] in place; all of them for lists of fewer than k.
-
-    Those are few; a full search of one would cost a pass over all vectors, and once a shard that adds up.
-    """
+def _refine(inputs: Inputs, first: int, candidates: Array) -> None:
+    """Neighbours' neighbours for a shard's lists, keys int64 [n, c] in place."""
     leaves = inputs.of("leaves")
     tables = [part.table() for part in (inputs.of("merged"), inputs.codes, inputs.scales, leaves)]
-    length = candidates.shape[1]
-    depth = round(partition.DEPTH * length)
+    depth = round(partition.DEPTH * candidates.shape[1])
     kernels.refine_lists(first, candidates, partition.EXPAND, depth, *tables, inputs.vectors.width, leaves.width)
-    for _ in range(ROUNDS_FOR_SHORT):
-        for row in np.flatnonzero(candidates[:, k - 1] == EMPTY):
-            short = candidates[row : row + 1]
-            kernels.refine_lists(first + row, short, length, length, *tables, inputs.vectors.width, leaves.width)
+
+
+def _complete_from_leaves(inputs: Inputs, first: int, keys: Array, rows: Array) -> None:
+    """Fill short lists, rows of exact keys int64 [n, k], with the nearest of all nodes that share a leaf with theirs.
+
+    A floor that was too high has emptied them, by chance: about one in 10,000. A full search of one would cost a pass
+    over all vectors, and once a shard that adds up; this costs a pass over the leaves.
+    """
+    leaves, vectors = inputs.of("leaves"), inputs.vectors
+    own = leaves.take(first + rows)
+    wanted = np.zeros(leader_count(len(leaves)), bool)
+    wanted[own] = True
+    ids = np.concatenate([np.flatnonzero(wanted[block].any(axis=1)) + at for at, block in leaves.blocks(BLOCK_ROWS)])
+    leaves_of = leaves.take(ids)
+    nothing = np.full(1, np.inf)
+    for row, mine in zip(rows, own, strict=True):
+        mates = ids[np.isin(leaves_of, mine).any(axis=1) & (ids != first + row)]
+        offered = pack(np.zeros((1, len(mates))), mates)
+        scored = kernels.exact_similarities(
+            first + row, offered, keys.shape[1], nothing, nothing, vectors.table(), vectors.width
+        )
+        every = np.unique(np.concatenate([scored[0], keys[row]]))
+        best = every[every != EMPTY][: -keys.shape[1] - 1 : -1]
+        keys[row, : len(best)] = best
