@@ -15,7 +15,7 @@ import numpy as np
 from graphbuild.knn.lists import EMPTY, pack
 from graphbuild.recipe import Recipe
 from graphbuild.sharded import Array
-from graphbuild.stage import Task, records
+from graphbuild.stage import Task, digest, records
 from graphbuild.store import Json, Store, Writer
 
 FOLDER = "_work/base"
@@ -39,7 +39,8 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
         return kept
     old = records(store, "search")
     kept = [task for task in tasks if task.name in old]
-    whole = kept == tasks[: len(kept)] and len(kept) == len(old) < len(tasks)
+    finished = manifest.get("graph", {}).get("fingerprint") == graph_fingerprint(list(old.values()))
+    whole = finished and kept == tasks[: len(kept)] and len(kept) == len(old) < len(tasks)
     return kept if whole and all(_still_holds(task, old[task.name], store) for task in kept) else []
 
 
@@ -60,6 +61,11 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
     for name, values in lists.items():
         writer.array(f"{FOLDER}/{task.name}.{name}.npy", values, durable=False)
     return {"counts": {"nodes": len(lists["neighbors"])}}
+
+
+def graph_fingerprint(searches: list[Json]) -> str:
+    """What names a graph: the digest of all files of the search stage."""
+    return digest(sorted(o["path"] + o["sha256"] for record in searches for o in record["outputs"]))
 
 
 def first_new_node(manifest: Json) -> int:

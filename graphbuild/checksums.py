@@ -7,6 +7,7 @@ of itself, and for each stage a fingerprint of its records; recipe.yaml one of i
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +42,7 @@ def check_files(store: Store, manifest: Json) -> Checked:
     problem, _ = _sealed_json(store, "manifest.json")
     if problem:
         return Checked(problems=[problem])
-    checked = Checked(problems=list(_recipe(store)))
+    checked = Checked(problems=list(_recipe(store, manifest)))
     done = {}
     for stage in (*ORDER, mined.STAGE):
         done[stage] = _records(store, stage, manifest, checked)
@@ -65,7 +66,7 @@ def _sealed_json(store: Store, path: str) -> tuple[str, Json]:
     return "" if json_text(value) == content else f"{path}: {CHANGED} (not as graphbuild writes JSON)", value
 
 
-def _recipe(store: Store) -> Iterator[str]:
+def _recipe(store: Store, manifest: Json) -> Iterator[str]:
     try:
         content = store.read_bytes("recipe.yaml")
     except FileNotFoundError:
@@ -79,6 +80,8 @@ def _recipe(store: Store) -> Iterator[str]:
         lines = content.splitlines(keepends=True)
         if sealed_text(b"".join(lines[:-1])) != content:
             yield f"recipe.yaml: {CHANGED} (sha256 differs); was it edited? the next command writes it again"
+        elif manifest.get("recipe") not in (None, hashlib.sha256(content).hexdigest()):
+            yield "recipe.yaml: not the one that manifest.json was made with"
 
 
 def _records(store: Store, stage: str, manifest: Json, checked: Checked) -> dict[str, Json]:
@@ -108,8 +111,12 @@ def _records(store: Store, stage: str, manifest: Json, checked: Checked) -> dict
 
 def _completeness(stage: str, entry: Json, done: dict[str, Json], manifest: Json) -> Iterator[str]:
     """Whether these are the records from which the manifest's entry of a stage was made."""
+    graph = manifest.get("graph", {}).get("fingerprint")
+    for task, record in done.items():
+        if record["built"].get("graph", graph) != graph:
+            yield f"{state_path(stage, task)}: of another graph than the manifest's"
     if len(done) != entry["tasks"]:
-        missing = _missing(entry["tasks"], done, manifest)
+        missing = _missing(stage, entry["tasks"], done, manifest)
         counted = f"{len(done)} tasks recorded as done, the manifest says {entry['tasks']}"
         yield from (f"{state_path(stage, task)}: missing" for task in missing)
         if not missing:
@@ -117,17 +124,23 @@ def _completeness(stage: str, entry: Json, done: dict[str, Json], manifest: Json
         return
     orders = (sorted(done), sorted(done, key=lambda name: (len(name), name)))
     if entry["fingerprint"] not in (digest([[name, done[name]["fingerprint"]] for name in order]) for order in orders):
-        yield f"manifest.json: its stage {stage} was made from other records than _state/{stage}/*.done.json"
+        named = state_path(stage, *done) if len(done) == 1 else f"_state/{stage}/*.done.json"
+        yield f"manifest.json: its stage {stage} was made from other records than {named}"
 
 
-def _missing(tasks: int, done: dict[str, Json], manifest: Json) -> list[str]:
-    """The tasks without a record, as their names are known: of the whole, of shards, or by number."""
+def _missing(stage: str, tasks: int, done: dict[str, Json], manifest: Json) -> list[str]:
+    """The tasks without a record, as far as their names are known: of the whole, by number, or of shards."""
     shards = manifest.get("shards", [])
-    plans = [["all"], ["list"], [s["shard"] for s in shards], [s["shard"] for s in shards if s["nodes"]]]
-    for names in (*plans, [f"{number:05d}" for number in range(tasks)]):
-        if len(names) == tasks and done.keys() < set(names):
-            return sorted(set(names) - done.keys())
-    return []
+    whole = {"urls": ["list"], "number": ["all"], "moments": ["all"]}
+    if stage in whole:
+        names = whole[stage]
+    elif stage in ("certify", "cluster"):
+        names = [f"{number:05d}" for number in range(tasks)]
+    elif stage == "scan" and tasks == 1 and shards and shards[0]["tar"] is None:
+        names = ["list"]
+    else:
+        names = [shard["shard"] for shard in shards if shard["nodes"] or stage != "search"]
+    return sorted(set(names) - done.keys())
 
 
 def _file(store: Store, output: Json, record: str) -> str | None:

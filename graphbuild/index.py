@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from graphbuild import base, moments
-from graphbuild.base import base_lists, first_new_node, vectors_of
+from graphbuild.base import base_lists, first_new_node, graph_fingerprint, vectors_of
 from graphbuild.errors import ConfigError
 from graphbuild.recipe import Recipe
-from graphbuild.stage import Stage, Task, digest, records
+from graphbuild.stage import Stage, Task, records
 from graphbuild.store import Json, Store, Writer
 from graphbuild.threads import torch_threads
 
@@ -253,10 +253,15 @@ def run_search(task: Task, store: Store, writer: Writer) -> Json:
 
 
 def finish_search(recipe: Recipe, store: Store, done: list[Json]) -> Json:
-    files = sorted(o["path"] + o["sha256"] for record in done for o in record["outputs"])
     engine, reason = engine_of(recipe, store.manifest())
     prepared = records(store, "prepare").get("all", {}).get("facts", {})
-    entry = {"k": recipe.index.k, "engine": engine.name, "reason": reason, **prepared, "fingerprint": digest(files)}
+    entry = {
+        "k": recipe.index.k,
+        "engine": engine.name,
+        "reason": reason,
+        **prepared,
+        "fingerprint": graph_fingerprint(done),
+    }
     kept = first_new_node(store.manifest())
     return {"graph": entry | ({"kept_nodes": kept} if kept else {})}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -76,8 +77,9 @@ def run_verb(verb: str, recipe: Recipe, store: Store, runner: Runner, *, force: 
     write_recipe(recipe, store)
     manifest = store.manifest()
     versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
-    if manifest.get("versions") != versions:
-        manifest["versions"] = versions
+    made_with = {"versions": versions, "recipe": hashlib.sha256(store.read_bytes("recipe.yaml")).hexdigest()}
+    if manifest != {**manifest, **made_with}:
+        manifest |= made_with
         write_manifest(store, manifest)
     if store.is_local:  # of workers that died meanwhile
         remove_leftovers(store.root)

@@ -80,8 +80,12 @@ def remove_scratch(stages: Sequence[Stage], folder: str, store: Store) -> None:
 def write_recipe(recipe: Recipe, store: Store) -> None:
     """The resolved recipe, beside what it made; written once its changes are accepted."""
     text = sealed_text(recipe.dump().encode())
-    if not store.exists("recipe.yaml") or store.read_bytes("recipe.yaml") != text:
-        store.write_bytes("recipe.yaml", text)
+    if store.exists("recipe.yaml") and store.read_bytes("recipe.yaml") == text:
+        return
+    manifest = store.manifest()
+    if manifest.pop("recipe", None) is not None:  # its sha256, until the command has ended
+        write_manifest(store, manifest)
+    store.write_bytes("recipe.yaml", text)
 
 
 def sealed_text(text: bytes) -> bytes:
@@ -92,7 +96,8 @@ def sealed_text(text: bytes) -> bytes:
 def invalidate(store: Store, stage: str) -> None:
     """Take a stage that is about to change, and all after it, out of the manifest: nothing may build on old results."""
     manifest = store.manifest()
-    stale = [name for name in ORDER[ORDER.index(stage) :] if manifest["stages"].pop(name, None) is not None]
+    after = (stage,) if stage in ("export", "inline") else ORDER[ORDER.index(stage) :]  # no layout builds on another
+    stale = [name for name in after if manifest["stages"].pop(name, None) is not None]
     if stale:
         write_manifest(store, manifest)
 

@@ -147,6 +147,21 @@ def test_a_stop_at_any_stage_loses_no_old_list(engine: str, tmp_path: Path, vect
         assert kept_nodes(store) == 2_000
 
 
+def test_a_half_searched_graph_is_no_base(tmp_path: Path, vectors: np.ndarray) -> None:
+    (tmp_path / "whole").mkdir()
+    expected = graph(build(tmp_path / "whole", vectors))
+    store = build(tmp_path, vectors)
+    for record in sorted(Path(store.url).glob("_state/search/*.done.json"))[2:]:
+        for output in json.loads(record.read_text())["outputs"]:
+            Path(store.url, output["path"]).unlink()
+        record.unlink()
+    settings = recipe(tmp_path, vectors)
+    with Runner(workers=0) as runner:
+        assert runner.run(index.BASE, settings, store) == {}
+        run_verb("index", settings, store, runner)
+    assert graph(store) == expected
+
+
 def test_the_plan_says_what_is_kept(tmp_path: Path, vectors: np.ndarray) -> None:
     build(tmp_path, vectors[:2_000])
     store, settings = Store(str(tmp_path / "store")), recipe(tmp_path, vectors)
