@@ -1,8 +1,8 @@
 """Files at any URL: how their file systems are opened, and what a lost connection or a full disk becomes.
 
 An S3 request that is refused, throttled or cut is sent again by the client for half a minute, or as AWS_MAX_ATTEMPTS
-and AWS_RETRY_MODE say. What fails beyond that is a StorageError that names the URL. Copies of remote files are kept on this
-machine for a day after their last use, within CACHE_BYTES (`prune`).
+and AWS_RETRY_MODE say. What fails beyond that is a StorageError that names the URL. Copies of remote files are kept on
+this machine for a day after their last use, within CACHE_BYTES (`prune`).
 """
 
 from __future__ import annotations

@@ -189,6 +189,7 @@ def embedded(cli: Cli, tmp_path: Path, count: int, width: int) -> Path:
     return tmp_path / "store"
 
 
+@pytest.mark.slow
 def test_an_index_that_may_allocate_no_more_than_its_plan_says_succeeds(
     program: Path, environment: Environment, cli: Cli, tmp_path: Path
 ) -> None:

@@ -93,7 +93,7 @@ def tame(*texts: str) -> None:
 # -- captions
 
 
-@pytest.mark.parametrize("way", ["parquet", "jsonl", "tars"])
+@pytest.mark.parametrize("way", [pytest.param("parquet", marks=pytest.mark.slow), "jsonl", "tars"])
 def test_every_hostile_string_becomes_a_node_or_is_rejected_and_the_whole_job_goes_on(
     way: str, strings: list[str], pictures: list[Picture], cli: Cli, tmp_path: Path
 ) -> None:

@@ -131,7 +131,7 @@ def in_tars(store: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("mode", ["keep_ratio", "no"])
+@pytest.mark.parametrize("mode", ["keep_ratio", pytest.param("no", marks=pytest.mark.slow)])
 def test_of_866_odd_images_the_decodable_are_kept_and_no_url_is_lost(
     mode: str,
     images: dict[str, bytes],

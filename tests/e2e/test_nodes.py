@@ -110,6 +110,7 @@ def freeze(nodes: Nodes, process: subprocess.Popen[str], store: Path, wanted: Ca
     return None
 
 
+@pytest.mark.slow
 def test_a_cluster_of_three_nodes_writes_the_bytes_of_one_process(
     recipe: Path, built: Path, start: Callable[..., subprocess.Popen[str]], environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -253,10 +254,10 @@ def test_a_ray_job_whose_driver_is_killed_is_finished_by_submitting_it_again(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MB in memory."""
+    """A file system of 64 MB in memory."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "graphbuild-test", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "graphbuild-test", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("file systems cannot be mounted here")
     yield folder

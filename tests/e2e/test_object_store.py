@@ -123,6 +123,7 @@ def stopped(done: subprocess.CompletedProcess[str], url: str) -> None:
 # ---- faults
 
 
+@pytest.mark.slow
 def test_a_job_through_a_faulty_network_leaves_what_it_leaves_on_disk(
     s3: S3, busy: S3Proxy, built: Path, recipe: Path, cli: Cli
 ) -> None:
