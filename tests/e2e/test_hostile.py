@@ -93,7 +93,9 @@ def tame(*texts: str) -> None:
 # -- captions
 
 
-@pytest.mark.parametrize("way", [pytest.param("parquet", marks=pytest.mark.slow), "jsonl", "tars"])
+@pytest.mark.parametrize(
+    "way", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("parquet", "jsonl")), "tars"]
+)
 def test_every_hostile_string_becomes_a_node_or_is_rejected_and_the_whole_job_goes_on(
     way: str, strings: list[str], pictures: list[Picture], cli: Cli, tmp_path: Path
 ) -> None:

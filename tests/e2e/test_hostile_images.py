@@ -9,9 +9,9 @@ from __future__ import annotations
 import csv
 import io
 import logging
-import os
 import struct
 import subprocess
+import sys
 import tarfile
 import threading
 import urllib.parse
@@ -99,19 +99,24 @@ class Measured(NamedTuple):
     peak_bytes: int
 
 
+MEASURE = """import resource, subprocess, sys
+code = subprocess.call(sys.argv[2:])
+open(sys.argv[1], "w").write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+sys.exit(code)"""
+
+
 @pytest.fixture
 def measured(program: Path, environment: dict[str, str], tmp_path: Path) -> Callable[..., Measured]:
-    """Run a command in a process of its own, which must exit with 0; what it printed and the memory it took."""
+    """Run a command in a process of its own, which must exit with 0; what it printed and the memory it took.
+
+    A small process starts it: the kernel counts the size of the one that starts another as the other's own.
+    """
 
     def run(*arguments: object) -> Measured:
-        with (tmp_path / "out").open("w+") as out, (tmp_path / "err").open("w+") as err:
-            process = subprocess.Popen([program, *map(str, arguments)], env=environment, stdout=out, stderr=err)
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            out.seek(0), err.seek(0)
-            done = Measured(out.read(), err.read(), usage.ru_maxrss * 1024)
-        assert process.returncode == 0, done
-        return done
+        command = [sys.executable, "-c", MEASURE, tmp_path / "peak", program, *map(str, arguments)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done
+        return Measured(done.stdout, done.stderr, int((tmp_path / "peak").read_text()) * 1024)
 
     return run
 

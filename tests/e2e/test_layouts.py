@@ -156,6 +156,7 @@ def test_a_stream_of_chunks_goes_on_in_the_middle_of_an_epoch(store: Path) -> No
     assert [batch["row"].tolist() for batch in dataset] == whole[9:]
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_and_a_second_run_give_the_same_bytes(store: Path, cli: Cli, tmp_path: Path) -> None:
     copy = tmp_path / "store"
     shutil.copytree(store, copy, ignore=shutil.ignore_patterns("clustered", "cluster"))
@@ -250,6 +251,7 @@ def test_sidecars_with_sketches_give_targets_from_edges(store: Path, source: Pat
         assert torch.allclose(found, torch.from_numpy(expected), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_layouts_that_cannot_be_made_say_why(source: Path, cli: Cli, tmp_path: Path) -> None:
     np.save(tmp_path / "vectors.npy", np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32))
     cli("embed", tmp_path / "ready", "--vectors", tmp_path / "vectors.npy", "--workers", 0)
@@ -267,6 +269,7 @@ def test_layouts_that_cannot_be_made_say_why(source: Path, cli: Cli, tmp_path: P
     assert "--layout inline has no sketches" in sketched
 
 
+@pytest.mark.slow
 def test_tars_of_two_layouts_do_not_mix(store: Path, source: Path, cli: Cli, tmp_path: Path) -> None:
     copy = tmp_path / "store"
     shutil.copytree(store, copy)

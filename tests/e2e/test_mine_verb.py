@@ -75,7 +75,9 @@ def test_without_out_lists_lie_in_the_store_which_stays_whole(store: Path, tmp_p
         options = ["--count", 3, "--positive", 0.7] if what == "hard-negatives" else ["--threshold", 0.5]
         assert f"in {copy}/mined/{what}.parquet" in succeeded(graphbuild("mine", copy, "--what", what, *options))
     first = snapshot(copy)
-    assert {name for name in first if name not in snapshot(store)} == {f"mined/{what}.parquet" for what in LISTS}
+    assert {name for name in first if name not in snapshot(store)} == {
+        path for what in LISTS for path in (f"mined/{what}.parquet", f"_state/mine/{what}.done.json")
+    }
     expected = LISTS["hard-negatives"](SampleGraph.open(str(store)), count=3, positive=0.7).table()
     assert pq.read_table(copy / "mined/hard-negatives.parquet").equals(expected)
     succeeded(graphbuild("mine", copy, "--what", "positives", "--threshold", 0.5))

@@ -209,7 +209,7 @@ def test_a_file_of_several_parts_is_whole_or_absent_whatever_is_lost(
 @pytest.mark.parametrize(
     ("outage", "workers"),
     [
-        ("reset", 0),
+        pytest.param("reset", 0, marks=pytest.mark.slow),
         pytest.param("slow down", 2, marks=pytest.mark.slow),
         pytest.param("reset", 2, marks=pytest.mark.slow),
     ],
