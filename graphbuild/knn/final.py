@@ -17,6 +17,7 @@ from graphbuild.store import Store
 from graphbuild.threads import torch_threads
 
 BLOCK_ROWS = 65_536
+LEAF_ROUNDS = 4
 
 
 def lists_of(store: Store, stage: str, first: int, count: int) -> Iterator[tuple[Array, Array]]:
@@ -72,21 +73,22 @@ def _complete_from_leaves(inputs: Inputs, first: int, keys: Array, rows: Array) 
     """Fill short lists, rows of exact keys int64 [n, k], with the nearest of all nodes that share a leaf with theirs.
 
     A floor that was too high has emptied them, by chance: about one in 10,000. A full search of one would cost a pass
-    over all vectors, and once a shard that adds up; this costs a pass over the leaves.
+    over all vectors, and once a shard that adds up; this costs a pass over the leaves, and one more where leaves are so
+    small that their members' other leaves are needed.
     """
     leaves, vectors = inputs.of("leaves"), inputs.vectors
-    own = leaves.take(first + rows)
-    wanted = np.zeros(leader_count(len(leaves)), bool)
-    wanted[own] = True
-    ids = np.concatenate([np.flatnonzero(wanted[block].any(axis=1)) + at for at, block in leaves.blocks(BLOCK_ROWS)])
-    leaves_of = leaves.take(ids)
-    nothing = np.full(1, np.inf)
-    for row, mine in zip(rows, own, strict=True):
-        mates = ids[np.isin(leaves_of, mine).any(axis=1) & (ids != first + row)]
-        offered = pack(np.zeros((1, len(mates))), mates)
-        scored = kernels.exact_similarities(
-            first + row, offered, keys.shape[1], nothing, nothing, vectors.table(), vectors.width
-        )
+    nothing, k = np.full(1, np.inf), keys.shape[1]
+    for row in rows:
+        wanted = np.zeros(leader_count(len(leaves)), bool)
+        mates = np.array([first + row])
+        for _ in range(LEAF_ROUNDS):
+            wanted[leaves.take(mates)] = True
+            blocks = leaves.blocks(BLOCK_ROWS)
+            mates = np.concatenate([np.flatnonzero(wanted[block].any(axis=1)) + at for at, block in blocks])
+            if len(mates) > k:
+                break
+        offered = pack(np.zeros((1, len(mates) - 1)), mates[mates != first + row])
+        scored = kernels.exact_similarities(first + row, offered, k, nothing, nothing, vectors.table(), vectors.width)
         every = np.unique(np.concatenate([scored[0], keys[row]]))
-        best = every[every != EMPTY][: -keys.shape[1] - 1 : -1]
+        best = every[every != EMPTY][: -k - 1 : -1]
         keys[row, : len(best)] = best
