@@ -185,5 +185,5 @@ def test_options_out_of_range_are_refused() -> None:
 
 @pytest.mark.parametrize("loss", [CLIPLoss(tau_s=0.1), CWCLLoss(), SigLIPLoss(threshold=0.0)])
 def test_soft_targets_must_be_given(pairs: Pairs, loss: torch.nn.Module) -> None:
-    with pytest.raises(ConfigError, match="embeddings, similarities or labels"):
+    with pytest.raises(ConfigError, match="embeddings, similarities, labels or edges"):
         run(loss, pairs)
