@@ -1,0 +1,29 @@
+"""The command line: parses, builds a recipe, calls one function. Heavy imports wait until a verb runs."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+
+from graphbuild.cli import build, look
+from graphbuild.cli.app import app
+from graphbuild.errors import GraphbuildError
+from graphbuild.terminal import HarmlessFormatter, echo
+
+__all__ = ["app", "build", "look", "main"]
+
+
+def main() -> None:
+    """Entry point: users' mistakes become two lines on stderr and exit code 2, failed work exit code 1."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(HarmlessFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("graphbuild").setLevel(logging.INFO)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may not know every caption's characters
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        app()
+    except GraphbuildError as error:
+        echo(f"graphbuild: {error}", err=True)
+        sys.exit(error.exit_code)

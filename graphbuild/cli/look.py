@@ -1,0 +1,77 @@
+"""Verbs that look at a store: they search nothing anew and change nothing that a stage wrote."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from graphbuild.cli.app import app
+from graphbuild.cli.options import DerivedList, StoreArg, given, open_store, option
+from graphbuild.terminal import echo
+
+
+@app.command()
+def neighbors(
+    store: StoreArg,
+    key: Annotated[str | None, typer.Argument(metavar="KEY", help="a sample's key", show_default=False)] = None,
+    text: Annotated[str | None, option("any text instead of a sample")] = None,
+    count: Annotated[int, typer.Option(min=1, help="how many")] = 10,
+) -> None:
+    """The nearest neighbours of a sample, or of any text."""
+    from graphbuild.errors import ConfigError
+    from graphbuild.lookup import find_sample, neighbors_of_node, neighbors_of_text, printable
+
+    opened = open_store(store)
+    if (key is None) == (text is None):
+        raise ConfigError(
+            "give a KEY or --text, one of them", f"keys are listed in {opened.display('samples/')}*.parquet"
+        )
+    if key is not None:
+        sample = find_sample(opened, key)
+        echo(f"{printable(sample['key'])}  node {sample['node']}  {printable(sample['caption'])}")
+        found = neighbors_of_node(opened, sample["node"], count)
+    else:
+        found = neighbors_of_text(opened, text or "", count)
+    for neighbor in found:
+        echo(f"  {neighbor.similarity:.3f}  node {neighbor.node:>9}  x{neighbor.samples:<4} {printable(neighbor.text)}")
+
+
+@app.command()
+def mine(
+    store: StoreArg,
+    what: Annotated[DerivedList, option("which list")],
+    threshold: Annotated[float | None, option("least similarity; of all but hard-negatives")] = None,
+    count: Annotated[int | None, option("most an anchor; of hard-negatives and positives  [default: 10]")] = None,
+    skip: Annotated[int | None, option("nearest ranks left out; this and all below of hard-negatives")] = None,
+    positive: Annotated[str | None, option("the positive's similarity: number, or .npy by row  [default: 1]")] = None,
+    absolute_margin: Annotated[float | None, option("stay below it by  [default: 0]")] = None,
+    relative_margin: Annotated[float | None, option("stay below it by this share of it  [default: 0.05]")] = None,
+    min_similarity: Annotated[float | None, option("[default: -1]")] = None,
+    max_similarity: Annotated[float | None, option("[default: 1]")] = None,
+    mutual: Annotated[bool | None, typer.Option("--mutual", help="of positives: that list each other")] = None,
+    out: Annotated[str | None, option("parquet file  [default: STORE/mined/WHAT.parquet]")] = None,
+) -> None:
+    """Graph to derived lists for training and cleaning, without a search."""
+    from graphbuild.mine import mine_store
+
+    names = "threshold count skip positive absolute_margin relative_margin min_similarity max_similarity mutual"
+    echo(mine_store(open_store(store), what, given(locals(), names), out))
+
+
+@app.command()
+def verify(store: StoreArg) -> None:
+    """Check every file, their alignment, and recall afresh."""
+    from graphbuild.errors import QualityError
+    from graphbuild.verify import verify_store
+
+    opened = open_store(store)
+    report = verify_store(opened)
+    for problem in report.problems:
+        echo(f"BAD  {problem}")
+    echo(report.summary())
+    if report.problems:
+        raise QualityError(
+            f"{len(report.problems)} problem(s) in {opened.url}",
+            "rebuild the stages named above with --force, or restore the files",
+        )

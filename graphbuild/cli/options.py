@@ -1,0 +1,71 @@
+"""What the verbs share: their common options, and how a STORE argument is opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from graphbuild.errors import ConfigError
+
+if TYPE_CHECKING:
+    from graphbuild.store import Store
+
+Preset = Literal["cc3m", "cc12m"]
+Device = Literal["auto", "cpu", "cuda"]
+ResizeMode = Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
+Embeddings = Literal["int8", "float16", "sketch:64", "none"]
+Layout = Literal["sidecars", "inline", "clustered"]
+DerivedList = Literal["duplicates", "hard-negatives", "false-negatives", "positives"]
+StoreArg = Annotated[
+    str,
+    typer.Argument(
+        metavar="STORE",
+        help="the job's output folder, or any fsspec URL such as s3://...",
+        show_default=False,
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="worker processes; 0: none, in this process  [default: one a CPU or GPU]",
+        show_default=False,
+    ),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="a Ray cluster: auto (on one of its nodes), or HOST:PORT  [default: this machine]", show_default=False
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="rebuild what was built with other settings or inputs")]
+PresetOption = Annotated[Preset | None, typer.Option(help="a published headerless TSV", show_default=False)]
+DeviceOption = Annotated[Device | None, typer.Option(help="[default: auto]", show_default=False)]
+
+
+def option(help_: str, **kwargs: Any) -> Any:
+    return typer.Option(help=help_, show_default=False, **kwargs)
+
+
+def given(values: dict[str, Any], names: str) -> dict[str, Any]:
+    return {name: values[name] for name in names.split()}
+
+
+def open_store(url: str) -> Store:
+    from graphbuild.store import Store
+
+    if not url:
+        raise ConfigError("STORE is empty", "name a folder, or a URL such as s3://bucket/folder")
+    try:
+        if "://" not in url:
+            folder = Path(url).absolute()
+            for path in (folder, *folder.parents):
+                if path.is_file():
+                    raise ConfigError(f"STORE {url} cannot be a folder: {path} is a file", "name a folder")
+        return Store(url)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(
+            f"STORE {url} cannot be opened ({error})", "name a folder, or a URL that fsspec knows"
+        ) from None
