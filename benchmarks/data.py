@@ -25,13 +25,11 @@ def captions(cache: Path, corpus: Path) -> Path:
     path = cache / "captions.npy"
     if not path.exists():
         import pyarrow.parquet as pq
-        from sentence_transformers import SentenceTransformer
 
-        from graphbuild.encoder import DEFAULT_ENCODER, find_encoder
+        from graphbuild.encoder import DEFAULT_ENCODER, find_encoder, open_model
 
         texts = pq.read_table(corpus, columns=["caption"])["caption"].to_pylist()
-        model = SentenceTransformer(str(find_encoder(DEFAULT_ENCODER).folder), device="cpu")
-        np.save(path, model.encode(texts, batch_size=128, normalize_embeddings=True).astype(np.float16))
+        np.save(path, open_model(find_encoder(DEFAULT_ENCODER), "cpu").encode(texts).vectors)
     return path
 
 

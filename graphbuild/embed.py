@@ -1,56 +1,101 @@
 """Stage encode: the sentence encoder over each shard's distinct texts, to nodes/<shard>.npy.
 
-Embeddings are float16, unit norm, and the same bytes whatever the worker count. Memory: the model, and one shard.
+Embeddings are float16, unit norm, and the same bytes whatever the shards, the batches and the worker count. Memory: the
+model, and one shard. `matrix:FILE` in place of an encoder takes the similarities of classes (graphbuild.matrix).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
-from graphbuild.encoder import encode, find_encoder
+from graphbuild import matrix
+from graphbuild.encoder import find_encoder, open_model
 from graphbuild.errors import InputError, StageError
 from graphbuild.recipe import Recipe
 from graphbuild.stage import Stage, Task, digest, outputs
 from graphbuild.state import require
-from graphbuild.store import Json, Store, Writer
+from graphbuild.store import Json, Store, Writer, file_identity
+
+logger = logging.getLogger(__name__)
 
 
 def plan(recipe: Recipe, store: Store) -> list[Task]:
     embed = recipe.embed
-    encoder = find_encoder(embed.encoder)
+    hints: dict[str, Any] = {"device": embed.device, "encoder": embed.encoder}
+    if matrix.is_matrix(embed.encoder):
+        classes = matrix.read_classes(embed)
+        settings = {"encoder": matrix.PREFIX, "classes": digest(classes)}
+        inputs = {"matrix": file_identity(embed.encoder.removeprefix(matrix.PREFIX))}
+        hints["classes"] = classes
+    else:
+        identity = find_encoder(embed.encoder).identity
+        settings = {"encoder": identity, **embed.model_dump(include={"prompt", "dim", "precision"})}
+        inputs = {}
     return [
         Task(
             stage="encode",
             name=record["task"],
-            settings={"encoder": encoder.identity, "batch_size": embed.batch_size},
+            settings=settings,
+            inputs=inputs,
             built={"texts": record["facts"]["texts_sha256"]},
-            hints={"encoder": embed.encoder, "device": embed.device},
+            hints=hints,
         )
         for record in require(store, "assign", "embed")
     ]
 
 
 def run(task: Task, store: Store, writer: Writer) -> Json:
+    texts = store.table(f"nodes/{task.name}.parquet", ["text"])["text"].to_pylist()
+    if "classes" in task.hints:
+        vectors, facts = matrix.vectors(task.hints["encoder"], task.hints["classes"], texts)
+        writer.array(f"nodes/{task.name}.npy", vectors)
+        return {"counts": {"embeddings": len(texts)}, **facts}
+    settings = task.settings
     encoder = find_encoder(task.hints["encoder"])
-    if encoder.identity != task.settings["encoder"]:
+    if encoder.identity != settings["encoder"]:
         raise StageError(
-            f"this worker's {encoder.identity} is not {task.settings['encoder']}",
+            f"this worker's {encoder.identity} is not {settings['encoder']}",
             "install the same model on every node",
         )
-    texts = store.table(f"nodes/{task.name}.parquet", ["text"])["text"].to_pylist()
-    if not texts:  # a shard all of whose texts appeared before
-        texts, keep = ["-"], 0
-    else:
-        keep = len(texts)
-    vectors = encode(encoder, texts, batch_size=task.settings["batch_size"], device=task.hints["device"])[:keep]
-    writer.array(f"nodes/{task.name}.npy", vectors)
-    return {"counts": {"embeddings": keep}, "d": vectors.shape[1]}
+    model = open_model(encoder, task.hints["device"], settings["precision"], settings["prompt"], settings["dim"])
+    found = model.encode(texts or ["-"])  # a shard all of whose texts appeared before has a file of no rows
+    writer.array(f"nodes/{task.name}.npy", found.vectors[: len(texts)])
+    counts = {
+        "embeddings": len(texts),
+        "truncated": found.truncated,
+        "tokens": found.tokens,
+        "computed_tokens": found.computed,
+    }
+    facts = {"precision": model.precision, "max_tokens": model.max_tokens, "static": model.is_static}
+    return {"counts": counts, "d": found.vectors.shape[1], **facts}
 
 
 def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
+    facts = [record["facts"] for record in done]
+    if matrix.is_matrix(recipe.embed.encoder):
+        deviation = {name: facts[0][name] for name in ("mean_deviation", "max_deviation")}
+        return embeddings_entry(done, {"encoder": recipe.embed.encoder, **deviation})
     encoder = find_encoder(recipe.embed.encoder)
-    return embeddings_entry(done, {"encoder": encoder.name, "weights_sha256": encoder.sha256})
+    entry = {
+        "encoder": encoder.name,
+        "weights_sha256": encoder.sha256,
+        "revision": encoder.revision,
+        "static": facts[0]["static"],
+        "prompt": recipe.embed.prompt,
+        "max_tokens": facts[0]["max_tokens"],
+        "truncated": sum(fact["counts"]["truncated"] for fact in facts),
+        "precision": sorted({fact["precision"] for fact in facts}),
+    }
+    if entry["truncated"]:
+        logger.warning(
+            "%-9s %s texts are longer than the %s tokens that the encoder reads: their ends do not count",
+            "encoding",
+            f"{entry['truncated']:,}",
+            entry["max_tokens"],
+        )
+    return embeddings_entry(done, entry)
 
 
 def embeddings_entry(done: list[Json], encoder: Mapping[str, Any]) -> Json:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from graphbuild.encoder import encode, find_encoder
+from graphbuild.encoder import find_encoder, open_model
 from graphbuild.errors import InputError
 from graphbuild.graph import SampleGraph
+from graphbuild.matrix import is_matrix
 from graphbuild.recipe import Recipe, resolve
 from graphbuild.sharded import Array
 from graphbuild.state import require
@@ -63,14 +64,15 @@ def neighbors_of_text(store: Store, text: str, count: int) -> list[Neighbor]:
     if normalized is None:
         raise InputError(f"--text {text[:40]!r}: {reason}", "give some words to search by")
     recipe: Recipe = resolve(store, "embed", {})
-    if recipe.embed.vectors is not None:
+    if recipe.embed.vectors is not None or is_matrix(recipe.embed.encoder):
         raise InputError(
-            f"{store.url} was built from ready vectors, so there is no encoder for --text",
+            f"{store.url} was built from ready vectors or a matrix, so there is no encoder for --text",
             "ask for a KEY instead",
         )
     graph = SampleGraph.open(store.url)
-    encoder = find_encoder(recipe.embed.encoder)
-    query = encode(encoder, [normalized], batch_size=1, device="cpu")[0].astype(np.float32)
+    embed = recipe.embed
+    model = open_model(find_encoder(embed.encoder), "cpu", embed.precision, embed.prompt, embed.dim)
+    query = model.encode([normalized]).vectors[0].astype(np.float32)
     query /= np.linalg.norm(query)
     ids = np.arange(len(graph))
     scores = np.concatenate(

@@ -7,10 +7,11 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from graphbuild import certify, clustered, download, embed, export, index, inline, number, scan, vectors
+from graphbuild import certify, clustered, download, embed, export, fidelity, index, inline, number, scan, vectors
 from graphbuild.encoder import find_encoder
 from graphbuild.errors import ConfigError
 from graphbuild.leftovers import remove_leftovers
+from graphbuild.matrix import is_matrix
 from graphbuild.recipe import Recipe
 from graphbuild.runner import Runner
 from graphbuild.stage import Stage, write_manifest
@@ -50,7 +51,7 @@ def stages_of(verb: str, recipe: Recipe) -> Sequence[Stage]:
         return [vectors.STAGE]
     return {
         "download": [download.URLS, download.DOWNLOAD],
-        "embed": [scan.STAGE, number.NUMBER, number.ASSIGN, embed.STAGE],
+        "embed": [scan.STAGE, number.NUMBER, number.ASSIGN, embed.STAGE, fidelity.STAGE],
         "index": [*index.STAGES, certify.STAGE],
         "export": {"sidecars": [export.STAGE], "inline": [inline.STAGE], "clustered": clustered.STAGES}[
             recipe.export.layout
@@ -62,7 +63,7 @@ def run_verb(verb: str, recipe: Recipe, store: Store, runner: Runner, *, force: 
     """Bring every stage of a verb up to date; returns the manifest. Nothing is written before the first plan holds."""
     stages = stages_of(verb, recipe)
     store.manifest()  # refuse another format version before anything else
-    if embed.STAGE in stages:
+    if embed.STAGE in stages and not is_matrix(recipe.embed.encoder):
         find_encoder(recipe.embed.encoder)
     stages[0].plan(recipe, store)
     store.check_writable()

@@ -63,8 +63,14 @@ class Embed(Section):
     )
     template: str = Field("{}", description='the text around a caption or class name, as in "a photo of a {}"')
     shard_size: int = Field(10_000, ge=1, le=1_000_000, description="rows a shard of a list or of vectors")
-    encoder: str = Field(DEFAULT_ENCODER, min_length=1, description="a sentence-transformers model: name or folder")
-    batch_size: int = Field(64, ge=1)
+    encoder: str = Field(
+        DEFAULT_ENCODER, min_length=1, description="a sentence-transformers model: name or folder; or matrix:FILE.npy"
+    )
+    prompt: str | None = Field(None, description="put before each text for the encoder; default: the encoder's own")
+    dim: int | None = Field(None, ge=1, description="first coordinates kept, of Matryoshka encoders; default: all")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of the encoder's arithmetic; auto: bfloat16 where the hardware multiplies it"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @model_validator(mode="after")
@@ -192,8 +198,11 @@ def _validate(values: Mapping[str, Any], where: str = "", options: Sequence[str]
     ):
         if values[section][key] is not None:
             values[section][key] = absolute(values[section][key])
-    if is_folder(values["embed"]["encoder"]):
-        values["embed"]["encoder"] = absolute(values["embed"]["encoder"])
+    encoder = values["embed"]["encoder"]
+    if encoder.startswith("matrix:"):
+        values["embed"]["encoder"] = "matrix:" + absolute(encoder.removeprefix("matrix:"))
+    elif is_folder(encoder):
+        values["embed"]["encoder"] = absolute(encoder)
     return Recipe.model_validate(values)
 
 

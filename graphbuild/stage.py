@@ -27,6 +27,7 @@ ORDER = (
     "number",
     "assign",
     "encode",
+    "fidelity",
     "vectors",
     "base",
     "prepare",

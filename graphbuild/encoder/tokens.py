@@ -1,0 +1,56 @@
+"""Token ids of texts: tokenised once, in Rust, without padding; how many texts were longer than the encoder reads.
+
+Memory: 4 bytes a token. A text's ids are those that the encoder's own tokenizer gives, truncation included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Ints = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """ids: int64 [sum of lengths], text after text. lengths: int64 [n]. truncated: texts cut at the longest length."""
+
+    ids: Ints
+    lengths: Ints
+    truncated: int
+
+    @property
+    def starts(self) -> Ints:
+        return np.cumsum(self.lengths) - self.lengths
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], longest: int) -> Tokens:
+    """Token ids of texts, at most `longest` each, special tokens included; of a fast (Rust) transformers tokenizer."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    found = [encoding.ids for encoding in backend.encode_batch_fast(list(texts))]
+    long = [at for at, ids in enumerate(found) if len(ids) > longest]
+    if long:
+        backend.enable_truncation(longest)
+        for at, encoding in zip(long, backend.encode_batch_fast([texts[at] for at in long]), strict=True):
+            found[at] = encoding.ids
+        backend.no_truncation()
+    lengths = np.array([len(ids) for ids in found], dtype=np.int64)
+    ids = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in found]) if found else np.empty(0, np.int64)
+    return Tokens(ids, lengths, len(long))
+
+
+def batches(lengths: Ints, budget: int) -> list[Ints]:
+    """Indices of texts, shortest first, in batches of at most `budget` tokens; one text a batch at least."""
+    order = np.argsort(lengths, kind="stable")
+    ends = np.cumsum(lengths[order])
+    found, start, before = [], 0, 0
+    while start < len(order):
+        stop = max(int(np.searchsorted(ends, before + budget, side="right")), start + 1)
+        found.append(order[start:stop])
+        start, before = stop, int(ends[stop - 1])
+    return found

@@ -1,0 +1,83 @@
+"""Stage fidelity: how near the stored vectors are to the encoder's own in float32, on texts drawn at random.
+
+The reference is sentence-transformers' `encode`, which shares with stage encode the weights and nothing else: a fault
+of the faster path fails the job here. Cost: SAMPLE texts encoded in float32, some seconds on a CPU core.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from graphbuild.encoder import find_encoder, open_model
+from graphbuild.errors import QualityError
+from graphbuild.matrix import is_matrix
+from graphbuild.recipe import Recipe
+from graphbuild.sharded import Array
+from graphbuild.stage import Stage, Task
+from graphbuild.store import Json, Store, Writer
+
+SAMPLE = 512
+MEAN_FLOOR = 0.999
+
+
+def plan(recipe: Recipe, store: Store) -> list[Task]:
+    embed = recipe.embed
+    if is_matrix(embed.encoder):  # its own record tells how near it is
+        return []
+    return [
+        Task(
+            stage="fidelity",
+            name="fidelity",
+            built={"embeddings": store.manifest()["embeddings"]["fingerprint"], "sample": SAMPLE},
+            hints={"encoder": embed.encoder, "prompt": embed.prompt, "dim": embed.dim, "device": embed.device},
+        )
+    ]
+
+
+def run(task: Task, store: Store, writer: Writer) -> Json:
+    texts, vectors = sampled(store)
+    hints = task.hints
+    model = open_model(find_encoder(hints["encoder"]), hints["device"], "float32", hints["prompt"], hints["dim"])
+    cosines = cosine(model.reference(texts), vectors)
+    if cosines.mean() < MEAN_FLOOR:
+        worst = int(cosines.argmin())
+        raise QualityError(
+            f"stored vectors have a mean cosine of {cosines.mean():.6f} to the encoder's own in float32, under "
+            f"{MEAN_FLOOR}; worst: {cosines[worst]:.4f} for {texts[worst][:80]!r}",
+            "use --precision float32 and --force",
+        )
+    mean, least = (round(float(value), 7) for value in (cosines.mean(), cosines.min()))
+    return {"texts": len(texts), "mean_cosine": mean, "min_cosine": least}
+
+
+def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
+    return {"fidelity": done[0]["facts"] if done else {}}
+
+
+STAGE = Stage(name="fidelity", title="fidelity", plan=plan, run=run, finish=finish, on_device=True)
+
+
+def sampled(store: Store) -> tuple[list[str], Array]:
+    """At most SAMPLE nodes' texts and stored vectors [n, d], drawn evenly."""
+    shards = [shard for shard in store.manifest()["shards"] if shard["nodes"]]
+    total = shards[-1]["first_node"] + shards[-1]["nodes"]
+    chosen = np.sort(np.random.default_rng(0).choice(total, size=min(SAMPLE, total), replace=False))
+    texts: list[str] = []
+    vectors = []
+    for shard in shards:
+        inside = chosen[(chosen >= shard["first_node"]) & (chosen < shard["first_node"] + shard["nodes"])]
+        if len(inside):
+            rows = inside - shard["first_node"]
+            texts += store.table(f"nodes/{shard['shard']}.parquet", ["text"])["text"].take(rows).to_pylist()
+            vectors.append(np.asarray(store.array(f"nodes/{shard['shard']}.npy"))[rows])
+    return texts, np.concatenate(vectors)
+
+
+def cosine(a: Array, b: Array) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Cosine of each pair of rows, in float64: [n]."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    found: np.ndarray[Any, np.dtype[np.float64]] = (a * b).sum(1) / lengths
+    return found
