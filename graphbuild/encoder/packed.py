@@ -1,9 +1,10 @@
 """The forward pass of BERT-like encoders (BERT, RoBERTa, XLM-RoBERTa, CamemBERT, MPNet) over packed tokens.
 
-A batch is one array of tokens, text after text, shortest text first, without padding. Linear layers see all its rows at
-once; attention runs over each run of texts of one length, so it needs no mask. A batch always has the same number of
-rows, the last ones empty: a matrix product then takes the same path whatever lies beside a text, and its embedding is
-the same to the last bit in any batch (tests/encoder). Cost: 2 x (weights of the layers) FLOP a token, and attention.
+A batch is one array of tokens, text after text, shortest text first, without padding. Linear layers see all its rows
+at once; attention runs over each run of texts of one length, so it needs no mask. A batch always has the same number
+of rows, the last ones empty, and the fused attention takes each text by itself (a batched product may take another
+path for another count): so a text's embedding is the same to the last bit in any batch (tests/encoder).
+Cost: 2 x (weights of the layers) FLOP a token, and attention.
 """
 
 from __future__ import annotations
@@ -86,12 +87,7 @@ class Packed:
         for at, count, size in runs:
             part = qkv[at : at + count * size].view(count, size, 3, self.heads, width // self.heads)
             query, key, value = part.permute(2, 0, 3, 1, 4)
-            if qkv.is_cuda:
-                result = F.scaled_dot_product_attention(query, key, value, attn_mask=self._bias(size), scale=1.0)
-            else:  # at captions' lengths faster than the fused kernel
-                scores = query @ key.transpose(-1, -2)
-                bias = self._bias(size)
-                result = (scores if bias is None else scores + bias).softmax(-1) @ value
+            result = F.scaled_dot_product_attention(query, key, value, attn_mask=self._bias(size), scale=1.0)
             mixed[at : at + count * size] = result.transpose(1, 2).reshape(count * size, width)
         return mixed
 
