@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -18,10 +19,14 @@ from graphbuild.tars import Member, Tar, TarSample
 
 CONTENT_CHARACTERS = 10_000  # of a rejected caption, kept
 UNPACKED_BYTES = 64 << 20
+FIELD = re.compile(r"\{([^{}]+)\}")
 
 
 def sample_caption(tar: Tar, sample: TarSample, settings: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """(caption, None), or (what stands in its place, why that is no caption)."""
+    fields = template_fields(settings["template"])
+    if fields:
+        return _joined_fields(tar, sample, settings["template"], fields)
     wanted, _, field = settings["caption_member"].partition(":")
     extensions = [wanted.lower().removeprefix(".")] if wanted != "auto" else ["txt", "json"]
     by_extension = {member.extension.removesuffix(".gz"): member for member in reversed(sample.members)}
@@ -40,6 +45,21 @@ def sample_caption(tar: Tar, sample: TarSample, settings: Mapping[str, Any]) -> 
             return text, f"not a class number below {len(names)}, the count of class names"
         text = names[int(label)]
     return (fill_template(settings["template"], text), None) if reason is None else (text, reason)
+
+
+def _joined_fields(tar: Tar, sample: TarSample, template: str, fields: list[str]) -> tuple[str | None, str | None]:
+    member = next((member for member in sample.members if member.extension.removesuffix(".gz") == "json"), None)
+    if member is None:
+        return None, "no member .json"
+    content, reason = _member_text(tar, member)
+    if content is None or reason is not None:
+        return content, reason
+    values = {}
+    for field in fields:
+        values[field], reason = _json_field(content, field)
+        if reason is not None:
+            return values[field], reason
+    return fill_fields(template, values)
 
 
 def _member_text(tar: Tar, member: Member) -> tuple[str | None, str | None]:
@@ -76,6 +96,19 @@ def _json_field(content: str, field: str) -> tuple[str, str | None]:
 
 def fill_template(template: str, caption: str | None) -> str | None:
     return template.replace("{}", caption) if caption and caption.strip() else caption
+
+
+def template_fields(template: str) -> list[str]:
+    """The columns or JSON fields that a template names, as in "{title}. {description}"; none where it has {}."""
+    return [] if "{}" in template else list(dict.fromkeys(FIELD.findall(template)))
+
+
+def fill_fields(template: str, values: Mapping[str, str | None]) -> tuple[str | None, str | None]:
+    """(the template with its fields filled, None), or (None, the field that is missing or blank)."""
+    empty = [name for name, value in values.items() if value is None or not value.strip()]
+    if empty:
+        return None, f"no {empty[0]}"
+    return FIELD.sub(lambda found: str(values[found[1]]), template), None
 
 
 def read_class_names(path: str) -> list[str]:

@@ -5,6 +5,7 @@ A job's resolved recipe lies in STORE/recipe.yaml, every default written out; op
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -61,7 +62,7 @@ class Embed(Section):
     class_names: str | None = Field(
         None, min_length=1, description="text file, a name a line, for members that hold a class number"
     )
-    template: str = Field("{}", description='the text around a caption or class name, as in "a photo of a {}"')
+    template: str = Field("{}", description='text around a caption, "a photo of a {}", or fields, "{title}. {text}"')
     shard_size: int = Field(10_000, ge=1, le=1_000_000, description="rows a shard of a list or of vectors")
     encoder: str = Field(
         DEFAULT_ENCODER, min_length=1, description="a sentence-transformers model: name or folder; or matrix:FILE.npy"
@@ -83,8 +84,8 @@ class Embed(Section):
     @field_validator("template")
     @classmethod
     def _check_template(cls, template: str) -> str:
-        if template.count("{}") != 1:
-            raise ValueError(f"{template!r} must contain {{}} once, the caption's place")
+        if template.count("{}") + bool(re.search(r"\{[^{}]+\}", template)) != 1:
+            raise ValueError(f"{template!r} must contain {{}} once, the caption's place, or {{fields}} by their names")
         return template
 
 

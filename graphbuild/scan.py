@@ -9,18 +9,25 @@ input; memory: one shard's captions.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from graphbuild.captions import CONTENT_CHARACTERS, fill_template, read_class_names, sample_caption
+from graphbuild.captions import (
+    CONTENT_CHARACTERS,
+    fill_fields,
+    fill_template,
+    read_class_names,
+    sample_caption,
+    template_fields,
+)
 from graphbuild.download import downloaded_tars
 from graphbuild.errors import InputError
 from graphbuild.recipe import Recipe
 from graphbuild.stage import Stage, Task, records
 from graphbuild.store import Json, Store, Writer, file_identity, file_sha256, local_file
-from graphbuild.tables import TableSpec, read_chunks
+from graphbuild.tables import FIELD_ROLE, TableSpec, read_chunks
 from graphbuild.tars import expand_shards, open_tar, tar_stem
 from graphbuild.text import hashes, usable_text
 
@@ -129,7 +136,8 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
 
 
 def _spec(url: str, settings: Mapping[str, Any]) -> TableSpec:
-    columns = {"caption": settings["caption_column"]}
+    fields = template_fields(settings["template"])
+    columns = {f"{FIELD_ROLE}{name}": name for name in fields} or {"caption": settings["caption_column"]}
     if settings["key_column"] is not None:
         columns["key"] = settings["key_column"]
     return TableSpec(path=url, preset=settings["preset"], columns=columns)
@@ -154,11 +162,11 @@ def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
         rejected = [(row["position"], None, row["reason"], row["content"]) for row in chunk.rejected.to_pylist()]
         positions = chunk.rows["position"].to_pylist()
         row_keys = chunk.rows["key"].to_pylist() if "key" in spec.columns else [str(position) for position in positions]
-        for position, key, caption in zip(positions, row_keys, chunk.rows["caption"].to_pylist(), strict=True):
-            caption = fill_template(settings["template"], caption)
+        filled = _filled(chunk.rows, settings["template"])
+        for position, key, (caption, missing) in zip(positions, row_keys, filled, strict=True):
             text, reason = usable_text(caption)
             if text is None or key is None:
-                rejected.append((position, key, reason or "no key", caption))
+                rejected.append((position, key, missing or reason or "no key", caption))
             else:
                 keys.append(key)
                 captions.append(caption)
@@ -177,6 +185,18 @@ def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
         raise InputError(f"{url}: no row has a caption ({why})", "check --caption-column")
     counts = {"samples": samples, "captions": samples, "rejected": rejected_rows}
     return {"counts": counts, "reasons": reasons, "shards": shards}
+
+
+def _filled(rows: pa.Table, template: str) -> Iterator[tuple[str | None, str | None]]:
+    """(caption, None), or (None, what is missing), of each row."""
+    fields = template_fields(template)
+    if not fields:
+        for caption in rows["caption"].to_pylist():
+            yield fill_template(template, caption), None
+        return
+    columns = [rows[f"{FIELD_ROLE}{name}"].to_pylist() for name in fields]
+    for values in zip(*columns, strict=True):
+        yield fill_fields(template, dict(zip(fields, values, strict=True)))
 
 
 def shard_name(number: int) -> str:

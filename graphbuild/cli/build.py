@@ -104,7 +104,9 @@ def embed(
         str | None, option("in tars: txt, cls, json:FIELD  [default: txt, then json:caption]")
     ] = None,
     class_names: Annotated[str | None, option("text file, one name a line, if the member is a class number")] = None,
-    template: Annotated[str | None, option("text around it, as in 'a photo of a {}'")] = None,
+    template: Annotated[
+        str | None, option("text around it, 'a photo of a {}', or several fields, '{title}. {text}'")
+    ] = None,
     encoder: Annotated[
         str | None, option("sentence-transformers name or folder, or matrix:FILE.npy  [default: all-MiniLM-L6-v2]")
     ] = None,

@@ -6,7 +6,7 @@ whichever comes first) and, for parquet, the pages being decoded. `read_chunks` 
 """
 
 from graphbuild.tables.reader import read_chunks
-from graphbuild.tables.spec import PRESETS, Chunk, TableSpec
+from graphbuild.tables.spec import FIELD_ROLE, PRESETS, Chunk, TableSpec
 from graphbuild.tables.text import MAX_ROW_BYTES
 
-__all__ = ["MAX_ROW_BYTES", "PRESETS", "Chunk", "TableSpec", "read_chunks"]
+__all__ = ["FIELD_ROLE", "MAX_ROW_BYTES", "PRESETS", "Chunk", "TableSpec", "read_chunks"]

@@ -20,6 +20,7 @@ PRESETS: Mapping[str, tuple[str, ...]] = {"cc3m": ("caption", "url"), "cc12m": (
 
 MAX_CONTENT_CHARACTERS = 10_000
 CHUNK_BYTES = 64 << 20
+FIELD_ROLE = "field "  # of a column that the caption's template names
 BLANK, NO_URL, NOT_UTF8 = "blank line", "no url", "invalid UTF-8"
 _REJECTED = pa.schema([("position", pa.int64()), ("reason", pa.string()), ("content", pa.large_string())])
 
@@ -61,6 +62,8 @@ def select(spec: TableSpec, names: list[str], keep_others: bool, hint: str = "")
             folded = {name.casefold(): name for name in names}
             close = difflib.get_close_matches(column.casefold(), folded, n=1, cutoff=0.5)
             fix = f"try --{role}-column {folded[close[0]]!r}" if close else f"name one with --{role}-column"
+            if role.startswith(FIELD_ROLE):
+                fix = f"write {{{folded[close[0]]}}} in --template" if close else "name others in --template"
             there = ", ".join(repr(name[:80]) for name in names[:50]) + (", ..." if len(names) > 50 else "")
             raise InputError(f"{spec.path} has no column {column!r}; its columns are {there}", hint or fix)
         if names.count(column) > 1:
