@@ -1,0 +1,167 @@
+"""Captions encoded a second: graphbuild against sentence-transformers at its defaults and at its best, in turns.
+
+Every contender encodes the same distinct captions on all cores of this process and has its own untimed warm-up;
+loading the weights is not timed. Contenders: `encode` as it comes (float32, batches of 32), `encode` at other batch
+sizes and dtypes (its best is the fastest of them), its multi-process pool (float32 and bfloat16), and graphbuild: one
+Model a core, a thread each, on slices of the captions, as its workers run. Rounds are interleaved; medians are shown.
+Utilisation is the FLOP of the layers' matrices for the tokens there are, a second, by those of the same matrices
+multiplied alone at graphbuild's precision in the same run. Cosines are to float32 `encode`.
+
+    python benchmarks/embed.py CAPTIONS.parquet [--count 4000] [--rounds 3] [--results FILE.jsonl]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from sentence_transformers import SentenceTransformer
+
+from graphbuild.encoder import DEFAULT_ENCODER, find_encoder, open_model
+from graphbuild.fidelity import cosine
+from graphbuild.text import normalize
+
+CORES = len(os.sched_getaffinity(0))
+Vectors = np.ndarray[Any, np.dtype[Any]]
+
+
+def read_captions(path: Path, count: int) -> list[str]:
+    """Distinct captions drawn at random from a parquet file's column `caption`, or from the first column of a TSV."""
+    if path.suffix == ".parquet":
+        column = pl.read_parquet(path, columns=["caption"])["caption"]
+    else:
+        table = pl.read_csv(path, separator="\t", has_header=False, quote_char=None)
+        column = table[table.columns[0]]
+    texts = list(dict.fromkeys(normalize(text) for text in column.drop_nulls()))
+    chosen = np.random.default_rng(0).permutation(len(texts))[:count]
+    return [texts[at] for at in chosen]
+
+
+class Pool:
+    """graphbuild's workers without Ray: a process a core, a model and a thread each."""
+
+    def __init__(self, precision: str) -> None:
+        self.pool = multiprocessing.get_context("spawn").Pool(CORES, _open, (precision,))
+
+    def __call__(self, texts: list[str]) -> Vectors:
+        size = -(-len(texts) // CORES)
+        slices = [texts[first : first + size] for first in range(0, len(texts), size)]
+        results = self.pool.map(_encode, slices, chunksize=1)
+        self.tokens = sum(tokens for _, tokens, _ in results)
+        self.computed = sum(computed for _, _, computed in results)
+        return np.concatenate([vectors for vectors, _, _ in results])
+
+
+def _open(precision: str) -> None:
+    global model
+    model = open_model(find_encoder(DEFAULT_ENCODER), "cpu", precision)  # type: ignore[arg-type]
+    model.encode(["warm up"])
+
+
+def _encode(texts: list[str]) -> tuple[Vectors, int, int]:
+    found = model.encode(texts)
+    return found.vectors, found.tokens, found.computed
+
+
+def peak(precision: str) -> float:
+    """FLOP a second of the layers' matrix products alone at that precision, on all cores."""
+    with multiprocessing.get_context("spawn").Pool(CORES) as pool:
+        return sum(pool.map(_peak, [precision] * CORES, chunksize=1))
+
+
+def _peak(precision: str) -> float:
+    torch.set_num_threads(1)
+    dtype = getattr(torch, precision)
+    shapes = [(384, 1152), (384, 384), (384, 1536), (1536, 384)]
+    inputs = [(torch.randn(1024, a).to(dtype), torch.randn(b, a).to(dtype)) for a, b in shapes]
+    work = 2 * 1024 * sum(a * b for a, b in shapes)
+    rates = []
+    for _ in range(40):
+        begin = time.perf_counter()
+        for x, weight in inputs:
+            torch.nn.functional.linear(x, weight)
+        rates.append(work / (time.perf_counter() - begin))
+    return statistics.median(rates)
+
+
+def contenders() -> dict[str, Callable[[list[str]], Vectors]]:
+    folder = str(find_encoder(DEFAULT_ENCODER).folder)
+    found: dict[str, Callable[[list[str]], Vectors]] = {}
+    models = {
+        dtype: SentenceTransformer(folder, device="cpu", model_kwargs={"dtype": getattr(torch, dtype)})
+        for dtype in ("float32", "bfloat16")
+    }
+    found["encode, defaults"] = lambda texts: models["float32"].encode(texts, normalize_embeddings=True)
+    for dtype, sizes in (("float32", (128,)), ("bfloat16", (32, 64, 128, 256))):
+        for size in sizes:
+            found[f"encode, {dtype}, batch {size}"] = lambda texts, dtype=dtype, size=size: models[dtype].encode(
+                texts, batch_size=size, normalize_embeddings=True
+            )
+    for dtype in ("float32", "bfloat16"):
+        pool = models[dtype].start_multi_process_pool(["cpu"] * CORES)
+        found[f"encode, {dtype}, {CORES} processes"] = lambda texts, dtype=dtype, pool=pool: models[dtype].encode(
+            texts, pool=pool, batch_size=128, normalize_embeddings=True
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("captions", type=Path)
+    parser.add_argument("--count", type=int, default=4_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--results", type=Path)
+    options = parser.parse_args()
+    texts = read_captions(options.captions, options.count)
+    runs = contenders()
+    own = open_model(find_encoder(DEFAULT_ENCODER), "cpu").precision
+    graphbuild = Pool(own)
+    runs["graphbuild"] = graphbuild
+    reference = runs["encode, defaults"](texts)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    vectors: dict[str, Vectors] = {}
+    for run in runs.values():
+        run(texts[: 64 * CORES])
+    for _ in range(options.rounds):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            vectors[name] = run(texts)
+            seconds[name].append(time.perf_counter() - begin)
+    layers = 6 * (4 * 384 * 384 + 2 * 384 * 1536)  # MiniLM's
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    best = min((name for name in medians if name != "graphbuild" and "processes" not in name), key=medians.__getitem__)
+    best_pool = min((name for name in medians if "processes" in name), key=medians.__getitem__)
+    print(f"{len(texts):,} captions, {graphbuild.tokens:,} tokens, {CORES} cores, medians of {options.rounds}\n")
+    print("| encoder | captions/s | tokens/s | graphbuild is | cosine to float32: mean, least |\n|---|---|---|---|---|")
+    for name, median in medians.items():
+        near = cosine(vectors[name], reference)
+        rate, ratio = len(texts) / median, median / medians["graphbuild"]
+        print(
+            f"| {name} | {rate:,.0f} | {graphbuild.tokens / median:,.0f} | {ratio:.2f} x | "
+            f"{near.mean():.6f}, {near.min():.6f} |"
+        )
+    utilisation = 2 * layers * graphbuild.tokens / medians["graphbuild"] / peak(own)
+    padding = 1 - graphbuild.tokens / graphbuild.computed
+    print(f"\nbest: {best}; best pool: {best_pool}")
+    print(f"graphbuild: {own}, {padding:.2%} of the rows computed are empty; {utilisation:.0%} of the products' rate")
+    if options.results:
+        with options.results.open("a") as file:
+            for name, values in seconds.items():
+                near = cosine(vectors[name], reference)
+                row = {"encoder": name, "captions": len(texts), "tokens": graphbuild.tokens, "cores": CORES}
+                row |= {"seconds": [round(value, 3) for value in values], "mean_cosine": round(float(near.mean()), 6)}
+                file.write(json.dumps(row | {"min_cosine": round(float(near.min()), 6)}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
