@@ -172,7 +172,7 @@ class Runner:
             yield from self._ray_results(stage, tasks, store)
 
     def _ray_results(self, stage: Stage, tasks: Sequence[Task], store: Store) -> Iterator[tuple[Task, Json | Failure]]:
-        ray = self._start_ray()
+        ray = self.start_ray()
         resources = ray.cluster_resources()
         wants_gpu = stage.on_device and tasks[0].hints.get("device") != "cpu"
         gpu = wants_gpu and resources.get("GPU", 0) >= 1
@@ -224,7 +224,8 @@ class Runner:
                     queue.clear()
             yield task, result
 
-    def _start_ray(self) -> Any:
+    def start_ray(self) -> Any:
+        """The module ray, connected to the cluster at `address`, or to one of its own that ends with this runner."""
         if "ray" not in sys.modules:  # read when Ray is imported; its clusters ask for a token since 2.60
             os.environ.setdefault("RAY_AUTH_MODE", "token")
             os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -75,3 +75,21 @@ def verify(store: StoreArg) -> None:
             f"{len(report.problems)} problem(s) in {opened.url}",
             "rebuild the stages named above with --force, or restore the files",
         )
+
+
+@app.command()
+def doctor(
+    store: Annotated[str | None, typer.Argument(metavar="[STORE]", help="a store to try writing to")] = None,
+) -> None:
+    """What this machine can do, tried out; exit code 1 if the demo could not run."""
+    from graphbuild.doctor import examine
+
+    failed = False
+    for finding in examine(store):
+        echo(
+            f"{finding.check:<9} {finding.state:<8} {finding.says}"
+            + (f"\n{'':19}-> {finding.fix}" if finding.fix else "")
+        )
+        failed |= finding.state == "FAIL"
+    if failed:
+        raise typer.Exit(1)

@@ -159,10 +159,10 @@ def fastest_precision(device: str) -> str:
     """bfloat16 on a GPU and on a CPU that multiplies it in hardware (AVX-512 BF16, AMX, ARM's BF16), else float32."""
     if device != "cpu":
         return "bfloat16"
-    from llvmlite import binding
+    import torch
 
-    features = binding.get_host_cpu_features()
-    return "bfloat16" if any(features.get(name) for name in ("avx512bf16", "amx-bf16", "bf16")) else "float32"
+    able = torch.cpu.get_capabilities()
+    return "bfloat16" if any(able[name] for name in able if name.endswith("bf16")) else "float32"
 
 
 @lru_cache(maxsize=2)

@@ -77,7 +77,7 @@ class Exact:
         from graphbuild.knn.inputs import LEADERS
         from graphbuild.knn.leaders import draw_leaders
 
-        writer.array(LEADERS, draw_leaders(inputs.vectors, self.seed), durable=False)
+        writer.array(LEADERS, draw_leaders(inputs.vectors, self.seed)[1], durable=False)
         return {}
 
     def describe(self, inputs: Inputs, codes: Codes, k: int) -> dict[str, Array]:
@@ -121,12 +121,13 @@ class Partition:
 
     def prepare(self, inputs: Inputs, k: int, writer: Writer) -> Json:
         from graphbuild.knn import partition
-        from graphbuild.knn.inputs import LEADERS
+        from graphbuild.knn.inputs import LEADER_NODES, LEADERS
         from graphbuild.knn.leaders import Leaders, draw_leaders
 
-        drawn = draw_leaders(inputs.vectors, self.seed)
+        nodes, drawn = draw_leaders(inputs.vectors, self.seed)
         fan, promised = partition.calibrate(inputs.vectors, Leaders(drawn), k, self.recall, self.seed)
         writer.array(LEADERS, drawn, durable=False)
+        writer.array(LEADER_NODES, nodes, durable=False)
         writer.array(FAN, np.array([fan]), durable=False)
         return {"leaders": len(drawn), "fan": fan, "promised_recall": round(promised, 4)}
 

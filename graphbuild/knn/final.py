@@ -8,16 +8,14 @@ import numpy as np
 
 from graphbuild.index import SCRATCH
 from graphbuild.knn import exact, kernels, partition
-from graphbuild.knn.inputs import Inputs
-from graphbuild.knn.leaders import leader_count
+from graphbuild.knn.inputs import LEADER_NODES, Inputs
 from graphbuild.knn.lists import EMPTY, pack, unpack
 from graphbuild.sharded import Array
 from graphbuild.stage import records
 from graphbuild.store import Store
 from graphbuild.threads import torch_threads
 
-BLOCK_ROWS = 65_536
-LEAF_ROUNDS = 4
+ENTRIES, WALK = 32, 64  # leaders that a walk begins at; nodes that it keeps
 
 
 def lists_of(store: Store, stage: str, first: int, count: int) -> Iterator[tuple[Array, Array]]:
@@ -49,7 +47,7 @@ def exact_lists(inputs: Inputs, engine: str, shard: str, first: int, k: int) -> 
         floors = np.array(store.array(f"{SCRATCH}/floors/{shard}.npy"))[:, 0]
         lacking |= ~exact.proved(candidates, floors, unpack(keys)[0], scales[:, 0], slack)
     if engine == "partition" and lacking.any():
-        _complete_from_leaves(inputs, first, keys, np.flatnonzero(lacking))
+        _complete_by_walk(inputs, first, keys, np.flatnonzero(lacking))
         lacking = keys[:, -1] == EMPTY
     rows = np.flatnonzero(lacking)
     with torch_threads(1):
@@ -69,26 +67,27 @@ def _refine(inputs: Inputs, first: int, candidates: Array) -> None:
     kernels.refine_lists(first, candidates, partition.EXPAND, depth, *tables, inputs.vectors.width, leaves.width)
 
 
-def _complete_from_leaves(inputs: Inputs, first: int, keys: Array, rows: Array) -> None:
-    """Fill short lists, rows of exact keys int64 [n, k], with the nearest of all nodes that share a leaf with theirs.
+def _complete_by_walk(inputs: Inputs, first: int, keys: Array, rows: Array) -> None:
+    """Fill short lists, rows of exact keys int64 [n, k], by walking the other nodes' lists towards each row's node.
 
     A floor that was too high has emptied them, by chance: about one in 10,000. A full search of one would cost a pass
-    over all vectors, and once a shard that adds up; this costs a pass over the leaves, and one more where leaves are so
-    small that their members' other leaves are needed.
+    over all vectors, and once a shard that adds up. A walk begins at the nearest leaders, keeps the WALK nearest nodes
+    that it has met, and ends when their lists hold no others: some thousand products, however many nodes there are.
     """
-    leaves, vectors = inputs.of("leaves"), inputs.vectors
-    nothing, k = np.full(1, np.inf), keys.shape[1]
-    for row in rows:
-        wanted = np.zeros(leader_count(len(leaves)), bool)
-        mates = np.array([first + row])
-        for _ in range(LEAF_ROUNDS):
-            wanted[leaves.take(mates)] = True
-            blocks = leaves.blocks(BLOCK_ROWS)
-            mates = np.concatenate([np.flatnonzero(wanted[block].any(axis=1)) + at for at, block in blocks])
-            if len(mates) > k:
-                break
-        offered = pack(np.zeros((1, len(mates) - 1)), mates[mates != first + row])
-        scored = kernels.exact_similarities(first + row, offered, k, nothing, nothing, vectors.table(), vectors.width)
-        every = np.unique(np.concatenate([scored[0], keys[row]]))
-        best = every[every != EMPTY][: -k - 1 : -1]
-        keys[row, : len(best)] = best
+    merged, vectors, k = inputs.of("merged"), inputs.vectors, keys.shape[1]
+    leaders = np.array(inputs.store.array(LEADER_NODES))
+    entries, _ = inputs.leaders.leaves(inputs.codes.take(first + rows), min(ENTRIES, len(leaders)), 1)
+    nothing = np.full(1, np.inf)
+    for row, near in zip(rows, entries, strict=True):
+        node = first + row
+        met = np.array([node])
+        best = np.empty(0, np.int64)
+        fresh = np.setdiff1d(np.concatenate([leaders[near], unpack(keys[row][keys[row] != EMPTY])[1]]), met)
+        while len(fresh):
+            met = np.union1d(met, fresh)
+            offered = pack(np.zeros((1, len(fresh))), fresh)
+            scored = kernels.exact_similarities(node, offered, k, nothing, nothing, vectors.table(), vectors.width)[0]
+            best = np.sort(np.concatenate([best, scored]))[: -max(WALK, 2 * k) - 1 : -1]
+            listed = merged.take(unpack(best)[1])
+            fresh = np.setdiff1d(unpack(listed[listed != EMPTY])[1], met)
+        keys[row, : len(best)] = best[:k]

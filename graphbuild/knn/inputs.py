@@ -11,7 +11,7 @@ from graphbuild.knn.leaders import Leaders
 from graphbuild.sharded import ShardedArray, node_array
 from graphbuild.store import Store
 
-LEADERS = f"{SCRATCH}/leaders.npy"
+LEADERS, LEADER_NODES = f"{SCRATCH}/leaders.npy", f"{SCRATCH}/leader_nodes.npy"
 
 
 class Inputs:

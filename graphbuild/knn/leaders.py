@@ -92,12 +92,13 @@ def _search(code: Tensor, rows: Array, leader_codes: Array, scales: Array, first
             kernels.search_tile(tile.numpy(), some, first + a, scales[a : a + TILE_ROWS, 0].copy(), keys)
 
 
-def draw_leaders(vectors: ShardedArray, seed: int) -> Array:
-    """Vectors float16 [L, d] of random nodes, ordered so that near ones have near numbers (recursive bisection)."""
+def draw_leaders(vectors: ShardedArray, seed: int) -> tuple[Array, Array]:
+    """Random nodes int64 [L] and their vectors float16 [L, d], near ones behind each other (recursive bisection)."""
     nodes = len(vectors)
     ids = np.sort(np.random.default_rng(seed).choice(nodes, leader_count(nodes), replace=False))
     raw = vectors.take(ids)
-    return raw[_bisected(unit(torch.from_numpy(raw), torch.float32), np.arange(len(raw)))]
+    order = _bisected(unit(torch.from_numpy(raw), torch.float32), np.arange(len(raw)))
+    return ids[order], raw[order]
 
 
 def _bisected(exact: Tensor, order: Array) -> Array:

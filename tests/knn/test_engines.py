@@ -271,6 +271,33 @@ def test_a_leaf_too_large_is_cut_and_its_nodes_still_get_whole_lists(
     assert all(len(set(row)) == 12 and node not in row for node, row in enumerate(neighbors.tolist()))
 
 
+def test_lists_that_a_floor_has_emptied_are_completed_without_a_full_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = leaders.Leaders.leaves
+
+    def with_floors_too_high(*arguments: object) -> tuple[np.ndarray, np.ndarray]:
+        found, floors = find(*arguments)
+        floors[::20] = 2
+        return found, floors
+
+    def refused(*_: object) -> None:
+        raise AssertionError("a pass over all vectors")
+
+    monkeypatch.setattr(leaders.Leaders, "leaves", with_floors_too_high)
+    monkeypatch.setattr(exact, "search_again", refused)
+    x = clustered(6_000)
+    neighbors, _ = graph(build(tmp_path, x, shard_size=6_000, engine="partition", k=10, recall=0.95))
+    unit = x.astype(np.float16).astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    emptied = np.arange(0, len(x), 20)
+    scores = unit[emptied] @ unit.T
+    scores[np.arange(len(emptied)), emptied] = -2
+    worst = np.sort(scores, axis=1)[:, -10]
+    reached = np.take_along_axis(scores, neighbors[emptied].astype(int), axis=1) >= worst[:, None] - 1e-6
+    assert reached.mean() > 0.95
+
+
 def test_leaves_are_those_of_the_nearest_leaders_and_floors_their_scores() -> None:
     x, drawn = random_vectors(200, 16), random_vectors(90, 16, seed=1)
     found, floors = leaders.Leaders(drawn).leaves(codes.encode(x).codes, 5, 3)
