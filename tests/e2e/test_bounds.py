@@ -53,6 +53,7 @@ print(len(graph), graph.sample_nodes()[-1])
 """
 
 
+@pytest.mark.slow
 def test_a_job_and_its_graph_of_more_shards_than_a_process_may_open_files(
     program: Path, environment: Environment, tmp_path: Path
 ) -> None:

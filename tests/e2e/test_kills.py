@@ -247,6 +247,7 @@ def vectors(tmp_path: Path) -> Path:
     return tmp_path / "recipe.yaml"
 
 
+@pytest.mark.slow
 def test_a_job_killed_three_times_ends_with_the_same_bytes(
     vectors: Path, start: Start, cli: Cli, tmp_path: Path
 ) -> None:

@@ -186,6 +186,7 @@ def test_verify_finds_a_changed_clustered_tar(store: Path, cli: Cli, tmp_path: P
     assert "clustered/00001.tar" in cli("verify", copy, code=1).stdout
 
 
+@pytest.mark.slow
 def test_a_source_that_changed_is_named(store: Path, source: Path, cli: Cli, tmp_path: Path) -> None:
     copy, moved = tmp_path / "store", tmp_path / "moved"
     shutil.copytree(store, copy, ignore=shutil.ignore_patterns("clustered", "cluster"))

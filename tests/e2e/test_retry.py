@@ -117,6 +117,7 @@ def test_failed_urls_are_fetched_again_by_reason_into_shards_of_their_own(
     assert "no problems" in cli("verify", store).stdout
 
 
+@pytest.mark.slow
 def test_a_lost_list_of_a_retry_is_cut_again_the_same(site: tuple[Site, str], cli: Cli, tmp_path: Path) -> None:
     served, base = site
     (tmp_path / "list.tsv").write_text("".join(f"a {n}\t{base}/{n}\n" for n in range(20)))

@@ -131,6 +131,7 @@ def two_node_cluster(environment: dict[str, str]) -> Iterator[str]:
             process.communicate()  # closes its input, on which it waits
 
 
+@pytest.mark.slow
 def test_a_cluster_of_two_nodes_writes_the_same_bytes(
     built: Path, recipe: Path, cli: Cli, environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -243,6 +243,7 @@ def test_partition_reaches_the_recall_asked_for_and_little_more(tmp_path: Path) 
     assert recalls[0.97] > 0.96
 
 
+@pytest.mark.slow
 def test_partition_does_not_depend_on_tasks_tiles_or_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = clustered(3_000)
     once = graph(build(tmp_path / "a", x, shard_size=800, engine="partition", k=8, recall=0.8, workers=2))
