@@ -131,7 +131,7 @@ def _completeness(stage: str, entry: Json, done: dict[str, Json], manifest: Json
 def _missing(stage: str, tasks: int, done: dict[str, Json], manifest: Json) -> list[str]:
     """The tasks without a record, as far as their names are known: of the whole, by number, or of shards."""
     shards = manifest.get("shards", [])
-    whole = {"urls": ["list"], "number": ["all"], "moments": ["all"]}
+    whole = {"urls": ["list"], "number": ["all"], "moments": ["all"], "fidelity": ["all"]}
     if stage in whole:
         names = whole[stage]
     elif stage in ("certify", "cluster"):

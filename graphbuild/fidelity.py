@@ -30,7 +30,7 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
     return [
         Task(
             stage="fidelity",
-            name="fidelity",
+            name="all",
             built={"embeddings": store.manifest()["embeddings"]["fingerprint"], "sample": SAMPLE},
             hints={"encoder": embed.encoder, "prompt": embed.prompt, "dim": embed.dim, "device": embed.device},
         )

@@ -84,7 +84,7 @@ class Embed(Section):
     @field_validator("template")
     @classmethod
     def _check_template(cls, template: str) -> str:
-        if template.count("{}") + bool(re.search(r"\{[^{}]+\}", template)) != 1:
+        if template.count("{}") + bool(re.search(r"\{(?!\d+\})[^{}]+\}", template)) != 1:
             raise ValueError(f"{template!r} must contain {{}} once, the caption's place, or {{fields}} by their names")
         return template
 
