@@ -261,7 +261,7 @@ def test_a_second_run_of_a_verb_does_nothing_and_says_so_in_three_seconds(
         if seconds < 3 or last:
             break
     assert mtimes(built) == before
-    stages = {"run": 8, "embed": 4, "index": 3, "export": 1}[verb]
+    stages = {"run": 9, "embed": 5, "index": 3, "export": 1}[verb]
     assert again.stderr.count("up to date") == len(again.stderr.splitlines()) == stages
     assert seconds < 3
 
@@ -491,7 +491,7 @@ def test_a_job_on_s3_writes_the_same_files_as_on_disk(built: Path, tars: Path, c
         cli("index", store, "--k", K, "--workers", 0, env=env)
         cli("export", store, "--workers", 0, env=env)
         first = objects(client, "made/store/")
-        assert cli("embed", store, env=env).stderr.count("up to date") == 4
+        assert cli("embed", store, env=env).stderr.count("up to date") == 5
         assert objects(client, "made/store/") == first
         assert "no problems" in cli("verify", store, env=env).stdout
         client.put_object(Bucket="jobs", Key="made/store/nodes/00001.npy", Body=b"\x00" + first["nodes/00001.npy"][1:])
