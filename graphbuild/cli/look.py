@@ -16,25 +16,23 @@ def neighbors(
     store: StoreArg,
     key: Annotated[str | None, typer.Argument(metavar="KEY", help="a sample's key", show_default=False)] = None,
     text: Annotated[str | None, option("any text instead of a sample")] = None,
+    node: Annotated[int | None, option("a node's number instead")] = None,
     count: Annotated[int, typer.Option(min=1, help="how many")] = 10,
+    images: Annotated[bool, typer.Option(help="thumbnails, on a terminal")] = True,
 ) -> None:
     """The nearest neighbours of a sample, or of any text."""
+    from graphbuild.catalog import Catalog
     from graphbuild.errors import ConfigError
-    from graphbuild.lookup import find_sample, neighbors_of_node, neighbors_of_text, printable
+    from graphbuild.thumbnails import show_neighbors
 
     opened = open_store(store)
-    if (key is None) == (text is None):
+    if sum(given is not None for given in (key, text, node)) != 1:
         raise ConfigError(
-            "give a KEY or --text, one of them", f"keys are listed in {opened.display('samples/')}*.parquet"
+            "give a KEY, --text or --node, one of them", f"keys are listed in {opened.display('samples/')}*.parquet"
         )
-    if key is not None:
-        sample = find_sample(opened, key)
-        echo(f"{printable(sample['key'])}  node {sample['node']}  {printable(sample['caption'])}")
-        found = neighbors_of_node(opened, sample["node"], count)
-    else:
-        found = neighbors_of_text(opened, text or "", count)
-    for neighbor in found:
-        echo(f"  {neighbor.similarity:.3f}  node {neighbor.node:>9}  x{neighbor.samples:<4} {printable(neighbor.text)}")
+    catalog = Catalog(opened)
+    sample, found = catalog.ask(count, key=key, text=text, node=node)
+    show_neighbors(catalog, sample, found, images=images)
 
 
 @app.command()
@@ -57,6 +55,14 @@ def mine(
 
     names = "threshold count skip positive absolute_margin relative_margin min_similarity max_similarity mutual"
     echo(mine_store(open_store(store), what, given(locals(), names), out))
+
+
+@app.command()
+def report(store: StoreArg) -> None:
+    """A page that shows what came out: losses, recall, similarities, targets, duplicates, time."""
+    from graphbuild.report import write_report
+
+    echo(f"report    {write_report(open_store(store))}")
 
 
 @app.command()

@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 import pyarrow.parquet as pq
 import typer
 
+from graphbuild.catalog import Catalog, printable
 from graphbuild.demo.scenes import make_scenes
 from graphbuild.demo.server import SceneServer, assign_faults, expected_images, write_url_list
 from graphbuild.errors import ConfigError
-from graphbuild.lookup import neighbors_of_node, printable
 from graphbuild.pipeline import run_verb
 from graphbuild.recipe import Download, Index, Recipe
 from graphbuild.runner import Runner
@@ -63,9 +63,10 @@ def run_demo(url: str, *, scenes: int, workers: int | None, address: str | None)
     typer.echo(f"          ({expected_images(assign_faults(scenes)):,} images expected: the server's faults are known)")
     typer.echo("seconds   " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in runner.seconds.items()))
     typer.echo("\nthree samples and their nearest neighbours")
+    catalog = Catalog(store)
     for sample in _some_samples(store, manifest):
         typer.echo(f"  {sample['key']}  {printable(sample['caption'])}")
-        for neighbor in neighbors_of_node(store, sample["node"], 3):
+        for neighbor in catalog.neighbors(sample["node"], 3):
             typer.echo(f"      {neighbor.similarity:.3f}  {printable(neighbor.text)}")
     shards = len(manifest["shards"])
     typer.echo(

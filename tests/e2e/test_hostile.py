@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from graphbuild.catalog import printable
 from graphbuild.cli import main
-from graphbuild.lookup import printable
 from graphbuild.torch import graph_webdataset
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]

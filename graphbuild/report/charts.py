@@ -1,0 +1,147 @@
+"""The report's charts as plotly figures (plain dicts, `data` and `layout`), from report.json's numbers alone.
+
+Colours: Okabe and Ito's, which the colour-blind tell apart; text and grid colours are the page's, set by page.js.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from graphbuild.store import Json
+
+BLUE, ORANGE, GREEN, PINK, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"
+TICKS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
+SCALE = ("#440154", "#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#c9b100")
+
+
+def charts(numbers: Json) -> dict[str, Json]:
+    """Figure by the id of its place in page.html; only those whose numbers are there."""
+    found = {"chart-funnel": _funnel(numbers["funnel"]), "chart-stages": _stages(numbers["stages"])}
+    if "edges" in numbers:
+        found["chart-similarity"] = _similarity(numbers["edges"])
+        found["chart-indegree"] = _bins(numbers["edges"]["indegree"], "in-degree", "nodes")
+        found["chart-spread"] = _spread(numbers["targets"])
+        found["chart-mass"] = _mass(numbers["mass"])
+        found["chart-batches"] = _batches(numbers["batches"])
+    if numbers.get("duplicates", {}).get("samples_per_node"):
+        found["chart-duplicates"] = _bins(numbers["duplicates"]["samples_per_node"], "samples of a node", "nodes")
+    return found
+
+
+def _figure(data: list[Json], x: Json, y: Json, **layout: Any) -> Json:
+    return {"data": data, "layout": {"xaxis": x, "yaxis": y, "showlegend": len(data) > 1, **layout}}
+
+
+def _axis(title: str, **options: Any) -> Json:
+    return {"title": {"text": title}, "automargin": True, **options}
+
+
+def _funnel(steps: list[Json]) -> Json:
+    names, counts = [step["name"] for step in steps], [step["count"] for step in steps]
+    bar = {
+        "type": "bar",
+        "orientation": "h",
+        "y": names,
+        "x": counts,
+        "text": [f"{count:,}" for count in counts],
+        "textposition": "auto",
+        "marker": {"color": BLUE},
+        "name": "count",
+    }
+    return _figure([bar], _axis("count", rangemode="tozero"), _axis("", autorange="reversed"))
+
+
+def _stages(stages: list[Json]) -> Json:
+    bar = {
+        "type": "bar",
+        "orientation": "h",
+        "y": [row["stage"] for row in stages],
+        "x": [row["worker_seconds"] for row in stages],
+        "marker": {"color": SKY},
+        "name": "worker-seconds",
+    }
+    return _figure([bar], _axis("seconds of all workers together", rangemode="tozero"), _axis("", autorange="reversed"))
+
+
+def _similarity(edges: Json) -> Json:
+    bins = np.array(edges["bins"])
+    middles, width = ((bins[1:] + bins[:-1]) / 2).round(4), bins[1] - bins[0]
+    series = {
+        "random pairs": ("random_similarity", ORANGE),
+        "edges": ("edge_similarity", BLUE),
+        "the k-th neighbour": ("last_similarity", GREEN),
+    }
+    counts = {name: np.array(edges[field]) for name, (field, _) in series.items()}
+    seen = np.flatnonzero(sum(counts.values()))
+    window = slice(max(int(seen[0]) - 1, 0), int(seen[-1]) + 2)
+    data = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": name,
+            "x": middles[window].tolist(),
+            "y": (counts[name] / max(counts[name].sum(), 1) / width)[window].tolist(),
+            "line": {"color": color, "shape": "hvh", "width": 2},
+            "fill": "tozeroy",
+        }
+        for name, (_, color) in series.items()
+    ]
+    return _figure(data, _axis("similarity (cosine)"), _axis("density", rangemode="tozero"))
+
+
+def _bins(bins: list[Json], x: str, y: str) -> Json:
+    names = [str(one["from"]) if one["from"] == one["to"] else f"{one['from']}-{one['to']}" for one in bins]
+    bar = {"type": "bar", "x": names, "y": [one["nodes"] for one in bins], "marker": {"color": BLUE}, "name": y}
+    return _figure([bar], _axis(x, type="category"), _axis(y, type="log"))
+
+
+def _spread(targets: list[Json]) -> Json:
+    data = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": f"batch of {one['batch']:,}",
+            "x": one["tau_s"],
+            "y": one["spread"],
+            "line": {"color": SCALE[2 * at % len(SCALE)]},
+        }
+        for at, one in enumerate(targets)
+    ]
+    return _figure(
+        data,
+        _axis("tau_s", type="log", tickvals=TICKS, ticktext=[str(tick) for tick in TICKS]),
+        _axis("samples that share a target, exp(entropy)", type="log"),
+    )
+
+
+def _mass(mass: Json) -> Json:
+    data = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": f"+ nearest {rank}" if rank else "the sample itself",
+            "x": mass["tau_s"],
+            "y": [share[at] for share in mass["share"]],
+            "line": {"color": SCALE[at % len(SCALE)]},
+        }
+        for at, rank in enumerate(mass["ranks"])
+    ]
+    return _figure(
+        data,
+        _axis("tau_s", type="log", tickvals=TICKS, ticktext=[str(tick) for tick in TICKS]),
+        _axis("share of the target's mass", tickformat=".0%", rangemode="tozero"),
+    )
+
+
+def _batches(batches: list[Json]) -> Json:
+    names = [f"{one['batch']:,}" for one in batches]
+    data = [
+        {"type": "bar", "name": name, "x": names, "y": [one[field] for one in batches], "marker": {"color": color}}
+        for name, field, color in (
+            ("random batches", "random_edges_per_anchor", ORANGE),
+            ("neighbour-aware batches", "edges_per_anchor", BLUE),
+        )
+    ]
+    return _figure(data, _axis("batch size", type="category"), _axis("edges per anchor"), barmode="group")

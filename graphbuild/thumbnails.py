@@ -1,0 +1,53 @@
+"""Neighbours on a terminal: with their images where it shows sixel or kitty graphics, or coloured half blocks; lines of
+text where it is none.
+
+The terminal is asked what it can do when this module's first image is made (within 0.1 s; textual-image).
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+
+from graphbuild.catalog import Catalog, Neighbor, Sample, printable
+from graphbuild.errors import GraphbuildError
+from graphbuild.terminal import echo
+
+PIXELS = 160
+ROWS = 5  # terminal rows of an image
+
+
+def show_neighbors(catalog: Catalog, asked: Sample | None, found: Sequence[Neighbor], *, images: bool) -> None:
+    """Print the asked sample, if it is one, and neighbours, best first."""
+    heads = [f"{printable(asked.key)}  node {asked.node}  {printable(asked.caption)}"] if asked else []
+    lines = [f"{n.similarity:.3f}  node {n.node:>9}  x{n.samples:<4} {printable(n.text)}" for n in found]
+    if not (images and sys.stdout.isatty()):
+        for line in heads + [f"  {line}" for line in lines]:
+            echo(line)
+        return
+    samples = ([asked] if asked else []) + [catalog.sample_of(neighbor.node) for neighbor in found]
+    _show([(_image(catalog, sample), line) for sample, line in zip(samples, heads + lines, strict=True)])
+
+
+def _image(catalog: Catalog, sample: Sample | None) -> bytes | str:
+    """The thumbnail, or what to say in its place."""
+    try:
+        content = catalog.image(sample, PIXELS) if sample else None
+    except GraphbuildError as error:
+        return printable(error.cause, 40)
+    return "" if content is None else content
+
+
+def _show(rows: Sequence[tuple[bytes | str, str]]) -> None:
+    from PIL import Image
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+    from textual_image.renderable import Image as TerminalImage
+
+    table = Table.grid(padding=(0, 2, 1, 0))
+    for content, line in rows:
+        shown = Text(content) if isinstance(content, str) else Image.open(io.BytesIO(content))
+        table.add_row(shown if isinstance(shown, Text) else TerminalImage(shown, width="auto", height=ROWS), Text(line))
+    Console().print(table)
