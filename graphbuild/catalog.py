@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,6 +73,7 @@ class Catalog:
         self._shards: list[Json] = store.manifest()["shards"]
         self._with_nodes = [number for number, shard in enumerate(self._shards) if shard["nodes"]]
         self._first_nodes = np.array([self._shards[number]["first_node"] for number in self._with_nodes])
+        self._one_reads, self._one_encodes = threading.Lock(), threading.Lock()
         self._samples = functools.lru_cache(SHARDS)(self._read_samples)
         self._texts = functools.lru_cache(SHARDS)(self._read_texts)
 
@@ -97,7 +99,7 @@ class Catalog:
     def sample_of(self, node: int) -> Sample | None:
         """The first sample of a node; None of ready vectors, which have no samples."""
         number = self._shard_of(node)
-        if not self._has_samples:
+        if not self.has_samples:
             return None
         positions = _positions(self._samples(number)["node"], node)
         return self._sample(number, positions[0])
@@ -111,7 +113,8 @@ class Catalog:
         if sample.image is None:
             return None
         number, offset, size = sample.image
-        content = self._tars.read(*(np.array([value]) for value in (number, offset, offset + size)))[0]
+        with self._one_reads:
+            content = self._tars.read(*(np.array([value]) for value in (number, offset, offset + size)))[0]
         with web_image(io.BytesIO(content), MAX_PIXELS) as encoded:
             encoded.draft("RGB", (pixels, pixels))
             small = ImageOps.exif_transpose(encoded.convert("RGB"))
@@ -182,15 +185,16 @@ class Catalog:
         return open_model(find_encoder(embed.encoder), "cpu", embed.precision, embed.prompt, embed.dim)
 
     def _encode(self, texts: list[str]) -> Array:
-        return np.asarray(self._model.encode(texts).vectors)
+        with self._one_encodes:
+            return np.asarray(self._model.encode(texts).vectors)
 
     @cached_property
-    def _has_samples(self) -> bool:
+    def has_samples(self) -> bool:
         return bool({"scan", "assign"} & self.store.manifest()["stages"].keys())
 
     @cached_property
     def _key_ranges(self) -> list[tuple[str, str] | None]:
-        if not self._has_samples:
+        if not self.has_samples:
             raise InputError(f"{self.store.url} was built from ready vectors, which have no keys", "ask by node")
         with ThreadPoolExecutor(8) as pool:
             return list(pool.map(lambda shard: key_range(self.store, shard["shard"]), self._shards))

@@ -66,6 +66,22 @@ def report(store: StoreArg) -> None:
 
 
 @app.command()
+def explore(
+    store: StoreArg,
+    compare: Annotated[str | None, option("another store, beside it: another encoder or k")] = None,
+    host: Annotated[
+        str, typer.Option(help="address to listen at; a token is asked for anywhere but here")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8765,
+) -> None:
+    """A page to search, see and walk the graph, until Ctrl-C."""
+    from graphbuild.explore import serve
+
+    stores = [open_store(url) for url in (store, compare) if url is not None]
+    serve(stores, host, port, lambda url: echo(f"explore   {url}   (Ctrl-C ends it)"))
+
+
+@app.command()
 def verify(store: StoreArg) -> None:
     """Check every file, their alignment, and recall afresh."""
     from graphbuild.errors import QualityError

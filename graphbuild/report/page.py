@@ -9,10 +9,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from importlib import resources
 
 from graphbuild.catalog import Catalog
 from graphbuild.errors import ConfigError, GraphbuildError
+from graphbuild.pages import base_css, own_text
 from graphbuild.report.charts import charts
 from graphbuild.report.numbers import numbers
 from graphbuild.store import Json, Store, json_text
@@ -40,17 +40,17 @@ def render(found: Json, images: list[Json] | None = None) -> str:
     from markupsafe import Markup
 
     figures = charts(found)
-    scripts = {"plotly_js": plotly.offline.get_plotlyjs(), "page_js": _own("page.js")}
+    scripts = {"plotly_js": plotly.offline.get_plotlyjs(), "page_js": own_text(__package__, "page.js")}
     policy = (
         f"default-src 'none'; script-src {' '.join(_hashed(script) for script in scripts.values())}; "
         "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
     )
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return environment.from_string(_own("page.html")).render(
+    return environment.from_string(own_text(__package__, "page.html")).render(
         n={**_every_part(found), "repeated_images": images or []},
         figures=figures,
         figures_json=Markup(json.dumps(figures).replace("<", "\\u003c")),
-        css=Markup(_own("page.css")),
+        css=Markup(base_css() + own_text(__package__, "page.css")),
         policy=policy,
         **{name: Markup(script) for name, script in scripts.items()},
     )
@@ -59,10 +59,6 @@ def render(found: Json, images: list[Json] | None = None) -> str:
 def _every_part(found: Json) -> Json:
     parts = ("embeddings", "fidelity", "graph", "recall", "duplicates", "hosts", "edges", "mass", "targets", "batches")
     return {**dict.fromkeys(parts), **found}
-
-
-def _own(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text("utf-8")
 
 
 def _hashed(script: str) -> str:

@@ -1,0 +1,272 @@
+"use strict";
+// The explorer's page. Everything a store says is put in as text (textContent); the view is in the address (#...), so
+// back, forward and bookmarks work.
+const $ = (id) => document.getElementById(id);
+const root = document.documentElement;
+let stores = [];
+let turn = 0; // answers to a view that is no longer wanted are dropped
+
+async function ask(path) {
+  const response = await fetch(path);
+  const answer = await response.json().catch(() => ({ cause: `HTTP ${response.status}`, fix: "" }));
+  if (!response.ok) throw new Error(`${answer.cause} (${answer.fix})`);
+  return answer;
+}
+
+function element(kind, text, name) {
+  const made = document.createElement(kind);
+  if (text !== undefined) made.textContent = text;
+  if (name) made.className = name;
+  return made;
+}
+
+function view() {
+  const given = new URLSearchParams(location.hash.slice(1));
+  for (const how of ["node", "key", "text"]) if (given.has(how)) return { how, what: given.get(how), store: Number(given.get("store") || 0) };
+  return null;
+}
+
+function link(how, what, store) {
+  const given = new URLSearchParams({ [how]: what });
+  if (store) given.set("store", store);
+  return `#${given}`;
+}
+
+function picture(store, node, alt) {
+  const image = element("img");
+  image.alt = alt;
+  image.loading = "lazy";
+  image.addEventListener("error", () => image.remove());
+  image.src = `/image/${store}/${node}`;
+  return image;
+}
+
+// -- one side: a store's answer
+
+function cards(store, neighbors) {
+  const list = element("ul", undefined, "cards");
+  for (const one of neighbors) {
+    const card = $("card").content.cloneNode(true).firstElementChild;
+    const text = one.text ?? `node ${one.node}`;
+    card.dataset.similarity = one.similarity;
+    card.dataset.node = one.node;
+    card.dataset.text = text;
+    card.querySelector(".open").href = link("node", one.node, store);
+    if (stores[store].keys) card.querySelector(".picture").append(picture(store, one.node, ""));
+    card.querySelector(".similarity").textContent = one.similarity.toFixed(3);
+    card.querySelector(".caption").textContent = text + (one.samples > 1 ? ` (x${one.samples})` : "");
+    list.append(card);
+  }
+  return list;
+}
+
+function asked(store, node) {
+  const box = element("div", undefined, "asked");
+  if (node.sample?.image) box.append(picture(store, node.node, node.sample.caption ?? ""));
+  const words = element("div");
+  const text = element("p", node.text ?? `node ${node.node}`, "text");
+  text.dir = "auto";
+  const facts = element("dl");
+  const fact = (name, value) => facts.append(element("dt", name), element("dd", value));
+  fact("node", String(node.node));
+  fact("samples", String(node.samples));
+  if (node.sample) fact("key", node.sample.key);
+  fact("others", `${node.background.mean.toFixed(3)} ± ${node.background.deviation.toFixed(3)}`);
+  words.append(text, facts);
+  if (node.sample) {
+    const copy = element("button", "Copy key", "copy");
+    copy.type = "button";
+    copy.addEventListener("click", async () => {
+      await navigator.clipboard.writeText(node.sample.key);
+      copy.textContent = "Copied";
+    });
+    words.append(copy);
+  }
+  box.append(words);
+  return box;
+}
+
+async function fill(side, store, wanted, mine) {
+  const count = $("count").value;
+  let found;
+  if (wanted.how === "text") {
+    found = await ask(`/api/${store}/search?${new URLSearchParams({ text: wanted.what, count })}`);
+  } else {
+    let node = wanted.what;
+    if (wanted.how === "key") node = (await ask(`/api/${store}/key?${new URLSearchParams({ key: wanted.what })}`)).node;
+    found = await ask(`/api/${store}/node/${encodeURIComponent(node)}?${new URLSearchParams({ count })}`);
+  }
+  if (mine !== turn) return;
+  side.replaceChildren(element("h2", stores.length > 1 ? stores[store].store : "Nearest"));
+  if (found.node !== undefined) side.append(asked(store, found));
+  side.append(cards(store, found.neighbors));
+}
+
+// In the other store the same sample is meant: by its key, or, where there are none, by its number.
+async function meant(wanted) {
+  if (wanted.how !== "node" || stores.length < 2 || !stores.every((store) => store.keys)) return stores.map(() => wanted);
+  const sample = (await ask(`/api/${wanted.store}/node/${encodeURIComponent(wanted.what)}?count=1`)).sample;
+  return stores.map((_, store) => (store === wanted.store ? wanted : { how: "key", what: sample.key }));
+}
+
+async function show() {
+  const wanted = view();
+  const mine = ++turn;
+  $("problem").textContent = "";
+  if (!wanted) return;
+  $("how").value = wanted.how;
+  $("what").value = wanted.what;
+  $("status").textContent = "Searching ...";
+  try {
+    const each = await meant(wanted);
+    const sides = stores.map(() => element("section", undefined, "side"));
+    await Promise.all(each.map((one, store) => fill(sides[store], store, one, mine)));
+    if (mine !== turn) return;
+    $("sides").replaceChildren(...sides);
+    filter();
+  } catch (error) {
+    if (mine !== turn) return;
+    $("problem").textContent = error.message;
+    $("status").textContent = "";
+  }
+}
+
+// -- filters, and what both stores list
+
+function filter() {
+  const least = Number($("least").value);
+  $("least-shown").textContent = least.toFixed(2);
+  const sides = [...document.querySelectorAll(".side")];
+  const texts = sides.map((side) => new Set([...side.querySelectorAll(".card")].map((card) => card.dataset.text)));
+  let shown = 0;
+  let both = 0;
+  for (const [at, side] of sides.entries()) {
+    for (const card of side.querySelectorAll(".card")) {
+      card.hidden = Number(card.dataset.similarity) < least;
+      shown += !card.hidden;
+      const shared = sides.length > 1 && texts[1 - at].has(card.dataset.text);
+      card.classList.toggle("both", shared);
+      both += shared && at === 0;
+    }
+  }
+  if (!sides.length) return;
+  $("status").textContent = `${shown} shown` + (sides.length > 1 ? `; ${both} in both lists (framed)` : "");
+}
+
+// -- map
+
+const SVG = "http://www.w3.org/2000/svg";
+const WIDTH = 1000;
+const HEIGHT = 620;
+let points = [];
+let chosen = -1;
+
+function choose(at) {
+  if (chosen >= 0) points[chosen].circle.classList.remove("chosen");
+  chosen = at;
+  const point = points[at];
+  point.circle.classList.add("chosen");
+  point.circle.parentNode.append(point.circle);
+  $("map-point").textContent = `node ${point.node}: ${point.text}`;
+}
+
+function beside(key) {
+  const from = points[Math.max(chosen, 0)];
+  const [dx, dy] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[key];
+  let best = -1;
+  let least = Infinity;
+  for (const [at, point] of points.entries()) {
+    const [x, y] = [point.x - from.x, point.y - from.y];
+    const along = x * dx + y * dy;
+    const distance = along + 2 * Math.abs(x * dy - y * dx);
+    if (along > 0.5 && distance < least) [best, least] = [at, distance];
+  }
+  return best;
+}
+
+async function draw() {
+  $("map-show").disabled = true;
+  $("map-point").textContent = "Drawing ...";
+  try {
+    const map = await ask("/api/0/map");
+    const svg = document.createElementNS(SVG, "svg");
+    svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
+    svg.setAttribute("aria-hidden", "true");
+    points = map.nodes.map((node, at) => {
+      const circle = document.createElementNS(SVG, "circle");
+      const point = { node, text: map.texts[at], x: 12 + map.x[at] * (WIDTH - 24), y: 12 + map.y[at] * (HEIGHT - 24), circle };
+      circle.setAttribute("cx", point.x);
+      circle.setAttribute("cy", point.y);
+      circle.setAttribute("r", 5);
+      circle.classList.add(`c${map.community[at]}`);
+      const title = document.createElementNS(SVG, "title");
+      title.textContent = point.text;
+      circle.append(title);
+      circle.addEventListener("click", () => { choose(at); location.hash = link("node", node, 0); });
+      svg.append(circle);
+      return point;
+    });
+    $("map").replaceChildren(svg);
+    $("map").hidden = false;
+    $("map-show").hidden = true;
+    $("map-point").textContent = map.nodes.length < map.of ? `${map.nodes.length} of ${map.of} nodes, drawn at random` : `${map.of} nodes`;
+    $("map-legend").replaceChildren(...map.communities.map((one, at) => {
+      const item = element("li");
+      item.append(element("span", undefined, `swatch c${at}`), element("span", `${one.name} (${one.size})`));
+      item.lastChild.dir = "auto";
+      return item;
+    }));
+  } catch (error) {
+    $("map-show").disabled = false;
+    $("map-point").textContent = error.message;
+  }
+}
+
+// -- start
+
+function theme(name) {
+  root.dataset.theme = name;
+  $("theme").textContent = name === "dark" ? "Light" : "Dark";
+}
+
+$("theme").addEventListener("click", () => theme(root.dataset.theme === "dark" ? "light" : "dark"));
+theme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+$("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const hash = link($("how").value, $("what").value.trim(), 0);
+  if (location.hash === hash) show();
+  else location.hash = hash;
+});
+$("random").addEventListener("click", () => { location.hash = link("node", Math.floor(Math.random() * stores[0].nodes), 0); });
+$("least").addEventListener("input", filter);
+$("count").addEventListener("change", show);
+$("map-show").addEventListener("click", draw);
+$("map").addEventListener("keydown", (event) => {
+  if (event.key.startsWith("Arrow")) {
+    event.preventDefault();
+    const next = chosen < 0 ? 0 : beside(event.key);
+    if (next >= 0) choose(next);
+  } else if (event.key === "Enter" && chosen >= 0) {
+    location.hash = link("node", points[chosen].node, 0);
+  }
+});
+addEventListener("hashchange", show);
+
+async function start() {
+  try {
+    stores = await ask("/api/stores");
+  } catch (error) {
+    $("problem").textContent = error.message;
+    return;
+  }
+  $("stores").textContent = stores
+    .map((one) => `${one.store}: ${one.nodes.toLocaleString("en")} nodes, k = ${one.k}, recall ${one.recall.toFixed(4)}, ${one.encoder}`)
+    .join(" | ");
+  $("how").options[0].disabled = !stores.every((one) => one.searchable);
+  $("how").options[1].disabled = !stores.every((one) => one.keys);
+  if ($("how").options[0].disabled) $("how").value = $("how").options[1].disabled ? "node" : "key";
+  if (view()) show();
+  else location.hash = link("node", 0, 0);
+}
+
+start();
