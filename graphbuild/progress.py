@@ -1,83 +1,250 @@
-"""Progress of a stage: a live bar on a terminal, plain lines in a log. Writes to stderr only."""
+"""How far a stage is, told as it goes: a live view on a terminal, plain lines in a log, or JSON lines for programs.
+
+All of it goes to stderr. Counts and reasons are those of finished tasks; the time left takes the tasks still to do to
+last as long as those of this run, so it is not told before one has ended. On a Ray cluster the same numbers are metrics
+(graphbuild/metrics.py).
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+import threading
 import time
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import psutil
+
+from graphbuild.store import Json
+from graphbuild.terminal import harmless
 
 logger = logging.getLogger(__name__)
-LOG_EVERY_SECONDS = 10.0
+Mode = Literal["auto", "live", "plain", "json"]
+UNITS = ("urls", "embeddings", "samples", "nodes", "edges")  # a stage is told by the first that it counts
+EVERY_SECONDS = {"plain": 10.0, "json": 1.0}
+REASONS = 3
+
+
+@dataclass
+class State:
+    """What is known of the running stage. done: tasks that need nothing more, `skipped` of them before this run."""
+
+    stage: str = ""
+    total: int = 0
+    done: int = 0
+    skipped: int = 0
+    failed: int = 0
+    running: int = 0
+    again: int = 0  # tasks whose worker died
+    counts: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, int] = field(default_factory=dict)
+    begin: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.begin
+
+    @property
+    def finished(self) -> int:
+        """Tasks that this run has finished."""
+        return self.done - self.skipped - self.failed
+
+    def unit(self) -> str:
+        return next((name for name in UNITS if self.counts.get(name)), "")
+
+    def rate(self) -> float | None:
+        """Units a second, over the run so far."""
+        return self.counts[self.unit()] / self.seconds if self.unit() and self.seconds > 0 else None
+
+    def seconds_left(self) -> float | None:
+        ended = self.done - self.skipped
+        return self.seconds / ended * (self.total - self.done) if ended else None
+
+    def success(self) -> float | None:
+        """The share of URLs that gave an image, or of samples that have a usable caption."""
+        for part, whole in (("images", "urls"), ("captions", "samples")):
+            if self.counts.get(whole) and part in self.counts:
+                return self.counts[part] / self.counts[whole]
+        return None
+
+    def top_reasons(self) -> list[tuple[str, int]]:
+        return sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))[:REASONS]
+
+    def as_json(self, event: str) -> Json:
+        rate, left = self.rate(), self.seconds_left()
+        return {
+            "event": event,
+            "stage": self.stage,
+            "tasks": {name: getattr(self, name) for name in ("total", "done", "skipped", "failed", "running", "again")},
+            "counts": self.counts,
+            "reasons": dict(self.top_reasons()),
+            "success": self.success(),
+            "unit": self.unit(),
+            "per_second": None if rate is None else round(rate, 3),
+            "seconds": round(self.seconds, 3),
+            "seconds_left": None if left is None else round(left, 3),
+            "memory_bytes": memory_bytes(),
+        }
+
+
+class View(Protocol):
+    """Where a State is shown. `close` is told how it ended."""
+
+    def close(self) -> None: ...
 
 
 class Progress:
-    """Shows one stage at a time: tasks done, what they counted, and the time left."""
+    """Shows one stage at a time; the runner tells it what happens.
 
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._bar_task: Any = None
-        self._counts: dict[str, int] = {}
-        self._title = ""
-        self._done = self._total = self._failed = self._skipped = 0
-        self._begin = self._logged = 0.0
+    mode: live (rich), plain (a line every 10 s, and one at the end) or json (an object a line, every second and at the
+    beginning and end); auto: live on a terminal, else plain.
+    """
 
-    def begin(self, title: str, *, total: int, done: int) -> None:
-        self._title, self._total, self._done, self._skipped, self._failed = title, total, done, done, 0
-        self._counts = {}
-        self._begin = self._logged = time.monotonic()
-        if sys.stderr.isatty() and done < total:
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                TextColumn,
-                TimeElapsedColumn,
-                TimeRemainingColumn,
-            )
-            from rich.progress import Progress as Bar
+    def __init__(self, mode: Mode = "auto") -> None:
+        self.mode = mode if mode != "auto" else "live" if sys.stderr.isatty() else "plain"
+        self.state = State()
+        self._view: View | None = None
 
-            columns = [
-                TextColumn("{task.description:<9}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[counts]}"),
-            ]
-            self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
-            self._bar.start()
-            self._bar_task = self._bar.add_task(title, total=total, completed=done, counts="")
+    def begin(self, stage: str, *, total: int, done: int) -> None:
+        self.state = State(stage, total, done, skipped=done)
+        if self.mode == "json":
+            emit(self.state.as_json("begin"))
+        if done < total:
+            self._view = _Live(self.state) if self.mode == "live" else _Ticker(self.state, self.mode)
 
-    def advance(self, counts: Mapping[str, int], *, failed: bool = False) -> None:
-        """One more task has ended, having counted `counts`."""
-        self._done += 1
-        self._failed += failed
-        for key, value in counts.items():
-            self._counts[key] = self._counts.get(key, 0) + value
-        if self._bar is not None:
-            self._bar.update(self._bar_task, completed=self._done, counts=self._describe(self._counts))
-        elif time.monotonic() - self._logged > LOG_EVERY_SECONDS:
-            self._logged = time.monotonic()
-            logger.info("%-9s %d of %d tasks, %s", self._title, self._done, self._total, self._describe(self._counts))
+    def running(self, tasks: int) -> None:
+        """So many tasks are in flight now."""
+        self.state.running = tasks
+
+    def again(self) -> None:
+        """A task is tried again: its worker died."""
+        self.state.again += 1
+
+    def advance(self, counts: Mapping[str, int], reasons: Mapping[str, int], *, failed: bool = False) -> None:
+        """One more task has ended, having counted `counts`, and turned away items for `reasons`."""
+        state = self.state
+        state.done += 1
+        state.failed += failed
+        for total, more in ((state.counts, counts), (state.reasons, reasons)):
+            for key, value in more.items():
+                total[key] = total.get(key, 0) + value
 
     def end(self, counts: Mapping[str, int] | None = None) -> None:
-        """Close the stage with one line that stays."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-        seconds = time.monotonic() - self._begin
-        if self._skipped == self._total:
-            logger.info("%-9s up to date (%d of %d tasks done before)", self._title, self._skipped, self._total)
+        """Close the stage with one line that stays. counts: of all its tasks, those done before too."""
+        if self._view is not None:
+            self._view.close()
+            self._view = None
+        state = self.state
+        state.running = 0
+        if self.mode == "json":
+            emit({**state.as_json("end"), "all_counts": dict(counts or {})})
             return
-        finished = self._done - self._skipped - self._failed
-        parts = [f"{finished} task{'s' * (finished != 1)} in {seconds:.1f} s"]
-        parts += [f"{self._skipped} done before"] if self._skipped else []
-        parts += [f"{self._failed} FAILED"] if self._failed else []
-        logger.info("%-9s %s%s", self._title, ", ".join(parts), f": {self._describe(counts)}" if counts else "")
+        if state.skipped == state.total:
+            logger.info("%-9s up to date (%d of %d tasks done before)", state.stage, state.skipped, state.total)
+            return
+        parts = [f"{state.finished} task{'s' * (state.finished != 1)} in {state.seconds:.1f} s"]
+        parts += [f"{state.skipped} done before"] if state.skipped else []
+        parts += [f"{state.failed} FAILED"] if state.failed else []
+        logger.info("%-9s %s%s", state.stage, ", ".join(parts), f": {described(counts)}" if counts else "")
 
-    @staticmethod
-    def _describe(counts: Mapping[str, int]) -> str:
-        return ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items() if value)
+
+class _Ticker:
+    """Says where a stage is, every so often, from a thread of its own: long tasks are silent."""
+
+    def __init__(self, state: State, mode: str) -> None:
+        self._state, self._mode = state, mode
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._tick, daemon=True)
+        self._thread.start()
+
+    def _tick(self) -> None:
+        while not self._over.wait(EVERY_SECONDS[self._mode]):
+            if self._mode == "json":
+                emit(self._state.as_json("progress"))
+            else:
+                logger.info("%-9s %s", self._state.stage, "; ".join(lines(self._state)))
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+class _Live:
+    """The live view: three lines that fit the terminal's width, drawn anew four times a second, gone at the end."""
+
+    def __init__(self, state: State) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._state = state
+        console = Console(stderr=True)
+        self._live = Live(get_renderable=self._drawn, console=console, transient=True, refresh_per_second=4)
+        self._live.start()
+
+    def _drawn(self) -> object:
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        first, *others = lines(self._state)
+        head = Table.grid(expand=True, padding=(0, 1))
+        head.add_column(no_wrap=True)
+        head.add_column(ratio=1)
+        head.add_column(no_wrap=True, overflow="ellipsis")
+        bar = ProgressBar(total=max(self._state.total, 1), completed=self._state.done)
+        head.add_row(Text(f"{self._state.stage:<9}", style="bold"), bar, Text(first))
+        return Group(head, *(Text(f"{'':10}{line}", no_wrap=True, overflow="ellipsis", style="dim") for line in others))
+
+    def close(self) -> None:
+        self._live.stop()
+
+
+def lines(state: State) -> list[str]:
+    """The state in words, by weight: tasks and time; rates; reasons. Only what is known."""
+    left = state.seconds_left()
+    first = f"{state.done} of {state.total} tasks, {duration(state.seconds)}"
+    first += f", {duration(left)} left" if left is not None else ""
+    rate, success = state.rate(), state.success()
+    second = [f"{state.counts[state.unit()]:,} {state.unit()} ({rate:,.0f}/s)"] if rate is not None else []
+    second += [f"{success:.1%} usable"] if success is not None else []
+    second += [f"{state.running} running"] if state.running else []
+    second += [f"{state.failed} FAILED"] if state.failed else []
+    second += [f"{state.again} tried again"] if state.again else []
+    second.append(f"{memory_bytes() / 1e9:.1f} GB")
+    found = [first, ", ".join(second)]
+    if state.reasons:
+        found.append(", ".join(f"{count:,} {reason}" for reason, count in state.top_reasons()))
+    return [harmless(line.replace("\n", " ")) for line in found]
+
+
+def described(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items() if value)
+
+
+def duration(seconds: float) -> str:
+    """As h:mm:ss, or m:ss below an hour."""
+    minutes, whole = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{whole:02}" if hours else f"{minutes}:{whole:02}"
+
+
+def emit(value: Json) -> None:
+    sys.stderr.write(json.dumps(value) + "\n")
+    sys.stderr.flush()
+
+
+def memory_bytes() -> int:
+    """Resident memory of this process and those that it started, pages of files that they share left out."""
+    total = 0
+    own = psutil.Process()
+    for process in (own, *own.children(recursive=True)):
+        try:
+            memory = process.memory_info()
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+        total += memory.rss - getattr(memory, "shared", 0)
+    return total

@@ -91,7 +91,8 @@ class Runner:
         self.address = address or os.environ.get("RAY_ADDRESS")
         self.progress = progress or Progress()
         self.seconds: dict[str, float] = {}  # by stage, wall time of the last run
-        self._started_ray = False
+        self._started_ray = self._in_ray = False
+        self._metrics: Any = None
         self._pools: dict[bool, list[Any]] = {
             False: [],
             True: [],
@@ -132,13 +133,15 @@ class Runner:
             for task, result in self._results(stage, todo, store):
                 if isinstance(result, Failure):
                     failures[task.name] = result
-                    self.progress.advance({}, failed=True)
+                    self.progress.advance({}, {}, failed=True)
                 else:
                     if not accepted:  # settings that every task refuses are not remembered
                         write_recipe(recipe, store)
                         accepted = True
                     done[task.name] = result
-                    self.progress.advance(result["facts"].get("counts", {}))
+                    facts = result["facts"]
+                    self.progress.advance(facts.get("counts", {}), facts.get("reasons", {}))
+                self._show(store)
             if failures:
                 self.progress.end()
                 raise failed(stage, failures, store)
@@ -163,6 +166,7 @@ class Runner:
     def _results(self, stage: Stage, tasks: Sequence[Task], store: Store) -> Iterator[tuple[Task, Json | Failure]]:
         if self.workers == 0:
             gpu = stage.on_device and _cuda_here()
+            self.progress.running(1)
             for task in tasks:
                 result = attempt(stage, _placed(task, gpu=gpu), store)
                 yield task, result
@@ -189,6 +193,8 @@ class Runner:
                 task, tries = queue.pop()
                 worker = idle.pop() if idle else worker_class.remote()
                 running[worker.attempt.remote(stage, _placed(task, gpu=gpu), store)] = (task, tries, worker)
+            self.progress.running(len(running))
+            self._show(store)
             ready, _ = ray.wait(list(running), num_returns=1, timeout=PATIENCE_SECONDS if idle else None)
             if not ready:  # a task may wait for a CPU that its cluster lost, or never had: idle workers hold some
                 dismiss(idle)
@@ -210,6 +216,7 @@ class Runner:
                         type(error).__name__,
                     )
                     queue.append((task, tries + 1))
+                    self.progress.again()
                     continue
                 result = Failure(
                     f"its worker died {ATTEMPTS} times ({type(error).__name__}: {str(error).splitlines()[0]})",
@@ -224,6 +231,16 @@ class Runner:
                     queue.clear()
             yield task, result
 
+    def _show(self, store: Store) -> None:
+        """The state as metrics of the Ray session, if there is one."""
+        if not self._in_ray:
+            return
+        if self._metrics is None:
+            from graphbuild.metrics import Metrics
+
+            self._metrics = Metrics(store.url)
+        self._metrics.show(self.progress.state)
+
     def start_ray(self) -> Any:
         """The module ray, connected to the cluster at `address`, or to one of its own that ends with this runner."""
         if "ray" not in sys.modules:  # read when Ray is imported; its clusters ask for a token since 2.60
@@ -231,6 +248,7 @@ class Runner:
             os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
 
+        self._in_ray = True
         if ray.is_initialized():
             return ray
         if self.address:

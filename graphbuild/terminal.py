@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import sys
 
 import typer
 
@@ -21,3 +23,32 @@ def echo(text: str, *, err: bool = False) -> None:
 class HarmlessFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return harmless(super().format(record))
+
+
+class JsonFormatter(logging.Formatter):
+    """A log line as a JSON object, among those of `--progress json`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps({"event": "log", "level": record.levelname.lower(), "message": record.getMessage()})
+
+
+class StderrHandler(logging.Handler):
+    """Writes to what sys.stderr is at the time: above a live view, while there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
+
+
+def log_as_json() -> None:
+    """From now on, log lines are JSON objects."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, StderrHandler):
+            handler.setFormatter(JsonFormatter())
+
+
+def say_error(text: str) -> None:
+    """The last words of a command, on stderr; as JSON among JSON."""
+    if any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers):
+        logging.getLogger(__name__).error(text)
+    else:
+        echo(text, err=True)

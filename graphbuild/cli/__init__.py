@@ -9,14 +9,14 @@ import sys
 from graphbuild.cli import build, look
 from graphbuild.cli.app import app
 from graphbuild.errors import GraphbuildError
-from graphbuild.terminal import HarmlessFormatter, echo
+from graphbuild.terminal import HarmlessFormatter, StderrHandler, say_error
 
 __all__ = ["app", "build", "look", "main"]
 
 
 def main() -> None:
     """Entry point: users' mistakes become two lines on stderr and exit code 2, failed work exit code 1."""
-    handler = logging.StreamHandler()
+    handler = StderrHandler()
     handler.setFormatter(HarmlessFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("graphbuild").setLevel(logging.INFO)
@@ -25,5 +25,5 @@ def main() -> None:
     try:
         app()
     except GraphbuildError as error:
-        echo(f"graphbuild: {error}", err=True)
+        say_error(f"graphbuild: {error}")
         sys.exit(error.exit_code)

@@ -10,11 +10,13 @@ from graphbuild.cli.app import app
 from graphbuild.cli.options import (
     Address,
     DeviceOption,
+    DryRun,
     Embeddings,
     Force,
     Layout,
     Precision,
     PresetOption,
+    ProgressOption,
     ResizeMode,
     StoreArg,
     Workers,
@@ -26,7 +28,10 @@ from graphbuild.terminal import echo
 
 if TYPE_CHECKING:
     from graphbuild.recipe import Recipe
+    from graphbuild.runner import Runner
     from graphbuild.store import Store
+
+HOW = "workers address force progress dry_run"
 
 
 @app.command()
@@ -49,11 +54,13 @@ def run(
     workers: Workers = None,
     address: Address = None,
     force: Force = False,
+    progress: ProgressOption = "auto",
+    dry_run: DryRun = False,
 ) -> None:
     """Every stage of a recipe, from its source to sidecars."""
     from graphbuild.recipe import read_recipe
 
-    _run_verb("run", read_recipe(recipe), open_store(store), workers, address, force)
+    _run_verb("run", read_recipe(recipe), open_store(store), given(locals(), HOW))
 
 
 @app.command()
@@ -78,6 +85,8 @@ def download(
     workers: Workers = None,
     address: Address = None,
     force: Force = False,
+    progress: ProgressOption = "auto",
+    dry_run: DryRun = False,
 ) -> None:
     """URL list to WebDataset tars; failures are counted and kept."""
     changes = given(
@@ -85,7 +94,7 @@ def download(
         "urls preset url_column caption_column shard_size image_size resize_mode timeout_seconds retries threads"
         " allow_private_hosts",
     )
-    _run_section("download", store, changes, workers, address, force)
+    _run_section("download", store, changes, given(locals(), HOW))
 
 
 @app.command()
@@ -117,6 +126,8 @@ def embed(
     workers: Workers = None,
     address: Address = None,
     force: Force = False,
+    progress: ProgressOption = "auto",
+    dry_run: DryRun = False,
 ) -> None:
     """Captions to nodes (distinct texts) and embeddings.
 
@@ -124,7 +135,7 @@ def embed(
     """
     names = "shards captions vectors preset caption_column key_column vector_column caption_member class_names template"
     names += " encoder prompt dim precision device"
-    _run_section("embed", store, given(locals(), names), workers, address, force)
+    _run_section("embed", store, given(locals(), names), given(locals(), HOW))
 
 
 @app.command()
@@ -141,9 +152,11 @@ def index(
     workers: Workers = None,
     address: Address = None,
     force: Force = False,
+    progress: ProgressOption = "auto",
+    dry_run: DryRun = False,
 ) -> None:
     """Nodes to the k-nearest-neighbour graph, recall certified."""
-    _run_section("index", store, given(locals(), "k engine recall min_recall memory device"), workers, address, force)
+    _run_section("index", store, given(locals(), "k engine recall min_recall memory device"), given(locals(), HOW))
 
 
 @app.command()
@@ -159,9 +172,11 @@ def export(
     workers: Workers = None,
     address: Address = None,
     force: Force = False,
+    progress: ProgressOption = "auto",
+    dry_run: DryRun = False,
 ) -> None:
     """Graph to sidecars beside the tars, or to new tars, for trainers."""
-    _run_section("export", store, given(locals(), "embeddings layout chunk shard_size"), workers, address, force)
+    _run_section("export", store, given(locals(), "embeddings layout chunk shard_size"), given(locals(), HOW))
 
 
 @app.command()
@@ -171,29 +186,41 @@ def retry(
     all_urls: Annotated[bool, typer.Option("--all", help="instead: all URLs without an image")] = False,
     workers: Workers = None,
     address: Address = None,
+    progress: ProgressOption = "auto",
 ) -> None:
     """Failed tasks, and URLs whose failure may have passed, once more."""
     from graphbuild.retry import retry_store
-    from graphbuild.runner import Runner
 
-    with Runner(workers=workers, address=address) as runner:
+    with _runner(given(locals(), "workers address progress")) as runner:
         echo(retry_store(open_store(store), runner, reasons=reason or (), everything=all_urls))
 
 
-def _run_section(
-    section: str, url: str, changes: dict[str, Any], workers: int | None, address: str | None, force: bool
-) -> None:
+def _run_section(section: str, url: str, changes: dict[str, Any], how: dict[str, Any]) -> None:
     from graphbuild.recipe import resolve
 
     store = open_store(url)
-    _run_verb(section, resolve(store, section, changes), store, workers, address, force)
+    _run_verb(section, resolve(store, section, changes), store, how)
 
 
-def _run_verb(verb: str, recipe: Recipe, store: Store, workers: int | None, address: str | None, force: bool) -> None:
+def _run_verb(verb: str, recipe: Recipe, store: Store, how: dict[str, Any]) -> None:
+    if how["dry_run"]:
+        from graphbuild.forecast import forecast
+
+        echo(forecast(verb, recipe, store, how["workers"]).text())
+        return
     from graphbuild.pipeline import run_verb
-    from graphbuild.runner import Runner
     from graphbuild.summary import summary
 
-    with Runner(workers=workers, address=address) as runner:
-        manifest = run_verb(verb, recipe, store, runner, force=force)
+    with _runner(how) as runner:
+        manifest = run_verb(verb, recipe, store, runner, force=how["force"])
     echo(summary(verb, manifest, store))
+
+
+def _runner(how: dict[str, Any]) -> Runner:
+    from graphbuild.progress import Progress
+    from graphbuild.runner import Runner
+    from graphbuild.terminal import log_as_json
+
+    if how["progress"] == "json":
+        log_as_json()
+    return Runner(workers=how["workers"], address=how["address"], progress=Progress(how["progress"]))

@@ -42,6 +42,11 @@ Address = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="rebuild what was built with other settings or inputs")]
+ProgressOption = Annotated[
+    Literal["auto", "live", "plain", "json"],
+    typer.Option(help="how progress is shown; json: an object a line, on stderr"),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="only tell what it would take")]
 PresetOption = Annotated[Preset | None, typer.Option(help="a published headerless TSV", show_default=False)]
 DeviceOption = Annotated[Device | None, typer.Option(help="[default: auto]", show_default=False)]
 

@@ -47,7 +47,7 @@ def serve(stores: Sequence[Store], host: str, port: int, announce: Callable[[str
 
 
 async def _serve(explorer: Explorer, host: str, port: int, announce: Callable[[str], None]) -> None:
-    runner = web.AppRunner(explorer.application(), access_log=None)
+    runner = web.AppRunner(explorer.application(), access_log=None, max_line_size=20 * LONGEST)
     await runner.setup()
     try:
         site = web.TCPSite(runner, host, port)

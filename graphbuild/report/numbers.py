@@ -13,6 +13,7 @@ import polars as pl
 
 from graphbuild.catalog import Catalog
 from graphbuild.graph import SampleGraph
+from graphbuild.progress import UNITS
 from graphbuild.report.targets import batch_targets, neighbor_mass
 from graphbuild.sharded import Array
 from graphbuild.stage import ORDER, records
@@ -22,7 +23,6 @@ EDGE_NODES = 20_000  # nodes whose edges the similarity histogram counts
 PAIRS = 200_000
 DUPLICATE = 0.95  # similarity of a near-duplicate
 SHOWN = 10  # rows of a table of examples
-UNITS = ("urls", "embeddings", "samples", "nodes", "edges")  # a stage is told by the first that it counts
 BATCHES = (64, 256, 1024, 4096)
 DELIVERED = {"export": "in sidecars", "inline": "in inline tars", "cluster": "in clustered tars"}
 BINS = np.linspace(-1, 1, 201)
