@@ -162,7 +162,7 @@ class SampleGraph:
         from graphbuild.edges import overlay
 
         known = np.zeros(values.shape, bool)
-        overlay(ids, *self.neighbors(ids), values, known)
+        overlay(ids, self._neighbors.take(ids), self._similarities.take(ids).astype(np.float32), values, known)
         return values, known
 
     # -- the whole graph

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import psutil
+from rich.console import RenderableType
 
 from graphbuild.store import Json
 from graphbuild.terminal import harmless
@@ -184,7 +185,7 @@ class _Live:
         self._live = Live(get_renderable=self._drawn, console=console, transient=True, refresh_per_second=4)
         self._live.start()
 
-    def _drawn(self) -> object:
+    def _drawn(self) -> RenderableType:
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
