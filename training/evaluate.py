@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from model import normalise
+from models import normalise
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
