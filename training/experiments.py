@@ -162,7 +162,7 @@ def trained(
         return config, new_model(config, 1).to(device), {}, 0.0
     folder = work / "runs" / f"{run.fingerprint}-{run.seed}"
     before = sum(line["seconds"] for line in epochs_of(folder))
-    train(run.config(prepared.store), folder, Place(device=device))
+    train(run.config(prepared.store), folder, Place(0, 1, device))
     config, model = load_run(folder, device)
     epochs = epochs_of(folder)
     means = {
@@ -186,7 +186,7 @@ def edges_of(config: Config) -> dict[str, float]:
     """Of the batches of the first epoch: how many of its own k neighbours an image finds in its batch, on average."""
     samples = training_samples(config)
     edges = []
-    for batch in EpochBatches(config, samples.graph, samples.nodes, Place()):
+    for batch in EpochBatches(config, samples.graph, samples.nodes, Place(0, 1, torch.device("cpu"))):
         nodes = samples.nodes[batch]
         edges.append(np.isin(samples.graph.neighbors(nodes)[0], nodes).sum(1).mean())
     return {"edges per anchor": float(np.mean(edges))}

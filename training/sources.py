@@ -275,6 +275,5 @@ def _graphbuild(*arguments: str | Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         told = " / ".join((done.stdout + done.stderr).strip().splitlines()[-3:])
-        raise StageError(
-            f"`graphbuild {' '.join(map(str, arguments))}` ended with {done.returncode}", f"it said: {told}"
-        )
+        said = shlex.join(["graphbuild", *command[3:]])
+        raise StageError(f"`{said}` ended with {done.returncode}", f"its last words: {told}")
