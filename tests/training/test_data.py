@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,12 @@ def test_cached_samples_are_those_of_the_tars(scenes_store: str, workers: int) -
 def test_an_epoch_has_each_sample_once_but_those_that_fill_no_batch(scenes_store: str) -> None:
     batches = batches_of(config_of(scenes_store))  # 90 samples
     first = list(batches)
-    used = sum(first, [])
+    used = list(chain.from_iterable(first))
     assert [len(batch) for batch in first] == [24] * 3
     assert len(set(used)) == len(used)
     batches.set_epoch(1)
     second = list(batches)
-    assert set(sum(second, [])) != set(used)
+    assert set(chain.from_iterable(second)) != set(used)
     batches.set_epoch(1, first=2)
     assert list(batches) == second[2:]
     assert len(batches) == 1
