@@ -6,6 +6,7 @@ Every field is an option of `training/train.py` (`--batch-size 256`) and a key o
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -167,4 +168,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     unknown = content.keys() - options().keys()
     if unknown:
         raise ConfigError(f"{path}: no option {', '.join(sorted(map(str, unknown)))}", f"use {', '.join(options())}")
-    return content
+    return {name: _typed(path, name, value) for name, value in content.items()}
+
+
+def _typed(path: Path, name: str, value: Any) -> Any:
+    kind, _ = options()[name]
+    kind = str if get_origin(kind) is Literal else kind
+    if kind is float and isinstance(value, str | int):
+        with contextlib.suppress(ValueError):  # YAML takes 3e-3, without a point, for a text
+            value = float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{path}: {name} = {value!r}", f"write a value of type {kind.__name__}")
+    return value

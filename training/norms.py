@@ -30,12 +30,13 @@ class JointBatchNorm(nn.BatchNorm2d):
     @classmethod
     def like(cls, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> JointBatchNorm:
         """With the same weights and statistics."""
-        made = cls(norm.num_features, norm.eps, norm.momentum, norm.affine)
+        made = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, dtype=norm.weight.dtype)
         made.load_state_dict(norm.state_dict())
         return made
 
     def forward(self, x: Tensor) -> Tensor:
-        shape = [1, -1, *[1] * (x.ndim - 2)]
+        given, shape = x.dtype, [1, -1, *[1] * (x.ndim - 2)]
+        x = x.to(self.weight.dtype)  # under autocast x may be bfloat16
         if not self.training:
             mean, variance = self.running_mean, self.running_var
         else:
@@ -50,7 +51,7 @@ class JointBatchNorm(nn.BatchNorm2d):
                     self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = torch.rsqrt(variance + self.eps)
         x = (x - mean.view(shape)) * scale.view(shape)
-        return x * self.weight.view(shape) + self.bias.view(shape)
+        return (x * self.weight.view(shape) + self.bias.view(shape)).to(given)
 
 
 class _AllReduce(torch.autograd.Function):

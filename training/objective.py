@@ -6,6 +6,8 @@ mean of both losses: so every method sees the same images. The temperature of CL
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import torch
 from config import Config
@@ -49,7 +51,10 @@ class GraphReader:
 
     def __init__(self, config: Config, graph: SampleGraph) -> None:
         self._config, self._graph = config, graph
-        self._permutation = np.random.default_rng(PERMUTATION_SEED).permutation(len(graph))
+
+    @cached_property
+    def _permutation(self) -> NDArray[np.int64]:
+        return np.random.default_rng(PERMUTATION_SEED).permutation(len(self._graph))
 
     def places(self, nodes: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where in the graph these nodes stand: as they are, or in the control each where another one belongs."""

@@ -73,8 +73,7 @@ def train(config: Config, run_dir: Path, place: Place) -> nn.Module:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
         metrics = Metrics(run_dir, config, first_epoch, first_step)
-    # Norms over ranks have the same statistics on all: nothing to broadcast.
-    replica = DistributedDataParallel(model, broadcast_buffers=False) if place.ranks > 1 else model
+    replica = DistributedDataParallel(model) if place.ranks > 1 else model
     autocast = torch.autocast(place.device.type, torch.bfloat16, enabled=in_bfloat16(config, place))
     longest_gradient = 1.0 if config.optimizer == "adamw" else math.inf
     model.train()
