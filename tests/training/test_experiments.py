@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -192,6 +193,23 @@ def test_no_run_begins_that_would_end_too_late(experiments: ModuleType, work: Pa
     assert not (tmp_path / "results").exists()
 
 
+def test_the_cost_of_the_graph_is_the_share_by_which_steps_are_longer(
+    experiments: ModuleType, work: Path, tmp_path: Path
+) -> None:
+    groups = [{"name": "steps", "data": "scenes", "variants": {"steps": {"epochs": 4}}}]
+    run(
+        experiments,
+        write(tmp_path / "small.yaml", {**RECIPE, "kind": "cost", "groups": groups}),
+        work,
+        tmp_path,
+        seeds=1,
+    )
+    found = lines_of(tmp_path)[0]["metrics"]
+    for arm in ("fields", "targets"):
+        assert found[f"{arm} overhead share"] == pytest.approx(found[f"{arm} ms"] / found["plain ms"] - 1, abs=1e-4)
+    assert min(found[f"{arm} ms"] for arm in ("plain", "fields", "targets")) > 1
+
+
 # --- recipes --------------------
 
 
@@ -340,6 +358,28 @@ def test_the_probes_own_images_are_the_first_that_train(module: Any, work: Path)
     probe = prepared.labelled()["probe"]
     assert (batch["image"] == probe.images).all()
     assert [str(json["kind"]) for json in batch["json"]] == probe.labels["kind"]
+
+
+@pytest.mark.slow
+def test_an_encoder_of_words_finds_texts_alike_that_share_words(module: Any, tmp_path: Path) -> None:
+    sources = module("sources")
+    from graphbuild import SampleGraph
+
+    def texts(store: Path) -> list[str]:
+        return [
+            text for path in sorted(store.glob("nodes/*.parquet")) for text in pq.read_table(path)["text"].to_pylist()
+        ]
+
+    for changes, d in (({"encoder": "words"}, sources.WORDS_DIM), ({"dim": 16}, 16)):
+        prepared = sources.prepare(sources.Data(**{**SCENES, **changes}), tmp_path)
+        graph = SampleGraph.open(str(prepared.store))
+        assert graph.d == d
+        assert {len(vector) for vector in prepared.prompts().values()} == {d}
+        text = [set(text.lower().split()) for text in texts(prepared.store)]
+        nearest = graph.neighbors(np.arange(len(graph)))[0][:, 0]
+        shared = [len(text[node] & text[other]) for node, other in enumerate(nearest.tolist())]
+        some = [len(text[node] & text[(node + 1) % len(text)]) for node in range(len(text))]
+        assert np.mean(shared) > np.mean(some) + 0.5
 
 
 def test_permuted_captions_are_the_same_ones_on_other_scenes(module: Any, tmp_path: Path) -> None:
