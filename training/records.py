@@ -26,8 +26,8 @@ FREE = ("cache", "workers", "checkpoint_steps", "log")
 class Metrics:
     """JSON lines, flushed: one a step, one an epoch; and the same to TensorBoard or W&B where config.log says so.
 
-    A run that goes on with a step of an epoch first drops the lines from there on. ConfigError: what config.log names is
-    not installed.
+    A run that goes on with a step of an epoch first drops the lines from there on. ConfigError: what config.log names
+    is not installed.
     """
 
     def __init__(self, run_dir: Path, config: Config, epoch: int, step: int) -> None:
