@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from config import Config, Place
-from conftest import TRAINING
 from data import split_shards
 from records import Checkpoint
 from train import load_run, main, train
@@ -24,6 +23,7 @@ from train import load_run, main, train
 from graphbuild.errors import ConfigError
 from graphbuild.torch import GraphDataset
 
+SCRIPT = Path(__file__).parents[2] / "training" / "train.py"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that share cores with others wait for each other
 HERE = Place(0, 1, torch.device("cpu"))
 EPOCHS, BATCH, STEPS = 6, 60, 6  # three train shards of 120
@@ -37,7 +37,7 @@ def _one_thread() -> None:
 def command(store: str, run_dir: Path, **more: object) -> list[str]:
     options = {"run_dir": run_dir, "epochs": EPOCHS, "batch_size": BATCH, "pixels": 32, "learning_rate": 0.01, **more}
     flags = [str(text) for name, value in options.items() for text in (f"--{name.replace('_', '-')}", value)]
-    return [str(TRAINING / "train.py"), store, *flags]
+    return [str(SCRIPT), store, *flags]
 
 
 def start(arguments: list[str]) -> str:
