@@ -17,9 +17,6 @@ import yaml
 
 from graphbuild.errors import ConfigError
 
-Method = Literal["simclr", "supcon", "xsample", "clip", "clip_soft"]
-Batches = Literal["random", "window", "walk", "communities"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -34,7 +31,10 @@ class Config:
     samples: Annotated[float, "share of the training samples in (0, 1], or their number"] = 1.0
     subset_seed: Annotated[int, "draws them; a smaller subset is part of a larger one"] = 0
 
-    method: Annotated[Method, "supcon: equal nodes are positives; clip_soft: soft targets over captions"] = "xsample"
+    method: Annotated[
+        Literal["simclr", "supcon", "xsample", "clip", "clip_soft"],
+        "supcon: equal nodes are positives; clip_soft: soft targets over captions",
+    ] = "xsample"
     targets: Annotated[
         Literal["dense", "sketch", "background", "labels"],
         "similarities of xsample and clip_soft: of embeddings; of stored edges, the others by sketches or background"
@@ -48,7 +48,10 @@ class Config:
         "text side of clip: a projection of the caption's frozen embedding, or a small transformer on its words",
     ] = "projection"
 
-    batches: Annotated[Batches, "random ones, or of groups of neighbours: see NeighborBatchSampler"] = "random"
+    batches: Annotated[
+        Literal["random", "window", "walk", "communities"],
+        "random ones, or of groups of neighbours: see NeighborBatchSampler",
+    ] = "random"
     group: Annotated[int, "samples of such a group"] = 8
     random_share: Annotated[float, "share of the batches that are random ones all the same"] = 0.0
 

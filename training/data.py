@@ -35,7 +35,7 @@ def unchanged(batch: Batch) -> Batch:
 
 
 def split_shards(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Tars to train on, or one pattern of them, and the held-out tars; ConfigError where none is left to train on."""
+    """The tars to train on, or a pattern of them, and the held-out ones; ConfigError where none is left to train on."""
     tars = tuple(sorted(map(str, Path(config.store, "shards").glob("*.tar"))))
     kept = max(len(tars) - config.held_out, 0)
     if config.train_shards:
@@ -49,11 +49,17 @@ def split_shards(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def training_samples(config: Config) -> TrainingSamples:
-    """The samples of a run; another run in this process that wants the same, of any method, gets the same object."""
-    tars = split_shards(config)[0]
-    return _training_samples(
+    """The samples of a run; a later run in this process that wants the same, of any method, gets the same object.
+
+    ConfigError: one of its tars is held out.
+    """
+    tars, held_out = split_shards(config)
+    samples = _training_samples(
         config.store, tars, config.pixels, config.samples, config.subset_seed, config.cache, config.workers
     )
+    if both := sorted(set(samples.tars) & set(held_out)):
+        raise ConfigError(f"{both[0]} is held out, and among the train shards", "set --held-out or --train-shards")
+    return samples
 
 
 class TrainingSamples(Dataset[Batch]):
@@ -75,6 +81,7 @@ class TrainingSamples(Dataset[Batch]):
     ) -> None:
         self.graph = SampleGraph.open(store)
         self._tars = GraphDataset(tars, graph=self.graph, image_pixels=pixels)
+        self.tars = [shard.tar for shard in self._tars.shards]
         self._items = subset(len(self._tars), samples, subset_seed)
         self.nodes = self._tars.nodes[self._items]
         self._cached: tuple[Tensor, list[str]] | None = None

@@ -6,7 +6,6 @@ the encoder has 78,000 parameters. The others start from random weights too.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import zlib
 from collections.abc import Sequence
@@ -69,10 +68,11 @@ def new_encoder(config: Config) -> Any:
         )
         return Pooled(ViTModel(shape, add_pooling_layer=False), 384)
     if name.startswith("timm:"):
-        if importlib.util.find_spec("timm") is None:
-            raise ConfigError(f"backbone = {name!r} needs timm", "pip install timm, or use small, resnet50 or vit")
-        import timm
-
+        try:
+            import timm
+        except ImportError as error:  # of timm, or of torchvision, which it needs
+            fix = "pip install timm, or use small, resnet50 or vit"
+            raise ConfigError(f"backbone = {name!r}: {error}", fix) from error
         model = timm.create_model(name.removeprefix("timm:"), pretrained=False, num_classes=0)
         model.features = model.num_features
         return model

@@ -121,6 +121,8 @@ def train(config: Config, run_dir: Path, place: Place) -> nn.Module:
             )
             checkpoint.save(epoch + 1, 0)
         first_step = 0
+    if metrics:
+        metrics.close()
     return model.encoder
 
 

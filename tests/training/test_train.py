@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from config import Config, Place
-from conftest import TRAINING
 from data import split_shards
 from records import Checkpoint
 from train import load_run, main, train
@@ -24,6 +23,7 @@ from train import load_run, main, train
 from graphbuild.errors import ConfigError
 from graphbuild.torch import GraphDataset
 
+SCRIPT = Path(__file__).parents[2] / "training" / "train.py"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that share cores with others wait for each other
 HERE = Place(0, 1, torch.device("cpu"))
 EPOCHS, BATCH, STEPS = 6, 60, 6  # three train shards of 120
@@ -37,7 +37,7 @@ def _one_thread() -> None:
 def command(store: str, run_dir: Path, **more: object) -> list[str]:
     options = {"run_dir": run_dir, "epochs": EPOCHS, "batch_size": BATCH, "pixels": 32, "learning_rate": 0.01, **more}
     flags = [str(text) for name, value in options.items() for text in (f"--{name.replace('_', '-')}", value)]
-    return [str(TRAINING / "train.py"), store, *flags]
+    return [str(SCRIPT), store, *flags]
 
 
 def start(arguments: list[str]) -> str:
@@ -203,6 +203,7 @@ def test_mistakes_are_explained(scenes_store: str, tmp_path: Path) -> None:
         ([scenes_store, "--labels", "kind", "--held-out", "0"], "set --held-out to 1"),
         ([scenes_store, "--labels", "weight", "--epochs", "1", "--pixels", "16"], "no label 'weight'"),
         ([scenes_store, "--samples", "0"], "share in"),
+        ([scenes_store, "--train-shards", "shards/*.tar"], "00003.tar is held out, and among the train shards"),
         ([scenes_store, "--samples", "361"], "361 of 360"),
         ([scenes_store, "--pixels", "999999"], "pass --no-cache"),
         ([scenes_store, "--backbone", "large"], "use small, resnet50, vit or timm:NAME"),
@@ -230,15 +231,16 @@ def test_a_run_of_other_settings_is_not_continued(scenes_store: str, tmp_path: P
 def test_shards_are_split_into_train_and_held_out(scenes_store: str) -> None:
     names = [[Path(tar).name for tar in part] for part in split_shards(small(scenes_store, held_out=2))]
     assert names == [["00000.tar", "00001.tar"], ["00002.tar", "00003.tar"]]
-    chosen, _ = split_shards(small(scenes_store, train_shards="shards/{00001..00003}.tar"))
+    chosen, _ = split_shards(small(scenes_store, train_shards="shards/{00001..00003}.tar", held_out=0))
     assert len(GraphDataset(chosen)) == 360
 
 
-@pytest.mark.parametrize(("log", "package"), [("tensorboard", "tensorboard"), ("wandb", "wandb")])
+@pytest.mark.slow
+@pytest.mark.parametrize("log", ["tensorboard", "wandb"])
 def test_metrics_go_where_log_says(
-    scenes_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: Any, package: str
+    scenes_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: Any
 ) -> None:
-    pytest.importorskip(package)
+    pytest.importorskip(log)
     monkeypatch.setenv("WANDB_MODE", "offline")
     train(small(scenes_store, epochs=1, log=log), tmp_path, HERE)
     assert list(tmp_path.glob("tensorboard/events*" if log == "tensorboard" else "wandb/offline-run*/run*.wandb"))
