@@ -175,7 +175,9 @@ def trained(
 def epochs_of(folder: Path) -> list[dict[str, float]]:
     """The lines of the finished epochs of a run, with their seconds."""
     path = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    text = path.read_text() if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]  # a crash may have cut the last line
+    lines = [json.loads(line) for line in whole.splitlines()]
     steps = Counter(line["epoch"] for line in lines if "step" in line)
     return [
         {**line, "seconds": line["seconds_per_step"] * steps[line["epoch"]]} for line in lines if "mean_loss" in line

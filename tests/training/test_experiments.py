@@ -230,7 +230,7 @@ def test_the_recipes_give_three_seeds_of_every_variant_and_valid_settings(module
 def test_methods_that_are_compared_differ_in_what_is_compared_alone(module: Any, name: str) -> None:
     """The same images, network, augmentation, steps and learning rate for every method of a group."""
     plan = module("plan")
-    allowed = {"method", "targets", "tau_s", "batches", "random_share", "permute_graph"}
+    allowed = {"method", "text", "targets", "tau", "tau_s", "batches", "random_share", "permute_graph"}
     experiment = plan.read_experiment(ROOT / "pipelines" / "experiments" / f"{name}.yaml", "reduced")
     for group in experiment.groups:
         settings = [run.settings for run in experiment.runs if run.group == group and run.settings["epochs"]]
