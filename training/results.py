@@ -168,7 +168,8 @@ def _cell(values: list[float], measure: str, seeds: int) -> str:
         return ""
     mean, deviation = spread(values)
     count = f"({len(values)})" if len(values) == seeds else f"(**{len(values)} of {seeds}**)"
-    return f"{_shown(mean, measure)} ± {_shown(deviation, measure)} {count}"
+    around = f" ± {_shown(deviation, measure)}" if len(values) > 1 else ""
+    return f"{_shown(mean, measure)}{around} {count}"
 
 
 def plot(experiment: Experiment, results: Results, path: Path) -> bool:
