@@ -1,8 +1,8 @@
-"""What frozen features know: weighted k-NN and a linear probe on labels from the samples' json members.
+"""What frozen features know: linear, k-NN, few-shot and zero-shot probes, also where backgrounds are exchanged.
 
-Hyper-parameters are chosen on a fifth of the train part, never on the test part. Next to each accuracy stand
-chance (always the commonest class) and the same probe on an untrained encoder. One pass over the images
-serves all encoders and labels.
+Hyper-parameters are chosen on a fifth of the train part, never on a test part, from the same choices for every
+encoder. `extract` and `evaluate` take labels from the json members of a store's samples and put the probes of several
+encoders beside each other; `features_of` and `probes` take images that are held in memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from model import normalise
+from models import normalise
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
@@ -20,6 +20,8 @@ NEIGHBOURS = (5, 20, 50)
 KNN_TEMPERATURE = 0.07
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 VALIDATION_SHARE = 0.2
+SHOTS = (1, 5, 10)
+DRAWS = 10  # of the few images, for few-shot probes
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,66 @@ def evaluate(train: Features, test: Features) -> list[dict[str, Any]]:
     return rows
 
 
+@torch.inference_mode()
+def features_of(encoder: nn.Module, images: Tensor, device: torch.device, batch_size: int = 512) -> Tensor:
+    """Features float32 [n, features] on the CPU of images uint8 [n, 3, H, W], with running statistics."""
+    encoder.eval()
+    return torch.cat([encoder(normalise(part.to(device))).float().cpu() for part in images.split(batch_size)])
+
+
+def probes(
+    train: Tensor, tests: Mapping[str, Tensor], labels: Mapping[str, Mapping[str, Sequence[str]]], main: str
+) -> dict[str, float]:
+    """Accuracies on each of `tests` (name to features [n, f]) of probes that are fitted on `train` alone.
+
+    labels: of "train" and of each test part, the values of each label. The label `main` gets all probes, the others
+    the linear one.
+
+    Returns:
+        "linear LABEL", and for main "knn LABEL", "S-shot LABEL"; on a part other than "test" with its name behind.
+    """
+    found: dict[str, float] = {}
+    for label, values in labels["train"].items():
+        classes = sorted({*values, *(value for part in tests for value in labels[part][label])})
+        number = {name: index for index, name in enumerate(classes)}
+        y = torch.tensor([number[value] for value in values])
+        queries = torch.cat(list(tests.values()))
+        guesses = {"linear": _chosen_on_validation(linear, PENALTIES, train, y, queries, len(classes))}
+        if label == main:
+            guesses["knn"] = _chosen_on_validation(knn, NEIGHBOURS, train, y, queries, len(classes))
+            guesses |= {f"{shots}-shot": few_shot(train, y, queries, len(classes), shots) for shots in SHOTS}
+        for probe, guess in guesses.items():
+            parts = guess.split([len(x) for x in tests.values()], dim=-1)
+            for part, predicted in zip(tests, parts, strict=True):
+                truth = torch.tensor([number[value] for value in labels[part][label]])
+                found[f"{probe} {label}" + (f" {part}" if part != "test" else "")] = accuracy(predicted, truth)
+    return found
+
+
+def few_shot(x: Tensor, y: Tensor, queries: Tensor, classes: int, shots: int) -> Tensor:
+    """Nearest class mean (cosine) of `shots` labelled images a class, for several draws: [DRAWS, queries].
+
+    Features are standardised by all of x, which needs no label. A class with fewer images gives those it has.
+    """
+    mean, deviation = x.mean(0), x.std(0).clamp_min(1e-6)
+    x, queries = normalize((x - mean) / deviation), normalize((queries - mean) / deviation)
+    generator = torch.Generator().manual_seed(0)
+    guesses = []
+    for _ in range(DRAWS):
+        order = torch.randperm(len(x), generator=generator)
+        chosen = [order[y[order] == number][:shots] for number in range(classes)]
+        means = torch.stack([x[few].mean(0) if len(few) else torch.zeros_like(x[0]) for few in chosen])
+        guesses.append((queries @ normalize(means).T).argmax(1))
+    return torch.stack(guesses)
+
+
+@torch.inference_mode()
+def zero_shot(images: Tensor, texts: Tensor, classes: Sequence[str], truth: Sequence[str]) -> float:
+    """Accuracy of the nearest class text (cosine). images [n, p] and texts [classes, p] in the space they share."""
+    guesses = (normalize(images) @ normalize(texts).T).argmax(1)
+    return accuracy(guesses, torch.tensor([list(classes).index(value) for value in truth]))
+
+
 def knn(x: Tensor, y: Tensor, queries: Tensor, classes: int, neighbours: int) -> Tensor:
     """Votes of the nearest neighbours weighted by exp(cosine / 0.07), as in Wu et al., arXiv 1805.01978."""
     similarity, nearest = (normalize(queries) @ normalize(x).T).topk(min(neighbours, len(x)))
@@ -99,6 +161,7 @@ def linear(x: Tensor, y: Tensor, queries: Tensor, classes: int, penalty: float) 
 
 
 def accuracy(predicted: Tensor, truth: Tensor) -> float:
+    """Share of right guesses; predicted [n], or [draws, n] for the mean over draws; truth [n]."""
     return (predicted == truth).float().mean().item()
 
 

@@ -88,11 +88,16 @@ def make_scenes(count: int, seed: int = 0) -> list[Scene]:
     ]
 
 
-def render(scene: Scene, pixels: int = 96) -> Image.Image:
-    """Draw a scene as an RGB image of `pixels` x `pixels`."""
+def render(scene: Scene, pixels: int = 96, *, background: str | None = None) -> Image.Image:
+    """Draw a scene as an RGB image of `pixels` x `pixels`.
+
+    background: another one to paste the scene's shapes on, as they are in its own picture, edges included.
+    """
     rng = random.Random(f"render {scene.seed}")
     side = pixels * SUPERSAMPLING
-    canvas = _background(scene.background, side, rng)
+    canvas = _background(scene.background, side, rng)  # draws from rng also where it is exchanged
+    if background is not None:
+        canvas = _background(background, side, random.Random(f"{background} {scene.seed}"))
     fill = _tinted(COLOURS[scene.colour], rng, 9)
     places, radius = layout(scene)
     for x, y in places:

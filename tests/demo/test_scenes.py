@@ -215,6 +215,30 @@ def test_sizes_do_not_overlap_for_shapes_in_equal_number() -> None:
         assert small * 1.02 < medium * 0.94 < medium * 1.02 < large * 0.94
 
 
+# --- exchanged backgrounds --------------------
+
+
+def test_another_background_changes_all_but_the_shapes() -> None:
+    """The shapes' pixels are found without their drawing: where two other backgrounds leave the picture as it is."""
+    for scene in make_scenes(120):
+        others = [name for name in BACKGROUNDS if name != scene.background]
+        own = np.asarray(render(scene, PIXELS), np.int64)
+        pasted = [np.asarray(render(scene, PIXELS, background=name), np.int64) for name in others]
+        same = np.all([np.all(own == picture, axis=2) for picture in pasted], axis=0)
+        away = distances(scene)
+        inside = np.abs(away - 0.72) < 0.1 if scene.kind == "ring" else away < 0.4
+        assert same[inside].all(), scene
+        assert same[away > 1.25].mean() < 0.02, scene
+
+
+def test_another_background_is_the_named_one() -> None:
+    named = {name: np.mean(ramp, axis=0) for name, ramp in BACKGROUNDS.items()}
+    for scene in make_scenes(60):
+        for name in BACKGROUNDS:
+            picture = np.asarray(render(scene, PIXELS, background=name), np.float64)
+            assert nearest(np.median(picture[distances(scene) > 1.3], axis=0), named) == name, scene
+
+
 # --- captions --------------------
 
 SAYS = {

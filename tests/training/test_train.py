@@ -1,127 +1,43 @@
-"""The trainer as a user starts it, on a small store of drawn shapes whose captions name shape, colour and
-ground."""
+"""The trainer as a user starts it, on a store of drawn scenes."""
 
-import importlib
-import io
+from __future__ import annotations
+
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image, ImageDraw
+import torch
+from config import Config, Place
+from data import split_shards
+from records import Checkpoint
+from train import load_run, main, train
 
-from graphbuild.sidecar import SidecarHeader, TarIdentity, quantize_int8, sidecar_schema
+from graphbuild.errors import ConfigError
+from graphbuild.torch import GraphDataset
 
-EPOCHS = 6
-REPOSITORY = Path(__file__).parents[2]
+SCRIPT = Path(__file__).parents[2] / "training" / "train.py"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that share cores with others wait for each other
-KINDS = ("circle", "square", "triangle", "cross")
-COLOURS = {"red": (210, 40, 40), "green": (40, 170, 60), "blue": (50, 70, 220), "yellow": (230, 210, 40)}
-GROUNDS = {"snow": (235, 235, 240), "night": (20, 20, 45), "sand": (215, 180, 130)}
+HERE = Place(0, 1, torch.device("cpu"))
+EPOCHS, BATCH, STEPS = 6, 60, 6  # three train shards of 120
 
 
-def draw(kind: str, colour: str, ground: str, rng: np.random.Generator) -> bytes:
-    pixels = int(rng.integers(40, 64))
-    noise = rng.integers(-12, 13, (pixels, pixels, 3))
-    image = Image.fromarray((np.array(GROUNDS[ground]) + noise).clip(0, 255).astype(np.uint8))
-    pen, size = ImageDraw.Draw(image), pixels * rng.uniform(0.35, 0.55)
-    x, y = rng.uniform(0, pixels - size, 2)
-    box, fill = (x, y, x + size, y + size), COLOURS[colour]
-    if kind == "circle":
-        pen.ellipse(box, fill)
-    elif kind == "square":
-        pen.rectangle(box, fill)
-    elif kind == "triangle":
-        pen.polygon([(x, y + size), (x + size, y + size), (x + size / 2, y)], fill)
-    else:
-        pen.rectangle((x + 0.35 * size, y, x + 0.65 * size, y + size), fill)
-        pen.rectangle((x, y + 0.35 * size, x + size, y + 0.65 * size), fill)
-    stream = io.BytesIO()
-    image.save(stream, "jpeg")
-    return stream.getvalue()
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
 
 
-def write_store(folder: Path, shards: int, samples: int, d: int = 32, k: int = 4) -> Path:
-    """Captions are embedded as the sum of a direction a word, so captions that share words are similar."""
-    rng = np.random.default_rng(0)
-    words = {word: rng.normal(size=d) for word in (*KINDS, *COLOURS, *GROUNDS)}
-    (folder / "shards").mkdir(parents=True)
-    for shard in range(shards):
-        rows = np.arange(shard * samples, (shard + 1) * samples)
-        tar, labels = folder / "shards" / f"{shard:05d}.tar", []
-        with tarfile.open(tar, "w") as archive:
-            for row in rows:
-                label = {
-                    name: str(rng.choice(tuple(values)))
-                    for name, values in (("kind", KINDS), ("colour", COLOURS), ("background", GROUNDS))
-                }
-                labels.append(label)
-                image = draw(label["kind"], label["colour"], label["background"], rng)
-                for extension, content in (("jpg", image), ("json", json.dumps(label).encode())):
-                    info = tarfile.TarInfo(f"{row:06d}.{extension}")
-                    info.size = len(content)
-                    archive.addfile(info, io.BytesIO(content))
-        values, scale = quantize_int8(np.stack([sum(words[word] for word in label.values()) for label in labels]))
-        header = SidecarHeader(
-            encoder="words",
-            d=d,
-            k=k,
-            embeddings="int8",
-            graph="drawn",
-            shard=tar.stem,
-            tar=TarIdentity(name=tar.name, bytes=tar.stat().st_size, sha256=""),
-            rows=samples,
-        )
-        schema = sidecar_schema(d, k, "int8").with_metadata(header.metadata())
-        columns: dict[str, Any] = {
-            "row": rows,
-            "key": [f"{row:06d}" for row in rows],
-            "node": rows,
-            "caption": [f"a {label['colour']} {label['kind']} on {label['background']}" for label in labels],
-            "embedding": list(values),
-            "embedding_scale": scale,
-            "neighbors": [[0] * k] * samples,
-            "similarities": [[np.float16(0)] * k] * samples,
-            "background_mean": [0.0] * samples,
-            "background_std": [1.0] * samples,
-            "image_offset": [512] * samples,
-            "image_size": [100] * samples,
-        }
-        pq.write_table(pa.table(columns, schema=schema), tar.with_suffix(".graph.parquet"))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_store(tmp_path_factory.mktemp("drawn") / "store", shards=4, samples=160)
-
-
-@pytest.fixture
-def trainer(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(REPOSITORY / "training")
-    return importlib.import_module("train")
-
-
-def command(store: Path, run_dir: Path) -> list[str]:
-    options = {
-        "--run-dir": run_dir,
-        "--labels": "kind,colour,background",
-        "--epochs": EPOCHS,
-        "--batch-size": 32,
-        "--pixels": 32,
-        "--shuffle": 200,
-    }
-    flags = [str(text) for option in options.items() for text in option]
-    return [str(REPOSITORY / "training" / "train.py"), str(store), *flags]
+def command(store: str, run_dir: Path, **more: object) -> list[str]:
+    options = {"run_dir": run_dir, "epochs": EPOCHS, "batch_size": BATCH, "pixels": 32, "learning_rate": 0.01, **more}
+    flags = [str(text) for name, value in options.items() for text in (f"--{name.replace('_', '-')}", value)]
+    return [str(SCRIPT), store, *flags]
 
 
 def start(arguments: list[str]) -> str:
@@ -130,30 +46,31 @@ def start(arguments: list[str]) -> str:
     return done.stdout + done.stderr
 
 
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
+def lines(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def losses(run_dir: Path) -> list[float]:
-    return [record["loss"] for record in metrics(run_dir) if "loss" in record]
+def steps(run_dir: Path) -> list[dict[str, Any]]:
+    return [line for line in lines(run_dir) if "step" in line]
 
 
 @pytest.fixture(scope="module")
-def whole_run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole_run(scenes_store: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupted; output.txt holds what it printed."""
     run_dir = tmp_path_factory.mktemp("whole")
-    (run_dir / "output.txt").write_text(start(command(store, run_dir)))
+    torch.set_num_threads(1)
+    with (run_dir / "output.txt").open("w") as output, contextlib.redirect_stdout(output):
+        main(command(scenes_store, run_dir, labels="colour,background")[1:])
     return run_dir
 
 
 def test_the_loss_falls_and_the_probe_beats_chance_and_an_untrained_encoder(whole_run: Path) -> None:
-    curve = losses(whole_run)
-    assert len(curve) == EPOCHS * 15
-    assert np.mean(curve[-15:]) < np.mean(curve[:15]) - 0.2
-    rows = {record["label"]: record for record in metrics(whole_run) if "label" in record}
-    assert set(rows) == {"kind", "colour", "background"}
-    for label in ("colour", "background"):
-        assert rows[label]["linear trained"] > rows[label]["chance"] + 0.3
+    losses = [line["loss"] for line in steps(whole_run)]
+    assert len(losses) == EPOCHS * STEPS
+    assert np.mean(losses[-STEPS:]) < np.mean(losses[:STEPS]) - 0.2
+    rows = {line["label"]: line for line in lines(whole_run) if "label" in line}
+    assert set(rows) == {"colour", "background"}
+    assert rows["background"]["linear trained"] > rows["background"]["chance"] + 0.3
     trained, untrained = (
         np.mean([row[f"{name} {encoder}"] for row in rows.values() for name in ("knn", "linear")])
         for encoder in ("trained", "untrained")
@@ -163,43 +80,167 @@ def test_the_loss_falls_and_the_probe_beats_chance_and_an_untrained_encoder(whol
     assert json.loads((whole_run / "config.json").read_text())["epochs"] == EPOCHS
 
 
-def test_a_killed_run_goes_on_with_the_same_losses(store: Path, whole_run: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, *command(store, tmp_path)], stdout=subprocess.DEVNULL, env=ONE_THREAD)
+def test_each_epoch_has_a_line_of_its_speed_and_its_wait_for_data(whole_run: Path) -> None:
+    epochs = [line for line in lines(whole_run) if "images_per_second" in line]
+    assert [line["epoch"] for line in epochs] == list(range(EPOCHS))
+    for line in epochs:
+        of_epoch = [step["loss"] for step in steps(whole_run) if step["epoch"] == line["epoch"]]
+        assert line["mean_loss"] == pytest.approx(np.mean(of_epoch))
+        assert line["images_per_second"] * line["seconds_per_step"] == pytest.approx(BATCH)
+        assert 0 < line["share_waiting_for_data"] < 1
+
+
+def test_a_killed_run_goes_on_with_the_same_losses(scenes_store: str, whole_run: Path, tmp_path: Path) -> None:
+    arguments = command(scenes_store, tmp_path, labels="colour,background", checkpoint_steps=4)
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, env=ONE_THREAD)
     path = tmp_path / "metrics.jsonl"
-    while process.poll() is None and not (path.exists() and '"epoch": 2' in path.read_text()):
+    while process.poll() is None and not (path.exists() and '"epoch": 2, "step": 3' in path.read_text()):
         time.sleep(0.01)
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     process.wait()
-    assert 0 < len(losses(tmp_path)) < len(losses(whole_run))
-    output = start(command(store, tmp_path))
+    assert 0 < len(steps(tmp_path)) < len(steps(whole_run))
+    output = start(arguments)
     assert f"epoch 1/{EPOCHS}" not in output
-    assert metrics(tmp_path) == metrics(whole_run)
+    assert steps(tmp_path) == steps(whole_run)
+    assert [line for line in lines(tmp_path) if "label" in line] == [
+        line for line in lines(whole_run) if "label" in line
+    ]
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_mistakes_are_explained(store: Path, tmp_path: Path, trainer: ModuleType) -> None:
-    for options, message in (
-        ({"batch_size": 5000}, "lower --batch-size"),
-        ({"held_out": 4}, "--held-out must leave one"),
-        ({"labels": "kind", "held_out": 0}, "set --held-out to 1"),
-        ({"labels": "size"}, "no label 'size'"),
+def small(store: str, **more: Any) -> Config:
+    options = {"pixels": 16, "width": 8, "samples": 160, "batch_size": 40, "epochs": 2, "seed": 5}
+    return Config(store=store, **options | more)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "simclr"},
+        {"method": "supcon", "optimizer": "lars", "learning_rate": 0.1},
+        {"method": "xsample", "batches": "window", "targets": "sketch"},
+        {"method": "xsample", "batches": "communities", "random_share": 0.5, "chunk": 16},
+        {"method": "clip", "text": "tower"},
+        {"method": "clip_soft", "cache": False, "precision": "bfloat16"},
+    ],
+    ids=lambda options: " ".join(map(str, options.values())),
+)
+def test_a_run_interrupted_within_an_epoch_ends_as_one_that_was_not(
+    scenes_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    config = small(scenes_store, checkpoint_steps=3, **options)
+    train(config, tmp_path / "whole", HERE)
+    save = Checkpoint.save
+
+    def save_and_stop(checkpoint: Checkpoint, epoch: int, step: int) -> None:
+        save(checkpoint, epoch, step)
+        if step == 2:  # of epoch 1: the sixth step of the run
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patches:
+        patches.setattr(Checkpoint, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "cut", HERE)
+    assert len(steps(tmp_path / "cut")) == 6
+    train(config, tmp_path / "cut", HERE)
+    assert steps(tmp_path / "cut") == steps(tmp_path / "whole")
+    assert len(steps(tmp_path / "whole")) == 8
+    whole, cut = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut"))
+    for part in ("model", "objective"):
+        assert all(torch.equal(whole[part][name], cut[part][name]) for name in whole[part])
+
+
+@pytest.mark.parametrize(("method", "text"), [("xsample", "projection"), ("clip", "projection"), ("clip", "tower")])
+def test_a_run_is_read_back_with_its_projections(scenes_store: str, tmp_path: Path, method: Any, text: Any) -> None:
+    config = small(scenes_store, epochs=1, method=method, text=text)
+    encoder = train(config, tmp_path, HERE).eval()
+    read, model = load_run(tmp_path)
+    assert read == config
+    images = torch.randn(3, 3, 16, 16)
+    features = model.encoder(images)
+    assert torch.equal(features, encoder(images))
+    assert features.shape == (3, encoder.features)
+    assert model.image_projection(features).shape == (3, 128)
+    if method == "xsample":
+        assert model.text_projection is None
+    else:
+        given = torch.randn(3, 384) if text == "projection" else torch.randint(0, 99, (3, 7))
+        assert model.text_projection(given).shape == (3, 128)
+
+
+def test_two_ranks_have_the_losses_of_one_process_with_the_joint_batch(scenes_store: str, tmp_path: Path) -> None:
+    """Under a real torchrun. Adam turns the rounding of near-zero gradients into steps, which small ones keep small."""
+    options = {"epochs": 1, "learning_rate": 1e-5, "batches": "window", "pixels": 16}
+    main(command(scenes_store, tmp_path / "one", **options)[1:])
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    start([*launcher, *command(scenes_store, tmp_path / "two", **options)])
+    one, two = ([line["loss"] for line in steps(tmp_path / name)] for name in ("one", "two"))
+    assert len(one) == STEPS
+    assert two == pytest.approx(one, abs=1e-5)
+
+
+def test_a_file_of_options_stands_between_the_defaults_and_the_command_line(scenes_store: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"store: {scenes_store}\nepochs: 1\npixels: 16\nlearning_rate: 2e-3\nseed: 1\nflip: false\n")
+    main(["--config", str(file), "--seed", "2", "--run-dir", str(tmp_path / "run")])
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    expected = {
+        "epochs": 1,
+        "learning_rate": 0.002,
+        "seed": 2,
+        "flip": False,
+        "batch_size": Config(store="").batch_size,
+    }
+    assert written | expected == written
+
+
+def test_mistakes_are_explained(scenes_store: str, tmp_path: Path) -> None:
+    (tmp_path / "typo.yaml").write_text("epoch: 3\n")
+    (tmp_path / "text.yaml").write_text("epochs: many\n")
+    for arguments, message in (
+        ([scenes_store, "--batch-size", "5000"], "do not fill a batch of 5000"),
+        ([scenes_store, "--held-out", "4"], "leave|left to train on"),
+        ([scenes_store, "--labels", "kind", "--held-out", "0"], "set --held-out to 1"),
+        ([scenes_store, "--labels", "weight", "--epochs", "1", "--pixels", "16"], "no label 'weight'"),
+        ([scenes_store, "--samples", "0"], "share in"),
+        ([scenes_store, "--train-shards", "shards/*.tar"], "00003.tar is held out, and among the train shards"),
+        ([scenes_store, "--samples", "361"], "361 of 360"),
+        ([scenes_store, "--pixels", "999999"], "pass --no-cache"),
+        ([scenes_store, "--backbone", "large"], "use small, resnet50, vit or timm:NAME"),
+        ([scenes_store, "--permute-graph", "--method", "simclr"], "permute_graph with method 'simclr'"),
+        ([scenes_store, "--config", str(tmp_path / "typo.yaml")], "no option epoch"),
+        ([scenes_store, "--config", str(tmp_path / "text.yaml")], "epochs = 'many'"),
+        ([scenes_store, "--config", str(tmp_path / "none.yaml")], "none.yaml cannot be read"),
+        ([], "name a finished graphbuild store"),
     ):
         with pytest.raises(SystemExit, match=message):
-            trainer.main(str(store), tmp_path / message, **{"epochs": 1, "pixels": 16, **options})
+            main([*arguments, "--run-dir", str(tmp_path / "run")])
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        load_run(tmp_path)
 
 
-def test_a_run_of_other_settings_is_not_continued(store: Path, tmp_path: Path, trainer: ModuleType) -> None:
-    trainer.main(str(store), tmp_path, epochs=1, pixels=16)
+def test_a_run_of_other_settings_is_not_continued(scenes_store: str, tmp_path: Path) -> None:
+    train(small(scenes_store, epochs=1), tmp_path, HERE)
     before = (tmp_path / "metrics.jsonl").read_text()
-    with pytest.raises(SystemExit, match="trained with other seed"):
-        trainer.main(str(store), tmp_path, epochs=1, pixels=16, seed=1)
+    with pytest.raises(ConfigError, match="trained with other tau_s, seed"):
+        train(small(scenes_store, epochs=1, seed=1, tau_s=0.2), tmp_path, HERE)
+    train(small(scenes_store, epochs=1, checkpoint_steps=1, cache=False), tmp_path, HERE)  # changes no number
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
+def test_shards_are_split_into_train_and_held_out(scenes_store: str) -> None:
+    names = [[Path(tar).name for tar in part] for part in split_shards(small(scenes_store, held_out=2))]
+    assert names == [["00000.tar", "00001.tar"], ["00002.tar", "00003.tar"]]
+    chosen, _ = split_shards(small(scenes_store, train_shards="shards/{00001..00003}.tar", held_out=0))
+    assert len(GraphDataset(chosen)) == 360
+
+
 @pytest.mark.slow
-def test_two_ranks_train_in_step(store: Path, tmp_path: Path) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    start([*launcher, *command(store, tmp_path)])
-    # Three train shards over two ranks: rank 1 has one, 160 samples, so both take 5 steps of 32 an epoch.
-    assert len(losses(tmp_path)) == EPOCHS * 5
-    assert metrics(tmp_path)[-1]["label"] == "background"
+@pytest.mark.parametrize("log", ["tensorboard", "wandb"])
+def test_metrics_go_where_log_says(
+    scenes_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: Any
+) -> None:
+    pytest.importorskip(log)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    train(small(scenes_store, epochs=1, log=log), tmp_path, HERE)
+    assert list(tmp_path.glob("tensorboard/events*" if log == "tensorboard" else "wandb/offline-run*/run*.wandb"))

@@ -1,0 +1,126 @@
+"""Probes against formulas written out in numpy, and on features whose content is known."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+from scipy.special import log_softmax
+
+TRAINING = Path(__file__).parents[2] / "training"
+
+
+@pytest.fixture
+def evaluate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(TRAINING)
+    return importlib.import_module("evaluate")
+
+
+def mixture(n: int, classes: int, d: int, spread: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points round a random centre for each class, which the seed leaves as they are: [n, d] and their classes."""
+    centres = np.random.default_rng(99).normal(size=(classes, d))
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, classes, n)
+    x = centres[y] + spread * rng.normal(size=(n, d))
+    return torch.from_numpy(x).float(), torch.from_numpy(y)
+
+
+def test_knn_is_the_vote_weighted_by_similarity_over_the_temperature(evaluate: ModuleType) -> None:
+    x, y = mixture(200, 4, 6, 1.5, 0)
+    queries, _ = mixture(50, 4, 6, 1.5, 1)
+    unit, asked = (z.double().numpy() / np.linalg.norm(z.double().numpy(), axis=1, keepdims=True) for z in (x, queries))
+    wanted = []
+    for query in asked:
+        similarity = unit @ query
+        nearest = np.argsort(-similarity)[:7]
+        votes = [np.exp(similarity[nearest] / 0.07)[y.numpy()[nearest] == label].sum() for label in range(4)]
+        wanted.append(int(np.argmax(votes)))
+    assert evaluate.knn(x, y, queries, 4, 7).tolist() == wanted
+
+
+def test_linear_is_the_minimum_of_the_penalised_logistic_loss(evaluate: ModuleType) -> None:
+    x, y = mixture(150, 3, 5, 1.5, 0)
+    queries, _ = mixture(400, 3, 5, 1.5, 1)
+    mean, deviation = x.double().mean(0).numpy(), x.double().std(0).numpy()
+    a, b = ((z.double().numpy() - mean) / deviation for z in (x, queries))
+
+    def loss(flat: np.ndarray) -> float:
+        weight, bias = flat[:15].reshape(3, 5), flat[15:]
+        each = -log_softmax(a @ weight.T + bias, axis=1)[np.arange(150), y.numpy()]
+        return float(each.mean() + 0.1 * (weight**2).sum() / 2)
+
+    found = minimize(loss, np.zeros(18), tol=1e-9).x
+    wanted = (b @ found[:15].reshape(3, 5).T + found[15:]).argmax(1)
+    same = (evaluate.linear(x, y, queries, 3, 0.1).numpy() == wanted).mean()
+    assert same >= 0.995  # a query on a border may fall to either side
+
+
+@pytest.mark.parametrize("shots", [1, 5])
+def test_few_shot_is_the_nearest_mean_of_as_many_images_a_class(evaluate: ModuleType, shots: int) -> None:
+    x, y = mixture(60, 3, 5, 1.0, 0)
+    queries, _ = mixture(40, 3, 5, 1.0, 1)
+    first = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    drawn = torch.cat([first[y[first] == label][:shots] for label in range(3)])
+    guesses = evaluate.few_shot(x, y, queries, 3, shots)
+    assert guesses.shape == (evaluate.DRAWS, 40)
+    scaled = (x - x.mean(0)) / x.std(0)
+    unit = scaled / scaled.norm(dim=1, keepdim=True)
+    means = torch.stack([unit[drawn][y[drawn] == label].mean(0) for label in range(3)])
+    asked = (queries - x.mean(0)) / x.std(0)
+    wanted = (asked @ (means / means.norm(dim=1, keepdim=True)).T).argmax(1)
+    assert torch.equal(guesses[0], wanted)
+    assert len(drawn) == 3 * shots
+
+
+def test_few_shot_is_perfect_on_separate_clusters_and_chance_on_noise(evaluate: ModuleType) -> None:
+    (x, y), (queries, truth) = mixture(300, 4, 16, 0.01, 0), mixture(200, 4, 16, 0.01, 1)
+    assert evaluate.accuracy(evaluate.few_shot(x, y, queries, 4, 1), truth) == 1
+    noise, more = torch.randn(300, 16), torch.randn(2000, 16)
+    labels = torch.arange(2000) % 4
+    assert abs(evaluate.accuracy(evaluate.few_shot(noise, y, more, 4, 5), labels) - 0.25) < 0.05
+
+
+def test_a_probe_that_reads_the_background_fails_where_backgrounds_are_exchanged(evaluate: ModuleType) -> None:
+    """Features tell the background, which in training tells the kind; or they tell the kind."""
+    rng = np.random.default_rng(0)
+    kinds = rng.integers(0, 4, 900)
+    own, other = np.eye(4)[kinds], np.eye(4)[(kinds + 1) % 4]
+    noisy = [torch.from_numpy(z + 0.05 * rng.normal(size=z.shape)).float() for z in (own, other)]
+    names = [f"kind {kind}" for kind in kinds]
+    labels = {
+        part: {"kind": names[at]}
+        for part, at in (("train", slice(0, 600)), ("test", slice(600, 900)), ("swapped", slice(600, 900)))
+    }
+    background = evaluate.probes(noisy[0][:600], {"test": noisy[0][600:], "swapped": noisy[1][600:]}, labels, "kind")
+    assert background["linear kind"] > 0.99
+    assert background["linear kind swapped"] < 0.01
+    assert background["knn kind swapped"] < 0.01
+    shape = evaluate.probes(noisy[0][:600], {"test": noisy[0][600:], "swapped": noisy[0][600:]}, labels, "kind")
+    assert shape["linear kind"] == shape["linear kind swapped"] > 0.99
+
+
+def test_probes_of_other_labels_are_linear_only(evaluate: ModuleType) -> None:
+    x, y = mixture(200, 3, 4, 0.1, 0)
+    labels = {"class": [str(value) for value in y.tolist()], "parity": [str(value % 2) for value in y.tolist()]}
+    found = evaluate.probes(x, {"test": x}, {"train": labels, "test": labels}, "class")
+    assert set(found) == {"linear class", "linear parity", "knn class", "1-shot class", "5-shot class", "10-shot class"}
+    assert found["linear class"] == 1
+
+
+def test_zero_shot_takes_the_text_of_highest_cosine(evaluate: ModuleType) -> None:
+    texts = torch.tensor([[1.0, 0.0], [0.0, 5.0]])
+    images = torch.tensor([[2.0, 1.0], [0.3, 0.4], [-1.0, 0.1]])
+    assert evaluate.zero_shot(images, texts, ["dog", "cat"], ["dog", "cat", "dog"]) == pytest.approx(2 / 3)
+
+
+def test_features_are_those_of_the_encoder_in_eval_mode(evaluate: ModuleType) -> None:
+    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(12))
+    images = torch.randint(0, 256, (7, 3, 2, 2), dtype=torch.uint8)
+    found = evaluate.features_of(encoder.train(), images, torch.device("cpu"), batch_size=3)
+    wanted = (images.flatten(1).double() / 127.5 - 1) / np.sqrt(1 + 1e-5)
+    assert torch.allclose(found.double(), wanted, atol=1e-6)

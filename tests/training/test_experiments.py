@@ -1,0 +1,398 @@
+"""Experiments on a small store that graphbuild's own commands have made: what is run, resumed, kept and summed up."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from graphbuild.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+TRAINING = ROOT / "training"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+SCENES = {
+    "images": "scenes",
+    "train": 120,
+    "test": 60,
+    "probe": 100,
+    "pixels": 32,
+    "k": 4,
+    "usual_background": 0.6,
+    "shard_size": 60,
+}
+RECIPE: dict[str, Any] = {
+    "title": "Small",
+    "data": {"scenes": SCENES},
+    "base": {
+        "method": "xsample",
+        "backbone": "small",
+        "width": 4,
+        "pixels": 32,
+        "batch_size": 40,
+        "epochs": 2,
+        "held_out": 0,
+    },
+    "forms": {"reduced": {"images_per_second": 100, "evaluation_seconds": 1, "seeds": 2}},
+    "groups": [{"name": "first", "data": "scenes", "variants": {"SimCLR": {"method": "simclr"}, "X-Sample": {}}}],
+    "measures": ["linear kind", "linear kind swapped"],
+    "claims": [{"group": "first", "measure": "linear kind", "better": "X-Sample", "worse": "SimCLR", "deviations": 2}],
+}
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the data lies once for all tests: the first run prepares it."""
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A module of training/ by name."""
+    monkeypatch.syspath_prepend(TRAINING)
+    return importlib.import_module
+
+
+@pytest.fixture
+def experiments(module: Any) -> ModuleType:
+    loaded: ModuleType = module("experiments")
+    return loaded
+
+
+def write(path: Path, recipe: dict[str, Any] = RECIPE, **settings: Any) -> Path:
+    path.write_text(yaml.safe_dump({**recipe, "base": {**recipe["base"], **settings}}, sort_keys=False))
+    return path
+
+
+def run(experiments: ModuleType, recipe: Path, work: Path, results: Path, **options: Any) -> None:
+    given = {"recipes": [recipe], "every": False, "form": "reduced", "seeds": None, "cifar": None, "groups": ""}
+    experiments.run(**{**given, "work": work, "results": results, "minutes": None, "dry_run": False, **options})
+
+
+def lines_of(results: Path, name: str = "small") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (results / f"{name}.jsonl").read_text().splitlines()]
+
+
+# --- running --------------------
+
+
+def test_each_run_has_one_line_and_a_rerun_adds_none(
+    experiments: ModuleType, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write(tmp_path / "small.yaml")
+    run(experiments, recipe, work, tmp_path / "results")
+    first = lines_of(tmp_path / "results")
+    assert [(line["seed"], line["variant"]) for line in first] == [
+        (0, "SimCLR"), (0, "X-Sample"), (1, "SimCLR"), (1, "X-Sample"),
+    ]  # fmt: skip
+    for line in first:
+        wanted = {
+            "linear kind",
+            "linear kind swapped",
+            "knn kind",
+            "5-shot kind",
+            "linear background",
+            "linear position",
+        }
+        assert wanted <= line["metrics"].keys()
+        assert line["metrics"]["edges per anchor"] > 0
+        assert line["seconds"] > 0
+    assert len({line["fingerprint"] for line in first}) == 2
+    capsys.readouterr()
+    run(experiments, recipe, work, tmp_path / "results")
+    assert lines_of(tmp_path / "results") == first
+    assert "small: 4 of 4 runs are finished" in capsys.readouterr().out
+
+
+def test_a_changed_setting_is_run_again_and_another_group_keeps_what_it_shares(
+    experiments: ModuleType, work: Path, tmp_path: Path
+) -> None:
+    results = tmp_path / "results"
+    recipe = write(tmp_path / "small.yaml", epochs=1)
+    run(experiments, recipe, work, results, seeds=1)
+    run(experiments, write(tmp_path / "small.yaml", epochs=1, tau=0.2), work, results, seeds=1)
+    lines = lines_of(results)
+    assert Counter(line["settings"].get("tau") for line in lines) == {None: 2, 0.2: 2}
+    assert len({line["fingerprint"] for line in lines}) == 4
+    # The same run under another name, in another experiment, is not trained twice.
+    shared = {**RECIPE, "groups": [{"name": "g", "data": "scenes", "variants": {"other name": {"method": "simclr"}}}]}
+    run(experiments, write(tmp_path / "shared.yaml", shared, epochs=1), work, results, seeds=1)
+    assert not (results / "shared.jsonl").exists()
+    experiments.write_summary([tmp_path / "shared.yaml"], False, "reduced", 1, results, plots=False)
+    assert "1 of 1 runs are finished" in (results / "shared.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
+    experiments: ModuleType, module: Any, work: Path, tmp_path: Path
+) -> None:
+    groups = [{"name": "first", "data": "scenes", "variants": {"X-Sample": {}}}]
+    recipe = write(tmp_path / "small.yaml", {**RECIPE, "groups": groups}, epochs=30)
+    module("sources").prepare(module("sources").Data(**SCENES), work / "data")
+    fingerprint = module("plan").read_experiment(recipe, "reduced").runs[0].fingerprint
+    command = [sys.executable, str(TRAINING / "experiments.py"), "run", str(recipe), "--seeds", "1", "--work"]
+    interrupted = [*command, str(work), "--results", str(tmp_path / "killed")]
+    process = subprocess.Popen(interrupted, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    begun = False
+    deadline = time.monotonic() + 120
+    while not begun:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        begun = any(
+            path.read_text().count("mean_loss") >= 3 for path in (work / "runs").glob(f"{fingerprint}-0/metrics.jsonl")
+        )
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "small.jsonl").exists()
+    subprocess.run(interrupted, env=ENVIRONMENT, check=True, capture_output=True)
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "data").symlink_to(work / "data")
+    whole_run = [*command, str(tmp_path / "again"), "--results", str(tmp_path / "whole")]
+    subprocess.run(whole_run, env=ENVIRONMENT, check=True, capture_output=True)
+    killed, whole = lines_of(tmp_path / "killed")[0], lines_of(tmp_path / "whole")[0]
+    assert killed["fingerprint"] == whole["fingerprint"]
+    timing = {"images per second", "share waiting for data"}
+    assert {name: value for name, value in killed["metrics"].items() if name not in timing} == {
+        name: value for name, value in whole["metrics"].items() if name not in timing
+    }
+    metrics = work / "runs" / f"{killed['fingerprint']}-0" / "metrics.jsonl"
+    epochs = [json.loads(line)["epoch"] for line in metrics.read_text().splitlines() if "mean_loss" in line]
+    assert epochs == list(range(30))
+
+
+def test_a_failing_run_is_told_and_the_others_are_done(
+    experiments: ModuleType, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    groups = [
+        {"name": "g", "data": "scenes", "variants": {"too large": {"batch_size": 1000}, "SimCLR": {"method": "simclr"}}}
+    ]
+    recipe = write(tmp_path / "small.yaml", {**RECIPE, "groups": groups}, epochs=1)
+    with pytest.raises(SystemExit, match="1 runs failed"):
+        run(experiments, recipe, work, tmp_path / "results", seeds=1)
+    assert "too large: seed 0 failed: 120 training samples do not fill a batch of 1000" in capsys.readouterr().out
+    assert [line["variant"] for line in lines_of(tmp_path / "results")] == ["SimCLR"]
+
+
+def test_no_run_begins_that_would_end_too_late(experiments: ModuleType, work: Path, tmp_path: Path) -> None:
+    run(experiments, write(tmp_path / "small.yaml"), work, tmp_path / "results", minutes=0.001)
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_cost_of_the_graph_is_the_share_by_which_steps_are_longer(
+    experiments: ModuleType, work: Path, tmp_path: Path
+) -> None:
+    groups = [{"name": "steps", "data": "scenes", "variants": {"steps": {"epochs": 4}}}]
+    run(
+        experiments,
+        write(tmp_path / "small.yaml", {**RECIPE, "kind": "cost", "groups": groups}),
+        work,
+        tmp_path,
+        seeds=1,
+    )
+    found = lines_of(tmp_path)[0]["metrics"]
+    for arm in ("fields", "targets"):
+        assert found[f"{arm} overhead share"] == pytest.approx(found[f"{arm} ms"] / found["plain ms"] - 1, abs=1e-4)
+    assert min(found[f"{arm} ms"] for arm in ("plain", "fields", "targets")) > 1
+
+
+# --- recipes --------------------
+
+
+@pytest.mark.parametrize("form", ["reduced", "full"])
+@pytest.mark.parametrize("name", ["a", "b", "c", "d", "e"])
+def test_the_recipes_give_three_seeds_of_every_variant_and_valid_settings(module: Any, name: str, form: str) -> None:
+    plan = module("plan")
+    experiment = plan.read_experiment(ROOT / "pipelines" / "experiments" / f"{name}.yaml", form)
+    counts = Counter((run.group, run.variant) for run in experiment.runs)
+    assert set(counts.values()) == {3}
+    for run in experiment.runs:
+        assert run.settings["epochs"] == 0 or run.config(Path("store")).held_out == 0
+    for claim in experiment.claims:
+        assert {(claim.group, claim.better), (claim.group, claim.worse)} <= counts.keys()
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c", "e"])
+def test_methods_that_are_compared_differ_in_what_is_compared_alone(module: Any, name: str) -> None:
+    """The same images, network, augmentation, steps and learning rate for every method of a group."""
+    plan = module("plan")
+    allowed = {"method", "text", "targets", "tau", "tau_s", "batches", "random_share", "permute_graph"}
+    experiment = plan.read_experiment(ROOT / "pipelines" / "experiments" / f"{name}.yaml", "reduced")
+    for group in experiment.groups:
+        settings = [run.settings for run in experiment.runs if run.group == group and run.settings["epochs"]]
+        differing = {key for one in settings for key in one if one.get(key) != settings[0].get(key)}
+        assert differing <= allowed, group
+
+
+def test_first_groups_come_first_and_seeds_are_whole_comparisons(module: Any, tmp_path: Path) -> None:
+    plan = module("plan")
+    two = [{**RECIPE["groups"][0], "name": name} for name in ("first", "second")]
+    read = [
+        plan.read_experiment(write(tmp_path / f"{name}.yaml", {**RECIPE, "groups": two}), "reduced", 2) for name in "ab"
+    ]
+    order = [(run.experiment, run.group, run.seed) for run in plan.in_turn(read)]
+    assert order[::2] == [
+        (name, group, seed) for group in ("first", "second") for name in "ab" for seed in (0, 1)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bse": {}}, "unknown section: bse"),
+        ({"base": {**RECIPE["base"], "learnin_rate": 1}}, "unknown setting of SimCLR: learnin_rate"),
+        ({"data": {"scenes": {**SCENES, "pixel": 3}}}, "unknown setting of data scenes: pixel"),
+        ({"groups": [{"name": "g", "data": "no", "variants": {"a": {}}}]}, "no data 'no'"),
+        ({"forms": {"full": {}}}, "no form reduced"),
+    ],
+)
+def test_a_recipe_with_a_mistake_is_refused_by_name(
+    module: Any, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({**RECIPE, **change}))
+    with pytest.raises(ConfigError, match=message):
+        module("plan").read_experiment(tmp_path / "small.yaml", "reduced")
+
+
+# --- results --------------------
+
+
+def make_results(module: Any, tmp_path: Path, values: dict[str, list[float]]) -> tuple[Any, Any]:
+    """An experiment of three seeds, and results with these accuracies of its variants' first seeds."""
+    experiment = module("plan").read_experiment(write(tmp_path / "small.yaml"), "reduced", 3)
+    results = module("results").Results(tmp_path / "results")
+    for run in experiment.runs:
+        if run.seed < len(values[run.variant]):
+            results.add(run, {"linear kind": values[run.variant][run.seed]}, 60.0, "a processor")
+    return experiment, module("results").Results(tmp_path / "results")
+
+
+def test_the_summary_has_mean_deviation_and_number_of_seeds_and_marks_what_is_missing(
+    module: Any, tmp_path: Path
+) -> None:
+    values = {"SimCLR": [0.30, 0.33, 0.36], "X-Sample": [0.52, 0.56]}
+    experiment, results = make_results(module, tmp_path, values)
+    text = module("results").summary(experiment, results)
+    assert f"| SimCLR | 33.0 ± {100 * statistics.stdev(values['SimCLR']):.1f} (3) |" in text
+    assert f"| X-Sample | 54.0 ± {100 * statistics.stdev(values['X-Sample']):.1f} (**2 of 3**) |" in text
+    assert "5 of 6 runs are finished" in text
+    assert "**incomplete**" in text
+    apart = 0.21 / np.sqrt((np.var(values["SimCLR"], ddof=1) + np.var(values["X-Sample"], ddof=1)) / 2)
+    assert f"+21.0, {apart:.1f} standard deviations, 2 and 3 seeds: **holds**" in text
+
+
+def test_a_claim_needs_its_margin_and_its_deviations(module: Any, tmp_path: Path) -> None:
+    noisy = {"SimCLR": [0.30, 0.40, 0.50], "X-Sample": [0.35, 0.45, 0.55]}
+    experiment, results = make_results(module, tmp_path, noisy)
+    assert "0.5 standard deviations, 3 and 3 seeds: **does not hold**" in module("results").summary(experiment, results)
+
+
+def test_a_line_that_a_crash_has_cut_is_run_again(module: Any, tmp_path: Path) -> None:
+    experiment, _ = make_results(module, tmp_path, {"SimCLR": [0.3], "X-Sample": []})
+    path = tmp_path / "results" / "small.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[: len(whole) // 2])
+    results = module("results").Results(tmp_path / "results")
+    assert [line is not None for _, line in results.of_experiment(experiment)] == [True] + 5 * [False]
+    assert path.read_bytes() == whole
+
+
+def test_plots_are_drawn_from_what_is_there(module: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    experiment, results = make_results(module, tmp_path, {"SimCLR": [0.3, 0.4], "X-Sample": [0.5]})
+    assert module("results").plot(experiment, results, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    empty = module("results").Results(tmp_path / "nowhere")
+    assert not module("results").plot(experiment, empty, tmp_path / "none.png")
+
+
+# --- data --------------------
+
+
+def test_the_share_of_usual_backgrounds_is_the_recipe_s(module: Any) -> None:
+    sources = module("sources")
+    scenes = sources.scenes_of(sources.Data(**SCENES), 4000, 0)
+    names = tuple(sources.BACKGROUNDS)
+    usual = np.mean([names[sources.KINDS.index(scene.kind) % 5] == scene.background for scene in scenes])
+    assert abs(usual - (0.6 + 0.4 / 5)) < 0.03
+
+
+def test_exchanged_backgrounds_are_never_the_scene_s_own(module: Any) -> None:
+    sources = module("sources")
+    assert all(sources.other_background(scene) != scene.background for scene in sources.make_scenes(500))
+
+
+def test_the_swapped_images_are_the_test_images_on_other_backgrounds(module: Any, work: Path) -> None:
+    sources = module("sources")
+    labelled = sources.prepare(sources.Data(**SCENES), work / "data").labelled()
+    assert {name: len(part.images) for name, part in labelled.items()} == {"probe": 100, "test": 60, "swapped": 60}
+    assert labelled["test"].labels == labelled["swapped"].labels
+    different = (labelled["test"].images.float() - labelled["swapped"].images.float()).abs().amax(1) > 24
+    assert 0.3 < different.float().mean() < 0.97
+    assert different[:, 1:5].float().mean() > 0.8  # the upper edge, where few shapes lie
+
+
+def test_the_probes_own_images_are_the_first_that_train(module: Any, work: Path) -> None:
+    sources = module("sources")
+    prepared = sources.prepare(sources.Data(**SCENES), work / "data")
+    from graphbuild.torch import graph_webdataset
+
+    stream = graph_webdataset(
+        str(prepared.store / "shards" / "*.tar"), batch_size=100, image_pixels=32, shuffle=0, extra=["json"]
+    )
+    batch = next(iter(stream))
+    probe = prepared.labelled()["probe"]
+    assert (batch["image"] == probe.images).all()
+    assert [str(json["kind"]) for json in batch["json"]] == probe.labels["kind"]
+
+
+@pytest.mark.slow
+def test_an_encoder_of_words_finds_texts_alike_that_share_words(module: Any, tmp_path: Path) -> None:
+    sources = module("sources")
+    from graphbuild import SampleGraph
+
+    def texts(store: Path) -> list[str]:
+        return [
+            text for path in sorted(store.glob("nodes/*.parquet")) for text in pq.read_table(path)["text"].to_pylist()
+        ]
+
+    for changes, d in (({"encoder": "words"}, sources.WORDS_DIM), ({"dim": 16}, 16)):
+        prepared = sources.prepare(sources.Data(**{**SCENES, **changes}), tmp_path)
+        graph = SampleGraph.open(str(prepared.store))
+        assert graph.d == d
+        assert {len(vector) for vector in prepared.prompts().values()} == {d}
+        text = [set(text.lower().split()) for text in texts(prepared.store)]
+        nearest = graph.neighbors(np.arange(len(graph)))[0][:, 0]
+        shared = [len(text[node] & text[other]) for node, other in enumerate(nearest.tolist())]
+        some = [len(text[node] & text[(node + 1) % len(text)]) for node in range(len(text))]
+        assert np.mean(shared) > np.mean(some) + 0.5
+
+
+def test_permuted_captions_are_the_same_ones_on_other_scenes(module: Any, tmp_path: Path) -> None:
+    sources = module("sources")
+    captions = {}
+    for permuted in (False, True):
+        folder = tmp_path / str(permuted)
+        (folder / "shards").mkdir(parents=True)
+        sources._write_scenes(sources.Data(**{**SCENES, "permuted": permuted}), folder, folder / "shards", None)
+        found = []
+        for tar in sorted((folder / "shards").glob("*.tar")):
+            with sources.tarfile.open(tar) as archive:
+                found += [archive.extractfile(m).read() for m in archive if m.name.endswith(".txt")]
+        captions[permuted] = found
+    assert Counter(captions[False]) == Counter(captions[True])
+    assert np.mean([a == b for a, b in zip(captions[False], captions[True], strict=True)]) < 0.1

@@ -1,0 +1,190 @@
+"""A run's training samples, and the batches of an epoch: the same for every method, and for any number of ranks.
+
+Images come from the tars by index, or with `cache` from memory, where they lie decoded; nodes say which captions they
+have.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from config import Config, Place
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from graphbuild import SampleGraph
+from graphbuild.errors import ConfigError
+from graphbuild.torch import GraphDataset, NeighborBatchSampler
+
+Batch = dict[str, Any]
+DECODED_AT_ONCE = 256
+FREE_SHARE = 0.8  # of the free memory that cached images may take
+
+
+def unchanged(batch: Batch) -> Batch:
+    """Collation for a data set that gives batches."""
+    return batch
+
+
+def split_shards(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The tars to train on, or a pattern of them, and the held-out ones; ConfigError where none is left to train on."""
+    tars = tuple(sorted(map(str, Path(config.store, "shards").glob("*.tar"))))
+    kept = max(len(tars) - config.held_out, 0)
+    if config.train_shards:
+        return (os.path.join(config.store, config.train_shards),), tars[kept:]  # noqa: PTH118 - may be a URL
+    if kept == 0:
+        raise ConfigError(
+            f"{config.store}/shards holds {len(tars)} tar(s) and held_out = {config.held_out}",
+            "set --held-out so that one is left to train on, or name others with --train-shards",
+        )
+    return tars[:kept], tars[kept:]
+
+
+def training_samples(config: Config) -> TrainingSamples:
+    """The samples of a run; a later run in this process that wants the same, of any method, gets the same object.
+
+    ConfigError: one of its tars is held out.
+    """
+    tars, held_out = split_shards(config)
+    samples = _training_samples(
+        config.store, tars, config.pixels, config.samples, config.subset_seed, config.cache, config.workers
+    )
+    if both := sorted(set(samples.tars) & set(held_out)):
+        raise ConfigError(f"{both[0]} is held out, and among the train shards", "set --held-out or --train-shards")
+    return samples
+
+
+class TrainingSamples(Dataset[Batch]):
+    """Samples numbered 0..n-1, a random subset of those of some tars, in their order; `graph`, and `nodes` int64 [n].
+
+    Asked for many it gives a batch: image uint8 [B, 3, P, P], node int64 [B], caption, a list of B. With `cache` every
+    image is decoded here, once. ConfigError: too many samples are wanted, or too many to cache.
+    """
+
+    def __init__(
+        self,
+        store: str,
+        tars: Sequence[str],
+        pixels: int,
+        samples: float,
+        subset_seed: int,
+        cache: bool,
+        workers: int,
+    ) -> None:
+        self.graph = SampleGraph.open(store)
+        self._tars = GraphDataset(tars, graph=self.graph, image_pixels=pixels)
+        self.tars = [shard.tar for shard in self._tars.shards]
+        self._items = subset(len(self._tars), samples, subset_seed)
+        self.nodes = self._tars.nodes[self._items]
+        self._cached: tuple[Tensor, list[str]] | None = None
+        if cache:
+            needed = len(self) * 3 * pixels**2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            free = psutil.virtual_memory().available
+            if needed > FREE_SHARE * free:
+                raise ConfigError(
+                    f"{len(self):,} decoded images take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+                    "pass --no-cache, and --workers that decode them in every epoch; or lower --pixels",
+                )
+            self._cached = self._decode(workers)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitems__(self, numbers: Sequence[int]) -> Batch:
+        node = torch.from_numpy(self.nodes[numbers])
+        if self._cached:
+            images, captions = self._cached
+            return {"image": images[numbers], "node": node, "caption": [captions[number] for number in numbers]}
+        batch = self._tars.collate(self._tars.__getitems__(self._items[numbers].tolist()))
+        return {"image": batch["image"], "node": node, "caption": batch["caption"]}
+
+    def _decode(self, workers: int) -> tuple[Tensor, list[str]]:
+        """Images uint8 [n, 3, P, P], channels last in memory, and captions."""
+        numbers = list(torch.arange(len(self)).split(DECODED_AT_ONCE))
+        loader = DataLoader(
+            self, batch_sampler=[part.tolist() for part in numbers], collate_fn=unchanged, num_workers=workers
+        )
+        images, captions = None, []
+        for first, batch in enumerate(loader):
+            if images is None:
+                _, _, height, width = batch["image"].shape
+                images = torch.empty(len(self), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+            images[numbers[first]] = batch["image"]
+            captions += batch["caption"]
+        assert images is not None
+        return images, captions
+
+
+_training_samples = lru_cache(maxsize=1)(TrainingSamples)
+
+
+def subset(count: int, samples: float, seed: int) -> NDArray[np.int64]:
+    """A random subset of 0..count-1, ascending: a share up to 1, or a number; a smaller one is part of a larger one."""
+    wanted = round(samples * count) if samples <= 1 else round(samples)
+    if not 0 < wanted <= count:
+        raise ConfigError(f"samples = {samples}: {wanted:,} of {count:,}", "use a share in (0, 1], or a smaller number")
+    return np.sort(np.random.default_rng(seed).permutation(count)[:wanted])
+
+
+class EpochBatches(Sampler[list[int]]):
+    """This rank's part of the epoch's batches, as lists of sample numbers; every rank plans the same epoch.
+
+    A step's batch is that of one process: rank r of W takes its r-th part, B / W samples. What does not fill a batch is
+    left out, other samples in each epoch. `steps` is the number of batches of an epoch.
+
+    ConfigError: fewer samples than a batch, or a batch that does not divide over the ranks.
+    """
+
+    def __init__(self, config: Config, graph: SampleGraph, nodes: NDArray[np.int64], place: Place) -> None:
+        size = config.batch_size
+        if len(nodes) < size:
+            raise ConfigError(f"{len(nodes):,} training samples do not fill a batch of {size}", "lower --batch-size")
+        if size % place.ranks:
+            raise ConfigError(f"batch_size = {size} on {place.ranks} ranks", "use a multiple of the ranks")
+        self.steps = len(nodes) // size
+        self._config, self._place, self._samples = config, place, len(nodes)
+        self._neighbours = None
+        if config.batches != "random":
+            self._neighbours = NeighborBatchSampler(
+                graph,
+                size,
+                neighbors=config.batches,
+                group=config.group,
+                random_share=config.random_share,
+                nodes=nodes,
+                seed=config.seed,
+                drop_last=True,
+                rank=0,
+                ranks=1,
+            )
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Choose the epoch, and the step to begin with, of iterations that start now."""
+        self._epoch, self._first = epoch, first
+        if self._neighbours is not None:
+            self._neighbours.set_epoch(epoch)
+
+    def report(self) -> dict[str, float]:
+        """What the sampler says of the edges in this epoch's batches: nothing where they are random."""
+        said = self._neighbours.report() if self._neighbours else {}
+        return {name: value for name, value in said.items() if "anchor" in name}
+
+    def __len__(self) -> int:
+        return self.steps - self._first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if self._neighbours is None:
+            order = np.random.default_rng([self._config.seed, self._epoch]).permutation(self._samples)
+        else:
+            order = self._neighbours.epoch_order()
+        batches = order[: self.steps * self._config.batch_size].reshape(self.steps, self._place.ranks, -1)
+        yield from batches[self._first :, self._place.rank].tolist()

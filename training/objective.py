@@ -1,0 +1,83 @@
+"""What a method learns from: its loss, and what the loss is told of a batch by the graph.
+
+SimCLR, SupCon and X-Sample compare the two views of an image; CLIP compares each of the two with the text, and has the
+mean of both losses: so every method sees the same images. The temperature of CLIP is learned, as published.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import torch
+from config import Config
+from data import Batch
+from models import word_numbers
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from graphbuild import SampleGraph
+from graphbuild.torch import BatchEdges, CLIPLoss, NTXentLoss, SupConLoss, Targets, XSampleLoss
+
+PERMUTATION_SEED = 0
+
+
+class Objective(nn.Module):
+    """The loss of a method, a scalar, from what Model returns: two views, and texts [B, 128] where it has them."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.loss: nn.Module
+        match config.method:
+            case "simclr":
+                self.loss = NTXentLoss(config.tau)
+            case "supcon":
+                self.loss = SupConLoss(config.tau)
+            case "xsample":
+                self.loss = XSampleLoss(config.tau, config.tau_s)
+            case "clip":
+                self.loss = CLIPLoss(config.tau, learnable=True)
+            case "clip_soft":
+                self.loss = CLIPLoss(config.tau, config.tau_s, learnable=True)
+
+    def forward(self, view1: Tensor, view2: Tensor, *texts: Tensor, targets: Targets) -> Tensor:
+        if not texts:
+            return self.loss(view1, view2, targets)
+        return (self.loss(view1, *texts, targets) + self.loss(view2, *texts, targets)) / 2
+
+
+class GraphReader:
+    """What a method reads of the graph for the images of a batch: nothing for SimCLR."""
+
+    def __init__(self, config: Config, graph: SampleGraph) -> None:
+        self._config, self._graph = config, graph
+
+    @cached_property
+    def _permutation(self) -> NDArray[np.int64]:
+        return np.random.default_rng(PERMUTATION_SEED).permutation(len(self._graph))
+
+    def places(self, nodes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where in the graph these nodes stand: as they are, or in the control each where another one belongs."""
+        return self._permutation[nodes] if self._config.permute_graph else nodes
+
+    def targets(self, batch: Batch) -> Targets:
+        """What the loss is told of the batch's B images."""
+        config, graph = self._config, self._graph
+        if config.method in ("simclr", "clip"):
+            return Targets()
+        if config.method == "supcon" or config.targets == "labels":
+            return Targets(labels=batch["node"])
+        nodes = self.places(batch["node"].numpy())
+        if config.targets == "dense":
+            return Targets(embeddings=torch.from_numpy(graph.embeddings(nodes)))
+        stored = map(torch.from_numpy, (nodes, *graph.neighbors(nodes), graph.background(nodes)))
+        sketch = torch.from_numpy(graph.sketches(nodes)) if config.targets == "sketch" else None
+        return Targets(edges=BatchEdges(*stored, sketch, config.tau_s))
+
+    def texts(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The input [B, ...] of the text side, of each image's own caption, also in the control; none without one."""
+        if not self._config.reads_texts:
+            return ()
+        if self._config.text == "tower":
+            return (word_numbers(batch["caption"]),)
+        return (torch.from_numpy(self._graph.embeddings(batch["node"].numpy())),)

@@ -1,0 +1,128 @@
+"""What a run leaves in its directory: config.json, metrics.jsonl and checkpoint.pt."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from config import Config
+from torch import nn
+from torch.optim import Optimizer
+
+from graphbuild.errors import ConfigError
+
+# What may differ when a run goes on: it changes no number.
+FREE = ("cache", "workers", "checkpoint_steps", "log")
+
+
+class Metrics:
+    """JSON lines, flushed: one a step, one an epoch; and the same to TensorBoard or W&B where config.log says so.
+
+    A run that goes on with a step of an epoch first drops the lines from there on. ConfigError: what config.log names
+    is not installed.
+    """
+
+    def __init__(self, run_dir: Path, config: Config, epoch: int, step: int) -> None:
+        self._mirror = mirror(run_dir, config)
+        path = run_dir / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        whole = (line for line in lines if line.endswith("\n"))  # a crash may have cut the last one
+        replace(path, "".join(line for line in whole if is_before(json.loads(line), epoch, step)).encode())
+        self._stream = path.open("a")
+
+    def write(self, number: int, **values: float) -> None:
+        """A line; `number` counts the steps of the whole run, for the mirror."""
+        self._stream.write(json.dumps(values) + "\n")
+        self._stream.flush()
+        if self._mirror:
+            self._mirror.log(values, number)
+
+    def close(self) -> None:
+        self._stream.close()
+        if self._mirror:
+            self._mirror.finish()
+
+
+def is_before(line: Mapping[str, Any], epoch: int, step: int) -> bool:
+    """Whether a line was written before a step of an epoch; the line of an epoch comes after all its steps."""
+    return "epoch" in line and (line["epoch"], line.get("step", math.inf)) < (epoch, step)
+
+
+def mirror(run_dir: Path, config: Config) -> Any:
+    """A W&B run, or what looks like one to Metrics and writes for TensorBoard; None where config.log is empty."""
+    if not config.log:
+        return None
+    package = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}[config.log]
+    try:
+        module = importlib.import_module(package)
+    except ImportError as error:
+        raise ConfigError(f"log = {config.log!r}: {error}", f"pip install {config.log}, or leave --log out") from error
+    if config.log == "wandb":
+        return module.init(dir=run_dir, config=asdict(config), name=run_dir.name, reinit="finish_previous")
+    return TensorBoard(module.SummaryWriter(str(run_dir / "tensorboard")))
+
+
+@dataclass(frozen=True)
+class TensorBoard:
+    """A SummaryWriter with the methods of a W&B run."""
+
+    writer: Any
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a run needs to go on, in one file: modules by name, the optimizer, and the next step."""
+
+    path: Path
+    config: Config
+    modules: Mapping[str, nn.Module]
+    optimizer: Optimizer
+
+    def save(self, epoch: int, step: int) -> None:
+        """A crash leaves the last whole checkpoint."""
+        state = {name: module.state_dict() for name, module in self.modules.items()}
+        state |= {"optimizer": self.optimizer.state_dict(), "config": asdict(self.config)}
+        content = io.BytesIO()
+        torch.save({**state, "epoch": epoch, "step": step}, content)
+        replace(self.path, content.getbuffer())
+
+    def restore(self) -> tuple[int, int]:
+        """The epoch and the step to go on with, 0 and 0 where there is no checkpoint; ConfigError for another run's."""
+        if not self.path.exists():
+            return 0, 0
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        saved, wanted = state["config"], asdict(self.config)
+        changed = [name for name in wanted if name not in FREE and saved.get(name) != wanted[name]]
+        if changed:
+            raise ConfigError(
+                f"{self.path} was trained with other {', '.join(changed)}", "choose another --run-dir, or delete it"
+            )
+        for name, module in self.modules.items():
+            module.load_state_dict(state[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        return state["epoch"], state["step"]
+
+
+def replace(path: Path, content: bytes | memoryview) -> None:
+    """Write a file whole or not at all: temporary name, fsync, rename."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)

@@ -1,0 +1,218 @@
+"""Results of experiments: one JSON line a finished run, and what the lines say together: tables, claims, plots.
+
+`benchmarks/results/experiments/NAME.jsonl` grows by whole lines; NAME.md and NAME.png are made from it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from plan import Claim, Experiment, Run
+
+from graphbuild.errors import InputError
+
+Line = dict[str, Any]
+SHARES = ("linear", "knn", "shot", "zero-shot")  # measures in percent
+
+
+class Results:
+    """The finished runs in `folder`, of all experiments."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lines: dict[str, list[Line]] = {path.stem: _read(path) for path in sorted(folder.glob("*.jsonl"))}
+
+    def of(self, run: Run) -> Line | None:
+        """The line of a run, in its own experiment or, where two experiments share it, in another."""
+        for lines in (self.lines.get(run.experiment, []), *self.lines.values()):
+            for line in lines:
+                if (line["fingerprint"], line["seed"]) == (run.fingerprint, run.seed):
+                    return line
+        return None
+
+    def of_experiment(self, experiment: Experiment) -> list[tuple[Run, Line | None]]:
+        return [(run, self.of(run)) for run in experiment.runs]
+
+    def add(self, run: Run, metrics: dict[str, float], seconds: float, device: str) -> None:
+        """Append a run's line; on the disk before this returns."""
+        line = {
+            "experiment": run.experiment,
+            "form": run.form,
+            "group": run.group,
+            "variant": run.variant,
+            "seed": run.seed,
+            "fingerprint": run.fingerprint,
+            "seconds": round(seconds, 1),
+            "device": device,
+            "metrics": {name: round(value, 6) for name, value in metrics.items()},
+            "settings": run.settings,
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"{run.experiment}.jsonl").open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.lines.setdefault(run.experiment, []).append(line)
+
+    def seconds(self, run: Run, experiment: Experiment) -> float:
+        """What a run is expected to take: as long as its like have taken, else by the recipe's rates."""
+        own = [line for line in self.lines.get(run.experiment, []) if line["form"] == run.form]
+        for keys in (("fingerprint",), ("group",)):
+            like = [line["seconds"] for line in own if all(line[key] == getattr(run, key) for key in keys)]
+            if like:
+                return statistics.fmean(like)
+        return run.images / experiment.images_per_second + experiment.evaluation_seconds
+
+
+def _read(path: Path) -> list[Line]:
+    """Whole lines; a last one that a crash has cut is dropped from the file too."""
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        path.write_bytes(whole)
+    lines = []
+    for number, text in enumerate(whole.splitlines(), 1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:
+            raise InputError(
+                f"{path}, line {number} is not JSON ({error})", "remove the line: its run is repeated"
+            ) from None
+    return lines
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation (of a sample; 0 of one value)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def collect(pairs: Sequence[tuple[Run, Line | None]]) -> dict[str, dict[str, list[Line | None]]]:
+    """Of each group, of each variant, the line of each seed."""
+    found: dict[str, dict[str, list[Line | None]]] = {}
+    for run, line in pairs:
+        found.setdefault(run.group, {}).setdefault(run.variant, []).append(line)
+    return found
+
+
+def values_of(lines: Sequence[Line | None], measure: str) -> list[float]:
+    return [line["metrics"][measure] for line in lines if line is not None and measure in line["metrics"]]
+
+
+def summary(experiment: Experiment, results: Results) -> str:
+    """The experiment's results as markdown: a table a group, then each claim with its verdict."""
+    pairs = results.of_experiment(experiment)
+    groups = collect(pairs)
+    done = [line for _, line in pairs if line is not None]
+    text = [f"# {experiment.title}", "", experiment.question, ""]
+    devices = "; ".join(sorted({line["device"] for line in done}))
+    hours = sum(line["seconds"] for line in done) / 3600
+    text.append(
+        f"Form: {experiment.form}. {len(done)} of {len(pairs)} runs are finished"
+        + (f" ({hours:.2f} hours on {devices})" if done else "")
+        + (". " if len(done) == len(pairs) else ": **incomplete**. ")
+        + "Mean ± standard deviation over seeds (number of seeds); accuracies in percent."
+    )
+    for group, variants in groups.items():
+        measures = [m for m in experiment.measures if any(values_of(lines, m) for lines in variants.values())]
+        text += ["", f"## {group}", ""]
+        if not measures:
+            text.append("Not run.")
+            continue
+        text += [f"| | {' | '.join(measures)} |", "|---" * (len(measures) + 1) + "|"]
+        for variant, lines in variants.items():
+            cells = [_cell(values_of(lines, measure), measure, len(lines)) for measure in measures]
+            text.append(f"| {variant} | {' | '.join(cells)} |")
+    if experiment.claims:
+        text += ["", "## What was expected", ""]
+        text += [f"- {verdict(claim, groups)}" for claim in experiment.claims]
+    return "\n".join(text) + "\n"
+
+
+def verdict(claim: Claim, groups: dict[str, dict[str, list[Line | None]]]) -> str:
+    """A claim against the results. Deviations are the root of the mean of both variances, of three seeds or more."""
+    name = f"{claim.group}, {claim.measure}: {claim.better} against {claim.worse}"
+    variants = groups.get(claim.group, {})
+    better, worse = (values_of(variants.get(side, []), claim.measure) for side in (claim.better, claim.worse))
+    wanted = f"expected at least {_shown(claim.margin, claim.measure, '+')}"
+    if claim.deviations:
+        wanted += f" and {claim.deviations:g} standard deviations"
+    if len(better) < 2 or len(worse) < 2:
+        return f"{name}: open, {len(better)} and {len(worse)} seeds are finished ({wanted})"
+    (high, high_spread), (low, low_spread) = spread(better), spread(worse)
+    pooled = ((high_spread**2 + low_spread**2) / 2) ** 0.5
+    apart = (high - low) / max(pooled, 1e-9)
+    holds = high - low >= claim.margin and (not claim.deviations or apart > claim.deviations)
+    return (
+        f"{name}: {_shown(high - low, claim.measure, '+')}, {apart:.1f} standard deviations, {len(better)} and"
+        f" {len(worse)} seeds: **{'holds' if holds else 'does not hold'}** ({wanted})"
+    )
+
+
+def is_share(measure: str) -> bool:
+    return any(word in measure for word in SHARES) or measure.endswith("share")
+
+
+def _shown(value: float, measure: str, sign: str = "") -> str:
+    if is_share(measure):
+        return f"{100 * value:{sign}.1f}"
+    return f"{value:{sign}.4g}" if abs(value) < 100 else f"{value:{sign},.0f}"
+
+
+def _cell(values: list[float], measure: str, seeds: int) -> str:
+    if not values:
+        return ""
+    mean, deviation = spread(values)
+    count = f"({len(values)})" if len(values) == seeds else f"(**{len(values)} of {seeds}**)"
+    around = f" ± {_shown(deviation, measure)}" if len(values) > 1 else ""
+    return f"{_shown(mean, measure)}{around} {count}"
+
+
+def plot(experiment: Experiment, results: Results, path: Path) -> bool:
+    """Bars with error bars, a panel for each measure in the recipe's `plot`; False where there is nothing yet."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        raise InputError("plots need matplotlib", "pip install matplotlib, or pass --no-plots") from None
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    groups = collect(results.of_experiment(experiment))
+    shown = {
+        measure: {
+            group: {variant: values for variant, lines in variants.items() if (values := values_of(lines, measure))}
+            for group, variants in groups.items()
+        }
+        for measure in experiment.plot
+    }
+    shown = {measure: {group: bars for group, bars in by.items() if bars} for measure, by in shown.items()}
+    shown = {measure: by for measure, by in shown.items() if by}
+    if not shown:
+        return False
+    names = list(dict.fromkeys(variant for by in shown.values() for bars in by.values() for variant in bars))
+    colours = dict(zip(names, plt.get_cmap("tab20")(range(len(names))), strict=True))
+    figure, panels = plt.subplots(len(shown), 1, figsize=(8, 3.1 * len(shown)), squeeze=False)
+    for axes, (measure, by) in zip(panels[:, 0], shown.items(), strict=True):
+        scale, at, ticks = 100 if is_share(measure) else 1, 0.0, []
+        for bars in by.values():
+            start = at
+            for variant, values in bars.items():
+                mean, deviation = spread([scale * value for value in values])
+                axes.bar(at, mean, 0.9, yerr=deviation, capsize=3, color=colours[variant])
+                at += 1
+            ticks.append((start + at - 1) / 2)
+            at += 0.8
+        axes.set_xticks(ticks, list(by), fontsize=8)
+        axes.set_ylabel(measure + (" (%)" if scale == 100 else ""), fontsize=8)
+        axes.grid(axis="y", alpha=0.3)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
+    panels[0, 0].set_title(f"{experiment.title} ({experiment.form} form)", fontsize=10)
+    figure.legend(handles, names, fontsize=8, ncols=4, loc="lower center")
+    figure.tight_layout(rect=(0, 0.03 + 0.03 * (len(names) // 4 + 1), 1, 1))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True

@@ -1,0 +1,279 @@
+"""Data of the experiments, made once: tars and their store through graphbuild's own commands, and labelled images.
+
+A folder FOLDER/<fingerprint>/ holds store/ (with the training tars in store/shards), probe.npz and test.npz (images
+and labels), for scenes swapped.npz (the test scenes on other backgrounds), and prompts.json and .npy (the embedded
+names of classes, for zero-shot). Images are made or read one by one; the labelled sets are held whole: 12 KB an image
+of 64 pixels.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import random
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from labelled import LabelledImages, decoded
+from torch import Tensor
+
+from graphbuild.demo.captions import caption
+from graphbuild.demo.scenes import ATTRIBUTES, BACKGROUNDS, KINDS, Scene, encode_jpeg, make_scenes, render
+from graphbuild.errors import ConfigError, InputError, StageError
+
+GRAPHBUILD = (sys.executable, "-c", "from graphbuild.cli import main; main()")
+TEMPLATE = "a photo of a {}"
+WORDS, WORDS_DIM = "words", 384  # the encoder that knows words, not meanings: a random vector for each token
+SCENES_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What to prepare. Numbers of images; probe: training images whose labels the probes get.
+
+    usual_background: share of the scenes that are put on the background usual for their kind; the others have any.
+    permuted: every training scene has another one's caption, a control: a graph of the same shape that knows nothing.
+    encoder: a name or folder as for `graphbuild embed`, or "words". dim: first coordinates kept.
+    """
+
+    images: Literal["scenes", "cifar"]
+    train: int
+    test: int
+    probe: int
+    pixels: int
+    k: int
+    usual_background: float = 0.0
+    permuted: bool = False
+    encoder: str | None = None
+    dim: int | None = None
+    shard_size: int = 1000
+
+    @property
+    def main_label(self) -> str:
+        return "kind" if self.images == "scenes" else "class"
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(asdict(self))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A folder that `prepare` has finished."""
+
+    folder: Path
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "store"
+
+    def labelled(self) -> dict[str, LabelledImages]:
+        """probe (to fit on), test, and for scenes swapped."""
+        names = ("probe", "test", "swapped")
+        paths = [self.folder / f"{name}.npz" for name in names]
+        return {path.stem: LabelledImages.load(path) for path in paths if path.exists()}
+
+    def prompts(self) -> dict[str, Tensor]:
+        """Of each value of the main label its embedding, float32 [d], unit norm."""
+        names = json.loads((self.folder / "prompts.json").read_text())
+        rows = torch.from_numpy(np.load(self.folder / "prompts.npy")).float()
+        return dict(zip(names, torch.nn.functional.normalize(rows), strict=True))
+
+
+def fingerprint(values: object) -> str:
+    """Of anything that JSON can hold: the same whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def prepare(data: Data, folder: Path, cifar: Path | None = None) -> Prepared:
+    """Make what is missing of `data` under `folder`. cifar: the folder of cifar_train.tar.xz and cifar_test.tar.xz.
+
+    Raises:
+        ConfigError: no such images, or CIFAR without its folder. StageError: a graphbuild command failed.
+    """
+    root = folder / data.fingerprint
+    done = root / "data.json"
+    if done.exists():
+        return Prepared(root)
+    root.mkdir(parents=True, exist_ok=True)
+    shards = root / "store" / "shards"
+    if not shards.exists():
+        temporary = root / "shards.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        (_write_scenes if data.images == "scenes" else _write_cifar)(data, root, temporary, cifar)
+        shards.parent.mkdir(exist_ok=True)
+        temporary.rename(shards)
+    source: dict[str, Any] = {"shards": f"{shards}/*.tar", **_encoder(data, root)}
+    if data.images == "cifar":
+        source |= {"caption_member": "cls", "class_names": str(root / "classes.txt"), "template": TEMPLATE}
+    recipe = root / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"embed": source, "index": {"k": data.k}}))
+    _graphbuild("run", recipe, root / "store")
+    _embed_prompts(data, root)
+    done.write_text(json.dumps(asdict(data), indent=2) + "\n")
+    return Prepared(root)
+
+
+def scenes_of(data: Data, count: int, seed: int) -> list[Scene]:
+    """Scenes, a share of them on the background that is usual for their kind, as in photographs of the world."""
+    rng = random.Random(f"backgrounds {seed}")
+    names = tuple(BACKGROUNDS)
+    scenes = []
+    for scene in make_scenes(count, seed):
+        usual = names[KINDS.index(scene.kind) % len(names)]
+        scenes.append(replace(scene, background=usual) if rng.random() < data.usual_background else scene)
+    return scenes
+
+
+def other_background(scene: Scene) -> str:
+    """One of the backgrounds that the scene does not have, by its seed."""
+    return random.Random(f"swap {scene.seed}").choice([name for name in BACKGROUNDS if name != scene.background])
+
+
+def _write_scenes(data: Data, root: Path, shards: Path, cifar: Path | None) -> None:
+    train = scenes_of(data, data.train, SCENES_SEED)
+    test = scenes_of(data, data.test, SCENES_SEED + 1)
+
+    captions = [caption(scene) for scene in train]
+    if data.permuted:
+        random.Random("permuted captions").shuffle(captions)
+
+    def samples() -> Iterator[dict[str, bytes]]:
+        for scene, text in zip(train, captions, strict=True):
+            labels = {name: getattr(scene, name) for name in ATTRIBUTES}
+            picture = encode_jpeg(render(scene, data.pixels))
+            yield {"jpg": picture, "txt": text.encode(), "json": json.dumps(labels).encode()}
+
+    _write_tars(shards, samples(), data.shard_size)
+    for name, scenes in (("probe", train[: data.probe]), ("test", test)):
+        _save_scenes(root / f"{name}.npz", scenes, [None] * len(scenes), data.pixels)
+    _save_scenes(root / "swapped.npz", test, [other_background(scene) for scene in test], data.pixels)
+
+
+def _save_scenes(path: Path, scenes: Sequence[Scene], backgrounds: Sequence[str | None], pixels: int) -> None:
+    pictures = [
+        encode_jpeg(render(scene, pixels, background=background))
+        for scene, background in zip(scenes, backgrounds, strict=True)
+    ]
+    labels = {name: [str(getattr(scene, name)) for scene in scenes] for name in ATTRIBUTES}
+    decoded(pictures, labels, pixels).save(path)
+
+
+def _write_cifar(data: Data, root: Path, shards: Path, cifar: Path | None) -> None:
+    if cifar is None:
+        raise ConfigError(
+            "this recipe trains on CIFAR-10", "--cifar FOLDER, with cifar_train.tar.xz, cifar_test.tar.xz"
+        )
+    pictures, classes = _read_cifar(cifar / "cifar_train.tar.xz", data.train)
+    names = sorted(set(classes))
+    (root / "classes.txt").write_text("".join(f"{name}\n" for name in names))
+    samples = (
+        {"jpg": picture, "cls": str(names.index(name)).encode()}
+        for picture, name in zip(pictures, classes, strict=True)
+    )
+    _write_tars(shards, samples, data.shard_size)
+    decoded(pictures[: data.probe], {"class": classes[: data.probe]}, data.pixels).save(root / "probe.npz")
+    pictures, classes = _read_cifar(cifar / "cifar_test.tar.xz", data.test)
+    decoded(pictures, {"class": classes}, data.pixels).save(root / "test.npz")
+
+
+def _read_cifar(path: Path, count: int) -> tuple[list[bytes], list[str]]:
+    """`count` images of an archive of SPLIT/CLASS/NUMBER.jpg and their classes, in an order that mixes the classes."""
+    if not path.exists():
+        raise InputError(f"there is no {path}", "--cifar names the folder that holds it")
+    found = []
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if member.isfile() and member.name.endswith(".jpg"):
+                content = archive.extractfile(member)
+                assert content is not None
+                found.append((member.name, content.read()))
+    found.sort()
+    random.Random("cifar").shuffle(found)
+    if len(found) < count:
+        raise InputError(f"{path} holds {len(found):,} images, not {count:,}", "lower the recipe's number of images")
+    return [content for _, content in found[:count]], [name.split("/")[-2] for name, _ in found[:count]]
+
+
+def _write_tars(folder: Path, samples: Iterator[dict[str, bytes]], shard_size: int) -> None:
+    archive = None
+    for row, members in enumerate(samples):
+        if row % shard_size == 0:
+            if archive is not None:
+                archive.close()
+            archive = tarfile.open(folder / f"{row // shard_size:05d}.tar", "w")  # noqa: SIM115
+        assert archive is not None
+        for extension, content in members.items():
+            info = tarfile.TarInfo(f"{row:08d}.{extension}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    if archive is not None:
+        archive.close()
+
+
+def _encoder(data: Data, root: Path) -> dict[str, Any]:
+    """The fields of a recipe's embed section that say which encoder."""
+    named = str(_words_encoder(root / WORDS)) if data.encoder == WORDS else data.encoder
+    return {name: value for name, value in (("encoder", named), ("dim", data.dim)) if value is not None}
+
+
+def _words_encoder(folder: Path) -> Path:
+    """A sentence-transformers model whose texts are means of random vectors, one a token: similar means same words."""
+    if folder.exists():
+        return folder
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import StaticEmbedding
+
+    from graphbuild.encoder.find import find_encoder
+    from graphbuild.recipe import DEFAULT_ENCODER
+
+    tokenizer = SentenceTransformer(str(find_encoder(DEFAULT_ENCODER).folder), device="cpu").tokenizer
+    vectors = torch.randn(len(tokenizer), WORDS_DIM, generator=torch.Generator().manual_seed(0))
+    SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=vectors.numpy())]).save(str(folder))
+    return folder
+
+
+def _embed_prompts(data: Data, root: Path) -> None:
+    """The values of the main label in words, embedded by the store's own encoder."""
+    if data.images == "scenes":
+        prompts = {kind: f"A {kind}" for kind in KINDS}
+    else:
+        names = (root / "classes.txt").read_text().split()
+        prompts = {name: TEMPLATE.format(name) for name in names}
+    listed, folder = root / "prompts.csv", root / "prompts"
+    with listed.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["caption"])
+        writer.writerows([text] for text in prompts.values())
+    encoder = [f"--{name}={value}" for name, value in _encoder(data, root).items()]
+    _graphbuild("embed", folder, "--captions", listed, *encoder)
+    vectors = np.concatenate([np.load(path) for path in sorted((folder / "nodes").glob("*.npy"))])
+    if len(vectors) != len(prompts):
+        raise StageError(
+            f"{folder} has {len(vectors)} nodes for {len(prompts)} prompts", "give each class its own name"
+        )
+    np.save(root / "prompts.npy", vectors)
+    (root / "prompts.json").write_text(json.dumps(list(prompts)) + "\n")
+
+
+def _graphbuild(*arguments: str | Path) -> None:
+    """One graphbuild command, in a process of its own; what it says is shown where it fails."""
+    command = [*GRAPHBUILD, *map(str, arguments), "--workers", "0", "--progress", "plain"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        told = " / ".join((done.stdout + done.stderr).strip().splitlines()[-3:])
+        said = shlex.join(["graphbuild", *command[3:]])
+        raise StageError(f"`{said}` ended with {done.returncode}", f"its last words: {told}")
