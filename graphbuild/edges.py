@@ -155,8 +155,8 @@ def _unpacked(keys: Any) -> Any:
 def overlay(nodes: Any, neighbors: Any, similarities: Any, values: Any, known: Any) -> None:
     """Write what is stored into a batch's block: values float32 [B, B] and known bool [B, B], in place.
 
-    nodes int64 [B]; neighbors, of any integer type, [B, k] and similarities float32 [B, k] of each. Row i gets node i's edges, and 1
-    where column j has the same node.
+    nodes int64 [B]; neighbors [B, k], integers of any kind, and similarities float32 [B, k] of each. Row i gets node
+    i's edges, and 1 where column j has the same node.
     """
     count = len(nodes)
     slots = 2

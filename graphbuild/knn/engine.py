@@ -7,6 +7,7 @@ again exactly, proved or completed (`graphbuild.index`). Heavy imports wait unti
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -241,12 +242,14 @@ def choose(index: Index, nodes: int, width: int) -> tuple[Engine, str]:
 
 def nodes_at_once(engine: Engine, index: Index, nodes: int, width: int) -> int:
     """How many nodes' codes and lists a join task may hold; ConfigError when --memory is too little for any."""
-    free = index.memory * 1e9 - BASE_BYTES - (nodes * width * 4 if engine.name.startswith("faiss:") else 0)
-    at_once = int(free / bytes_a_node(engine, index.k, nodes, width))
+    one = bytes_a_node(engine, index.k, nodes, width)
+    fixed = BASE_BYTES + (nodes * width * 4 if engine.name.startswith("faiss:") else 0)
+    at_once = int((index.memory * 1e9 - fixed) / one)
     if at_once < LEAST_NODES:
+        needed = math.ceil((fixed + LEAST_NODES * one) / 1e6) / 1e3
         raise ConfigError(
-            f"--memory {index.memory:g}: {engine.name} needs over {(index.memory * 1e9 - free) / 1e9:.1f} GB a worker",
-            "give more, or take --engine partition, whose tasks can be small",
+            f"--memory {index.memory:g}: {engine.name} needs at least {needed:g} GB a worker",
+            f"pass --memory {needed:g}, or more for fewer tasks",
         )
     return at_once
 

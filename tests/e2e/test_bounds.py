@@ -197,7 +197,7 @@ def test_an_index_that_may_allocate_no_more_than_its_plan_says_succeeds(
     store = embedded(cli, tmp_path, 60_000, 64)
     refused, said, *_ = watched_index(program, environment, store, "--engine", "partition", "--memory", "1")
     assert refused == 2
-    assert "--memory 1: partition needs over 1.0 GB a worker" in said
+    assert "--memory 1: partition needs at least 1.00" in said
     options = ("--engine", "partition", "--memory", "1.01", "--min-recall", "0")
     least, _, least_own, _ = watched_index(program, environment, store, *options, limit=100 * 2**20)
     assert least != 0, "the limit does not bite"
