@@ -1,8 +1,8 @@
 """The one runner: executes the tasks of a stage in this process, on local Ray or on a Ray cluster.
 
 Only this module knows parallelism, retries, the limit of tasks in flight (one a worker) and failures. Tasks exchange
-file names, so Ray's object store stays empty. What is done is skipped; a worker that dies has its task run again by a
-fresh one; a task that raises is recorded in `_state/<stage>/<task>.failed.json` and the others go on.
+file names, so Ray's object store stays empty. What is done is skipped; a worker that dies has its task run again by
+another; a task that raises is recorded and the others go on.
 """
 
 from __future__ import annotations
@@ -13,68 +13,19 @@ import os
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from graphbuild.errors import ConfigError, GraphbuildError, InputError, StageError, StorageError
+from graphbuild.errors import ConfigError, GraphbuildError, InputError, StageError
 from graphbuild.progress import Progress
 from graphbuild.recipe import Recipe
-from graphbuild.stage import Stage, Task, digest, perform, records, sealed, state_path, write_manifest
+from graphbuild.stage import Stage, Task, digest, records, write_manifest
 from graphbuild.state import invalidate, is_done, pending, total_counts, write_recipe
 from graphbuild.store import Json, Store
+from graphbuild.workers import ATTEMPTS, Failure, Pool, attempt, record_failure
 
 logger = logging.getLogger(__name__)
-ATTEMPTS = 3  # of a task whose worker dies
-PATIENCE_SECONDS = 30  # that idle workers are kept while others are busy and nothing is done
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a task failed, as it travels from a worker: plain strings and the exit code it asks for.
-
-    storage: for no fault of its own, but because the store cannot be reached or is full: others would fail too.
-    """
-
-    cause: str
-    fix: str
-    traceback: str
-    exit_code: int
-    storage: bool = False
-
-
-def attempt(stage: Stage, task: Task, store: Store) -> Json | Failure:
-    """Perform a task where the worker is; an exception becomes a recorded Failure."""
-    try:
-        return perform(stage, task, store)
-    except GraphbuildError as error:
-        failure = Failure(error.cause, error.fix, "", error.exit_code, isinstance(error, StorageError))
-    except Exception as error:  # noqa: BLE001 the one place where a task's unknown fault must not stop the others
-        failure = Failure(
-            f"{type(error).__name__}: {error}",
-            "rerun the same command; if it fails again, its traceback lies in the failed.json named above",
-            traceback.format_exc(),
-            1,
-        )
-    record_failure(store, task, failure)
-    return failure
-
-
-def record_failure(store: Store, task: Task, failure: Failure) -> None:
-    record = sealed({"task": task.name, "fingerprint": task.fingerprint, **dataclasses.asdict(failure)})
-    try:
-        store.write_json(state_path(task.stage, task.name, "failed"), record)
-    except (StorageError, OSError) as error:  # most often for the same reason, which is what the user must see
-        logger.warning("%s %s: its failure cannot be recorded (%s)", task.stage, task.name, error)
-
-
-class Worker:
-    """A Ray actor: one process that performs one task at a time and keeps its imports and its encoder for the next."""
-
-    def attempt(self, stage: Stage, task: Task, store: Store) -> Json | Failure:
-        return attempt(stage, task, store)
 
 
 class Runner:
@@ -93,10 +44,7 @@ class Runner:
         self.seconds: dict[str, float] = {}  # by stage, wall time of the last run
         self._started_ray = self._in_ray = False
         self._metrics: Any = None
-        self._pools: dict[bool, list[Any]] = {
-            False: [],
-            True: [],
-        }  # idle worker processes, without and with a GPU
+        self._pools = {gpu: Pool(gpu=gpu) for gpu in (False, True)}
 
     def __enter__(self) -> Runner:
         return self
@@ -184,20 +132,19 @@ class Runner:
             raise ConfigError("no GPU in the Ray cluster", "use --device cpu, or an --address whose nodes have GPUs")
         slots = int(resources.get("GPU" if gpu else "CPU", 1))
         count = slots if self.workers is None else min(self.workers, slots) if gpu else self.workers
-        worker_class = ray.remote(num_cpus=0 if gpu else 1, num_gpus=1 if gpu else 0)(Worker)
-        idle = self._pools[gpu]
+        pool = self._pools[gpu]
         queue = [(task, 1) for task in reversed(tasks)]
         running: dict[Any, tuple[Task, int, Any]] = {}
         while queue or running:
-            while queue and len(running) < count:
-                task, tries = queue.pop()
-                worker = idle.pop() if idle else worker_class.remote()
+            while queue and pool.idle:
+                (task, tries), worker = queue.pop(), pool.idle.pop()
                 running[worker.attempt.remote(stage, _placed(task, gpu=gpu), store)] = (task, tries, worker)
+            pool.start(min(count - len(running), len(queue)))
             self.progress.running(len(running))
             self._show(store)
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=PATIENCE_SECONDS if idle else None)
-            if not ready:  # a task may wait for a CPU that its cluster lost, or never had: idle workers hold some
-                dismiss(idle)
+            ready, _ = ray.wait([*running, *(pool.starting if queue else ())], num_returns=1)
+            if ready[0] not in running:
+                pool.arrived(ready[0])
                 continue
             task, tries, worker = running.pop(ready[0])
             try:
@@ -207,7 +154,7 @@ class Runner:
                 result = Failure(last, "install the same graphbuild on every node of the cluster", str(error), 1)
                 record_failure(store, task, result)
             except ray.exceptions.RayError as error:
-                dismiss(idle)  # with a node, more than one is gone
+                pool.dismiss()  # with a node, more than one is gone
                 if tries < ATTEMPTS:
                     logger.warning(
                         "%s %s: its worker died (%s); trying again",
@@ -226,7 +173,7 @@ class Runner:
                 )
                 record_failure(store, task, result)
             else:
-                idle.append(worker)
+                pool.idle.append(worker)
                 if isinstance(result, Failure) and result.storage:
                     queue.clear()
             yield task, result
@@ -272,14 +219,6 @@ class Runner:
             ) from error
         self._started_ray = True
         return ray
-
-
-def dismiss(workers: list[Any]) -> None:
-    """End idle workers, which gives their CPUs back; some may be gone already."""
-    import ray
-
-    while workers:
-        ray.kill(workers.pop())
 
 
 def check_address(address: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,20 @@ def test_a_task_that_kills_every_worker_fails_alone(store: Store) -> None:
     with Runner(workers=2) as runner, pytest.raises(StageError, match="00003: its worker died 3 times"):
         runner.run(stage(die_always), Recipe(), store)
     assert set(records(store, "search")) == {"00000", "00001", "00002"}
+
+
+def test_workers_that_a_cluster_has_no_cpu_for_hold_nothing_up(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    ray.init(address="local", num_cpus=1, include_dashboard=False)
+    try:
+        with Runner(workers=3) as runner:
+            runner.run(stage(write), Recipe(), store)  # also until Ray is warm
+            begin = time.monotonic()
+            for k in range(3, 8):
+                runner.run(stage(write), Recipe(index=Index(k=k)), store, force=True)
+            assert time.monotonic() - begin < 20
+    finally:
+        ray.shutdown()
 
 
 def test_other_settings_stop_with_a_diff_and_force_rebuilds(store: Store) -> None:
