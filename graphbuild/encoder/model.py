@@ -6,6 +6,7 @@ Texts are not normalised here beyond what the encoder's own tokenizer does. Memo
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
 
+    from graphbuild.encoder.int8 import Int8
     from graphbuild.encoder.packed import Packed
 
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 CPU_TOKENS, GPU_TOKENS = 1024, 65_536  # a batch
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "mpnet")  # that run packed
 POOLINGS = ("cls", "mean", "max")
@@ -147,12 +149,28 @@ def open_model(
     """An encoder on a device; the weights are loaded once a process. ConfigError when they cannot be."""
     chosen = fastest_precision(device) if precision == "auto" else precision
     model = Model(encoder, device, chosen, prompt, dim)
+    if chosen == "int8":
+        _check_int8(model)
     pooling = next((module for module in model.whole if type(module).__name__ == "Pooling"), None)
     if model._prompt() and pooling is not None and not pooling.include_prompt:
         raise ConfigError(
             f"{encoder.name} leaves the prompt out of its pooling, which is not supported", "give no --prompt"
         )
     return model
+
+
+def _check_int8(model: Model) -> None:
+    if importlib.util.find_spec("openvino") is None:
+        raise ConfigError(
+            "--precision int8 needs OpenVINO", "pip install 'graphbuild[int8]', or leave --precision away"
+        )
+    if model.device != "cpu":
+        raise ConfigError("--precision int8 runs on CPUs only", "use --device cpu, or leave --precision away")
+    if _packed(model.encoder.folder, "cpu", "int8") is None:
+        raise ConfigError(
+            f"--precision int8: {model.encoder.name} is none of {', '.join(FAMILIES)} with ordinary pooling",
+            "leave --precision away",
+        )
 
 
 def fastest_precision(device: str) -> str:
@@ -190,9 +208,10 @@ def _load(folder: Path, device: str, precision: str) -> SentenceTransformer:
 
 
 @lru_cache(maxsize=2)
-def _packed(folder: Path, device: str, precision: str) -> Packed | None:
+def _packed(folder: Path, device: str, precision: str) -> Packed | Int8 | None:
     import torch
 
+    from graphbuild.encoder.int8 import Int8
     from graphbuild.encoder.packed import Packed
 
     if _model_type(folder) not in FAMILIES:
@@ -207,6 +226,8 @@ def _packed(folder: Path, device: str, precision: str) -> Packed | None:
     )
     if transformer is None or not ordinary or pooling not in POOLINGS:
         return None
+    if precision == "int8":
+        return Int8(transformer, pooling)
     longest = whole.max_seq_length or 0
     rows = max(CPU_TOKENS if device == "cpu" else GPU_TOKENS, longest)
     return Packed(transformer, pooling, dtype=getattr(torch, precision), rows=rows)
