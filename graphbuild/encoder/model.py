@@ -94,7 +94,8 @@ class Model:
             lengths = tokens.lengths if tokens is not None else np.array([len(text) for text in prompted])
             out: list[Single] = [np.empty(0, np.float32)] * len(texts)
             computed = 0
-            for chosen in batches(lengths, CPU_TOKENS if self.device == "cpu" else GPU_TOKENS):
+            budget = CPU_TOKENS if self.device == "cpu" and not self.is_static else GPU_TOKENS
+            for chosen in batches(lengths, budget):
                 computed += int(lengths[chosen].max()) * len(chosen)
                 found = running.encode(
                     [prompted[at] for at in chosen],
