@@ -1,6 +1,6 @@
 """Peak memory of `graphbuild embed` by the number of captions: of its workers, and of the process that leads them.
 
-The job is the real one, `graphbuild embed` with two workers on a Ray of its own. Captions are distinct: those of a list,
+The job is the real one, `graphbuild embed` with two workers on a Ray of its own. Captions are distinct: a list's, each
 with a number behind. The encoder is a static one of random weights (the default one would take half an hour for a
 million); `--default-encoder` takes all-MiniLM-L6-v2 itself. Peaks are the kernel's own (VmHWM): none falls between two
 looks.

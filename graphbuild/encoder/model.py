@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from graphbuild.encoder.find import Encoder
-from graphbuild.encoder.tokens import batches, tokenize
+from graphbuild.encoder.tokens import Ints, batches, tokenize
 from graphbuild.errors import ConfigError, StageError
 from graphbuild.threads import torch_threads
 
@@ -77,38 +77,35 @@ class Model:
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Unit-norm vectors of texts, in order. StageError when the encoder gives NaN; ConfigError when dim > d."""
-        whole = self.whole
         prompted = [self._prompt() + text for text in texts]
-        longest = self.max_tokens or 1 << 30
-        packed = _packed(self.encoder.folder, self.device, self.precision)
+        tokenizer = self.whole.tokenizer
         with torch_threads(1):
-            tokens = (
-                tokenize(whole.tokenizer, prompted, longest) if hasattr(whole.tokenizer, "backend_tokenizer") else None
-            )
-            if packed is not None and tokens is not None:
+            if not hasattr(tokenizer, "backend_tokenizer"):  # none of the fast ones: told apart by characters
+                vectors, computed = self._encode_whole(prompted, np.array([len(text) for text in prompted]))
+                return Encoded(self._half(vectors, texts), computed, computed, 0)
+            tokens = tokenize(tokenizer, prompted, self.max_tokens or 1 << 30)
+            packed = _packed(self.encoder.folder, self.device, self.precision)
+            if packed is None:
+                vectors, computed = self._encode_whole(prompted, tokens.lengths)
+            else:
                 pooled, computed = packed.pooled(tokens)
-                vectors = self._finished(_after_pooling(whole, pooled))
-                count = int(tokens.lengths.sum())
-                return Encoded(self._half(vectors, texts), count, computed, tokens.truncated)
-            running = _load(self.encoder.folder, self.device, self.precision)  # is `whole`, unless a family's odd one
-            lengths = tokens.lengths if tokens is not None else np.array([len(text) for text in prompted])
-            out: list[Single] = [np.empty(0, np.float32)] * len(texts)
-            computed = 0
-            budget = CPU_TOKENS if self.device == "cpu" and not self.is_static else GPU_TOKENS
-            for chosen in batches(lengths, budget):
-                computed += int(lengths[chosen].max()) * len(chosen)
-                found = running.encode(
-                    [prompted[at] for at in chosen],
-                    prompt="",
-                    batch_size=len(chosen),
-                    show_progress_bar=False,
-                    convert_to_tensor=True,
-                )
-                for at, vector in zip(chosen.tolist(), self._finished(found.float()), strict=True):
-                    out[at] = vector
-        return Encoded(
-            self._half(np.stack(out), texts), int(lengths.sum()), computed, tokens.truncated if tokens else 0
-        )
+                vectors = self._finished(_after_pooling(self.whole, pooled))
+        return Encoded(self._half(vectors, texts), len(tokens.ids), computed, tokens.truncated)
+
+    def _encode_whole(self, prompted: Sequence[str], lengths: Ints) -> tuple[Single, int]:
+        """By sentence-transformers, in batches of a budget of tokens: vectors [n, d], and the tokens computed."""
+        whole = _load(self.encoder.folder, self.device, self.precision)
+        budget = CPU_TOKENS if self.device == "cpu" and not self.is_static else GPU_TOKENS
+        found, order, computed = [], [], 0
+        for chosen in batches(lengths, budget):
+            batch = [prompted[at] for at in chosen]
+            vectors = whole.encode(
+                batch, prompt="", batch_size=len(batch), show_progress_bar=False, convert_to_tensor=True
+            )
+            found.append(self._finished(vectors.float()))
+            order.append(chosen)
+            computed += int(lengths[chosen].max()) * len(batch)
+        return np.concatenate(found)[np.argsort(np.concatenate(order))], computed
 
     def reference(self, texts: Sequence[str]) -> Single:
         """The same by sentence-transformers' own `encode` in float32: unit-norm vectors, float32 [n, d]."""
@@ -218,6 +215,8 @@ def _packed(folder: Path, device: str, precision: str) -> Packed | Int8 | None:
     if _model_type(folder) not in FAMILIES:
         return None
     whole = _load(folder, device, "float32")
+    if not hasattr(whole.tokenizer, "backend_tokenizer"):
+        return None
     transformer = getattr(whole[0], "model", None)
     pooling = getattr(whole[1], "pooling_mode", None) if len(whole) > 1 else None
     config = getattr(transformer, "config", None)

@@ -24,7 +24,7 @@ from transformers import (
 
 from graphbuild.encoder import DEFAULT_ENCODER, Model, find_encoder, open_model
 from graphbuild.encoder.model import _packed
-from graphbuild.encoder.tokens import batches, tokenize
+from graphbuild.encoder.tokens import batches, equal_batches, tokenize
 from graphbuild.errors import ConfigError
 from graphbuild.fidelity import cosine
 
@@ -213,3 +213,7 @@ def test_batches_hold_every_text_once_within_the_budget():
         found = batches(lengths, 256)
         assert sorted(np.concatenate(found).tolist()) == list(range(len(lengths)))
         assert all(lengths[chosen].sum() <= 256 or len(chosen) == 1 for chosen in found)
+        equal = equal_batches(lengths, 256)
+        assert sorted(np.concatenate(equal).tolist()) == list(range(len(lengths)))
+        assert all(lengths[chosen].sum() <= 256 or len(chosen) == 1 for chosen in equal)
+        assert all(len(set(lengths[chosen].tolist())) == 1 for chosen in equal)
