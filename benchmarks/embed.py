@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=4_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--results", type=Path)
+    parser.add_argument("--only", help="take just the contenders whose names begin so; `encode, defaults` always")
     options = parser.parse_args()
     texts = read_captions(options.captions, options.count + CALIBRATION)
     texts, calibration = texts[:-CALIBRATION], texts[-CALIBRATION:]
@@ -164,6 +165,8 @@ def main() -> None:
         pools["graphbuild, int8"] = Pool("int8")
     with tempfile.TemporaryDirectory() as cache:
         runs = contenders() | peers(Path(cache), calibration) | pools
+        if options.only:
+            runs = {name: run for name, run in runs.items() if name.startswith((options.only, "encode, defaults"))}
         reference = runs["encode, defaults"](texts)
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         cpu: dict[str, list[float]] = {name: [] for name in runs}
