@@ -2,10 +2,12 @@
 
 Every contender encodes the same distinct captions on all cores of this process and has its own untimed warm-up;
 loading the weights is not timed. Contenders: `encode` as it comes (float32, batches of 32), `encode` at other batch
-sizes and dtypes (its best is the fastest of them), its multi-process pool (float32 and bfloat16), and graphbuild: one
-Model a core, a thread each, on slices of the captions, as its workers run. Rounds are interleaved; medians are shown.
-Utilisation is the FLOP of the layers' matrices for the tokens there are, a second, by those of the same matrices
-multiplied alone at graphbuild's precision in the same run. Cosines are to float32 `encode`.
+sizes and dtypes (its best is the fastest of them), its multi-process pool (float32 and bfloat16), other engines
+(benchmarks/embed_peers.py), and graphbuild: one Model a core, a thread each, on slices of the captions, as its workers
+run; `int8` where OpenVINO is installed. Rounds are interleaved; medians are shown. On a machine that others use too,
+captions a CPU second (of this process and its children) say more than captions a second.
+Utilisation is the FLOP of the layers' matrices for the tokens there are, a CPU second, by those of the same matrices
+multiplied alone in bfloat16 (float32 where graphbuild's precision is) in the same run. Cosines are to float32 `encode`.
 
     python benchmarks/embed.py CAPTIONS.parquet [--count 4000] [--rounds 3] [--results FILE.jsonl]
 """
@@ -17,20 +19,27 @@ import json
 import multiprocessing
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+import psutil
 import torch
+from embed_peers import peers
 from sentence_transformers import SentenceTransformer
+from torch.profiler import ProfilerActivity, profile
 
 from graphbuild.encoder import DEFAULT_ENCODER, find_encoder, open_model
+from graphbuild.encoder.tokens import tokenize
 from graphbuild.fidelity import cosine
 from graphbuild.text import normalize
 
+CALIBRATION = 300  # captions that are not measured, for engines that want some
 CORES = len(os.sched_getaffinity(0))
 Vectors = np.ndarray[Any, np.dtype[Any]]
 
@@ -45,6 +54,13 @@ def read_captions(path: Path, count: int) -> list[str]:
     texts = list(dict.fromkeys(normalize(text) for text in column.drop_nulls()))
     chosen = np.random.default_rng(0).permutation(len(texts))[:count]
     return [texts[at] for at in chosen]
+
+
+def cpu_seconds() -> float:
+    """CPU time so far of this process and of those that it started and that still run."""
+    own = psutil.Process()
+    times = [process.cpu_times() for process in [own, *own.children(recursive=True)]]
+    return sum(found.user + found.system for found in times)
 
 
 class Pool:
@@ -73,10 +89,18 @@ def _encode(texts: list[str]) -> tuple[Vectors, int, int]:
     return found.vectors, found.tokens, found.computed
 
 
+def tokenizing_seconds(texts: list[str]) -> float:
+    """CPU time of tokenising them as graphbuild does."""
+    tokenizer = open_model(find_encoder(DEFAULT_ENCODER), "cpu").whole.tokenizer
+    begin = time.thread_time()
+    tokenize(tokenizer, texts, 256)
+    return time.thread_time() - begin
+
+
 def peak(precision: str) -> float:
-    """FLOP a second of the layers' matrix products alone at that precision, on all cores."""
+    """FLOP a CPU second of the layers' matrix products alone at that precision, with all cores at it."""
     with multiprocessing.get_context("spawn").Pool(CORES) as pool:
-        return sum(pool.map(_peak, [precision] * CORES, chunksize=1))
+        return statistics.mean(pool.map(_peak, [precision] * CORES, chunksize=1))
 
 
 def _peak(precision: str) -> float:
@@ -87,11 +111,21 @@ def _peak(precision: str) -> float:
     work = 2 * 1024 * sum(a * b for a, b in shapes)
     rates = []
     for _ in range(40):
-        begin = time.perf_counter()
+        begin = time.thread_time()
         for x, weight in inputs:
             torch.nn.functional.linear(x, weight)
-        rates.append(work / (time.perf_counter() - begin))
+        rates.append(work / (time.thread_time() - begin))
     return statistics.median(rates)
+
+
+def time_by_operation(texts: list[str]) -> str:
+    """The six torch operations on which graphbuild spends most time, and their shares of it."""
+    model = open_model(find_encoder(DEFAULT_ENCODER), "cpu")
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        model.encode(texts)
+    times = {row.key.removeprefix("aten::"): row.self_cpu_time_total for row in record.key_averages()}
+    most = sorted(times, key=times.__getitem__, reverse=True)[:6]
+    return ", ".join(f"{name} {times[name] / sum(times.values()):.1%}" for name in most)
 
 
 def contenders() -> dict[str, Callable[[list[str]], Vectors]]:
@@ -121,46 +155,66 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=4_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--results", type=Path)
+    parser.add_argument("--only", help="take just the contenders whose names begin so; `encode, defaults` always")
     options = parser.parse_args()
-    texts = read_captions(options.captions, options.count)
-    runs = contenders()
+    texts = read_captions(options.captions, options.count + CALIBRATION)
+    texts, calibration = texts[:-CALIBRATION], texts[-CALIBRATION:]
     own = open_model(find_encoder(DEFAULT_ENCODER), "cpu").precision
-    graphbuild = Pool(own)
-    runs["graphbuild"] = graphbuild
-    reference = runs["encode, defaults"](texts)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    vectors: dict[str, Vectors] = {}
-    for run in runs.values():
-        run(texts[: 64 * CORES])
-    for _ in range(options.rounds):
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            vectors[name] = run(texts)
-            seconds[name].append(time.perf_counter() - begin)
-    layers = 6 * (4 * 384 * 384 + 2 * 384 * 1536)  # MiniLM's
+    pools = {"graphbuild": Pool(own)}
+    if find_spec("openvino"):
+        pools["graphbuild, int8"] = Pool("int8")
+    with tempfile.TemporaryDirectory() as cache:
+        runs = contenders() | peers(Path(cache), calibration) | pools
+        if options.only:
+            runs = {name: run for name, run in runs.items() if name.startswith((options.only, "encode, defaults"))}
+        reference = runs["encode, defaults"](texts)
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        cpu: dict[str, list[float]] = {name: [] for name in runs}
+        vectors: dict[str, Vectors] = {}
+        for run in runs.values():
+            run(texts[: 64 * CORES])
+        for _ in range(options.rounds):
+            for name, run in runs.items():
+                begin, begin_cpu = time.perf_counter(), cpu_seconds()
+                vectors[name] = run(texts)
+                seconds[name].append(time.perf_counter() - begin)
+                cpu[name].append(cpu_seconds() - begin_cpu)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    best = min((name for name in medians if name != "graphbuild" and "processes" not in name), key=medians.__getitem__)
-    best_pool = min((name for name in medians if "processes" in name), key=medians.__getitem__)
-    print(f"{len(texts):,} captions, {graphbuild.tokens:,} tokens, {CORES} cores, medians of {options.rounds}\n")
-    print("| encoder | captions/s | tokens/s | graphbuild is | cosine to float32: mean, least |\n|---|---|---|---|---|")
+    cpu_medians = {name: statistics.median(values) for name, values in cpu.items()}
+    count, graphbuild = len(texts), pools["graphbuild"]
+    print(f"{count:,} captions, {graphbuild.tokens:,} tokens, {CORES} cores, medians of {options.rounds}\n")
+    print(
+        "| encoder | captions/s | captions/CPU s | tokens/s | cosine to float32: mean, least |\n|---|---|---|---|---|"
+    )
+    near = {name: cosine(found, reference) for name, found in vectors.items()}
     for name, median in medians.items():
-        near = cosine(vectors[name], reference)
-        rate, ratio = len(texts) / median, median / medians["graphbuild"]
+        rates = [count / median, count / cpu_medians[name], graphbuild.tokens / median]
         print(
-            f"| {name} | {rate:,.0f} | {graphbuild.tokens / median:,.0f} | {ratio:.2f} x | "
-            f"{near.mean():.6f}, {near.min():.6f} |"
+            f"| {name} | {' | '.join(f'{rate:,.0f}' for rate in rates)} | "
+            f"{near[name].mean():.6f}, {near[name].min():.6f} |"
         )
-    utilisation = 2 * layers * graphbuild.tokens / medians["graphbuild"] / peak(own)
+    best = min((name for name in medians if name.startswith("encode, ")), key=medians.__getitem__)
+    for name in pools:
+        for other in ("encode, defaults", best):
+            ratio, cpu_ratio = medians[other] / medians[name], cpu_medians[other] / cpu_medians[name]
+            print(f"\n{name} against `{other}`: {ratio:.2f} x; by CPU time {cpu_ratio:.2f} x", end="")
+    layers = 6 * (4 * 384 * 384 + 2 * 384 * 1536)  # MiniLM's
+    utilisation = 2 * layers * graphbuild.tokens / cpu_medians["graphbuild"] / peak(own)
     padding = 1 - graphbuild.tokens / graphbuild.computed
-    print(f"\nbest: {best}; best pool: {best_pool}")
-    print(f"graphbuild: {own}, {padding:.2%} of the rows computed are empty; {utilisation:.0%} of the products' rate")
+    tokenizing = tokenizing_seconds(texts) / cpu_medians["graphbuild"]
+    print(
+        f"\n\ngraphbuild: {own}, {padding:.2%} of the rows computed are empty, {tokenizing:.1%} of the time tokenises;"
+    )
+    print(f"{utilisation:.0%} of the rate of the matrix products alone")
+    print(f"by torch operation: {time_by_operation(texts)}")
     if options.results:
-        with options.results.open("a") as file:
+        with options.results.open("w") as file:
             for name, values in seconds.items():
-                near = cosine(vectors[name], reference)
-                row = {"encoder": name, "captions": len(texts), "tokens": graphbuild.tokens, "cores": CORES}
-                row |= {"seconds": [round(value, 3) for value in values], "mean_cosine": round(float(near.mean()), 6)}
-                file.write(json.dumps(row | {"min_cosine": round(float(near.min()), 6)}) + "\n")
+                row = {"encoder": name, "captions": count, "tokens": graphbuild.tokens, "cores": CORES}
+                row |= {"seconds": [round(value, 3) for value in values]}
+                row |= {"cpu_seconds": [round(value, 3) for value in cpu[name]]}
+                row |= {"mean_cosine": round(float(near[name].mean()), 6)}
+                file.write(json.dumps(row | {"min_cosine": round(float(near[name].min()), 6)}) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from graphbuild.stage import Stage, Task
 from graphbuild.store import Json, Store, Writer
 
 SAMPLE = 512
-MEAN_FLOOR = 0.999
+MEAN_FLOOR, INT8_MEAN_FLOOR = 0.999, 0.995
 
 
 def plan(recipe: Recipe, store: Store) -> list[Task]:
@@ -32,7 +32,13 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
             stage="fidelity",
             name="all",
             built={"embeddings": store.manifest()["embeddings"]["fingerprint"], "sample": SAMPLE},
-            hints={"encoder": embed.encoder, "prompt": embed.prompt, "dim": embed.dim, "device": embed.device},
+            hints={
+                "encoder": embed.encoder,
+                "prompt": embed.prompt,
+                "dim": embed.dim,
+                "device": embed.device,
+                "precision": embed.precision,
+            },
         )
     ]
 
@@ -42,11 +48,12 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
     hints = task.hints
     model = open_model(find_encoder(hints["encoder"]), hints["device"], "float32", hints["prompt"], hints["dim"])
     cosines = cosine(model.reference(texts), vectors)
-    if cosines.mean() < MEAN_FLOOR:
+    floor = INT8_MEAN_FLOOR if hints["precision"] == "int8" else MEAN_FLOOR
+    if cosines.mean() < floor:
         worst = int(cosines.argmin())
         raise QualityError(
             f"stored vectors have a mean cosine of {cosines.mean():.6f} to the encoder's own in float32, under "
-            f"{MEAN_FLOOR}; worst: {cosines[worst]:.4f} for {texts[worst][:80]!r}",
+            f"{floor}; worst: {cosines[worst]:.4f} for {texts[worst][:80]!r}",
             "use --precision float32 and --force",
         )
     mean, least = (round(float(value), 7) for value in (cosines.mean(), cosines.min()))

@@ -27,6 +27,7 @@ PACKAGES = (
     "ray",
     "sentence-transformers",
     "transformers",
+    "openvino",
     "img2dataset",
     "webdataset",
 )

@@ -69,8 +69,9 @@ class Embed(Section):
     )
     prompt: str | None = Field(None, description="put before each text for the encoder; default: the encoder's own")
     dim: int | None = Field(None, ge=1, description="first coordinates kept, of Matryoshka encoders; default: all")
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="of the encoder's arithmetic; auto: bfloat16 where the hardware multiplies it"
+    precision: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
+        "auto",
+        description="auto: bfloat16 where the hardware multiplies it, else float32; int8 needs graphbuild[int8]",
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Preset = Literal["cc3m", "cc12m"]
 Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 ResizeMode = Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
 Embeddings = Literal["int8", "float16", "sketch:64", "none"]
 Layout = Literal["sidecars", "inline", "clustered"]

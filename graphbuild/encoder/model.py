@@ -6,6 +6,7 @@ Texts are not normalised here beyond what the encoder's own tokenizer does. Memo
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from graphbuild.encoder.find import Encoder
-from graphbuild.encoder.tokens import batches, tokenize
+from graphbuild.encoder.tokens import Ints, batches, tokenize
 from graphbuild.errors import ConfigError, StageError
 from graphbuild.threads import torch_threads
 
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
 
+    from graphbuild.encoder.int8 import Int8
     from graphbuild.encoder.packed import Packed
 
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 CPU_TOKENS, GPU_TOKENS = 1024, 65_536  # a batch
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "mpnet")  # that run packed
 POOLINGS = ("cls", "mean", "max")
@@ -75,37 +77,35 @@ class Model:
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Unit-norm vectors of texts, in order. StageError when the encoder gives NaN; ConfigError when dim > d."""
-        whole = self.whole
         prompted = [self._prompt() + text for text in texts]
-        longest = self.max_tokens or 1 << 30
-        packed = _packed(self.encoder.folder, self.device, self.precision)
+        tokenizer = self.whole.tokenizer
         with torch_threads(1):
-            tokens = (
-                tokenize(whole.tokenizer, prompted, longest) if hasattr(whole.tokenizer, "backend_tokenizer") else None
-            )
-            if packed is not None and tokens is not None:
+            if not hasattr(tokenizer, "backend_tokenizer"):  # none of the fast ones: told apart by characters
+                vectors, computed = self._encode_whole(prompted, np.array([len(text) for text in prompted]))
+                return Encoded(self._half(vectors, texts), computed, computed, 0)
+            tokens = tokenize(tokenizer, prompted, self.max_tokens or 1 << 30)
+            packed = _packed(self.encoder.folder, self.device, self.precision)
+            if packed is None:
+                vectors, computed = self._encode_whole(prompted, tokens.lengths)
+            else:
                 pooled, computed = packed.pooled(tokens)
-                vectors = self._finished(_after_pooling(whole, pooled))
-                count = int(tokens.lengths.sum())
-                return Encoded(self._half(vectors, texts), count, computed, tokens.truncated)
-            running = _load(self.encoder.folder, self.device, self.precision)  # is `whole`, unless a family's odd one
-            lengths = tokens.lengths if tokens is not None else np.array([len(text) for text in prompted])
-            out: list[Single] = [np.empty(0, np.float32)] * len(texts)
-            computed = 0
-            for chosen in batches(lengths, CPU_TOKENS if self.device == "cpu" else GPU_TOKENS):
-                computed += int(lengths[chosen].max()) * len(chosen)
-                found = running.encode(
-                    [prompted[at] for at in chosen],
-                    prompt="",
-                    batch_size=len(chosen),
-                    show_progress_bar=False,
-                    convert_to_tensor=True,
-                )
-                for at, vector in zip(chosen.tolist(), self._finished(found.float()), strict=True):
-                    out[at] = vector
-        return Encoded(
-            self._half(np.stack(out), texts), int(lengths.sum()), computed, tokens.truncated if tokens else 0
-        )
+                vectors = self._finished(_after_pooling(self.whole, pooled))
+        return Encoded(self._half(vectors, texts), len(tokens.ids), computed, tokens.truncated)
+
+    def _encode_whole(self, prompted: Sequence[str], lengths: Ints) -> tuple[Single, int]:
+        """By sentence-transformers, in batches of a budget of tokens: vectors [n, d], and the tokens computed."""
+        whole = _load(self.encoder.folder, self.device, self.precision)
+        budget = CPU_TOKENS if self.device == "cpu" and not self.is_static else GPU_TOKENS
+        found, order, computed = [], [], 0
+        for chosen in batches(lengths, budget):
+            batch = [prompted[at] for at in chosen]
+            vectors = whole.encode(
+                batch, prompt="", batch_size=len(batch), show_progress_bar=False, convert_to_tensor=True
+            )
+            found.append(self._finished(vectors.float()))
+            order.append(chosen)
+            computed += int(lengths[chosen].max()) * len(batch)
+        return np.concatenate(found)[np.argsort(np.concatenate(order))], computed
 
     def reference(self, texts: Sequence[str]) -> Single:
         """The same by sentence-transformers' own `encode` in float32: unit-norm vectors, float32 [n, d]."""
@@ -147,12 +147,28 @@ def open_model(
     """An encoder on a device; the weights are loaded once a process. ConfigError when they cannot be."""
     chosen = fastest_precision(device) if precision == "auto" else precision
     model = Model(encoder, device, chosen, prompt, dim)
+    if chosen == "int8":
+        _check_int8(model)
     pooling = next((module for module in model.whole if type(module).__name__ == "Pooling"), None)
     if model._prompt() and pooling is not None and not pooling.include_prompt:
         raise ConfigError(
             f"{encoder.name} leaves the prompt out of its pooling, which is not supported", "give no --prompt"
         )
     return model
+
+
+def _check_int8(model: Model) -> None:
+    if importlib.util.find_spec("openvino") is None:
+        raise ConfigError(
+            "--precision int8 needs OpenVINO", "pip install 'graphbuild[int8]', or leave --precision away"
+        )
+    if model.device != "cpu":
+        raise ConfigError("--precision int8 runs on CPUs only", "use --device cpu, or leave --precision away")
+    if _packed(model.encoder.folder, "cpu", "int8") is None:
+        raise ConfigError(
+            f"--precision int8: {model.encoder.name} is none of {', '.join(FAMILIES)} with ordinary pooling",
+            "leave --precision away",
+        )
 
 
 def fastest_precision(device: str) -> str:
@@ -190,14 +206,17 @@ def _load(folder: Path, device: str, precision: str) -> SentenceTransformer:
 
 
 @lru_cache(maxsize=2)
-def _packed(folder: Path, device: str, precision: str) -> Packed | None:
+def _packed(folder: Path, device: str, precision: str) -> Packed | Int8 | None:
     import torch
 
+    from graphbuild.encoder.int8 import Int8
     from graphbuild.encoder.packed import Packed
 
     if _model_type(folder) not in FAMILIES:
         return None
     whole = _load(folder, device, "float32")
+    if not hasattr(whole.tokenizer, "backend_tokenizer"):
+        return None
     transformer = getattr(whole[0], "model", None)
     pooling = getattr(whole[1], "pooling_mode", None) if len(whole) > 1 else None
     config = getattr(transformer, "config", None)
@@ -207,6 +226,8 @@ def _packed(folder: Path, device: str, precision: str) -> Packed | None:
     )
     if transformer is None or not ordinary or pooling not in POOLINGS:
         return None
+    if precision == "int8":
+        return Int8(transformer, pooling)
     longest = whole.max_seq_length or 0
     rows = max(CPU_TOKENS if device == "cpu" else GPU_TOKENS, longest)
     return Packed(transformer, pooling, dtype=getattr(torch, precision), rows=rows)

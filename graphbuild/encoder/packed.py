@@ -65,14 +65,11 @@ class Packed:
             hidden = self._forward(
                 torch.from_numpy(ids).to(self.device), torch.from_numpy(places).to(self.device), runs
             )
-            parts = [self._pool(hidden[at : at + count * size].view(count, size, -1)) for at, count, size in runs]
+            parts = [
+                pool(hidden[at : at + count * size].view(count, size, -1), self.pooling) for at, count, size in runs
+            ]
             out[torch.from_numpy(chosen).to(self.device)] = torch.cat(parts)
         return out, computed
-
-    def _pool(self, hidden: Tensor) -> Tensor:
-        if self.pooling == "cls":
-            return hidden[:, 0].float()
-        return hidden.float().mean(1) if self.pooling == "mean" else hidden.float().amax(1)
 
     def _forward(self, ids: Tensor, places: Tensor, runs: list[tuple[int, int, int]]) -> Tensor:
         hidden = _normalized(self.words[ids].float() + self.positions[places].float(), self.norm).to(self.dtype)
@@ -96,6 +93,13 @@ class Packed:
         if self.position_bias is not None and size not in self.biases:
             self.biases[size] = self.position_bias(torch.empty(1, size, 1, device=self.device)).to(self.dtype)
         return self.biases.get(size)
+
+
+def pool(hidden: Tensor, pooling: str) -> Tensor:
+    """Text vectors, float32 [count, d], of token vectors [count, size, d]: the first, the mean or the largest."""
+    if pooling == "cls":
+        return hidden[:, 0].float()
+    return hidden.float().mean(1) if pooling == "mean" else hidden.float().amax(1)
 
 
 def _layer(layer: Any, heads: int, dtype: torch.dtype) -> tuple[Affine, Affine, Norm, Affine, Affine, Norm]:

@@ -44,6 +44,17 @@ def tokenize(tokenizer: Any, texts: Sequence[str], longest: int) -> Tokens:
     return Tokens(ids, lengths, len(long))
 
 
+def equal_batches(lengths: Ints, budget: int) -> list[Ints]:
+    """Indices of texts, shortest first, in batches of one length and at most `budget` tokens; one text at least."""
+    order = np.argsort(lengths, kind="stable")
+    sizes, firsts = np.unique(lengths[order], return_index=True)
+    found = []
+    for size, group in zip(sizes.tolist(), np.split(order, firsts[1:]), strict=True):
+        step = max(budget // max(size, 1), 1)
+        found += [group[first : first + step] for first in range(0, len(group), step)]
+    return found
+
+
 def batches(lengths: Ints, budget: int) -> list[Ints]:
     """Indices of texts, shortest first, in batches of at most `budget` tokens; one text a batch at least."""
     order = np.argsort(lengths, kind="stable")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,9 @@ from transformers import (
 
 from graphbuild.encoder import DEFAULT_ENCODER, Model, find_encoder, open_model
 from graphbuild.encoder.model import _packed
-from graphbuild.encoder.tokens import batches, tokenize
+from graphbuild.encoder.tokens import batches, equal_batches, tokenize
 from graphbuild.errors import ConfigError
+from graphbuild.fidelity import cosine
 
 SMALL = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96}
 VOCABULARY = 30_522
@@ -37,6 +39,7 @@ FAMILIES = {
         lambda: DistilBertConfig(dim=48, n_heads=4, n_layers=2, hidden_dim=96, vocab_size=VOCABULARY),
     ),
 }
+INT8 = pytest.param("int8", marks=pytest.mark.skipif(not find_spec("openvino"), reason="needs graphbuild[int8]"))
 WORDS = [
     "a",
     "red",
@@ -101,6 +104,35 @@ def test_vectors_are_those_of_sentence_transformers(tmp_path, family, pooling, i
     assert ((low * expected).sum(1) / np.linalg.norm(low, axis=1)).mean() > 0.999
 
 
+@pytest.mark.skipif(not find_spec("openvino"), reason="needs graphbuild[int8]")
+@pytest.mark.parametrize(("family", "pooling"), [("bert", "cls"), ("xlm-roberta", "mean"), ("mpnet", "max")])
+def test_int8_is_near_float32_for_each_family(tmp_path, family, pooling):
+    folder = saved(tmp_path, family, pooling)
+    texts = captions(300, longest=50)
+    found = open_model(find_encoder(str(folder)), "cpu", "int8").encode(texts)
+    expected = SentenceTransformer(str(folder), device="cpu").encode(texts, normalize_embeddings=True)
+    cosines = cosine(found.vectors, expected)
+    assert cosines.mean() > 0.995
+    assert cosines.min() > 0.98
+    assert found.computed == found.tokens
+    assert found.truncated > 0
+
+
+@pytest.mark.skipif(not find_spec("openvino"), reason="needs graphbuild[int8]")
+def test_int8_of_the_default_encoder_keeps_a_mean_cosine_of_0_995():
+    found = default("int8").encode(captions(200))
+    cosines = cosine(found.vectors, default("int8").reference(captions(200)))
+    assert 0.995 < cosines.mean() < 0.99999  # else its products are not of 8 bits
+
+
+def test_int8_is_refused_where_it_cannot_run(tmp_path):
+    with pytest.raises(ConfigError, match=r"CPUs only" if find_spec("openvino") else r"pip install"):
+        open_model(find_encoder(DEFAULT_ENCODER), "cuda", "int8")
+    if find_spec("openvino"):
+        with pytest.raises(ConfigError, match=r"none of bert, .* with ordinary pooling"):
+            open_model(find_encoder(str(saved(tmp_path, "distilbert", "mean"))), "cpu", "int8")
+
+
 def test_a_dense_layer_after_pooling_is_applied(tmp_path):
     folder = saved(tmp_path, "bert", "mean", Dense(48, 20, activation_function=torch.nn.Tanh()))
     found = open_model(find_encoder(str(folder)), "cpu", "float32").encode(captions(20)).vectors
@@ -126,7 +158,7 @@ def default(precision: str = "auto", **options: object) -> Model:
     return open_model(find_encoder(DEFAULT_ENCODER), "cpu", precision, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", INT8])
 def test_a_text_has_the_same_bytes_in_any_batch(precision):
     texts = captions(400, longest=60)
     model = default(precision)
@@ -181,3 +213,7 @@ def test_batches_hold_every_text_once_within_the_budget():
         found = batches(lengths, 256)
         assert sorted(np.concatenate(found).tolist()) == list(range(len(lengths)))
         assert all(lengths[chosen].sum() <= 256 or len(chosen) == 1 for chosen in found)
+        equal = equal_batches(lengths, 256)
+        assert sorted(np.concatenate(equal).tolist()) == list(range(len(lengths)))
+        assert all(lengths[chosen].sum() <= 256 or len(chosen) == 1 for chosen in equal)
+        assert all(len(set(lengths[chosen].tolist())) == 1 for chosen in equal)
