@@ -14,12 +14,15 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import psutil
 
 from graphbuild.store import Json
 from graphbuild.terminal import harmless
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 logger = logging.getLogger(__name__)
 Mode = Literal["auto", "live", "plain", "json"]
@@ -184,7 +187,7 @@ class _Live:
         self._live = Live(get_renderable=self._drawn, console=console, transient=True, refresh_per_second=4)
         self._live.start()
 
-    def _drawn(self) -> object:
+    def _drawn(self) -> RenderableType:
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
