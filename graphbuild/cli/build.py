@@ -204,7 +204,7 @@ def _run_section(section: str, url: str, changes: dict[str, Any], how: dict[str,
 
 def _run_verb(verb: str, recipe: Recipe, store: Store, how: dict[str, Any]) -> None:
     if how["dry_run"]:
-        from graphbuild.plan import plan_verb
+        from graphbuild.plan.show import plan_verb
 
         echo(plan_verb(verb, recipe, store, how["workers"]))
         return

@@ -25,7 +25,7 @@ def plan(
     ] = None,
 ) -> None:
     """Rows, bytes, memory and time of a recipe, before anything runs."""
-    from graphbuild.plan import plan_recipe
+    from graphbuild.plan.show import plan_recipe
     from graphbuild.recipe import read_recipe
 
     opened = open_store(store) if store is not None else None

@@ -82,8 +82,9 @@ def tell(job: Job, recipe: Recipe, rates: Rates, machines: Sequence[machine.Mach
     for one, (_, each) in zip(machines, found, strict=True):
         total += f"{duration(sum(cost.seconds for cost in each)):>{_width(one)}}"
     lines.append(total)
-    if any(cost.name == "join" for cost in first):
-        lines.append("")
+    lines.append("")
+    if len(machines) > 1:
+        lines.append(f"tasks and bytes are those of {machines[0].name}")
     for one, (case, each) in zip(machines, found, strict=True):
         parts = [why_engine(recipe, job, one)] if any(cost.name == "join" for cost in each) else []
         vram = max((cost.vram for cost in each), default=0)

@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 
 from graphbuild.plan import lists
-from graphbuild.plan.costs import Case, Cost
+from graphbuild.plan.costs import FETCH_SECONDS, Case, Cost
 from graphbuild.plan.engines import chosen_engine
 
 LONG_SECONDS = 2 * 86_400
 LOW_SUCCESS = 0.8
+BY_SHARD = ("download", "scan", "assign", "encode", "vectors", "codes", "merge", "search", "export", "inline")
 
 
 def warnings(case: Case, found: Sequence[Cost]) -> list[str]:
@@ -18,7 +19,8 @@ def warnings(case: Case, found: Sequence[Cost]) -> list[str]:
     job, machine, recipe = case.job, case.machine, case.recipe
     lines = []
     todo = [cost for cost in found if cost.tasks]
-    few = [cost for cost in todo if 1 < cost.tasks < machine.slots(on_device=cost.on_gpu) and cost.seconds > 60]
+    by_shard = [cost for cost in todo if cost.name in BY_SHARD and cost.seconds > 60]
+    few = [cost for cost in by_shard if cost.tasks < machine.slots(on_device=cost.on_gpu)]
     if few:
         worst = max(few, key=lambda cost: cost.seconds)
         slots = machine.slots(on_device=worst.on_gpu)
@@ -26,6 +28,14 @@ def warnings(case: Case, found: Sequence[Cost]) -> list[str]:
             f"{worst.title} has {worst.tasks:,} tasks for {slots:,} workers: {slots - worst.tasks:,} stand idle; "
             f"a shard_size of {max(job.rows // (4 * slots), 500):,} would busy all"
         )
+    config = recipe.download
+    waiting = job.rows * FETCH_SECONDS / config.threads
+    if (
+        job.source == "list"
+        and waiting > 2 * job.samples * case.rates.image
+        and any(c.name == "download" for c in todo)
+    ):
+        lines.append(f"download waits for answers, not for cores: threads: {2 * config.threads} would nearly halve it")
     per_node = min(machine.slots(), machine.cores * machine.nodes) / machine.nodes
     for cost in sorted(todo, key=lambda cost: -cost.ram):
         workers = min(math.ceil(per_node), cost.tasks)
