@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,11 +38,9 @@ def head(environment: dict[str, str]) -> Iterator[tuple[dict[str, str], str, int
     command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--include-dashboard=false"]
     command += ["--object-store-memory=100000000", f"--temp-dir={temporary}", *options]
     with tempfile.TemporaryFile() as log, subprocess.Popen(command, env=own, stdout=log, stderr=log) as process:
-        for _ in range(120):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", ports["port"])) == 0:
-                    break
-            time.sleep(0.25)
+        end = time.monotonic() + 120
+        while not exported(ports["metrics-export-port"]) and time.monotonic() < end:
+            time.sleep(0.5)
         yield own, f"127.0.0.1:{ports['port']}", ports["metrics-export-port"]
         process.terminate()
         process.wait(30)
@@ -49,9 +48,12 @@ def head(environment: dict[str, str]) -> Iterator[tuple[dict[str, str], str, int
 
 
 def exported(port: int) -> dict[str, dict[str, float]]:
-    """Metric -> labels as text -> value, of Prometheus's text format."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        text = answer.read().decode()
+    """Metric -> labels as text -> value, of Prometheus's text format; none while Ray's agent has not begun."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+    except urllib.error.URLError:
+        return {}
     found: dict[str, dict[str, float]] = {}
     for name, labels, value in SAMPLE.findall(text):
         found.setdefault(name, {})[labels] = float(value)
