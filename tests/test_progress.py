@@ -108,6 +108,8 @@ def test_a_resized_terminal_gets_lines_of_its_new_width() -> None:
     assert late[60]
     assert max(map(len, late[60])) <= 60
     assert max(map(len, late[120])) > 60
+    drawn_wide = [line for w, piece in pieces if w == 200 for line in drawn(piece)]
+    assert max(map(len, drawn_wide)) <= 80  # so that a terminal made as narrow as that has none to break in two
 
 
 def piped(mode: str) -> list[str]:
