@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 VERSION = 1  # of what is measured
 PACKAGES = ("graphbuild", "torch", "numba", "numpy", "pyarrow", "ray", "sentence-transformers", "polars")
 PATIENCE_SECONDS = 600
+MOST_WORKERS = 8  # of the small jobs
 
 
 class Sizes(BaseModel):

@@ -62,7 +62,7 @@ def why_engine(recipe: Recipe, job: Job, machine: Machine) -> str:
 
 
 def join_cost(recipe: Recipe, job: Job, machine: Machine, rates: Rates, far: Callable[[float], float]) -> Join:
-    """The join tasks of the engine that would be chosen; far: as `costs.Case.far`."""
+    """The join tasks of the engine that would be chosen; far: as `Case.far`."""
     index = index_on(recipe, machine)
     engine, _ = choose(index, job.nodes, job.d)
     nodes, new = job.nodes, job.nodes - job.first_new

@@ -7,16 +7,14 @@ manifest. Nothing is read whole. What cannot be known before the job has run is 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from graphbuild.encoder.find import find_encoder
 from graphbuild.errors import ConfigError, InputError
-from graphbuild.matrix import is_matrix
 from graphbuild.plan import lists
+from graphbuild.plan.encoder_facts import encoder_facts
 from graphbuild.recipe import Recipe
 from graphbuild.store import Json, Store, local_file
 from graphbuild.tars import expand_shards, open_tar
@@ -71,7 +69,7 @@ def job_of(verb: str, recipe: Recipe, store: Store | None = None, rows: int | No
     """
     manifest = store.manifest() if store else {"stages": {}}
     finished = manifest["stages"].keys()
-    encoder = _encoder(recipe)
+    encoder = encoder_facts(recipe)
     if verb in ("index", "export") or (verb == "embed" and _from_store(recipe)):
         if store is None:
             raise ConfigError(f"a plan of {verb} needs a STORE", "plan the whole recipe instead")
@@ -301,40 +299,6 @@ def _caption_length(
         return lists.tokens_of(texts, encoder.get("folder")), characters
     assumed.append(f"{TOKENS.get(preset or '', OTHER_TOKENS):g} tokens a caption")
     return TOKENS.get(preset or "", OTHER_TOKENS), CHARACTERS.get(preset or "", OTHER_CHARACTERS)
-
-
-def _encoder(recipe: Recipe) -> Json:
-    """d, and the size of the encoder's layers, by the shapes of its weights and its config.json."""
-    embed = recipe.embed
-    if embed.vectors is not None:
-        return {"d": 384, "layers": 0.0}
-    if is_matrix(embed.encoder):
-        return {"d": 384, "layers": 0.0, "encoder_bytes": 0.0}
-    from safetensors import safe_open
-
-    folder = find_encoder(embed.encoder).folder
-    layers = whole = 0.0
-    for path in folder.rglob("*.safetensors"):
-        whole += path.stat().st_size
-        with safe_open(path, framework="np") as file:
-            for name in file.keys():  # noqa: SIM118 no mapping
-                shape = file.get_slice(name).get_shape()
-                layers += math.prod(shape) if len(shape) == 2 and "embedding" not in name.lower() else 0
-    config = next(
-        (path for path in (folder / "config.json", folder / "0_Transformer/config.json") if path.exists()), None
-    )
-    known = json.loads(config.read_bytes()) if config else {}
-    hidden = int(known.get("hidden_size", 384))
-    dense = sorted(folder.glob("*_Dense/config.json"))
-    width = json.loads(dense[-1].read_bytes())["out_features"] if dense else hidden
-    return {
-        "folder": folder,
-        "d": embed.dim or width,
-        "layers": layers,
-        "hidden": hidden,
-        "depth": int(known.get("num_hidden_layers", 0)),
-        "encoder_bytes": whole,
-    }
 
 
 def _bytes(url: str) -> int:

@@ -49,8 +49,11 @@ def look(url: str, preset: str | None, columns: Mapping[str, str]) -> Known | No
     changed = info.get("mtime") or info.get("LastModified")
     when = datetime.fromtimestamp(changed, UTC) if isinstance(changed, int | float) else changed or datetime.now(UTC)
     folded = {text.casefold() for text in captions}
+    rows_there = _rows(url, size) - (
+        preset is None and spec.path.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
+    )
     distinct = len(folded) / len(captions) if captions else 1.0
-    return Known(_rows(url, size), size, tuple(captions), tuple(urls), distinct, when.year)
+    return Known(_rows(url, size) - headed, size, tuple(captions), tuple(urls), distinct, when.year)
 
 
 def _rows(url: str, size: float) -> int:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from graphbuild.plan import lists, machine, warn
 from graphbuild.plan.calibration import Rates, rates_here
-from graphbuild.plan.costs import Case, Cost, costs
+from graphbuild.plan.case import Case, Cost
+from graphbuild.plan.costs import costs
 from graphbuild.plan.engines import why_engine
 from graphbuild.plan.job import Job, job_of
 from graphbuild.recipe import Recipe

@@ -7,11 +7,8 @@ What is measured is what the formulas of costs.py ask for (`calibration.Rates`),
 
 from __future__ import annotations
 
-import hashlib
 import io
-import os
 import random
-import re
 import statistics
 import sys
 import tarfile
@@ -22,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from graphbuild.plan.calibration import CALIBRATED, Rates, cores_here, identity_here
+from graphbuild.plan.calibration import CALIBRATED, MOST_WORKERS, Rates, cores_here, identity_here
+from graphbuild.plan.one_process import alone, cache_bytes, mixture
 from graphbuild.plan.watch import Share, WorkerMemory
-from graphbuild.recipe import Download, Embed, Export, Index, Recipe
+from graphbuild.recipe import Embed, Export, Index, Recipe
 from graphbuild.stage import records
 from graphbuild.store import Json, Store
 
-MOST_WORKERS = 8
 TARS, TAR_SAMPLES, LIST_ROWS = CALIBRATED.tars, CALIBRATED.tar_samples, CALIBRATED.list_rows
 VECTORS, FEW_VECTORS, WIDTH, K = CALIBRATED.nodes, CALIBRATED.few_nodes, CALIBRATED.d, CALIBRATED.k
 FAR_VECTORS, FAR_NODES = 250_000, 400
@@ -110,7 +107,7 @@ def _job_of_tars(root: Path, workers: int) -> tuple[Json, Json]:
         _write_tar(root / f"tars/{number:05}.tar", texts[number * TAR_SAMPLES : (number + 1) * TAR_SAMPLES])
     recipe = Recipe(embed=Embed(shards=f"{root}/tars/*.tar", device="cpu"), index=Index(k=K, device="cpu"))
     job = _run(Store(str(root / "from_tars")), recipe, workers)
-    own = {**_alone(root, texts), "task": _per_task(job)}
+    own = {**alone(root, texts), "task": _per_task(job)}
     return own, job
 
 
@@ -156,48 +153,10 @@ def _run(store: Store, recipe: Recipe, workers: int) -> Json:
     return job
 
 
-def _alone(root: Path, texts: list[str]) -> Json:
-    """Rates of one process: tokenising, lists, numbering, float32 products, random reads, images, the disk."""
-    import polars as pl
-
-    from graphbuild.encoder import DEFAULT_ENCODER, find_encoder, open_model
-    from graphbuild.encoder.tokens import tokenize
-    from graphbuild.number import number_nodes
-    from graphbuild.threads import torch_threads
-
-    found: Json = {}
-    model = open_model(find_encoder(DEFAULT_ENCODER), "cpu")
-    with torch_threads(1):
-        found["text"] = _best(lambda: tokenize(model.whole.tokenizer, texts, 256)) / len(texts)
-    found["list_row"] = _list_seconds(root, texts) / LIST_ROWS
-    hashes = np.random.default_rng(0).integers(1, 1 << 62, (200_000, 2), dtype=np.uint64)
-    frame = pl.DataFrame({"hash_high": hashes[:, 0], "hash_low": hashes[:, 1]})
-    found["number_row"] = _best(lambda: number_nodes(frame)) / len(hashes)
-    found["float32_flop"] = _float32()
-    found["far"] = _far_over_near()
-    block = bytes(1 << 24)
-    found["hash_byte"] = _best(lambda: hashlib.sha256(block)) / len(block)
-    found["leader"] = _leader()
-    found["image"], found["image_memory"] = _image()
-    found["disk"] = _disk(root)
-    return found
-
-
 def captions(count: int) -> list[str]:
     """Distinct made-up captions, as long as CC3M's: 10.3 words in the mean."""
     rng, words = random.Random(0), WORDS.split()
     return [f"{' '.join(rng.choices(words, k=rng.randint(4, 14)))} {number}" for number in range(count)]
-
-
-def mixture(count: int) -> np.ndarray[Any, Any]:
-    """Vectors float16 [count, WIDTH] of LATENT dimensions and a little noise: like captions', whose neighbours differ
-    in similarity. (Vectors of clusters smaller than k are alike to all others: no list of those can be proved.)"""
-    rng = np.random.default_rng(0)
-    latent = rng.standard_normal((count, LATENT), np.float32)
-    vectors = latent @ rng.standard_normal((LATENT, WIDTH), np.float32) / LATENT**0.5
-    noise = 0.2 * rng.standard_normal((count, WIDTH), np.float32)
-    mixed: np.ndarray[Any, Any] = (vectors + noise).astype(np.float16)
-    return mixed
 
 
 def _write_tar(path: Path, texts: list[str]) -> None:
@@ -211,124 +170,11 @@ def _write_tar(path: Path, texts: list[str]) -> None:
                 archive.addfile(info, io.BytesIO(content))
 
 
-def _list_seconds(root: Path, texts: list[str]) -> float:
-    from graphbuild import scan
-    from graphbuild.stage import perform
-
-    path = root / "list.tsv"
-    path.write_text("caption\n" + "\n".join(texts[at % len(texts)] for at in range(LIST_ROWS)) + "\n")
-    recipe, store = Recipe(embed=Embed(captions=str(path))), Store(str(root / "list"))
-    seconds: float = perform(scan.STAGE, scan.plan(recipe, store)[0], store)["seconds"]
-    return seconds
-
-
-def _float32() -> float:
-    """Seconds of a core for one FLOP of the float32 products by which leaders and samples are searched."""
-    import torch
-
-    from graphbuild.threads import torch_threads
-
-    a, b = torch.randn(400, WIDTH), torch.randn(8_192, WIDTH)
-    with torch_threads(1):
-        return _best(lambda: a @ b.T) / (2 * 400 * 8_192 * WIDTH)
-
-
-def _leader() -> float:
-    from graphbuild.knn.leaders import Leaders
-
-    some = mixture(8_192)
-    return _best(lambda: Leaders(some)) / len(some)
-
-
-def cache_bytes() -> float:
-    """The last level of cache, as Linux tells it; 32 MB elsewhere."""
-    sizes = [path.read_text() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    units = {"K": 1 << 10, "M": 1 << 20}
-    known = [int(found[1]) * units[found[2]] for text in sizes if (found := re.match(r"(\d+)([KM])", text))]
-    return float(max(known, default=32 << 20))
-
-
-def _far_over_near() -> float:
-    """How many times slower a candidate is scored among vectors that no cache holds, than among the calibration's."""
-    from graphbuild.knn import kernels, lists
-
-    rng = np.random.default_rng(0)
-    vectors = np.tile(rng.standard_normal((1_000, WIDTH)).astype(np.float16), (FAR_VECTORS // 1_000, 1))
-    nothing = np.full(FAR_NODES, np.inf)
-    seconds = {}
-    for among in (VECTORS, FAR_VECTORS):
-        tried = []
-        for _ in range(6):
-            near = np.sort(rng.integers(FAR_NODES, among, (FAR_NODES, CALIBRATED.exact_length)), axis=1)
-            keys = lists.pack(np.zeros(near.shape, np.float32), near)
-            starts = np.array([0, len(vectors)])
-            guess = np.zeros(-(-len(vectors) // 256), np.int32)
-            table = (np.array([vectors.ctypes.data]), starts, guess, WIDTH * 2)
-            begin = time.perf_counter()
-            kernels.exact_similarities(0, keys, K, nothing, nothing, table, WIDTH)
-            tried.append(time.perf_counter() - begin)
-        seconds[among] = min(tried[1:])
-    return max(seconds[FAR_VECTORS] / seconds[VECTORS], 1.0)
-
-
-def _image() -> tuple[float, float]:
-    """Seconds of a core for a web photograph of IMAGE_PIXELS to be checked, decoded, scaled and written again; and the
-    bytes that img2dataset takes in a worker. Zeros where it is not installed."""
-    import importlib.util
-
-    import psutil
-    from PIL import Image
-
-    if importlib.util.find_spec("img2dataset") is None:
-        return 0.0, 0.0
-    before = psutil.Process().memory_info().rss
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-    from img2dataset.resizer import Resizer
-
-    from graphbuild.download import CheckedResizer
-
-    defaults = Download()
-    rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(0, 255, (75, 100, 3), dtype=np.uint8)).resize(IMAGE_PIXELS)
-    stream = io.BytesIO()
-    coarse.save(stream, "JPEG", quality=85)
-    resizer = Resizer(
-        image_size=defaults.image_size,
-        resize_mode=defaults.resize_mode,
-        resize_only_if_bigger=True,
-        encode_quality=defaults.encode_quality,
-    )
-    checked = CheckedResizer(resizer, defaults.max_pixels)
-    seconds = _best(lambda: checked(io.BytesIO(stream.getvalue())))
-    return seconds, float(psutil.Process().memory_info().rss - before)
-
-
-def _disk(root: Path) -> float:
-    """Bytes a second, written and flushed."""
-    block = os.urandom(1 << 20)
-    begin = time.perf_counter()
-    with (root / "block").open("wb") as file:
-        for _ in range(64):
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-    return 64 * len(block) / (time.perf_counter() - begin)
-
-
 def _per_task(job: Json) -> float:
     """What the runner adds to a task: of stages with many quick ones, the rest of the wall time."""
     names = ("assign", "codes", "merge", "export")
     rest = [(job["walls"][name] - sum(job["tasks"][name]) / job["workers"]) / len(job["tasks"][name]) for name in names]
     return float(max(statistics.median(rest), 0.001))
-
-
-def _best(call: Any) -> float:
-    times = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    return min(times)
 
 
 def _steady(seconds: list[float]) -> float:

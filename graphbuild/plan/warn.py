@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 
 from graphbuild.plan import lists
-from graphbuild.plan.costs import FETCH_SECONDS, Case, Cost
+from graphbuild.plan.case import Case, Cost
+from graphbuild.plan.embed_costs import FETCH_SECONDS
 from graphbuild.plan.engines import chosen_engine
 
 LONG_SECONDS = 2 * 86_400

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
 DASHBOARD = Path(__file__).parents[2] / "pipelines" / "grafana.json"
 SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$", re.M)

@@ -17,37 +17,13 @@ from graphbuild.errors import ConfigError, InputError
 from graphbuild.knn import engine
 from graphbuild.plan import lists, machine
 from graphbuild.plan.calibration import Rates
-from graphbuild.plan.costs import Cost
+from graphbuild.plan.case import Cost
 from graphbuild.plan.job import Job, job_of
 from graphbuild.plan.show import cases, tell
 from graphbuild.recipe import Download, Embed, Index, Recipe, read_recipe
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 BIN = Path(sys.executable).parent
-STAGES = """vectors scan number assign encode fidelity prepare codes moments join merge search certify export"""
-
-
-@pytest.fixture
-def made_up() -> Rates:
-    """Round numbers, for what does not depend on this machine."""
-    seconds = {
-        name: 1e-6
-        for name, field in Rates.model_fields.items()
-        if field.annotation is float and name not in ("far", "cache_bytes", "disk_bytes_second")
-    }
-    return Rates.model_validate(
-        {
-            **seconds,
-            "far": 2.0,
-            "cache_bytes": 32e6,
-            "disk_bytes_second": 1e9,
-            "image_memory": 1e8,
-            "machine": "a machine",
-            "cores": 2,
-            "key": "0",
-            "memory": dict.fromkeys(STAGES.split(), 5e8),
-        }
-    )
 
 
 def on(text: str, recipe: Recipe, rates: Rates, rows: int | None = None) -> dict[str, Cost]:
@@ -59,8 +35,7 @@ def words(rates: Rates, recipe: Recipe, *machines: str, rows: int | None = None)
     return tell(job_of("run", recipe, None, rows), recipe, rates, [machine.parse(text) for text in machines])
 
 
-def test_cc3m_cc12m_and_400m_are_planned_in_under_5_seconds(rates: Rates, cache: Path) -> None:
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+def test_cc3m_cc12m_and_400m_are_planned_in_under_5_seconds(made_up_cache: dict[str, str]) -> None:
     for recipe, options, says in (
         ("cc3m", [], "3,318,333 URLs"),
         ("cc12m", [], "12,423,374 URLs"),
@@ -68,12 +43,12 @@ def test_cc3m_cc12m_and_400m_are_planned_in_under_5_seconds(rates: Rates, cache:
     ):
         command = [str(BIN / "graphbuild"), "plan", str(PIPELINES / f"{recipe}.yaml"), *options]
         begin = time.monotonic()
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(command, env=made_up_cache, capture_output=True, text=True, timeout=60, check=True)
         seconds = time.monotonic() - begin
         assert says in done.stdout
         for column in ("2 cores", "1 H200*", "32 x 32 cores", "computed, not measured", "WARNING"):
             assert column in done.stdout, done.stdout
-        assert seconds < 5 or os.getloadavg()[0] > 2 * rates.cores, f"{seconds:.1f} s"
+        assert seconds < 5 or os.getloadavg()[0] > (os.cpu_count() or 1), f"{seconds:.1f} s"
 
 
 def test_figures_of_a_gpu_are_its_published_peaks_and_say_so(made_up: Rates) -> None:
@@ -184,15 +159,14 @@ def snapshot(store: Path) -> dict[str, tuple[int, float]]:
     return {str(path): (path.stat().st_size, path.stat().st_mtime) for path in store.rglob("*")}
 
 
-def test_a_dry_run_says_what_is_left_and_touches_nothing(rates: Rates, cache: Path, tmp_path: Path) -> None:
+def test_a_dry_run_says_what_is_left_and_touches_nothing(made_up_cache: dict[str, str], tmp_path: Path) -> None:
     captions = tmp_path / "captions.tsv"
     captions.write_text("caption\n" + "".join(f"a picture of {number} things\n" for number in range(400)))
     store = tmp_path / "out"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
 
     def run(*arguments: object, code: int = 0) -> str:
         command = [str(BIN / "graphbuild"), *map(str, arguments)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+        done = subprocess.run(command, env=made_up_cache, capture_output=True, text=True, timeout=200, check=False)
         assert done.returncode == code, done.stderr
         return done.stdout + done.stderr
 
