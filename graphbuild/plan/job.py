@@ -79,7 +79,7 @@ def job_of(verb: str, recipe: Recipe, store: Store | None = None, rows: int | No
             raise ConfigError(f"{store.url} has no finished embeddings", f"run `graphbuild embed {store.url}` first")
         if verb == "export" and "certify" not in finished:
             raise ConfigError(f"{store.url} has no finished certify stage", f"run `graphbuild index {store.url}` first")
-        return _of_store(verb, recipe, manifest, encoder)
+        return _of_store(verb, recipe, store, encoder)
     source = "list" if verb == "download" or (verb == "run" and recipe.download.urls is not None) else None
     source = source or next((name for name in ("captions", "vectors") if getattr(recipe.embed, name)), "tars")
     made = {"list": _of_list, "captions": _of_captions, "vectors": _of_vectors, "tars": _of_tars}[source]
@@ -252,12 +252,14 @@ def _after_download(verb: str, recipe: Recipe, store: Store, encoder: Json) -> J
     )
 
 
-def _of_store(verb: str, recipe: Recipe, manifest: Json, encoder: Json) -> Job:
-    from graphbuild.base import first_new_node
+def _of_store(verb: str, recipe: Recipe, store: Store, encoder: Json) -> Job:
+    from graphbuild import base
 
+    manifest = store.manifest()
     shards = manifest["shards"]
     samples, nodes = sum(one["samples"] for one in shards), sum(one["nodes"] for one in shards)
     k = recipe.index.k if verb == "index" else manifest["graph"]["k"]
+    kept = sum(task.built["nodes"] for task in base.plan(recipe, store)) if verb == "index" else 0
     source = "vectors" if "vectors" in manifest["stages"] else "tars" if shards[0]["tar"] else "captions"
     made = _made(
         verb,
@@ -270,7 +272,7 @@ def _of_store(verb: str, recipe: Recipe, manifest: Json, encoder: Json) -> Job:
         len(shards),
         tar_bytes=float(sum((one["tar"] or {"bytes": 0})["bytes"] for one in shards)),
     )
-    return dataclasses.replace(made, k=k, first_new=first_new_node(manifest))
+    return dataclasses.replace(made, k=k, first_new=kept)
 
 
 def _made(

@@ -49,9 +49,7 @@ def look(url: str, preset: str | None, columns: Mapping[str, str]) -> Known | No
     changed = info.get("mtime") or info.get("LastModified")
     when = datetime.fromtimestamp(changed, UTC) if isinstance(changed, int | float) else changed or datetime.now(UTC)
     folded = {text.casefold() for text in captions}
-    rows_there = _rows(url, size) - (
-        preset is None and spec.path.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
-    )
+    headed = preset is None and url.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
     distinct = len(folded) / len(captions) if captions else 1.0
     return Known(_rows(url, size) - headed, size, tuple(captions), tuple(urls), distinct, when.year)
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,15 @@ import pytest
 
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.knn import engine
+from graphbuild.pipeline import run_verb
 from graphbuild.plan import lists, machine
 from graphbuild.plan.calibration import Rates
 from graphbuild.plan.case import Cost
 from graphbuild.plan.job import Job, job_of
 from graphbuild.plan.show import cases, tell
 from graphbuild.recipe import Download, Embed, Index, Recipe, read_recipe
+from graphbuild.runner import Runner
+from graphbuild.store import Store
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 BIN = Path(sys.executable).parent
@@ -185,3 +189,24 @@ def test_a_dry_run_says_what_is_left_and_touches_nothing(made_up_cache: dict[str
     changed = run("embed", store, "--captions", captions, "--template", "x {}", "--dry-run", code=2)
     assert "template: {} -> x {}" in changed
     assert snapshot(store) == before
+
+
+def test_a_graph_that_grows_is_planned_with_the_lists_that_are_kept(made_up: Rates, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    vectors, store = tmp_path / "v.npy", Store(str(tmp_path / "out"))
+    whole = rng.standard_normal((3_000, 16)).astype(np.float16)
+    index = Index(k=4, engine="exact", device="cpu")
+    recipe = Recipe(embed=Embed(vectors=str(vectors), shard_size=1_000), index=index)
+    with Runner(workers=0) as runner:
+        np.save(vectors, whole[:2_000])
+        for verb in ("embed", "index"):
+            run_verb(verb, recipe, store, runner)
+        np.save(vectors, whole)
+        run_verb("embed", recipe, store, runner, force=True)
+    job = job_of("index", recipe, store)
+    assert (job.nodes, job.first_new) == (3_000, 2_000)
+    ((_, found),) = cases(job, recipe, made_up, [machine.parse("cores=2")])
+    ((_, anew),) = cases(replace(job, first_new=0), recipe, made_up, [machine.parse("cores=2")])
+    assert found[0].name == "base"
+    joins = [next(cost for cost in one if cost.name == "join") for one in (found, anew)]
+    assert joins[0].core_seconds * joins[0].tasks < joins[1].core_seconds * joins[1].tasks
