@@ -49,14 +49,14 @@ def costs(case: Case, stages: list[str]) -> list[Cost]:
     with_encoder = "encode" in stages
     before = calibrated(case, with_encoder=with_encoder)
     found: list[Cost] = []
-    grown = mapped = 0.0
+    base = grown = mapped = 0.0
     for name in stages:
         cost = FORMULAS[name](case)
         known = before.get(name, before["search"])
         cost = _timed(replace(cost, loading=_loading(case.rates, name, stages)), case)
-        if cost.tasks:  # a worker gives back little of what it held in an earlier stage
+        if cost.tasks:  # a worker gives back little of what it loaded and held in earlier stages
+            base = max(base, _base_memory(case.rates, name, with_encoder=with_encoder))
             grown, mapped = max(grown, cost.held - known.held), max(mapped, cost.mapped - known.mapped)
-        base = _base_memory(case.rates, name, with_encoder=with_encoder)
         workers = max(min(case.machine.slots() // case.machine.nodes, cost.tasks), 1)
         found.append(replace(cost, ram=base + grown, resident=base + grown + mapped / workers))
     return found
@@ -95,7 +95,7 @@ def _base_memory(rates: Rates, name: str, *, with_encoder: bool) -> float:
     """The largest worker of that stage in the calibration; of stages that it has not, one as light or as heavy."""
     known = rates.memory
     if name in ("urls", "download"):
-        return known["with_encoder.scan"]
+        return known["with_encoder.scan"] + (rates.image_memory if name == "download" else 0.0)
     if not with_encoder and name in known:
         return known[name]
     return known.get(f"with_encoder.{name}", known["with_encoder.export" if with_encoder else "export"])

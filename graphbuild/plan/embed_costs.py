@@ -35,7 +35,8 @@ def urls(case: Case) -> Cost:
 
 def download(case: Case) -> Cost:
     """The slowest of three: requests in flight (threads x workers, FETCH_SECONDS each), cores (an image's decoding and
-    scaling), and the link (ORIGINAL_BYTES an image)."""
+    scaling), and the link (ORIGINAL_BYTES an image). In memory: twice as many bodies as requests, an image decoded, and
+    the shard's rows."""
     job, config, machine = case.job, case.recipe.download, case.machine
     rows = min(config.shard_size, job.rows)
     fetching = rows * FETCH_SECONDS / config.threads
@@ -49,7 +50,7 @@ def download(case: Case) -> Cost:
         max(fetching, images),
         network,
         job.tar_bytes + job.list_bytes * 0.8,
-        held=case.rates.image_memory + config.threads * 20e6 + rows * 3_000,
+        held=2 * config.threads * ORIGINAL_BYTES + 60e6 + rows * 3_000,
         least_seconds=network / (machine.network * machine.nodes),
     )
 

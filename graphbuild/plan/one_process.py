@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,16 @@ LIST_ROWS, WIDTH, K, VECTORS = CALIBRATED.list_rows, CALIBRATED.d, CALIBRATED.k,
 FAR_VECTORS, FAR_NODES = 250_000, 400
 LATENT = 10
 IMAGE_PIXELS = (1_600, 1_200)
+LOADED = """
+import os
+import graphbuild.download
+from graphbuild.plan.watch import proportional
+before = proportional(os.getpid())
+from img2dataset.downloader import Downloader
+from img2dataset.resizer import Resizer
+from img2dataset.writer import WebDatasetSampleWriter
+print(proportional(os.getpid()) - before)
+"""
 
 
 def alone(root: Path, texts: list[str]) -> Json:
@@ -44,7 +57,9 @@ def alone(root: Path, texts: list[str]) -> Json:
     block = bytes(1 << 24)
     found["hash_byte"] = _best(lambda: hashlib.sha256(block)) / len(block)
     found["leader"] = _leader()
-    found["image"], found["image_memory"] = _image()
+    has_downloader = importlib.util.find_spec("img2dataset") is not None
+    found["image"] = _image() if has_downloader else 0.0
+    found["image_memory"] = _image_memory() if has_downloader else 0.0
     found["disk"] = _disk(root)
     return found
 
@@ -120,17 +135,10 @@ def _far_over_near() -> float:
     return max(seconds[FAR_VECTORS] / seconds[VECTORS], 1.0)
 
 
-def _image() -> tuple[float, float]:
-    """Seconds of a core for a web photograph of IMAGE_PIXELS to be checked, decoded, scaled and written again; and the
-    bytes that img2dataset takes in a worker. Zeros where it is not installed."""
-    import importlib.util
-
-    import psutil
+def _image() -> float:
+    """Seconds of a core for a web photograph of IMAGE_PIXELS to be checked, decoded, scaled and written again."""
     from PIL import Image
 
-    if importlib.util.find_spec("img2dataset") is None:
-        return 0.0, 0.0
-    before = psutil.Process().memory_info().rss
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
     from img2dataset.resizer import Resizer
 
@@ -148,8 +156,14 @@ def _image() -> tuple[float, float]:
         encode_quality=defaults.encode_quality,
     )
     checked = CheckedResizer(resizer, defaults.max_pixels)
-    seconds = _best(lambda: checked(io.BytesIO(stream.getvalue())))
-    return seconds, float(psutil.Process().memory_info().rss - before)
+    return _best(lambda: checked(io.BytesIO(stream.getvalue())))
+
+
+def _image_memory() -> float:
+    """Bytes that img2dataset takes in a worker, loaded in a fresh process."""
+    environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}
+    done = subprocess.run([sys.executable, "-c", LOADED], env=environment, capture_output=True, text=True, check=True)
+    return float(done.stdout)
 
 
 def _disk(root: Path) -> float:
