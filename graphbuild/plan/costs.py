@@ -19,6 +19,7 @@ from graphbuild.plan.case import Case, Cost
 from graphbuild.plan.machine import Machine
 from graphbuild.recipe import Embed, Index, Recipe
 
+KEPT_BYTES = 200e6  # of earlier stages' small arrays, that a worker does not give back; large ones it does
 FORMULAS: dict[str, Callable[[Case], Cost]] = {
     "urls": embed_costs.urls,
     "download": embed_costs.download,
@@ -49,16 +50,20 @@ def costs(case: Case, stages: list[str]) -> list[Cost]:
     with_encoder = "encode" in stages
     before = calibrated(case, with_encoder=with_encoder)
     found: list[Cost] = []
-    base = grown = mapped = 0.0
+    base = kept = mapped = 0.0
     for name in stages:
         cost = FORMULAS[name](case)
         known = before.get(name, before["search"])
         cost = _timed(replace(cost, loading=_loading(case.rates, name, stages)), case)
-        if cost.tasks:  # a worker gives back little of what it loaded and held in earlier stages
+        more = max(cost.held - known.held, 0.0)
+        if cost.tasks:
             base = max(base, _base_memory(case.rates, name, with_encoder=with_encoder))
-            grown, mapped = max(grown, cost.held - known.held), max(mapped, cost.mapped - known.mapped)
+            mapped = max(mapped, cost.mapped - known.mapped)
+        ram = base + max(more, kept)
+        if cost.tasks > 1:
+            kept = max(kept, min(more, KEPT_BYTES))
         workers = max(min(case.machine.slots() // case.machine.nodes, cost.tasks), 1)
-        found.append(replace(cost, ram=base + grown, resident=base + grown + mapped / workers))
+        found.append(replace(cost, ram=ram, resident=ram + mapped / workers))
     return found
 
 

@@ -103,7 +103,7 @@ def test_what_will_hurt_is_said_with_what_to_do(made_up: Rates, tmp_path: Path) 
     assert "tasks for 2,048 workers" in words(made_up, cc3m, "nodes=32,cores=64,network=100")
     assert "shard_size of 500 would busy all" in words(made_up, cc3m, "nodes=32,cores=64,network=100")
     assert "expect images from 5" in words(made_up, cc3m, "cores=2")
-    assert "for 64 on a node: use --workers" in words(made_up, cc3m, "cores=64,memory=16")
+    assert "on a node: use --workers" in words(made_up, cc3m, "cores=64,memory=16")
     assert "GB are free: another STORE" in words(made_up, cc3m, "cores=2,disk=10")
     huge = words(made_up, cc3m, "cores=16,gpus=1,gpu=h200,memory=2000", rows=400_000_000)
     assert "join takes" in huge
