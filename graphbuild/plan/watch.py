@@ -89,6 +89,6 @@ def proportional(pid: int) -> int:
     try:
         with open(f"/proc/{pid}/smaps_rollup") as file:  # noqa: PTH123 no file of the project
             found = re.search(r"^Pss:\s+(\d+) kB", file.read(), re.M)
-    except PermissionError:
+    except (PermissionError, FileNotFoundError):
         found = None
     return int(found[1]) * 1024 if found else int(psutil.Process(pid).memory_info().rss)
