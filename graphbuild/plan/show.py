@@ -107,7 +107,8 @@ def tell(job: Job, recipe: Recipe, rates: Rates, machines: Sequence[machine.Mach
 
 def _headline(job: Job) -> str:
     start = f"{job.rows:,} URLs -> {job.samples:,} images" if job.source == "list" else f"{job.samples:,} samples"
-    return f"plan      {start} -> {job.nodes:,} nodes, d = {job.d}, k = {job.k}; {job.shards:,} shard{'s' * (job.shards != 1)}"
+    shards = f"{job.shards:,} shard{'s' * (job.shards != 1)}"
+    return f"plan      {start} -> {job.nodes:,} nodes, d = {job.d}, k = {job.k}; {shards}"
 
 
 def _width(one: machine.Machine) -> int:
