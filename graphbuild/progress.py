@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import psutil
 from rich.console import RenderableType
@@ -22,11 +22,15 @@ from rich.console import RenderableType
 from graphbuild.store import Json
 from graphbuild.terminal import harmless
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
 logger = logging.getLogger(__name__)
 Mode = Literal["auto", "live", "plain", "json"]
 UNITS = ("urls", "embeddings", "samples", "nodes", "edges")  # a stage is told by the first that it counts
 EVERY_SECONDS = {"plain": 10.0, "json": 1.0}
 REASONS = 3
+BAR_COLUMNS = 30
 
 
 @dataclass
@@ -174,15 +178,18 @@ class _Ticker:
 
 
 class _Live:
-    """The live view: three lines that fit the terminal's width, drawn anew four times a second, gone at the end."""
+    """The live view: lines that fit the terminal's width, drawn anew four times a second, gone at the end.
+
+    They stay short on a wide terminal too: when it shrinks it breaks long lines in two, of which one would stay.
+    """
 
     def __init__(self, state: State) -> None:
         from rich.console import Console
         from rich.live import Live
 
         self._state = state
-        console = Console(stderr=True)
-        self._live = Live(get_renderable=self._drawn, console=console, transient=True, refresh_per_second=4)
+        self._console = Console(stderr=True)
+        self._live = Live(get_renderable=self._drawn, console=self._console, transient=True, refresh_per_second=4)
         self._live.start()
 
     def _drawn(self) -> RenderableType:
@@ -192,11 +199,14 @@ class _Live:
         from rich.text import Text
 
         first, *others = lines(self._state)
-        head = Table.grid(expand=True, padding=(0, 1))
+        head = Table.grid(padding=(0, 1))
         head.add_column(no_wrap=True)
-        head.add_column(ratio=1)
+        head.add_column(no_wrap=True)
         head.add_column(no_wrap=True, overflow="ellipsis")
-        bar = ProgressBar(total=max(self._state.total, 1), completed=self._state.done)
+        room = self._console.width - len(first) - 14
+        bar = ProgressBar(
+            total=max(self._state.total, 1), completed=self._state.done, width=max(min(BAR_COLUMNS, room), 5)
+        )
         head.add_row(Text(f"{self._state.stage:<9}", style="bold"), bar, Text(first))
         return Group(head, *(Text(f"{'':10}{line}", no_wrap=True, overflow="ellipsis", style="dim") for line in others))
 
@@ -217,8 +227,7 @@ def lines(state: State) -> list[str]:
     second += [f"{state.again} tried again"] if state.again else []
     second.append(f"{memory_bytes() / 1e9:.1f} GB")
     found = [first, ", ".join(second)]
-    if state.reasons:
-        found.append(", ".join(f"{count:,} {reason}" for reason, count in state.top_reasons()))
+    found += [f"{count:,} {reason}" for reason, count in state.top_reasons()]
     return [harmless(line.replace("\n", " ")) for line in found]
 
 

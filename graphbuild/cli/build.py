@@ -204,9 +204,9 @@ def _run_section(section: str, url: str, changes: dict[str, Any], how: dict[str,
 
 def _run_verb(verb: str, recipe: Recipe, store: Store, how: dict[str, Any]) -> None:
     if how["dry_run"]:
-        from graphbuild.forecast import forecast
+        from graphbuild.plan.show import plan_verb
 
-        echo(forecast(verb, recipe, store, how["workers"]).text())
+        echo(plan_verb(verb, recipe, store, how["workers"]))
         return
     from graphbuild.pipeline import run_verb
     from graphbuild.summary import summary

@@ -7,8 +7,29 @@ from typing import Annotated
 import typer
 
 from graphbuild.cli.app import app
-from graphbuild.cli.options import DerivedList, StoreArg, given, open_store, option
+from graphbuild.cli.options import DerivedList, StoreArg, Workers, given, open_store, option
 from graphbuild.terminal import echo
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, see pipelines/", show_default=False)],
+    store: Annotated[
+        str | None, typer.Argument(metavar="[STORE]", help="where it would go, for the disk", show_default=False)
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=2, help="of the source, instead of a look at it")] = None,
+    workers: Workers = None,
+    on: Annotated[
+        list[str] | None,
+        option("machines: nodes=32,cores=64,memory=256,gpus=8,gpu=h100,network=25; may be given again"),
+    ] = None,
+) -> None:
+    """Rows, bytes, memory and time of a recipe, before anything runs."""
+    from graphbuild.plan.show import plan_recipe
+    from graphbuild.recipe import read_recipe
+
+    opened = open_store(store) if store is not None else None
+    echo(plan_recipe(read_recipe(recipe), opened, rows=rows, workers=workers, on=on or ()))
 
 
 @app.command()

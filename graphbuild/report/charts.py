@@ -25,8 +25,9 @@ def charts(numbers: Json) -> dict[str, Json]:
         found["chart-spread"] = _spread(numbers["targets"])
         found["chart-mass"] = _mass(numbers["mass"])
         found["chart-batches"] = _batches(numbers["batches"])
-    if numbers.get("duplicates", {}).get("samples_per_node"):
-        found["chart-duplicates"] = _bins(numbers["duplicates"]["samples_per_node"], "samples of a node", "nodes")
+    repeats = numbers.get("duplicates", {}).get("samples_per_node", [])
+    if len(repeats) > 1:
+        found["chart-duplicates"] = _bins(repeats, "samples of a node", "nodes")
     return found
 
 
@@ -94,7 +95,7 @@ def _similarity(edges: Json) -> Json:
 def _bins(bins: list[Json], x: str, y: str) -> Json:
     names = [str(one["from"]) if one["from"] == one["to"] else f"{one['from']}-{one['to']}" for one in bins]
     bar = {"type": "bar", "x": names, "y": [one["nodes"] for one in bins], "marker": {"color": BLUE}, "name": y}
-    return _figure([bar], _axis(x, type="category"), _axis(y, type="log"))
+    return _figure([bar], _axis(x, type="category"), _axis(y, type="log", dtick="D2"))
 
 
 def _spread(targets: list[Json]) -> Json:
@@ -112,7 +113,7 @@ def _spread(targets: list[Json]) -> Json:
     return _figure(
         data,
         _axis("tau_s", type="log", tickvals=TICKS, ticktext=[str(tick) for tick in TICKS]),
-        _axis("samples that share a target, exp(entropy)", type="log"),
+        _axis("exp(entropy)", type="log"),
     )
 
 
@@ -131,7 +132,7 @@ def _mass(mass: Json) -> Json:
     return _figure(
         data,
         _axis("tau_s", type="log", tickvals=TICKS, ticktext=[str(tick) for tick in TICKS]),
-        _axis("share of the target's mass", tickformat=".0%", rangemode="tozero"),
+        _axis("share of mass", tickformat=".0%", rangemode="tozero"),
     )
 
 

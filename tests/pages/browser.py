@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 
 @dataclass
 class Tab:
@@ -24,14 +26,15 @@ class Tab:
 
     def accessible(self) -> None:
         """axe finds no fault, in both colour schemes, at the widths of a phone, a laptop and a wide screen."""
-        from axe_playwright_python.sync_playwright import Axe
-
+        axe = pytest.importorskip(
+            "axe_playwright_python.sync_playwright", reason="no axe: pip install axe-playwright-python"
+        )
         for width in (390, 1280, 2560):
             self.page.set_viewport_size({"width": width, "height": 900})
             for scheme in ("light", "dark"):
                 if self.page.evaluate("document.documentElement.dataset.theme") != scheme:
                     self.page.click("#theme")
-                found = Axe().run(self.page)
+                found = axe.Axe().run(self.page)
                 assert found.violations_count == 0, (width, scheme, found.generate_report())
             assert self.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
                 f"scrolls sideways at {width}"

@@ -8,6 +8,7 @@ import json
 import shutil
 import tarfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,29 @@ def other_store(store: Path) -> Path:
     return other
 
 
+PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def missing() -> str | None:
+    """What a browser test lacks here, and how to get it."""
+    if not any(map(shutil.which, PROGRAMS)):
+        return "no Chromium: apt-get install chromium"
+    return None if find_spec("playwright") else "no playwright: pip install playwright"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips before a store is built for nothing."""
+    reason = missing()
+    for item in items:
+        if reason and "chromium" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("no Chromium: apt-get install chromium")
     from playwright.sync_api import sync_playwright
 
+    program = next(filter(None, map(shutil.which, PROGRAMS)))
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield browser

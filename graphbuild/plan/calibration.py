@@ -1,0 +1,173 @@
+"""What this machine takes for each kind of work: measured once by small jobs (small_jobs.py) and kept in the user's
+cache folder, under a name made of the machine and the versions of what does the work."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from graphbuild.errors import StageError
+from graphbuild.stage import digest
+
+logger = logging.getLogger(__name__)
+VERSION = 1  # of what is measured
+PACKAGES = ("graphbuild", "torch", "numba", "numpy", "pyarrow", "ray", "sentence-transformers", "polars")
+PATIENCE_SECONDS = 600
+MOST_WORKERS = 8  # of the small jobs
+
+
+class Sizes(BaseModel):
+    """What the small jobs had: from which the formulas of costs.py scale."""
+
+    model_config = ConfigDict(frozen=True)
+    d: int = 384
+    k: int = 64
+    nodes: int = 30_000
+    few_nodes: int = 6_000
+    recall_sample: int = 2_500
+    tars: int = 8
+    tar_samples: int = 200
+    tar_sample_bytes: int = 20_000
+    list_rows: int = 20_000
+
+    @property
+    def samples(self) -> int:
+        return self.tars * self.tar_samples
+
+    @property
+    def exact_length(self) -> int:
+        return 2 * self.k + 16
+
+    @property
+    def leaf_length(self) -> int:
+        return self.k + max(4, self.k // 8)
+
+    @property
+    def row_bytes(self) -> float:
+        """Of a sidecar of ready vectors, int8."""
+        return self.d + 4 + 6.0 * self.k + 40
+
+
+CALIBRATED = Sizes()
+
+
+class Rates(BaseModel):
+    """Seconds of one core, with all cores busy, unless said otherwise.
+
+    start: of Ray and its workers. load_encoder, load_index, import_torch: of a worker, before its first such task.
+    task, stage: what the runner adds to each. list_row, tar_sample, number_row, assign_row, vector_row, export_row: a
+    row or sample of that stage. text, token: of the encoder (the default one; others by FLOP). fidelity_text: in
+    float32. code_node: at 500 leaders or fewer. pair: of int8 products of WIDTH; list_fill: the filling of one
+    candidate list; leaf_row: a node's place in a leaf. prepare_flop: float32. merge_entry, candidate: of a list.
+    refine_node: the search of partition a node. far: how many times slower than from a cache; cache_bytes: that cache.
+    leader: opened by a task. hash_byte: of sha256. certify_mac: a multiply-add. image: a
+    web photograph. disk_bytes_second: written and flushed. memory: bytes of the largest worker
+    by stage, "with_encoder." where it holds the encoder too. image_memory: what img2dataset adds.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    machine: str
+    cores: int
+    key: str
+    import_torch: float
+    start: float
+    load_encoder: float
+    load_index: float
+    task: float
+    stage: float
+    list_row: float
+    tar_sample: float
+    number_row: float
+    assign_row: float
+    vector_row: float
+    export_row: float
+    text: float
+    token: float
+    fidelity_text: float
+    code_node: float
+    pair: float
+    list_fill: float
+    leaf_row: float
+    prepare_flop: float
+    merge_entry: float
+    candidate: float
+    refine_node: float
+    far: float
+    cache_bytes: float
+    leader: float
+    hash_byte: float
+    certify_mac: float
+    image: float
+    disk_bytes_second: float
+    memory: dict[str, float]
+    image_memory: float
+
+
+def rates_here() -> Rates:
+    """This machine's rates: from the cache, or measured now and kept. StageError when the small jobs fail."""
+    path = cache_file()
+    try:
+        return Rates.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        pass
+    logger.info("%-9s small jobs to learn what this machine can do, once; half a minute or so", "calibrate")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rates.json"
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_ADDRESS")}
+        done = subprocess.run(
+            [sys.executable, "-m", "graphbuild.plan.small_jobs", str(out)],
+            env=inherited,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
+            check=False,
+        )
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise StageError(f"the small jobs of the calibration failed ({last})", "see `graphbuild doctor`")
+        content = out.read_bytes()
+    rates = Rates.model_validate_json(content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_bytes(content)
+    part.replace(path)
+    return rates
+
+
+def cache_file() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "graphbuild" / f"calibration-{identity_here()['key']}.json"
+
+
+def identity_here() -> dict[str, Any]:
+    """machine: what is printed of it; cores; key: of the cache, changes with machine and versions."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    flags = ""
+    if info.exists():
+        fields = dict(line.split(":", 1) for line in info.read_text().split("\n\n")[0].splitlines() if ":" in line)
+        named = {key.strip(): value.strip() for key, value in fields.items()}
+        model, flags = named.get("model name", model), named.get("flags", "")
+    versions = {name: _version(name) for name in PACKAGES}
+    key = digest([VERSION, platform.node(), model, flags, cores_here(), platform.python_version(), versions])[:16]
+    return {"machine": model, "cores": cores_here(), "key": key}
+
+
+def cores_here() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

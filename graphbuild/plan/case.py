@@ -1,0 +1,64 @@
+"""What a formula of the plan gets and gives: a case, and the cost of a stage in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from graphbuild.plan.calibration import CALIBRATED, Rates
+from graphbuild.plan.job import Job
+from graphbuild.plan.machine import Machine
+from graphbuild.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A stage. tasks: still to run; core_seconds, gpu_seconds: of one; seconds: until all have run, least_seconds at
+    least; loading: of these, what workers load first; read, written: bytes in all; held: bytes of one task's arrays;
+    ram: bytes of one worker at most; mapped: of files that a node reads at random and would keep in its page cache;
+    resident: ram and a worker's share of those; vram: of one GPU.
+    """
+
+    name: str
+    title: str
+    tasks: int = 1
+    core_seconds: float = 0.0
+    read: float = 0.0
+    written: float = 0.0
+    held: float = 0.0
+    mapped: float = 0.0
+    vram: float = 0.0
+    on_gpu: bool = False
+    gpu_seconds: float = 0.0
+    least_seconds: float = 0.0
+    loading: float = 0.0
+    seconds: float = 0.0
+    ram: float = 0.0
+    resident: float = 0.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a stage's formula gets: the job, its recipe, where it runs, and this machine's rates."""
+
+    job: Job
+    recipe: Recipe
+    machine: Machine
+    rates: Rates
+
+    @property
+    def shard_rows(self) -> float:
+        return self.job.samples / self.job.shards
+
+    @property
+    def shard_nodes(self) -> float:
+        return self.job.nodes / self.job.shards
+
+    @property
+    def width(self) -> float:
+        """d, in units of the calibration's."""
+        return self.job.d / CALIBRATED.d
+
+    def far(self, table_bytes: float) -> float:
+        """How much longer random reads of a table take than in the calibration, whose tables a cache holds."""
+        beyond = max(1 - self.rates.cache_bytes / max(table_bytes, 1.0), 0.0)
+        return 1 + (self.rates.far - 1) * beyond

@@ -1,0 +1,149 @@
+"""Formulas of the stages from a list to embeddings: urls to vectors. Times of a GPU are computed, never measured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from graphbuild.fidelity import SAMPLE as FIDELITY_TEXTS
+from graphbuild.plan.calibration import CALIBRATED
+from graphbuild.plan.case import Case, Cost
+
+MINILM_LAYERS = 10.6e6  # weights that the calibrated encoder multiplies a token with
+PADDING = 1.05  # rows that a packed batch computes beside the tokens it has (benchmarks/embed.py: 4.7%)
+FETCH_SECONDS = 1.2  # of a URL, dead ones too: img2dataset's page on CC3M has 850/s with 16 x 64 requests in flight
+ORIGINAL_BYTES = 290_000  # of a web image: the same page, at 2 Gbit/s
+GPU_TOKENS = 65_536  # of a batch (graphbuild.encoder.model)
+ACTIVATION_BYTES = 60  # moved a token, layer and hidden unit by the encoder: 30 bfloat16 numbers read or written
+CHUNK_ROWS = 100_000  # of a list that are read at a time
+
+
+def urls(case: Case) -> Cost:
+    """The list, read once by one task; a chunk of it and a shard's rows in memory as Arrow."""
+    job = case.job
+    bytes_a_row = job.list_bytes / max(job.rows, 1)
+    return Cost(
+        "urls",
+        "URL list",
+        1,
+        job.rows * case.rates.list_row,
+        job.list_bytes,
+        job.list_bytes * 0.6,
+        held=3 * (CHUNK_ROWS + case.recipe.download.shard_size) * bytes_a_row,
+    )
+
+
+def download(case: Case) -> Cost:
+    """The slowest of three: requests in flight (threads x workers, FETCH_SECONDS each), cores (an image's decoding and
+    scaling), and the link (ORIGINAL_BYTES an image). In memory: twice as many bodies as requests, an image decoded, and
+    the shard's rows."""
+    job, config, machine = case.job, case.recipe.download, case.machine
+    rows = min(config.shard_size, job.rows)
+    fetching = rows * FETCH_SECONDS / config.threads
+    images = rows * job.success * case.rates.image
+    network = job.samples * ORIGINAL_BYTES
+    tasks = math.ceil(job.rows / config.shard_size)
+    return Cost(
+        "download",
+        "download",
+        tasks,
+        max(fetching, images),
+        network,
+        job.tar_bytes + job.list_bytes * 0.8,
+        held=2 * config.threads * ORIGINAL_BYTES + 60e6 + rows * 3_000,
+        least_seconds=network / (machine.network * machine.nodes),
+    )
+
+
+def scan(case: Case) -> Cost:
+    """Tars: their headers and captions, and one pass for the sha256. A list: one task reads and cuts it."""
+    job, rates = case.job, case.rates
+    written = job.samples * (job.characters * 1.2 + 40)
+    if job.source == "captions":
+        held = (CHUNK_ROWS + case.recipe.embed.shard_size) * (3 * job.characters + 300)
+        return Cost("scan", "captions", 1, job.rows * rates.list_row, job.list_bytes, written, held=held)
+    seconds = case.shard_rows * rates.tar_sample
+    seconds += max(job.tar_bytes / job.shards - case.shard_rows * CALIBRATED.tar_sample_bytes, 0) * rates.hash_byte
+    held = case.shard_rows * (3 * job.characters + 1_500)
+    return Cost("scan", "captions", job.shards, seconds, job.tar_bytes, written, held=held)
+
+
+def number(case: Case) -> Cost:
+    """One task over the 128-bit hashes of all samples: 150 bytes each (graphbuild.number)."""
+    job = case.job
+    held = 150.0 * job.samples
+    return Cost(
+        "number",
+        "numbering",
+        1,
+        job.samples * case.rates.number_row,
+        16.0 * job.samples,
+        8.0 * (job.samples + job.nodes),
+        held=held,
+    )
+
+
+def assign(case: Case) -> Cost:
+    job = case.job
+    written = job.samples * (job.characters + 40) + job.nodes * job.characters * 0.6
+    return Cost(
+        "assign",
+        "nodes",
+        job.shards,
+        case.shard_rows * case.rates.assign_row,
+        job.samples * (job.characters * 1.2 + 40),
+        written,
+        held=case.shard_rows * (6 * job.characters + 600),
+        mapped=8.0 * job.samples,
+    )
+
+
+def encode(case: Case) -> Cost:
+    """Cores: tokenising, and the layers' products, by FLOP in units of MiniLM's.
+
+    GPU: 2 FLOP a weight and token and 4 T h a token for attention at the bfloat16 peak, and ACTIVATION_BYTES moved at
+    the memory's; one process a GPU tokenises on its share of the cores.
+    """
+    job, rates, machine = case.job, case.rates, case.machine
+    texts = job.nodes / job.shards
+    tokens = texts * job.tokens * PADDING
+    held = texts * (3 * job.characters + 110 * job.tokens + 10 * job.d) + 1.5 * job.encoder_bytes
+    written = 2.0 * job.d * job.nodes
+    cost = Cost("encode", "encoding", job.shards, read=job.nodes * job.characters * 0.6, written=written, held=held)
+    if not job.layers:
+        return replace(cost, core_seconds=texts * rates.vector_row * case.width)
+    card = machine.card if case.recipe.embed.device != "cpu" else None
+    if card is None:
+        seconds = texts * rates.text + tokens * rates.token * job.layers / MINILM_LAYERS
+        return replace(cost, core_seconds=seconds)
+    flop = 2 * job.layers + 4 * job.tokens * job.hidden * job.depth
+    moved = ACTIVATION_BYTES * job.hidden * job.depth
+    batch = GPU_TOKENS * job.hidden * 40.0
+    return replace(
+        cost,
+        on_gpu=True,
+        core_seconds=texts * rates.text / max(machine.cores // machine.gpus, 1),
+        gpu_seconds=tokens * (flop / card.bfloat16 + moved / card.bytes_second),
+        vram=1.5 * job.encoder_bytes + batch + 0.5e9,
+    )
+
+
+def fidelity(case: Case) -> Cost:
+    """FIDELITY_TEXTS texts once more by sentence-transformers in float32, in one task, on a core or a GPU's core."""
+    texts = min(FIDELITY_TEXTS, math.ceil(case.job.nodes / 4))
+    seconds = texts * case.rates.fidelity_text * case.job.layers / MINILM_LAYERS
+    on_gpu = bool(case.machine.card) and case.recipe.embed.device != "cpu"
+    return Cost("fidelity", "fidelity", 1, 0.0 if on_gpu else seconds, on_gpu=on_gpu)
+
+
+def vectors(case: Case) -> Cost:
+    job = case.job
+    return Cost(
+        "vectors",
+        "vectors",
+        job.shards,
+        case.shard_rows * case.rates.vector_row * case.width,
+        job.list_bytes,
+        2.0 * job.d * job.nodes + 30 * job.nodes,
+        held=case.shard_rows * job.d * 20.0,
+    )

@@ -1,0 +1,131 @@
+"""What the search for neighbours takes: the engine that a build would choose on a machine, its join tasks, their cost.
+
+Engines, list lengths, numbers of tasks and bytes a node are those of graphbuild.knn.engine; only time is modelled here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from graphbuild.knn import device
+from graphbuild.knn.engine import FAISS_TASK_NODES, Engine, bytes_a_node, choose, nodes_at_once
+from graphbuild.plan.calibration import CALIBRATED, Rates
+from graphbuild.plan.job import Job
+from graphbuild.plan.machine import Machine
+from graphbuild.recipe import Index, Recipe
+
+# The fan of partition: on 251,610 captions a share exp(-0.78 - 0.231 fan) of the true neighbours share no leaf, of
+# which refinement leaves 0.55 (fans 7 and 14 for recall 0.95 and 0.99, benchmarks/results/knn.jsonl). It grows with N:
+# cost grew with exponent 1.2 from 250,000 to 3,000,000 nodes (docs/scaling.md), and goes with fan^2.
+MISSED_AT_0, MISSED_BY_FAN, FAN_NODES, FAN_GROWTH, LEFT = 0.78, 0.231, 250_000, 0.1, 0.55
+LEAF_SCAN = 2e-9  # seconds a number: a task looks through all nodes' leaves for its own
+PAIR_BYTES = 19  # moved a pair on a GPU: int32 product out and in, float32 out and in, a byte of comparison out and in
+# twice more for compaction (graphbuild.knn.device): 4 + 4 + 4 + 4 + 1 + 1 + 1
+FAISS_PAIRS_FAR = 64  # vectors that an inverted-list search at the usual settings compares, in units of sqrt(N)
+
+
+@dataclass(frozen=True)
+class Join:
+    """engine: its name. tasks; core_seconds and gpu_seconds of one. length: of a list; lists: of a node, one a task."""
+
+    engine: str
+    tasks: int
+    length: int
+    lists: float
+    core_seconds: float
+    read: float
+    written: float
+    held: float
+    mapped: float
+    on_gpu: bool = False
+    gpu_seconds: float = 0.0
+    vram: float = 0.0
+
+
+def index_on(recipe: Recipe, machine: Machine) -> Index:
+    """The recipe's section, its device settled as on that machine."""
+    index = recipe.index
+    if index.device != "auto":
+        return index
+    return index.model_copy(update={"device": "cuda" if machine.card else "cpu"})
+
+
+def chosen_engine(recipe: Recipe, job: Job, machine: Machine) -> Engine:
+    return choose(index_on(recipe, machine), job.nodes, job.d)[0]
+
+
+def why_engine(recipe: Recipe, job: Job, machine: Machine) -> str:
+    engine, reason = choose(index_on(recipe, machine), job.nodes, job.d)
+    return f"{engine.name} ({reason})"
+
+
+def join_cost(recipe: Recipe, job: Job, machine: Machine, rates: Rates, far: Callable[[float], float]) -> Join:
+    """The join tasks of the engine that would be chosen; far: as `Case.far`."""
+    index = index_on(recipe, machine)
+    engine, _ = choose(index, job.nodes, job.d)
+    nodes, new = job.nodes, job.nodes - job.first_new
+    at_once = nodes_at_once(engine, index, nodes, job.d)
+    plain = len(engine.joins(nodes, at_once)) if nodes < 50_000_000 else _many_tasks(engine, nodes, at_once)
+    tasks = len(engine.joins(nodes, at_once, job.first_new)) if job.first_new else plain
+    held_nodes, lists = engine.spread(nodes, plain)
+    held_nodes = min(held_nodes, nodes)
+    length = engine.length(job.k, nodes)
+    width = job.d / CALIBRATED.d
+    filled = nodes * lists / tasks  # lists of a task
+    written = 8.0 * nodes * lists * (length + 1)
+    held = held_nodes * bytes_a_node(engine, job.k, nodes, job.d)
+    read = held_nodes * tasks * (job.d + 12.0)
+    share = 1 - (job.first_new / nodes) ** 2  # of the pairs, that have a new node
+    if engine.name == "exact":
+        pairs = share * nodes**2 / 2 / tasks
+        on_gpu = machine.card is not None and index.device == "cuda"
+        fill = filled * rates.list_fill * length / CALIBRATED.exact_length
+        if not on_gpu:
+            seconds = pairs * rates.pair * width + fill
+            return Join("exact", tasks, length, lists, seconds, read, written, held, 1.0 * nodes * job.d)
+        card = machine.card
+        assert card is not None
+        both = 2 * pairs  # a GPU compares each pair from both sides
+        gpu = both * (2.0 * job.d / card.int8 + PAIR_BYTES / card.bytes_second)
+        sorting = filled * length * rates.merge_entry
+        vram = held_nodes * (job.d + 8.0) + 3 * 4.0 * device.ROWS * device.COLUMNS + 0.5e9
+        return Join("exact", tasks, length, lists, sorting, read, written, held, 1.0 * nodes * job.d, True, gpu, vram)
+    if engine.name == "partition":
+        fan = fan_of(index.recall, nodes)
+        rows = nodes * fan / tasks * (new / nodes if job.first_new else 1.0)
+        leaf = 64.0 * fan
+        pairs = rows * leaf / 2
+        working = held / max(machine.cores, 1)
+        seconds = pairs * rates.pair * width + rows * rates.leaf_row * length / CALIBRATED.leaf_length * far(working)
+        seconds += nodes * fan * LEAF_SCAN
+        return Join(
+            "partition",
+            tasks,
+            length,
+            lists,
+            seconds,
+            read + tasks * 4.0 * nodes * fan,
+            written,
+            held + 48.0 * rows,
+            nodes * (job.d + 4.0 * fan),
+        )
+    compared = min(FAISS_PAIRS_FAR * math.sqrt(nodes), nodes) * FAISS_TASK_NODES
+    whole = 4.0 * nodes * job.d
+    seconds = compared * 2 * job.d * rates.prepare_flop
+    return Join(engine.name, tasks, length, lists, seconds, whole * tasks, written, held + whole, whole)
+
+
+def fan_of(recall: float, nodes: int) -> float:
+    """Leaves that a node must join for that recall, about: see the constants above."""
+    fan = (-math.log((1 - recall) / LEFT) - MISSED_AT_0) / MISSED_BY_FAN
+    return float(min(max(fan, 2.0) * max(nodes / FAN_NODES, 1.0) ** FAN_GROWTH, 40.0))
+
+
+def _many_tasks(engine: Engine, nodes: int, at_once: int) -> int:
+    """How many join tasks a great many nodes make, without a list of them: exact has all pairs of groups."""
+    if engine.name == "exact":
+        groups = math.ceil(nodes / min(math.ceil(nodes / 8), at_once // 2))
+        return groups * (groups + 1) // 2
+    return len(engine.joins(nodes, at_once))

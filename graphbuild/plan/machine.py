@@ -1,0 +1,133 @@
+"""The machines that a plan is made for: this one, one with a GPU, a cluster, or one described by the user.
+
+Cores are taken to be like this machine's (calibration.py). Of GPUs nothing is measured: GPUS holds the makers'
+published peak rates, without sparsity, and what is computed from them says so.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from graphbuild.errors import ConfigError
+from graphbuild.plan.calibration import Rates
+from graphbuild.store import Store
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Published peaks: bfloat16 FLOP/s and int8 OP/s of the tensor cores, dense; bytes/s and bytes of its memory."""
+
+    bfloat16: float
+    int8: float
+    bytes_second: float
+    bytes: float
+
+
+GPUS = {  # the makers' data sheets; "with sparsity" halved
+    "h200": Gpu(989e12, 1979e12, 4.8e12, 141e9),
+    "h100": Gpu(989e12, 1979e12, 3.35e12, 80e9),
+    "a100": Gpu(312e12, 624e12, 2.0e12, 80e9),
+    "l4": Gpu(121e12, 242e12, 0.3e12, 24e9),
+}
+KEYS = {"nodes": int, "cores": int, "gpus": int, "gpu": str, "memory": float, "disk": float, "network": float}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`nodes` nodes of `cores` cores, `gpus` GPUs, `memory_bytes` and a link of `network` bytes/s each; disk_bytes:
+    free in the store's place, None: not known; `shared`: its store is reached over the network."""
+
+    name: str
+    nodes: int
+    cores: int
+    memory_bytes: float
+    network: float
+    gpus: int = 0
+    gpu: str | None = None
+    disk_bytes: float | None = None
+    workers: int | None = None
+
+    @property
+    def shared(self) -> bool:
+        return self.nodes > 1
+
+    @property
+    def card(self) -> Gpu | None:
+        return GPUS[self.gpu] if self.gpu and self.gpus else None
+
+    def slots(self, *, on_device: bool = False) -> int:
+        """Tasks that run at a time: one a GPU or core; `--workers` bounds them."""
+        most = self.nodes * (self.gpus if on_device and self.card else self.cores)
+        if self.workers is None:
+            return most
+        return max(min(self.workers, most) if on_device and self.card else self.workers, 1)
+
+
+def here(rates: Rates, store: Store | None, workers: int | None) -> Machine:
+    """This machine, and the disk that the store is on; GPUs are those that torch would see, by their driver."""
+    disk = None
+    if store is None or store.is_local:
+        place = Path(store.root if store else ".")
+        place = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
+        disk = float(shutil.disk_usage(place).free)
+    memory = float(psutil.virtual_memory().total)
+    return Machine(
+        f"{_count(rates.cores, 'core')} here", 1, rates.cores, memory, 1e9 / 8, disk_bytes=disk, workers=workers
+    )
+
+
+def standard(rates: Rates, workers: int | None, store: Store | None) -> list[Machine]:
+    """What a plan shows when it is asked for nothing else: this machine (or two cores of its kind), one H200, and a
+    cluster of 32 nodes."""
+    own = here(rates, store, workers)
+    two = [] if rates.cores == 2 else [parse("cores=2,memory=16")]
+    return [
+        own,
+        *two,
+        parse("cores=16,memory=128,gpus=1,gpu=h200,network=10"),
+        parse("nodes=32,cores=32,memory=128,network=25"),
+    ]
+
+
+def parse(text: str) -> Machine:
+    """A description, as in `nodes=32,cores=64,memory=256,gpus=8,gpu=h100,network=25`: of each node; memory and disk in
+    GB, network in Gbit/s (default 1, on more than one node 10)."""
+    given: dict[str, float | str] = {}
+    for part in text.split(","):
+        name, _, value = part.strip().partition("=")
+        if name not in KEYS or not value:
+            raise ConfigError(
+                f"--on {text}: {part.strip()!r} is none of {', '.join(f'{key}=...' for key in KEYS)}",
+                "describe a node, as in --on nodes=32,cores=64,memory=256,gpus=8,gpu=h100,network=25",
+            )
+        try:
+            given[name] = KEYS[name](value)
+        except ValueError:
+            raise ConfigError(f"--on {text}: {part.strip()!r} is no number", "as in cores=64") from None
+    gpu = str(given.get("gpu", "h100")).lower() if given.get("gpus") or given.get("gpu") else None
+    if gpu is not None and gpu not in GPUS:
+        raise ConfigError(f"--on {text}: no figures are known of gpu={gpu}", f"take one of {', '.join(GPUS)}")
+    numbers = {name: float(value) for name, value in given.items() if name != "gpu"}
+    if min(numbers.values(), default=1) <= 0 or "cores" not in numbers:
+        raise ConfigError(f"--on {text}: cores=... is needed, and nothing may be 0", "as in --on cores=16,memory=64")
+    nodes, cores, gpus = int(numbers.get("nodes", 1)), int(numbers["cores"]), int(numbers.get("gpus", 1 if gpu else 0))
+    name = f"{nodes} x {_count(cores, 'core')}" if nodes > 1 else _count(cores, "core")
+    name += f" + {gpus} {gpu.upper()}" if gpu else ""
+    return Machine(
+        name,
+        nodes,
+        cores,
+        numbers.get("memory", 4.0 * cores) * 1e9,
+        numbers.get("network", 10 if nodes > 1 else 1) * 1e9 / 8,
+        gpus,
+        gpu,
+        numbers["disk"] * 1e9 if "disk" in numbers else None,
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"

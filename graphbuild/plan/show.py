@@ -1,0 +1,130 @@
+"""A plan in words: a table of stages by machines, sums, what was assumed, and warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from graphbuild.plan import lists, machine, warn
+from graphbuild.plan.calibration import Rates, rates_here
+from graphbuild.plan.case import Case, Cost
+from graphbuild.plan.costs import costs
+from graphbuild.plan.engines import why_engine
+from graphbuild.plan.job import Job, job_of
+from graphbuild.recipe import Recipe
+
+if TYPE_CHECKING:
+    from graphbuild.store import Store
+
+FOOTNOTE = (
+    "* computed, not measured: operations and bytes of the code at the GPU maker's published peak rates, so a "
+    "lower bound"
+)
+
+
+def plan_recipe(
+    recipe: Recipe, store: Store | None, *, rows: int | None, workers: int | None, on: Sequence[str]
+) -> str:
+    """The whole recipe on this machine, an H200 and a cluster, or on the machines described by `on`."""
+    rates = rates_here()
+    job = job_of("run", recipe, None, rows)
+    machines = [machine.parse(text) for text in on] or machine.standard(rates, workers, store)
+    return tell(job, recipe, rates, [replace(one, workers=workers) if workers else one for one in machines])
+
+
+def plan_verb(verb: str, recipe: Recipe, store: Store, workers: int | None) -> str:
+    """What a verb would do to a store now, on this machine; what is done already is left out.
+
+    Raises:
+        ConfigError: what the verb itself would raise: settings that differ from those of finished work, a stage that
+            has to run first.
+    """
+    from graphbuild.plan.pending import shares_done
+
+    done = shares_done(verb, recipe, store)
+    rates = rates_here()
+    job = replace(job_of(verb, recipe, store), done=done)
+    return tell(job, recipe, rates, [machine.here(rates, store, workers)])
+
+
+def cases(job: Job, recipe: Recipe, rates: Rates, machines: Sequence[machine.Machine]) -> list[tuple[Case, list[Cost]]]:
+    """The costs of the job's stages on each machine."""
+    from graphbuild.pipeline import stages_of
+
+    names = [stage.name for stage in stages_of(job.verb, recipe)]
+    if not job.first_new:
+        names.remove("base") if "base" in names else None
+    made = [Case(job, recipe, one, rates) for one in machines]
+    return [(case, costs(case, names)) for case in made]
+
+
+def tell(job: Job, recipe: Recipe, rates: Rates, machines: Sequence[machine.Machine]) -> str:
+    found = cases(job, recipe, rates, machines)
+    lines = [_headline(job)]
+    lines += [f"{'':10}assumed: {line}" for line in job.assumed]
+    head = [f"{'stage':<10}{'tasks':>9}{'reads':>10}{'writes':>10}{'GB/worker':>11}"]
+    head += [f"{one.name + ('*' if one.card else ''):>{_width(one)}}" for one in machines]
+    lines += ["", "".join(head)]
+    first = found[0][1]
+    for at, cost in enumerate(first):
+        columns = [each[at] for _, each in found]
+        if not any(one.tasks for one in columns):
+            lines.append(f"{cost.title:<10}{'done':>9}")
+            continue
+        row = f"{cost.title:<10}{cost.tasks:>9,}{size(cost.read):>10}{size(cost.written):>10}"
+        row += f"{max(one.ram for one in columns) / 1e9:>11.1f}"
+        for one, column in zip(machines, columns, strict=True):
+            row += f"{duration(column.seconds) + ('*' if column.on_gpu and column.gpu_seconds else ''):>{_width(one)}}"
+        lines.append(row)
+    read, written = (sum(getattr(cost, name) for cost in first) for name in ("read", "written"))
+    most = max(cost.ram for _, each in found for cost in each)
+    total = f"{'in all':<10}{'':>9}{size(read):>10}{size(written):>10}{most / 1e9:>11.1f}"
+    for one, (_, each) in zip(machines, found, strict=True):
+        total += f"{duration(sum(cost.seconds for cost in each)):>{_width(one)}}"
+    lines.append(total)
+    lines.append("")
+    if len(machines) > 1:
+        lines.append(f"tasks and bytes are those of {machines[0].name}")
+    for one, (case, each) in zip(machines, found, strict=True):
+        parts = [why_engine(recipe, job, one)] if any(cost.name == "join" for cost in each) else []
+        vram = max((cost.vram for cost in each), default=0)
+        parts += [f"up to {size(vram)} of a GPU's memory*"] if vram else []
+        if parts:
+            lines.append(f"{one.name}: {'; '.join(parts)}")
+        lines += [f"WARNING   {one.name}: {line}" for line in warn.warnings(case, each)]
+    urls: Sequence[str] = ()
+    if job.source == "list" and recipe.download.urls:
+        config = recipe.download
+        known = lists.look(config.urls or "", config.preset, {"url": config.url_column})
+        urls = known.urls if known else ()
+    lines += [f"WARNING   {line}" for line in warn.source_warnings(found[0][0], urls)]
+    lines.append(f"{'':10}cores as this machine's ({rates.machine}), by small jobs run on it once")
+    if any(one.card for one in machines):
+        lines.append(FOOTNOTE)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _headline(job: Job) -> str:
+    start = f"{job.rows:,} URLs -> {job.samples:,} images" if job.source == "list" else f"{job.samples:,} samples"
+    shards = f"{job.shards:,} shard{'s' * (job.shards != 1)}"
+    return f"plan      {start} -> {job.nodes:,} nodes, d = {job.d}, k = {job.k}; {shards}"
+
+
+def _width(one: machine.Machine) -> int:
+    return max(len(one.name) + 3, 12)
+
+
+def size(value: float) -> str:
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if value >= factor:
+            return f"{value / factor:,.1f} {unit}"
+    return f"{value / 1e3:,.0f} kB" if value else "-"
+
+
+def duration(seconds: float) -> str:
+    if seconds >= 48 * 3600:
+        return f"{seconds / 86_400:,.1f} days"
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.1f} s"

@@ -1,0 +1,95 @@
+"""What of a plan will hurt: dead links, idle workers, memory and disk that are not there, days of one stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from graphbuild.plan import lists
+from graphbuild.plan.case import Case, Cost
+from graphbuild.plan.embed_costs import FETCH_SECONDS
+from graphbuild.plan.engines import chosen_engine
+
+LONG_SECONDS = 2 * 86_400
+LOW_SUCCESS = 0.8
+BY_SHARD = ("download", "scan", "assign", "encode", "vectors", "codes", "merge", "search", "export", "inline")
+
+
+def warnings(case: Case, found: Sequence[Cost]) -> list[str]:
+    """Lines for one machine, each with what to do."""
+    job, machine, recipe = case.job, case.machine, case.recipe
+    lines = []
+    todo = [cost for cost in found if cost.tasks]
+    by_shard = [cost for cost in todo if cost.name in BY_SHARD and cost.seconds > 60]
+    few = [cost for cost in by_shard if cost.tasks < machine.slots(on_device=cost.on_gpu)]
+    if few:
+        worst = max(few, key=lambda cost: cost.seconds)
+        slots = machine.slots(on_device=worst.on_gpu)
+        lines.append(
+            f"{worst.title} has {worst.tasks:,} tasks for {slots:,} workers: {slots - worst.tasks:,} stand idle; "
+            f"a shard_size of {max(job.rows // (4 * slots), 500):,} would busy all"
+        )
+    config = recipe.download
+    waiting = job.rows * FETCH_SECONDS / config.threads
+    if (
+        job.source == "list"
+        and waiting > 2 * job.samples * case.rates.image
+        and any(c.name == "download" for c in todo)
+    ):
+        lines.append(f"download waits for answers, not for cores: threads: {2 * config.threads} would nearly halve it")
+    per_node = min(machine.slots(), machine.cores * machine.nodes) / machine.nodes
+    for cost in sorted(todo, key=lambda cost: -cost.ram):
+        workers = min(math.ceil(per_node), cost.tasks)
+        if workers * cost.ram > 0.9 * machine.memory_bytes:
+            fit = int(0.9 * machine.memory_bytes / cost.ram)
+            lines.append(
+                f"{cost.title} takes {cost.ram / 1e9:.1f} GB a worker, and {machine.memory_bytes / 1e9:.0f} GB are for "
+                f"{workers} on a node: "
+                + (f"use --workers {fit * machine.nodes}" if fit else "this needs nodes with more memory")
+                + (", or a smaller index.memory" if fit and cost.name == "join" else "")
+            )
+            break
+    card = machine.card
+    lines += [
+        f"{cost.title} takes {cost.vram / 1e9:.0f} GB of the GPU's {card.bytes / 1e9:.0f} GB: a smaller index.memory"
+        for cost in todo
+        if card and cost.vram > 0.95 * card.bytes
+    ]
+    need = disk_bytes(case, found)
+    if machine.disk_bytes is not None and need > machine.disk_bytes:
+        lines.append(f"it writes {need / 1e9:,.0f} GB and {machine.disk_bytes / 1e9:,.0f} GB are free: another STORE")
+    for cost in todo:
+        if cost.seconds <= LONG_SECONDS:
+            continue
+        more = "; it can be stopped and resumed at any time"
+        if cost.name == "join" and chosen_engine(recipe, job, machine).name == "exact":
+            more = "; --engine partition compares few pairs only" + (" (on CPUs: --device cpu)" if machine.card else "")
+        lines.append(f"{cost.title} takes {cost.seconds / 86_400:.1f} days{more}")
+    return lines
+
+
+def disk_bytes(case: Case, found: Sequence[Cost]) -> float:
+    """What the store takes at most: all that is written, scratch of the index too."""
+    return sum(cost.written for cost in found)
+
+
+def source_warnings(case: Case, urls: Sequence[str]) -> list[str]:
+    """Lines of the list itself: how much of it is gone, by its age and by asking for some of its hosts."""
+    job = case.job
+    if job.source != "list":
+        return []
+    lines = []
+    if job.success < LOW_SUCCESS:
+        lines.append(
+            f"expect images from {job.success:.0%} of the URLs: links of {job.year} die by 6% a year; "
+            "`graphbuild retry` fetches what fails for a time only"
+        )
+    if urls:
+        alive, asked = lists.resolved_hosts(urls)
+        if alive:
+            dead = asked - alive
+            says = f"{alive} of {asked} sampled hosts have an address"
+            lines += [f"{says}: a share of {dead / asked:.0%} is gone with its hosts"] if dead > 0.05 * asked else []
+        else:
+            lines.append(f"none of {asked} sampled hosts has an address: no network or no name server here")
+    return lines
