@@ -8,6 +8,7 @@ input; memory: one shard's captions.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -239,17 +240,17 @@ def _reasons(rejected: Sequence[tuple[Any, ...]]) -> dict[str, int]:
 
 
 def _shard_numbers(urls: Sequence[str], store: Store) -> dict[str, str]:
-    """Tar -> shard: those the store knows keep their number, new ones get the next, in order of name."""
-    known = {
-        shard["tar"]["url"]: name
-        for record in records(store, "scan").values()
-        for name, shard in record["facts"]["shards"].items()
-        if shard["tar"] is not None
-    }
-    numbers = {url: known[url] for url in urls if url in known}
-    number = 1 + max((int(name) for name in known.values()), default=-1)
-    for url in urls:
-        if url not in numbers:
-            numbers[url] = shard_name(number)
-            number += 1
-    return numbers
+    """Tar -> shard: those the store knows keep their number, new ones get the next free ones, in order of name.
+
+    Numbers up to the last that has its rows are never given anew; behind it, those of tars whose scan failed or was
+    stopped are free, so that a job ends with the same numbers whatever happened on the way.
+    """
+    shards = [(shard["shard"], shard["tar"]) for shard in store.manifest().get("shards", [])]
+    for record in records(store, "scan").values():
+        shards += [(name, shard["tar"]) for name, shard in record["facts"]["shards"].items()]
+    known = {tar["url"]: name for name, tar in shards if tar is not None}
+    numbered = [name for record in records(store, "number").values() for name in record["facts"]["shards"]]
+    first = 1 + max(map(int, numbered), default=-1)
+    taken = {*known.values()}
+    free = (name for number in itertools.count(first) if (name := shard_name(number)) not in taken)
+    return {url: known[url] if url in known else next(free) for url in urls}

@@ -317,6 +317,7 @@ def test_forcing_one_verb_leaves_later_ones_to_be_done_and_complains_of_nothing(
     "lost",
     [
         "_state/scan/00001.parquet",
+        "_state/scan/00001.done.json",
         "nodes/00002.parquet",
         "graph/00001.neighbors.npy",
         "_state/moments/moments.npy",
@@ -335,6 +336,19 @@ def test_a_lost_file_is_made_again_and_nothing_else(lost: str, built: Path, reci
     moments = {"_state/moments/moments.npy", "graph/basis.npy"}  # of one task
     shard = "all" if lost in moments else re.sub(r"\D", "", lost)[-3:]
     assert [name for name in changed - (moments if lost in moments else {lost}) if shard not in name] == []
+
+
+@pytest.mark.parametrize("stopped", [[1], [0, 2]])
+def test_tars_whose_scan_failed_get_the_numbers_that_they_would_have_had(
+    stopped: list[int], built: Path, recipe: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """The state that a full disk or a kill leaves: shards behind them are scanned, nothing is numbered."""
+    store = tmp_path / "store"
+    shutil.copytree(built / "_state" / "scan", store / "_state" / "scan")
+    for number in stopped:
+        (store / f"_state/scan/{number:05d}.done.json").unlink()
+    cli("run", recipe, store, "--workers", 0)
+    assert digests(store) == digests(built)
 
 
 def test_a_shortened_file_is_made_again(built: Path, recipe: Path, copy: Path, cli: Cli) -> None:
