@@ -142,7 +142,7 @@ class Catalog:
         """The nodes nearest to any text, by the store's own encoder; exact up to by_vector.EXACT_NODES nodes."""
         normalized, reason = usable_text(text)
         if normalized is None:
-            raise InputError(f"the text {text[:40]!r} cannot be searched for: {reason}", "give some words to search by")
+            raise InputError(f"the text {text[:40]!r} cannot be searched for: {reason}", "give some words to search by (--text)")
         return self.describe(*self._vectors.nearest(self._encode([normalized])[0], count))
 
     @cached_property
@@ -180,7 +180,7 @@ class Catalog:
         if not self.searchable:
             raise ConfigError(
                 f"{self.store.url} was built from ready vectors or a matrix, so there is no encoder for a text",
-                "ask for a KEY instead",
+                "ask by KEY, or by node (--node)",
             )
         return open_model(find_encoder(embed.encoder), "cpu", embed.precision, embed.prompt, embed.dim)
 
@@ -195,7 +195,7 @@ class Catalog:
     @cached_property
     def _key_ranges(self) -> list[tuple[str, str] | None]:
         if not self.has_samples:
-            raise InputError(f"{self.store.url} was built from ready vectors, which have no keys", "ask by node")
+            raise InputError(f"{self.store.url} was built from ready vectors, which have no keys", "ask by node (--node)")
         with ThreadPoolExecutor(8) as pool:
             return list(pool.map(lambda shard: key_range(self.store, shard["shard"]), self._shards))
 

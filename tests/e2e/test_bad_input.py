@@ -628,8 +628,8 @@ def test_a_terminal_that_does_not_know_a_character_gets_its_escape(naughty_store
     [
         (["missing"], ["no sample", "'missing'"]),
         (["000001"], ["'000001' has no usable caption", "rejected/scan"]),
-        ([], ["give a KEY or --text"]),
-        (["000000", "--text", "x"], ["give a KEY or --text"]),
+        ([], ["give a KEY, --text or --node"]),
+        (["000000", "--text", "x"], ["give a KEY, --text or --node"]),
         (["--text", " \n"], ["--text", "empty caption"]),
         (["--text", "\udcff"], ["--text", "surrogate"]),
     ],
@@ -1024,8 +1024,9 @@ def test_ready_vectors_have_no_encoder_for_a_text(tmp_path: Path, store: Path) -
     np.save(tmp_path / "v.npy", ROWS)
     succeeded(graphbuild("embed", store, "--vectors", tmp_path / "v.npy", "--workers", 0))
     succeeded(graphbuild("index", store, "--k", 2, "--workers", 0))
-    refused(graphbuild("neighbors", store, "--text", "a dog"), "ready vectors", "KEY")
-    assert "(no text)" in succeeded(graphbuild("neighbors", store, "3"))
+    refused(graphbuild("neighbors", store, "--text", "a dog"), "ready vectors", "--node")
+    refused(graphbuild("neighbors", store, "3"), "have no keys", "--node")
+    assert "(no text)" in succeeded(graphbuild("neighbors", store, "--node", "3"))
 
 
 # -- as a process of its own
