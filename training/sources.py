@@ -164,11 +164,16 @@ def _write_scenes(data: Data, root: Path, shards: Path, cifar: Path | None) -> N
 
 
 def _save_scenes(path: Path, scenes: Sequence[Scene], backgrounds: Sequence[str | None], pixels: int) -> None:
+    """Pictures and what they show: with another background, that one."""
     pictures = [
         encode_jpeg(render(scene, pixels, background=background))
         for scene, background in zip(scenes, backgrounds, strict=True)
     ]
-    labels = {name: [str(getattr(scene, name)) for scene in scenes] for name in ATTRIBUTES}
+    shown = [
+        scene if background is None else replace(scene, background=background)
+        for scene, background in zip(scenes, backgrounds, strict=True)
+    ]
+    labels = {name: [str(getattr(scene, name)) for scene in shown] for name in ATTRIBUTES}
     decoded(pictures, labels, pixels).save(path)
 
 
