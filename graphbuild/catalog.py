@@ -142,7 +142,9 @@ class Catalog:
         """The nodes nearest to any text, by the store's own encoder; exact up to by_vector.EXACT_NODES nodes."""
         normalized, reason = usable_text(text)
         if normalized is None:
-            raise InputError(f"the text {text[:40]!r} cannot be searched for: {reason}", "give some words to search by (--text)")
+            raise InputError(
+                f"the text {text[:40]!r} cannot be searched for: {reason}", "give some words to search by (--text)"
+            )
         return self.describe(*self._vectors.nearest(self._encode([normalized])[0], count))
 
     @cached_property
@@ -195,7 +197,9 @@ class Catalog:
     @cached_property
     def _key_ranges(self) -> list[tuple[str, str] | None]:
         if not self.has_samples:
-            raise InputError(f"{self.store.url} was built from ready vectors, which have no keys", "ask by node (--node)")
+            raise InputError(
+                f"{self.store.url} was built from ready vectors, which have no keys", "ask by node (--node)"
+            )
         with ThreadPoolExecutor(8) as pool:
             return list(pool.map(lambda shard: key_range(self.store, shard["shard"]), self._shards))
 

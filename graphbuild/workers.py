@@ -16,7 +16,8 @@ from graphbuild.stage import Stage, Task, perform, sealed, state_path
 from graphbuild.store import Json, Store
 
 logger = logging.getLogger(__name__)
-ATTEMPTS = 3  # of a task whose worker dies, and of a worker that does not start
+ATTEMPTS = 3  # of a task whose worker dies
+STARTS_IN_VAIN = 10  # one after the other, before none is tried any more
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Pool:
             ray.get(answer)
         except ray.exceptions.RayError as error:
             self._in_vain += 1
-            if self._in_vain >= ATTEMPTS * (1 + len(self.starting)):
+            if self._in_vain >= STARTS_IN_VAIN:
                 last = str(error).strip().splitlines()[-1]
                 raise StageError(
                     f"no worker can be started ({type(error).__name__}: {last})",

@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from graphbuild.demo.captions import caption
 from graphbuild.demo.scenes import encode_jpeg, make_scenes, render
@@ -76,7 +77,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]
 
 
 def submit(head: tuple[Path, str], recipe: str) -> dict[str, object]:
+    """Run one of the recipes, which may fetch from loopback here; its manifest."""
     folder, address = head
+    content = yaml.safe_load((PIPELINES / recipe).read_text())
+    if "download" in content:
+        content["download"]["allow_private_hosts"] = True
+    (folder / recipe).write_text(yaml.safe_dump(content))
     command = [
         BIN / "ray",
         "job",
@@ -86,7 +92,7 @@ def submit(head: tuple[Path, str], recipe: str) -> dict[str, object]:
         "--",
         "graphbuild",
         "run",
-        PIPELINES / recipe,
+        folder / recipe,
         f"store-{recipe[:-5]}",
     ]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, cwd=folder, timeout=240)
