@@ -203,6 +203,7 @@ def test_a_source_that_changed_is_named(store: Path, source: Path, cli: Cli, tmp
     assert (copy / "clustered/00000.tar").read_bytes() == (store / "clustered/00000.tar").read_bytes()
 
 
+@pytest.mark.slow
 def test_inline_tars_are_read_by_plain_webdataset(store: Path, source: Path, cli: Cli, tmp_path: Path) -> None:
     copy = tmp_path / "store"
     shutil.copytree(store, copy)

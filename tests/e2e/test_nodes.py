@@ -137,7 +137,7 @@ def test_a_node_lost_in_any_stage_costs_nothing_but_time(
 ) -> None:
     hit: set[str] = set()
     ran: set[str] = set()
-    for attempt in range(3):  # a stage of milliseconds may be over before a worker is caught in it
+    for attempt in range(5):  # a stage of milliseconds may be over before a worker is caught in it
         store, log = tmp_path / f"store-{attempt}", tmp_path / f"log-{attempt}"
         with ray_nodes(environment, [1, 1, 1]) as nodes:
             for arguments in (["run", recipe, store], ["export", store, "--layout", "clustered"]):
@@ -159,6 +159,7 @@ def test_a_node_lost_in_any_stage_costs_nothing_but_time(
                 logger.info("%s: %d nodes lost in %.0f s", arguments[0], len(seen), time.monotonic() - begin)
         hit |= set(DIED.findall(log.read_text()))
         assert digests(store) == digests(clustered)
+        ran |= hit  # scratch stages, which leave the manifest
         if hit == ran:
             break
     assert {"scan", "number", "assign", "encode", "search", "certify", "export", "cluster"} <= ran
@@ -272,9 +273,8 @@ def leave(disk: Path, bytes_free: int) -> None:
         (disk / "ballast").write_bytes(bytes(free - bytes_free))
 
 
-@pytest.mark.parametrize(
-    ("steps", "workers"), [([200_000], 0), pytest.param(range(20_000, 900_000, 110_000), 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "workers"), [([200_000], 0), (range(20_000, 900_000, 110_000), 2)])
 def test_a_full_disk_stops_the_job_and_room_lets_it_finish(
     steps: Iterable[int], workers: int, recipe: Path, built: Path, small_disk: Path, cli: Cli
 ) -> None:

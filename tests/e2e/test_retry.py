@@ -62,6 +62,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
 
 
+@pytest.mark.slow
 def test_failed_urls_are_fetched_again_by_reason_into_shards_of_their_own(
     site: tuple[Site, str], cli: Cli, tmp_path: Path
 ) -> None:

@@ -495,6 +495,7 @@ def objects(client: Any, prefix: str) -> dict[str, bytes]:
     return {key.removeprefix(prefix): client.get_object(Bucket="jobs", Key=key)["Body"].read() for key in keys}
 
 
+@pytest.mark.slow
 def test_a_job_on_s3_writes_the_same_files_as_on_disk(built: Path, tars: Path, cli: Cli) -> None:
     with s3_server() as (client, env):
         client.create_bucket(Bucket="jobs")

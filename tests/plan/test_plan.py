@@ -163,6 +163,7 @@ def snapshot(store: Path) -> dict[str, tuple[int, float]]:
     return {str(path): (path.stat().st_size, path.stat().st_mtime) for path in store.rglob("*")}
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_is_left_and_touches_nothing(made_up_cache: dict[str, str], tmp_path: Path) -> None:
     captions = tmp_path / "captions.tsv"
     captions.write_text("caption\n" + "".join(f"a picture of {number} things\n" for number in range(400)))
