@@ -187,11 +187,12 @@ def finish_under_fire(
 
 
 def aim(stages: Sequence[str], whats: Sequence[str], rng: random.Random) -> list[Target]:
-    """For each stage one kill of each kind, in random order, a millisecond to a second after its begin or resumption.
+    """For each stage one kill of each kind, in random order, up to 0.3 seconds after its begin or resumption.
 
     Short pauses are as likely as long ones (log-uniform): a stage may take milliseconds or, with imports, seconds.
     """
-    return [Target(stage, what, 10 ** rng.uniform(-3, 0)) for stage in stages for what in rng.sample(whats, len(whats))]
+    kinds = [(stage, what) for stage in stages for what in rng.sample(whats, len(whats))]
+    return [Target(stage, what, 10 ** rng.uniform(-3, -0.5)) for stage, what in kinds]
 
 
 def report(kills: Sequence[Kill]) -> str:
