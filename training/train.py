@@ -9,6 +9,7 @@ metrics.jsonl (a line a step, a line an epoch, then a line a probe), checkpoint.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -227,6 +228,7 @@ def process_group() -> Iterator[Place]:
     try:
         yield Place(dist.get_rank(), dist.get_world_size(), device)
     finally:
+        gc.collect()  # a replica that outlived the group would keep its threads, which can abort the exit
         dist.destroy_process_group()
 
 
