@@ -1,7 +1,8 @@
 """Stage encode: the sentence encoder over each shard's distinct texts, to nodes/<shard>.npy.
 
 Embeddings are float16, unit norm, and the same bytes whatever the shards, the batches and the worker count. Memory: the
-model, and one shard. `matrix:FILE` in place of an encoder takes the similarities of classes (graphbuild.matrix).
+model, and one shard. On a GPU two workers take turns: one encodes while the other reads, tokenises or writes.
+`matrix:FILE` in place of an encoder takes the similarities of classes (graphbuild.matrix).
 """
 
 from __future__ import annotations
@@ -107,4 +108,4 @@ def embeddings_entry(done: list[Json], encoder: Mapping[str, Any]) -> Json:
     return {"embeddings": {**encoder, **facts}}
 
 
-STAGE = Stage(name="encode", title="encoding", plan=plan, run=run, finish=finish, on_device=True)
+STAGE = Stage(name="encode", title="encoding", plan=plan, run=run, finish=finish, on_device=True, sharing=2)

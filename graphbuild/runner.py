@@ -44,7 +44,7 @@ class Runner:
         self.seconds: dict[str, float] = {}  # by stage, wall time of the last run
         self._started_ray = self._in_ray = False
         self._metrics: Any = None
-        self._pools = {gpu: Pool(gpu=gpu) for gpu in (False, True)}
+        self._pools: dict[float, Pool] = {}  # by a worker's share of a GPU
 
     def __enter__(self) -> Runner:
         return self
@@ -130,9 +130,9 @@ class Runner:
         gpu = wants_gpu and resources.get("GPU", 0) >= 1
         if wants_gpu and not gpu and tasks[0].hints.get("device") == "cuda":
             raise ConfigError("no GPU in the Ray cluster", "use --device cpu, or an --address whose nodes have GPUs")
-        slots = int(resources.get("GPU" if gpu else "CPU", 1))
+        slots = int(resources["GPU"]) * stage.sharing if gpu else int(resources.get("CPU", 1))
         count = slots if self.workers is None else min(self.workers, slots) if gpu else self.workers
-        pool = self._pools[gpu]
+        pool = self._pool(1 / stage.sharing if gpu else 0)
         queue = [(task, 1) for task in reversed(tasks)]
         running: dict[Any, tuple[Task, int, Any]] = {}
         while queue or running:
@@ -177,6 +177,13 @@ class Runner:
                 if isinstance(result, Failure) and result.storage:
                     queue.clear()
             yield task, result
+
+    def _pool(self, share: float) -> Pool:
+        """The workers with that share of a GPU. Those with another one must not keep it from them."""
+        if share:
+            for other in self._pools.keys() - {0, share}:
+                self._pools.pop(other).close()
+        return self._pools.setdefault(share, Pool(share))
 
     def _show(self, store: Store) -> None:
         """The state as metrics of the Ray session, if there is one."""

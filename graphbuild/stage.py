@@ -91,7 +91,8 @@ class Stage:
     plan lists the tasks, reading only small files. run does one and returns its facts: JSON, its integer `counts` are
     summed over the tasks. finish turns the records of all tasks into entries of manifest.json. serves: the stages that
     its files are for; when those are done it is not run, and its files are scratch that may be gone. note: a line to
-    show before its first task: what was chosen, and what it will take.
+    show before its first task: what was chosen, and what it will take. on_device: a GPU serves it, if there is one.
+    sharing: workers to a GPU: one computes while another reads, prepares or writes.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Stage:
     run: Run
     finish: Callable[[Recipe, Store, list[Json]], Json] = lambda recipe, store, records: {}
     on_device: bool = False
+    sharing: int = 1
     serves: tuple[Stage, ...] = ()
     note: Callable[[Recipe, Store], str] | None = None
 

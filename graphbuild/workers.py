@@ -70,13 +70,13 @@ class Worker:
 
 
 class Pool:
-    """Workers of one kind, with a GPU each or without, that have no task: `idle`, or still `starting`.
+    """Workers of one kind, with that share of a GPU each (0: on a CPU), that have no task: `idle`, or still `starting`.
 
     Only a worker that is up gets a task, so none waits for a CPU that the cluster lost or never had: those that can
     start do all the work.
     """
 
-    def __init__(self, *, gpu: bool) -> None:
+    def __init__(self, gpu: float) -> None:
         self._gpu = gpu
         self._in_vain = 0  # starts that failed since one succeeded
         self.idle: list[Any] = []
@@ -86,7 +86,7 @@ class Pool:
         """Start workers until so many are idle or starting."""
         import ray
 
-        kind: Any = ray.remote(num_cpus=0 if self._gpu else 1, num_gpus=1 if self._gpu else 0)(Worker)
+        kind: Any = ray.remote(num_cpus=0 if self._gpu else 1, num_gpus=self._gpu)(Worker)
         while len(self.idle) + len(self.starting) < count:
             worker = kind.remote()
             self.starting[worker.started.remote()] = worker
@@ -116,3 +116,9 @@ class Pool:
 
         while self.idle:
             ray.kill(self.idle.pop())
+
+    def close(self) -> None:
+        """End all of them, so that what they hold of GPUs is free for others."""
+        self.idle += self.starting.values()
+        self.starting.clear()
+        self.dismiss()

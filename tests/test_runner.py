@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
@@ -122,6 +123,37 @@ def test_workers_that_a_cluster_has_no_cpu_for_hold_nothing_up(store: Store, mon
             for k in range(3, 8):
                 runner.run(stage(write), Recipe(index=Index(k=k)), store, force=True)
             assert time.monotonic() - begin < 20
+    finally:
+        ray.shutdown()
+
+
+def meet(task: Task, store: Store, writer: Writer) -> Json:
+    """Says whether another task ran at the same time; waits for one while there should be."""
+    folder = Path(store.url) / "now"
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / task.name
+    mark.write_text("")
+    end, met = time.monotonic() + (20 if task.settings["k"] == 2 else 0.5), False
+    while not met and time.monotonic() < end:
+        met = len(list(folder.iterdir())) > 1
+        time.sleep(0.01)
+    time.sleep(0.5)  # the other sees this one too
+    mark.unlink()
+    gpu = os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    return {**write(task, store, writer), "counts": {"met": int(met), "gpu": int(gpu)}}
+
+
+def test_two_workers_share_a_gpu_in_one_stage_and_one_has_it_alone_in_the_next(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    ray.init(address="local", num_cpus=1, num_gpus=1, include_dashboard=False)  # to Ray a GPU is a number
+    try:
+        with Runner() as runner:
+            for sharing, met in ((2, 4), (1, 0)):
+                one = dataclasses.replace(stage(meet), on_device=True, sharing=sharing)
+                entry = runner.run(one, Recipe(index=Index(k=sharing)), store, force=True)
+                assert entry["counts"] == {"gpu": 4, "met": met}
     finally:
         ray.shutdown()
 
