@@ -105,7 +105,9 @@ def invalidate(store: Store, stage: str) -> None:
 def require(store: Store, stage: str, verb: str) -> list[Json]:
     """The records of a finished stage that the next one builds on; ConfigError names the verb to run first."""
     if stage not in store.manifest()["stages"]:
-        raise ConfigError(f"{store.url} has no finished {stage} stage", f"run `graphbuild {verb} {store.url}` first")
+        raise ConfigError(
+            f"{store.url}: `graphbuild {verb}` has not finished there", f"run `graphbuild {verb} {store.url}`"
+        )
     return list(records(store, stage).values())
 
 

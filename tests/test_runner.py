@@ -88,7 +88,7 @@ def test_one_failure_lets_the_others_go_on_and_is_recorded(store: Store, workers
         assert set(records(store, "search")) == {"00000", "00001", "00003"}
         failure = records(store, "search", "failed")["00002"]
         assert "ZeroDivisionError" in failure["traceback"]
-        with pytest.raises(ConfigError, match="no finished search"):
+        with pytest.raises(ConfigError, match="`graphbuild index` is not finished"):
             require(store, "search", "index")
         runner.run(stage(write), Recipe(), store)
     assert not records(store, "search", "failed")

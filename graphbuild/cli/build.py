@@ -97,8 +97,9 @@ def download(
     _run_section("download", store, changes, given(locals(), HOW))
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True})
 def embed(
+    context: typer.Context,
     store: StoreArg,
     shards: Annotated[
         str | None, option("tars made elsewhere: a folder, or 'cc3m/{0000..0331}.tar', 'cc3m/*.tar'")
@@ -133,6 +134,10 @@ def embed(
 
     Reads the store's own tars, or --shards, --captions or --vectors.
     """
+    if context.args:
+        raise typer.BadParameter(
+            f"unexpected {context.args[0]}. Quote patterns, or the shell puts all files there: --shards '/data/*.tar'"
+        )
     names = "shards captions vectors preset caption_column key_column vector_column caption_member class_names template"
     names += " encoder prompt dim precision device"
     _run_section("embed", store, given(locals(), names), given(locals(), HOW))

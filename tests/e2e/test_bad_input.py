@@ -788,7 +788,7 @@ def test_a_name_that_no_encoder_can_have_is_refused(tmp_path: Path, store: Path,
         (["index", "s", "--device", "tpu"], "--device"),
         (["embed", "s", "--workers", "-1"], "--workers"),
         (["embed"], "STORE"),
-        (["embed", "s", "t"], "t"),
+        (["embed", "s", "--shards", "0.tar", "1.tar"], "Quote patterns"),
         (["nosuch"], "nosuch"),
     ],
 )
