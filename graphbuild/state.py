@@ -106,7 +106,7 @@ def require(store: Store, stage: str, verb: str) -> list[Json]:
     """The records of a finished stage that the next one builds on; ConfigError names the verb to run first."""
     if stage not in store.manifest()["stages"]:
         raise ConfigError(
-            f"{store.url}: `graphbuild {verb}` has not finished there", f"run `graphbuild {verb} {store.url}`"
+            f"{store.url}: `graphbuild {verb}` is not finished", f"run `graphbuild {verb} {store.url}` first"
         )
     return list(records(store, stage).values())
 
