@@ -40,6 +40,7 @@ SEED = int(os.environ.get("GRAPHBUILD_KILL_SEED", "20"))
 GRAPH = ("prepare", "codes", "moments", "join", "merge", "search", "certify", "export")
 TARS = ("scan", "number", "assign", "encode", *GRAPH, "arrange", "scatter", "cluster")
 WORKER, EVERYTHING = "worker", "everything"
+BUSY = "ray::Worker.attempt"
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def strike(
     process: subprocess.Popen[str], store: Path, stages: Sequence[str], what: str, rng: random.Random
 ) -> Kill | None:
     """Kill, and tell what the store showed while the victims stood still; None when there is no worker any more."""
-    busy = workers_of(process, "ray::Worker.attempt")
+    busy = workers_of(process, BUSY)
     if what == EVERYTHING:
         victims = freeze(process)
     else:
@@ -119,12 +120,15 @@ def strike(
 def moment_comes(
     process: subprocess.Popen[str], store: Path, stages: Sequence[str], target: Target, progress: Progress
 ) -> bool:
-    """Wait for a target's moment; False when the command ends before."""
+    """Wait for a target's moment: a worker's comes when one has a task, or a tenth of a second later. False when
+    the command ends before.
+    """
     due, before = None, progress()
     while process.poll() is None:
         if due is None and under_way(store, stages) >= stages.index(target.stage) and progress() != before:
             due = time.monotonic() + target.pause
-        if due is not None and time.monotonic() >= due and (target.what == EVERYTHING or workers_of(process)):
+        late = time.monotonic() - due if due is not None else -1.0
+        if late >= 0 and (target.what == EVERYTHING or workers_of(process, BUSY if late < 0.1 else "ray::Worker")):
             return True
         time.sleep(0.002)
     return False
