@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plan import Claim, Experiment, Run
-
 from graphbuild.errors import InputError
+from lab.plan import Claim, Experiment, Run
 
 Line = dict[str, Any]
 SHARES = ("linear", "knn", "shot", "zero-shot")  # measures in percent

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import yaml
 from config import Config
-from sources import Data, fingerprint
 
 from graphbuild.errors import ConfigError
+from lab.sources import Data, fingerprint
 
 EVALUATION = 1  # the probes' version: another one makes results incomparable
 PLACE = ("store", "seed", "workers", "cache", "checkpoint_steps", "log")  # settings that decide no result
