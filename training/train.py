@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from augment import DRAWS, random_view
 from config import Config, Place, read_command_line
-from data import Batch, EpochBatches, split_shards, training_samples, unchanged
+from data import Batch, EpochBatches, sidecars_of, split_shards, training_samples, unchanged
 from evaluate import evaluate, extract, table
 from gradcache import backward
 from models import Model, normalise
@@ -148,6 +148,7 @@ def probe(config: Config, labels: list[str], trained: nn.Module, run_dir: Path, 
     for tars in split_shards(config):
         dataset = graph_webdataset(
             tars,
+            sidecars=sidecars_of(config.store, tars),
             batch_size=config.batch_size,
             image_pixels=config.pixels,
             shuffle=0,

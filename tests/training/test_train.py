@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -314,6 +315,19 @@ def test_shards_are_split_into_train_and_held_out(scenes_store: str) -> None:
     assert names == [["00000.tar", "00001.tar"], ["00002.tar", "00003.tar"]]
     chosen, _ = split_shards(small(scenes_store, train_shards="shards/{00001..00003}.tar", held_out=0))
     assert len(GraphDataset(chosen)) == 360
+
+
+def test_tars_that_lie_elsewhere_are_found_by_the_store_s_recipe(scenes_store: str, tmp_path: Path) -> None:
+    """The same store without tars in it: sidecars only, as `graphbuild embed --shards` leaves it."""
+    other = tmp_path / "store"
+    shutil.copytree(scenes_store, other, ignore=shutil.ignore_patterns("*.tar"))
+    here, there = (training_samples(small(store)) for store in (scenes_store, str(other)))
+    assert np.array_equal(here.nodes, there.nodes)
+    assert torch.equal(here.__getitems__([0, 159])["image"], there.__getitems__([0, 159])["image"])
+    main(command(str(other), tmp_path / "run", epochs=1, pixels=16, labels="background")[1:])
+    assert [line["label"] for line in lines(tmp_path / "run") if "label" in line] == ["background"]
+    config = small(str(other), train_shards=f"{scenes_store}/shards/{{00000..00001}}.tar")
+    assert len(training_samples(config)) == 160
 
 
 @pytest.mark.slow
