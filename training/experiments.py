@@ -61,7 +61,8 @@ def run(
         return
     device, begun, failed, left = torch_device(), time.perf_counter(), [], []
     for number, one in enumerate(missing, 1):
-        if found.of(one) is not None:  # another experiment had the same run
+        found = Results(results)  # another experiment or process may have finished the same run
+        if found.of(one) is not None:
             continue
         expected = found.seconds(one, by_name[one.experiment])
         if minutes is not None and time.perf_counter() - begun + expected > 60 * minutes:
