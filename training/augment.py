@@ -47,8 +47,7 @@ def _crop_and_flip(images: Tensor, draws: Tensor, area_min: float, flip: bool) -
 
 
 def _recolour(images: Tensor, draws: Tensor, jitter: float, grayscale: float) -> Tensor:
-    """Saturation, contrast and brightness are linear in the pixels: one 3 x 3 matrix and bias for each
-    image."""
+    """Saturation, contrast and brightness are linear in the pixels: one 3 x 3 matrix and bias for each image."""
     brightness, contrast, saturation = 1 + jitter * (2 * draws[:3] - 1)
     saturation = saturation.masked_fill(draws[3] < grayscale, 0)
     luma = torch.tensor(LUMA, device=images.device)

@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
+import yaml
+from braceexpand import braceexpand
 from config import Config, Place
 from numpy.typing import NDArray
 from torch import Tensor
@@ -36,16 +39,33 @@ def unchanged(batch: Batch) -> Batch:
 
 def split_shards(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The tars to train on, or a pattern of them, and the held-out ones; ConfigError where none is left to train on."""
-    tars = tuple(sorted(map(str, Path(config.store, "shards").glob("*.tar"))))
+    tars = stored_tars(config.store)
     kept = max(len(tars) - config.held_out, 0)
     if config.train_shards:
         return (os.path.join(config.store, config.train_shards),), tars[kept:]  # noqa: PTH118 - may be a URL
     if kept == 0:
         raise ConfigError(
-            f"{config.store}/shards holds {len(tars)} tar(s) and held_out = {config.held_out}",
+            f"{config.store} has {len(tars)} tar(s) at hand and held_out = {config.held_out}",
             "set --held-out so that one is left to train on, or name others with --train-shards",
         )
     return tars[:kept], tars[kept:]
+
+
+def stored_tars(store: str) -> tuple[str, ...]:
+    """The tars of a store on disk, in order: those in its shards/, or else where its recipe says that they lie."""
+    found = sorted(map(str, Path(store, "shards").glob("*.tar")))
+    recipe = Path(store, "recipe.yaml")
+    if not found and recipe.exists():
+        pattern = yaml.safe_load(recipe.read_text())["embed"]["shards"] or ""
+        pattern = os.path.join(pattern, "*.tar") if os.path.isdir(pattern) else pattern  # noqa: PTH112, PTH118 - may be a URL
+        found = [tar for each in braceexpand(pattern) for tar in sorted(glob(each))]  # noqa: PTH207
+    return tuple(found)
+
+
+def sidecars_of(store: str, tars: Sequence[str]) -> str | None:
+    """The folder of the tars' sidecars: the store's own for tars that lie elsewhere; None: beside the tars."""
+    inside = os.path.join(store, "")  # noqa: PTH118 - may be a URL
+    return None if all(tar.startswith(inside) for tar in tars) else f"{store}/shards"
 
 
 def training_samples(config: Config) -> TrainingSamples:
@@ -80,7 +100,7 @@ class TrainingSamples(Dataset[Batch]):
         workers: int,
     ) -> None:
         self.graph = SampleGraph.open(store)
-        self._tars = GraphDataset(tars, graph=self.graph, image_pixels=pixels)
+        self._tars = GraphDataset(tars, sidecars=sidecars_of(store, tars), graph=self.graph, image_pixels=pixels)
         self.tars = [shard.tar for shard in self._tars.shards]
         self._items = subset(len(self._tars), samples, subset_seed)
         self.nodes = self._tars.nodes[self._items]

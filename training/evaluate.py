@@ -1,8 +1,9 @@
 """What frozen features know: linear, k-NN, few-shot and zero-shot probes, also where backgrounds are exchanged.
 
 Hyper-parameters are chosen on a fifth of the train part, never on a test part, from the same choices for every
-encoder. `extract` and `evaluate` take labels from the json members of a store's samples and put the probes of several
-encoders beside each other; `features_of` and `probes` take images that are held in memory.
+encoder. All features are held in memory, in float32; a label costs five fits of its linear probe. `extract` and
+`evaluate` take labels from the json members of a store's samples and put the probes of several encoders beside each
+other; `features_of` and `probes` take images that are held in memory.
 """
 
 from __future__ import annotations

@@ -5,35 +5,23 @@
     python training/experiments.py summary --all
 
 A finished run is a line in benchmarks/results/experiments/; an interrupted one goes on from its checkpoint. With --all
-the first group of every experiment comes before the second of any.
+the first group of every experiment comes before the second of any. What a run is, and costs: lab/.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import time
-from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 # On shared cores OpenMP threads that wait must not spin: under load this is four to eight times faster.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
-import torch
 import typer
-from config import Config, Place
-from cost import step_seconds
-from data import EpochBatches, training_samples
-from evaluate import features_of, probes, zero_shot
-from models import Model
-from plan import Experiment, Form, Run, in_turn, read_experiment
-from results import Results, plot, summary
-from sources import Prepared, prepare
-from train import load_run, new_model, train
+from lab.plan import Experiment, Form, Run, in_turn, read_experiment
+from lab.results import Results, plot, summary
+from lab.runs import device_name, finish, torch_device
 
 from graphbuild.errors import ConfigError, GraphbuildError
 
@@ -73,7 +61,8 @@ def run(
         return
     device, begun, failed, left = torch_device(), time.perf_counter(), [], []
     for number, one in enumerate(missing, 1):
-        if found.of(one) is not None:  # another experiment had the same run
+        found = Results(results)  # another experiment or process may have finished the same run
+        if found.of(one) is not None:
             continue
         expected = found.seconds(one, by_name[one.experiment])
         if minutes is not None and time.perf_counter() - begun + expected > 60 * minutes:
@@ -142,97 +131,11 @@ def forecast(runs: list[Run], missing: list[Run], experiments: dict[str, Experim
     return "\n".join([*lines, f"forecast: {total / 3600:.2f} hours on {device_name(torch_device())}"])
 
 
-def finish(run: Run, work: Path, device: torch.device, cifar: Path | None) -> tuple[dict[str, float], float]:
-    """Prepare, train or go on, and evaluate: the run's metrics, and its seconds of training and evaluation."""
-    prepared = prepare(run.data, work / "data", cifar)
-    started = time.perf_counter()
-    if run.kind == "cost":
-        return step_seconds(run, prepared, device), time.perf_counter() - started
-    config, model, training, before = trained(run, prepared, work, device)
-    metrics = {**training, **evaluated(config, model, run, prepared, device)}
-    return metrics, before + time.perf_counter() - started
-
-
-def trained(
-    run: Run, prepared: Prepared, work: Path, device: torch.device
-) -> tuple[Config, Model, dict[str, float], float]:
-    """The trained model, what its training tells, seconds of earlier sessions. No epochs: the model at its start."""
-    if run.settings["epochs"] == 0:
-        config = replace(run, settings={**run.settings, "epochs": 1}).config(prepared.store)
-        return config, new_model(config, 1).to(device), {}, 0.0
-    folder = work / "runs" / f"{run.fingerprint}-{run.seed}"
-    before = sum(line["seconds"] for line in epochs_of(folder))
-    train(run.config(prepared.store), folder, Place(0, 1, device))
-    config, model = load_run(folder, device)
-    epochs = epochs_of(folder)
-    means = {
-        name.replace("_", " "): sum(line[name] for line in epochs) / len(epochs)
-        for name in ("images_per_second", "share_waiting_for_data")
-    }
-    return config, model, {"loss": epochs[-1]["mean_loss"], **means, **edges_of(config)}, before
-
-
-def epochs_of(folder: Path) -> list[dict[str, float]]:
-    """The lines of the finished epochs of a run, with their seconds."""
-    path = folder / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]  # a crash may have cut the last line
-    lines = [json.loads(line) for line in whole.splitlines()]
-    steps = Counter(line["epoch"] for line in lines if "step" in line)
-    return [
-        {**line, "seconds": line["seconds_per_step"] * steps[line["epoch"]]} for line in lines if "mean_loss" in line
-    ]
-
-
-def edges_of(config: Config) -> dict[str, float]:
-    """Of the batches of the first epoch: how many of its own k neighbours an image finds in its batch, on average."""
-    samples = training_samples(config)
-    edges = []
-    for batch in EpochBatches(config, samples.graph, samples.nodes, Place(0, 1, torch.device("cpu"))):
-        nodes = samples.nodes[batch]
-        edges.append(np.isin(samples.graph.neighbors(nodes)[0], nodes).sum(1).mean())
-    return {"edges per anchor": float(np.mean(edges))}
-
-
-def evaluated(config: Config, model: Model, run: Run, prepared: Prepared, device: torch.device) -> dict[str, float]:
-    """All probes of the frozen encoder, and zero-shot where the model has a text side on frozen embeddings."""
-    labelled = prepared.labelled()
-    features = {name: features_of(model.encoder, part.images, device) for name, part in labelled.items()}
-    labels = {("train" if name == "probe" else name): part.labels for name, part in labelled.items()}
-    main = run.data.main_label
-    tests = {name: part for name, part in features.items() if name != "probe"}
-    metrics = probes(features["probe"], tests, labels, main)
-    if run.settings["epochs"] and config.reads_texts and config.text == "projection":
-        assert model.text_projection is not None
-        prompts = prepared.prompts()
-        with torch.inference_mode():
-            texts = model.text_projection(torch.stack(list(prompts.values())).to(device)).cpu()
-            for name, part in tests.items():
-                images = model.image_projection(part.to(device)).cpu()
-                accuracy = zero_shot(images, texts, list(prompts), labels[name][main])
-                metrics[f"zero-shot {main}" + (f" {name}" if name != "test" else "")] = accuracy
-    return metrics
-
-
 def _wanted(run: Run, experiments: list[Experiment], groups: str) -> bool:
     if not groups:
         return True
     names = next(experiment.groups for experiment in experiments if experiment.name == run.experiment)
     return run.group in (names[: int(groups)] if groups.isdigit() else groups.split(";"))
-
-
-def torch_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name; or the processor's, with the number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    listed = Path("/proc/cpuinfo")
-    lines = listed.read_text().splitlines() if listed.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def main() -> None:

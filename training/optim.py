@@ -1,4 +1,7 @@
-"""Optimizers and the learning rate's schedule. Biases, norms and scales have no weight decay."""
+"""Optimizers and the learning rate's schedule. Biases, norms and scales have no weight decay.
+
+LARS keeps one number a weight, AdamW two.
+"""
 
 from __future__ import annotations
 
@@ -55,8 +58,7 @@ class LARS(Optimizer):
 
 
 def schedule(done: float, warm_up: float) -> float:
-    """Share of the learning rate after the share `done` of the training: linear warm-up, then half a
-    cosine."""
+    """Share of the learning rate after the share `done` of the training: linear warm-up, then half a cosine."""
     if done < warm_up:
         return max(done / warm_up, 0.01)
     return 0.5 * (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up)))

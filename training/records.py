@@ -86,25 +86,26 @@ class TensorBoard:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a run needs to go on, in one file: modules by name, the optimizer, and the next step."""
+    """All that a run needs to go on, in one file: modules by name, the optimizer, the next step, its epoch's losses."""
 
     path: Path
     config: Config
     modules: Mapping[str, nn.Module]
     optimizer: Optimizer
 
-    def save(self, epoch: int, step: int) -> None:
+    def save(self, epoch: int, step: int, losses: list[float]) -> None:
         """A crash leaves the last whole checkpoint."""
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= {"optimizer": self.optimizer.state_dict(), "config": asdict(self.config)}
         content = io.BytesIO()
-        torch.save({**state, "epoch": epoch, "step": step}, content)
+        torch.save({**state, "epoch": epoch, "step": step, "losses": losses}, content)
         replace(self.path, content.getbuffer())
 
-    def restore(self) -> tuple[int, int]:
-        """The epoch and the step to go on with, 0 and 0 where there is no checkpoint; ConfigError for another run's."""
+    def restore(self) -> tuple[int, int, list[float]]:
+        """The epoch and the step to go on with, and the losses of that epoch's steps before it; 0, 0 and none where
+        there is no checkpoint. ConfigError: it is another run's."""
         if not self.path.exists():
-            return 0, 0
+            return 0, 0, []
         state = torch.load(self.path, map_location="cpu", weights_only=True)
         saved, wanted = state["config"], asdict(self.config)
         changed = [name for name in wanted if name not in FREE and saved.get(name) != wanted[name]]
@@ -115,7 +116,7 @@ class Checkpoint:
         for name, module in self.modules.items():
             module.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
-        return state["epoch"], state["step"]
+        return state["epoch"], state["step"], state.get("losses", [])  # older checkpoints have none
 
 
 def replace(path: Path, content: bytes | memoryview) -> None:

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from augment import DRAWS, random_view
 from config import Config, Place, read_command_line
-from data import Batch, EpochBatches, split_shards, training_samples, unchanged
+from data import Batch, EpochBatches, sidecars_of, split_shards, training_samples, unchanged
 from evaluate import evaluate, extract, table
 from gradcache import backward
 from models import Model, normalise
@@ -68,7 +68,7 @@ def train(config: Config, run_dir: Path, place: Place) -> nn.Module:
     objective = Objective(config).to(place.device)
     optimizer = new_optimizer(config, model, objective)
     checkpoint = Checkpoint(run_dir / "checkpoint.pt", config, {"model": model, "objective": objective}, optimizer)
-    first_epoch, first_step = checkpoint.restore()
+    first_epoch, first_step, losses = checkpoint.restore()
     metrics = None
     if place.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def train(config: Config, run_dir: Path, place: Place) -> nn.Module:
 
     for epoch in range(first_epoch, config.epochs):
         batches.set_epoch(epoch, first_step)
-        clock, losses = Clock(), []
+        clock = Clock()
         for step, batch in enumerate(clock.waiting(loader), first_step):
             number = epoch * batches.steps + step
             rate = config.learning_rate * schedule(number / (config.epochs * batches.steps), config.warm_up)
@@ -106,22 +106,22 @@ def train(config: Config, run_dir: Path, place: Place) -> nn.Module:
                 metrics.write(number, epoch=epoch, step=step, loss=losses[-1], learning_rate=rate)
                 due = config.checkpoint_steps and (number + 1) % config.checkpoint_steps == 0
                 if due and step + 1 < batches.steps:
-                    checkpoint.save(epoch, step + 1)
+                    checkpoint.save(epoch, step + 1, losses)
         if metrics:
-            seconds = clock.seconds()
-            speed, mean = len(losses) * config.batch_size / seconds, sum(losses) / len(losses)
+            seconds, steps = clock.seconds(), len(batches)  # of this epoch, since the run went on
+            speed, mean = steps * config.batch_size / seconds, sum(losses) / len(losses)
             print(f"epoch {epoch + 1}/{config.epochs}  loss {mean:.4f}  {speed:,.0f} images/s", flush=True)
             metrics.write(
                 (epoch + 1) * batches.steps,
                 epoch=epoch,
                 mean_loss=mean,
                 images_per_second=speed,
-                seconds_per_step=seconds / len(losses),
+                seconds_per_step=seconds / steps,
                 share_waiting_for_data=clock.waited / seconds,
                 **batches.report(),
             )
-            checkpoint.save(epoch + 1, 0)
-        first_step = 0
+            checkpoint.save(epoch + 1, 0, [])
+        first_step, losses = 0, []
     if metrics:
         metrics.close()
     return model.encoder
@@ -148,6 +148,7 @@ def probe(config: Config, labels: list[str], trained: nn.Module, run_dir: Path, 
     for tars in split_shards(config):
         dataset = graph_webdataset(
             tars,
+            sidecars=sidecars_of(config.store, tars),
             batch_size=config.batch_size,
             image_pixels=config.pixels,
             shuffle=0,

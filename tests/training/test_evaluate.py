@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
-from types import ModuleType
-
+import evaluate
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
 from scipy.special import log_softmax
-
-TRAINING = Path(__file__).parents[2] / "training"
-
-
-@pytest.fixture
-def evaluate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(TRAINING)
-    return importlib.import_module("evaluate")
 
 
 def mixture(n: int, classes: int, d: int, spread: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,7 +19,7 @@ def mixture(n: int, classes: int, d: int, spread: float, seed: int) -> tuple[tor
     return torch.from_numpy(x).float(), torch.from_numpy(y)
 
 
-def test_knn_is_the_vote_weighted_by_similarity_over_the_temperature(evaluate: ModuleType) -> None:
+def test_knn_is_the_vote_weighted_by_similarity_over_the_temperature() -> None:
     x, y = mixture(200, 4, 6, 1.5, 0)
     queries, _ = mixture(50, 4, 6, 1.5, 1)
     unit, asked = (z.double().numpy() / np.linalg.norm(z.double().numpy(), axis=1, keepdims=True) for z in (x, queries))
@@ -43,7 +32,7 @@ def test_knn_is_the_vote_weighted_by_similarity_over_the_temperature(evaluate: M
     assert evaluate.knn(x, y, queries, 4, 7).tolist() == wanted
 
 
-def test_linear_is_the_minimum_of_the_penalised_logistic_loss(evaluate: ModuleType) -> None:
+def test_linear_is_the_minimum_of_the_penalised_logistic_loss() -> None:
     x, y = mixture(150, 3, 5, 1.5, 0)
     queries, _ = mixture(400, 3, 5, 1.5, 1)
     mean, deviation = x.double().mean(0).numpy(), x.double().std(0).numpy()
@@ -61,23 +50,27 @@ def test_linear_is_the_minimum_of_the_penalised_logistic_loss(evaluate: ModuleTy
 
 
 @pytest.mark.parametrize("shots", [1, 5])
-def test_few_shot_is_the_nearest_mean_of_as_many_images_a_class(evaluate: ModuleType, shots: int) -> None:
-    x, y = mixture(60, 3, 5, 1.0, 0)
-    queries, _ = mixture(40, 3, 5, 1.0, 1)
-    first = torch.randperm(60, generator=torch.Generator().manual_seed(0))
-    drawn = torch.cat([first[y[first] == label][:shots] for label in range(3)])
-    guesses = evaluate.few_shot(x, y, queries, 3, shots)
-    assert guesses.shape == (evaluate.DRAWS, 40)
-    scaled = (x - x.mean(0)) / x.std(0)
-    unit = scaled / scaled.norm(dim=1, keepdim=True)
-    means = torch.stack([unit[drawn][y[drawn] == label].mean(0) for label in range(3)])
-    asked = (queries - x.mean(0)) / x.std(0)
-    wanted = (asked @ (means / means.norm(dim=1, keepdim=True)).T).argmax(1)
-    assert torch.equal(guesses[0], wanted)
-    assert len(drawn) == 3 * shots
+def test_few_shot_is_the_nearest_mean_of_as_many_images_a_class_the_same_for_every_encoder(shots: int) -> None:
+    """The draws follow from the labels and a fixed seed alone, whatever the features."""
+    for seed in (0, 2):
+        x, y = mixture(60, 3, 5, 1.0, seed)
+        y = mixture(60, 3, 5, 1.0, 0)[1]
+        queries, _ = mixture(40, 3, 5, 1.0, 1)
+        guesses = evaluate.few_shot(x, y, queries, 3, shots)
+        assert guesses.shape == (evaluate.DRAWS, 40)
+        scaled = (x - x.mean(0)) / x.std(0)
+        unit = scaled / scaled.norm(dim=1, keepdim=True)
+        asked = (queries - x.mean(0)) / x.std(0)
+        generator = torch.Generator().manual_seed(0)
+        for guess in guesses:
+            order = torch.randperm(60, generator=generator)
+            drawn = torch.cat([order[y[order] == label][:shots] for label in range(3)])
+            assert len(drawn) == 3 * shots
+            means = torch.stack([unit[drawn][y[drawn] == label].mean(0) for label in range(3)])
+            assert torch.equal(guess, (asked @ (means / means.norm(dim=1, keepdim=True)).T).argmax(1))
 
 
-def test_few_shot_is_perfect_on_separate_clusters_and_chance_on_noise(evaluate: ModuleType) -> None:
+def test_few_shot_is_perfect_on_separate_clusters_and_chance_on_noise() -> None:
     (x, y), (queries, truth) = mixture(300, 4, 16, 0.01, 0), mixture(200, 4, 16, 0.01, 1)
     assert evaluate.accuracy(evaluate.few_shot(x, y, queries, 4, 1), truth) == 1
     noise, more = torch.randn(300, 16), torch.randn(2000, 16)
@@ -85,7 +78,7 @@ def test_few_shot_is_perfect_on_separate_clusters_and_chance_on_noise(evaluate: 
     assert abs(evaluate.accuracy(evaluate.few_shot(noise, y, more, 4, 5), labels) - 0.25) < 0.05
 
 
-def test_a_probe_that_reads_the_background_fails_where_backgrounds_are_exchanged(evaluate: ModuleType) -> None:
+def test_a_probe_that_reads_the_background_fails_where_backgrounds_are_exchanged() -> None:
     """Features tell the background, which in training tells the kind; or they tell the kind."""
     rng = np.random.default_rng(0)
     kinds = rng.integers(0, 4, 900)
@@ -104,7 +97,40 @@ def test_a_probe_that_reads_the_background_fails_where_backgrounds_are_exchanged
     assert shape["linear kind"] == shape["linear kind swapped"] > 0.99
 
 
-def test_probes_of_other_labels_are_linear_only(evaluate: ModuleType) -> None:
+def test_hyper_parameters_are_chosen_on_a_fifth_of_the_train_part_which_the_probe_then_does_not_see() -> None:
+    x, y = torch.arange(100).float()[:, None], torch.arange(100) % 2
+    queries = torch.arange(-50, 0).float()[:, None]
+    calls = []
+
+    def probe(x: torch.Tensor, y: torch.Tensor, queries: torch.Tensor, classes: int, choice: float) -> torch.Tensor:
+        calls.append(({*x[:, 0].tolist()}, {*queries[:, 0].tolist()}, choice))
+        right = (queries[:, 0] % 2).long()
+        return right if choice == 2 else 1 - right  # the second choice is right, as long as it is asked
+
+    assert torch.equal(evaluate._chosen_on_validation(probe, (1, 2, 3), x, y, queries, 2), (queries[:, 0] % 2).long())
+    *trials, (fitted, asked, choice) = calls
+    assert (fitted, asked, choice) == (set(range(100)), set(range(-50, 0)), 2)
+    assert [choice for *_, choice in trials] == [1, 2, 3]
+    for fitted, asked, _ in trials:
+        assert len(asked) == 20
+        assert fitted == set(range(100)) - asked
+
+
+@pytest.mark.parametrize("probe", ["linear", "knn", "5-shot"])
+def test_a_guess_does_not_depend_on_what_else_is_asked(probe: str) -> None:
+    """So nothing of a test part reaches a probe but the image that it guesses."""
+    (x, y), (queries, truth) = mixture(300, 4, 8, 2.0, 0), mixture(200, 4, 8, 2.0, 1)
+    labels = {
+        "train": {"class": [str(value) for value in y.tolist()]},
+        "test": {"class": [str(value) for value in truth.tolist()]},
+        "other": {"class": ["0"] * 500},
+    }
+    alone = evaluate.probes(x, {"test": queries}, labels, "class")
+    among = evaluate.probes(x, {"test": queries, "other": 9 + torch.randn(500, 8)}, labels, "class")
+    assert alone[f"{probe} class"] == among[f"{probe} class"]
+
+
+def test_probes_of_other_labels_are_linear_only() -> None:
     x, y = mixture(200, 3, 4, 0.1, 0)
     labels = {"class": [str(value) for value in y.tolist()], "parity": [str(value % 2) for value in y.tolist()]}
     found = evaluate.probes(x, {"test": x}, {"train": labels, "test": labels}, "class")
@@ -112,13 +138,13 @@ def test_probes_of_other_labels_are_linear_only(evaluate: ModuleType) -> None:
     assert found["linear class"] == 1
 
 
-def test_zero_shot_takes_the_text_of_highest_cosine(evaluate: ModuleType) -> None:
+def test_zero_shot_takes_the_text_of_highest_cosine() -> None:
     texts = torch.tensor([[1.0, 0.0], [0.0, 5.0]])
     images = torch.tensor([[2.0, 1.0], [0.3, 0.4], [-1.0, 0.1]])
     assert evaluate.zero_shot(images, texts, ["dog", "cat"], ["dog", "cat", "dog"]) == pytest.approx(2 / 3)
 
 
-def test_features_are_those_of_the_encoder_in_eval_mode(evaluate: ModuleType) -> None:
+def test_features_are_those_of_the_encoder_in_eval_mode() -> None:
     encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(12))
     images = torch.randint(0, 256, (7, 3, 2, 2), dtype=torch.uint8)
     found = evaluate.features_of(encoder.train(), images, torch.device("cpu"), batch_size=3)

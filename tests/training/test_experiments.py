@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -12,15 +11,19 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import experiments
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from lab import plan, sources
+from lab.results import Results, plot, summary
 
+from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError
+from graphbuild.torch import graph_webdataset
 
 ROOT = Path(__file__).parents[2]
 TRAINING = ROOT / "training"
@@ -60,25 +63,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("work")
 
 
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A module of training/ by name."""
-    monkeypatch.syspath_prepend(TRAINING)
-    return importlib.import_module
-
-
-@pytest.fixture
-def experiments(module: Any) -> ModuleType:
-    loaded: ModuleType = module("experiments")
-    return loaded
-
-
 def write(path: Path, recipe: dict[str, Any] = RECIPE, **settings: Any) -> Path:
     path.write_text(yaml.safe_dump({**recipe, "base": {**recipe["base"], **settings}}, sort_keys=False))
     return path
 
 
-def run(experiments: ModuleType, recipe: Path, work: Path, results: Path, **options: Any) -> None:
+def run(recipe: Path, work: Path, results: Path, **options: Any) -> None:
     given = {"recipes": [recipe], "every": False, "form": "reduced", "seeds": None, "cifar": None, "groups": ""}
     experiments.run(**{**given, "work": work, "results": results, "minutes": None, "dry_run": False, **options})
 
@@ -91,10 +81,10 @@ def lines_of(results: Path, name: str = "small") -> list[dict[str, Any]]:
 
 
 def test_each_run_has_one_line_and_a_rerun_adds_none(
-    experiments: ModuleType, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write(tmp_path / "small.yaml")
-    run(experiments, recipe, work, tmp_path / "results")
+    run(recipe, work, tmp_path / "results")
     first = lines_of(tmp_path / "results")
     assert [(line["seed"], line["variant"]) for line in first] == [
         (0, "SimCLR"), (0, "X-Sample"), (1, "SimCLR"), (1, "X-Sample"),
@@ -113,37 +103,33 @@ def test_each_run_has_one_line_and_a_rerun_adds_none(
         assert line["seconds"] > 0
     assert len({line["fingerprint"] for line in first}) == 2
     capsys.readouterr()
-    run(experiments, recipe, work, tmp_path / "results")
+    run(recipe, work, tmp_path / "results")
     assert lines_of(tmp_path / "results") == first
     assert "small: 4 of 4 runs are finished" in capsys.readouterr().out
 
 
-def test_a_changed_setting_is_run_again_and_another_group_keeps_what_it_shares(
-    experiments: ModuleType, work: Path, tmp_path: Path
-) -> None:
+def test_a_changed_setting_is_run_again_and_another_group_keeps_what_it_shares(work: Path, tmp_path: Path) -> None:
     results = tmp_path / "results"
     recipe = write(tmp_path / "small.yaml", epochs=1)
-    run(experiments, recipe, work, results, seeds=1)
-    run(experiments, write(tmp_path / "small.yaml", epochs=1, tau=0.2), work, results, seeds=1)
+    run(recipe, work, results, seeds=1)
+    run(write(tmp_path / "small.yaml", epochs=1, tau=0.2), work, results, seeds=1)
     lines = lines_of(results)
     assert Counter(line["settings"].get("tau") for line in lines) == {None: 2, 0.2: 2}
     assert len({line["fingerprint"] for line in lines}) == 4
     # The same run under another name, in another experiment, is not trained twice.
     shared = {**RECIPE, "groups": [{"name": "g", "data": "scenes", "variants": {"other name": {"method": "simclr"}}}]}
-    run(experiments, write(tmp_path / "shared.yaml", shared, epochs=1), work, results, seeds=1)
+    run(write(tmp_path / "shared.yaml", shared, epochs=1), work, results, seeds=1)
     assert not (results / "shared.jsonl").exists()
     experiments.write_summary([tmp_path / "shared.yaml"], False, "reduced", 1, results, plots=False)
     assert "1 of 1 runs are finished" in (results / "shared.md").read_text()
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
-    experiments: ModuleType, module: Any, work: Path, tmp_path: Path
-) -> None:
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(work: Path, tmp_path: Path) -> None:
     groups = [{"name": "first", "data": "scenes", "variants": {"X-Sample": {}}}]
     recipe = write(tmp_path / "small.yaml", {**RECIPE, "groups": groups}, epochs=30)
-    module("sources").prepare(module("sources").Data(**SCENES), work / "data")
-    fingerprint = module("plan").read_experiment(recipe, "reduced").runs[0].fingerprint
+    sources.prepare(sources.Data(**SCENES), work / "data")
+    fingerprint = plan.read_experiment(recipe, "reduced").runs[0].fingerprint
     command = [sys.executable, str(TRAINING / "experiments.py"), "run", str(recipe), "--seeds", "1", "--work"]
     interrupted = [*command, str(work), "--results", str(tmp_path / "killed")]
     process = subprocess.Popen(interrupted, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -175,30 +161,42 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
     assert epochs == list(range(30))
 
 
+def test_a_text_side_is_tested_zero_shot_and_an_untrained_network_without_one(work: Path, tmp_path: Path) -> None:
+    variants = {"CLIP": {"method": "clip"}, "untrained": {"epochs": 0}}
+    recipe = {**RECIPE, "groups": [{"name": "g", "data": "scenes", "variants": variants}]}
+    run(write(tmp_path / "small.yaml", recipe, epochs=1), work, tmp_path / "results", seeds=1)
+    clip, untrained = (line["metrics"] for line in lines_of(tmp_path / "results"))
+    assert clip.keys() - untrained.keys() == {
+        "zero-shot kind", "zero-shot kind swapped", "loss", "edges per anchor", "images per second",
+        "share waiting for data",
+    }  # fmt: skip
+    probed = {"kind", "colour", "texture", "count", "position", "size", "background"}
+    assert {name for name in untrained if name.startswith("linear")} == {
+        f"linear {label}{part}" for label in probed for part in ("", " swapped")
+    }
+
+
 def test_a_failing_run_is_told_and_the_others_are_done(
-    experiments: ModuleType, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     groups = [
         {"name": "g", "data": "scenes", "variants": {"too large": {"batch_size": 1000}, "SimCLR": {"method": "simclr"}}}
     ]
     recipe = write(tmp_path / "small.yaml", {**RECIPE, "groups": groups}, epochs=1)
     with pytest.raises(SystemExit, match="1 runs failed"):
-        run(experiments, recipe, work, tmp_path / "results", seeds=1)
+        run(recipe, work, tmp_path / "results", seeds=1)
     assert "too large: seed 0 failed: 120 training samples do not fill a batch of 1000" in capsys.readouterr().out
     assert [line["variant"] for line in lines_of(tmp_path / "results")] == ["SimCLR"]
 
 
-def test_no_run_begins_that_would_end_too_late(experiments: ModuleType, work: Path, tmp_path: Path) -> None:
-    run(experiments, write(tmp_path / "small.yaml"), work, tmp_path / "results", minutes=0.001)
+def test_no_run_begins_that_would_end_too_late(work: Path, tmp_path: Path) -> None:
+    run(write(tmp_path / "small.yaml"), work, tmp_path / "results", minutes=0.001)
     assert not (tmp_path / "results").exists()
 
 
-def test_the_cost_of_the_graph_is_the_share_by_which_steps_are_longer(
-    experiments: ModuleType, work: Path, tmp_path: Path
-) -> None:
+def test_the_cost_of_the_graph_is_the_share_by_which_steps_are_longer(work: Path, tmp_path: Path) -> None:
     groups = [{"name": "steps", "data": "scenes", "variants": {"steps": {"epochs": 4}}}]
     run(
-        experiments,
         write(tmp_path / "small.yaml", {**RECIPE, "kind": "cost", "groups": groups}),
         work,
         tmp_path,
@@ -215,8 +213,7 @@ def test_the_cost_of_the_graph_is_the_share_by_which_steps_are_longer(
 
 @pytest.mark.parametrize("form", ["reduced", "full"])
 @pytest.mark.parametrize("name", ["a", "b", "c", "d", "e"])
-def test_the_recipes_give_three_seeds_of_every_variant_and_valid_settings(module: Any, name: str, form: str) -> None:
-    plan = module("plan")
+def test_the_recipes_give_three_seeds_of_every_variant_and_valid_settings(name: str, form: str) -> None:
     experiment = plan.read_experiment(ROOT / "pipelines" / "experiments" / f"{name}.yaml", form)
     counts = Counter((run.group, run.variant) for run in experiment.runs)
     assert set(counts.values()) == {3}
@@ -227,9 +224,8 @@ def test_the_recipes_give_three_seeds_of_every_variant_and_valid_settings(module
 
 
 @pytest.mark.parametrize("name", ["a", "b", "c", "e"])
-def test_methods_that_are_compared_differ_in_what_is_compared_alone(module: Any, name: str) -> None:
+def test_methods_that_are_compared_differ_in_what_is_compared_alone(name: str) -> None:
     """The same images, network, augmentation, steps and learning rate for every method of a group."""
-    plan = module("plan")
     allowed = {"method", "text", "targets", "tau", "tau_s", "batches", "random_share", "permute_graph"}
     experiment = plan.read_experiment(ROOT / "pipelines" / "experiments" / f"{name}.yaml", "reduced")
     for group in experiment.groups:
@@ -238,8 +234,18 @@ def test_methods_that_are_compared_differ_in_what_is_compared_alone(module: Any,
         assert differing <= allowed, group
 
 
-def test_first_groups_come_first_and_seeds_are_whole_comparisons(module: Any, tmp_path: Path) -> None:
-    plan = module("plan")
+@pytest.mark.parametrize("name", ["a", "b", "c", "e"])
+def test_methods_that_are_compared_get_as_many_temperatures_each(name: str) -> None:
+    experiment = plan.read_experiment(ROOT / "pipelines" / "experiments" / f"{name}.yaml", "reduced")
+    for group in experiment.groups:
+        tried: dict[str, set[tuple[float, float]]] = {}
+        for run in experiment.runs:
+            if run.group == group and run.settings["epochs"]:
+                tried.setdefault(run.settings["method"], set()).add((run.settings["tau"], run.settings["tau_s"]))
+        assert len({len(pairs) for pairs in tried.values()}) == 1, group
+
+
+def test_first_groups_come_first_and_seeds_are_whole_comparisons(tmp_path: Path) -> None:
     two = [{**RECIPE["groups"][0], "name": name} for name in ("first", "second")]
     read = [
         plan.read_experiment(write(tmp_path / f"{name}.yaml", {**RECIPE, "groups": two}), "reduced", 2) for name in "ab"
@@ -260,33 +266,29 @@ def test_first_groups_come_first_and_seeds_are_whole_comparisons(module: Any, tm
         ({"forms": {"full": {}}}, "no form reduced"),
     ],
 )
-def test_a_recipe_with_a_mistake_is_refused_by_name(
-    module: Any, tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
+def test_a_recipe_with_a_mistake_is_refused_by_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     (tmp_path / "small.yaml").write_text(yaml.safe_dump({**RECIPE, **change}))
     with pytest.raises(ConfigError, match=message):
-        module("plan").read_experiment(tmp_path / "small.yaml", "reduced")
+        plan.read_experiment(tmp_path / "small.yaml", "reduced")
 
 
 # --- results --------------------
 
 
-def make_results(module: Any, tmp_path: Path, values: dict[str, list[float]]) -> tuple[Any, Any]:
+def make_results(tmp_path: Path, values: dict[str, list[float]]) -> tuple[Any, Any]:
     """An experiment of three seeds, and results with these accuracies of its variants' first seeds."""
-    experiment = module("plan").read_experiment(write(tmp_path / "small.yaml"), "reduced", 3)
-    results = module("results").Results(tmp_path / "results")
+    experiment = plan.read_experiment(write(tmp_path / "small.yaml"), "reduced", 3)
+    results = Results(tmp_path / "results")
     for run in experiment.runs:
         if run.seed < len(values[run.variant]):
             results.add(run, {"linear kind": values[run.variant][run.seed]}, 60.0, "a processor")
-    return experiment, module("results").Results(tmp_path / "results")
+    return experiment, Results(tmp_path / "results")
 
 
-def test_the_summary_has_mean_deviation_and_number_of_seeds_and_marks_what_is_missing(
-    module: Any, tmp_path: Path
-) -> None:
+def test_the_summary_has_mean_deviation_and_number_of_seeds_and_marks_what_is_missing(tmp_path: Path) -> None:
     values = {"SimCLR": [0.30, 0.33, 0.36], "X-Sample": [0.52, 0.56]}
-    experiment, results = make_results(module, tmp_path, values)
-    text = module("results").summary(experiment, results)
+    experiment, results = make_results(tmp_path, values)
+    text = summary(experiment, results)
     assert f"| SimCLR | 33.0 ± {100 * statistics.stdev(values['SimCLR']):.1f} (3) |" in text
     assert f"| X-Sample | 54.0 ± {100 * statistics.stdev(values['X-Sample']):.1f} (**2 of 3**) |" in text
     assert "5 of 6 runs are finished" in text
@@ -295,49 +297,49 @@ def test_the_summary_has_mean_deviation_and_number_of_seeds_and_marks_what_is_mi
     assert f"+21.0, {apart:.1f} standard deviations, 2 and 3 seeds: **holds**" in text
 
 
-def test_a_claim_needs_its_margin_and_its_deviations(module: Any, tmp_path: Path) -> None:
+def test_a_claim_needs_its_margin_and_its_deviations(tmp_path: Path) -> None:
     noisy = {"SimCLR": [0.30, 0.40, 0.50], "X-Sample": [0.35, 0.45, 0.55]}
-    experiment, results = make_results(module, tmp_path, noisy)
-    assert "0.5 standard deviations, 3 and 3 seeds: **does not hold**" in module("results").summary(experiment, results)
+    experiment, results = make_results(tmp_path, noisy)
+    assert "0.5 standard deviations, 3 and 3 seeds: **does not hold**" in summary(experiment, results)
 
 
-def test_a_line_that_a_crash_has_cut_is_run_again(module: Any, tmp_path: Path) -> None:
-    experiment, _ = make_results(module, tmp_path, {"SimCLR": [0.3], "X-Sample": []})
+def test_a_line_that_a_crash_has_cut_is_run_again(tmp_path: Path) -> None:
+    experiment, _ = make_results(tmp_path, {"SimCLR": [0.3], "X-Sample": []})
     path = tmp_path / "results" / "small.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole + whole[: len(whole) // 2])
-    results = module("results").Results(tmp_path / "results")
+    results = Results(tmp_path / "results")
     assert [line is not None for _, line in results.of_experiment(experiment)] == [True] + 5 * [False]
-    assert path.read_bytes() == whole
+    results.add(experiment.runs[1], {"linear kind": 0.4}, 60.0, "a processor")
+    assert path.read_bytes().startswith(whole)
+    read = Results(tmp_path / "results").of_experiment(experiment)
+    assert [line is not None for _, line in read] == 2 * [True] + 4 * [False]
 
 
-def test_plots_are_drawn_from_what_is_there(module: Any, tmp_path: Path) -> None:
+def test_plots_are_drawn_from_what_is_there(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    experiment, results = make_results(module, tmp_path, {"SimCLR": [0.3, 0.4], "X-Sample": [0.5]})
-    assert module("results").plot(experiment, results, tmp_path / "plot.png")
+    experiment, results = make_results(tmp_path, {"SimCLR": [0.3, 0.4], "X-Sample": [0.5]})
+    assert plot(experiment, results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    empty = module("results").Results(tmp_path / "nowhere")
-    assert not module("results").plot(experiment, empty, tmp_path / "none.png")
+    empty = Results(tmp_path / "nowhere")
+    assert not plot(experiment, empty, tmp_path / "none.png")
 
 
 # --- data --------------------
 
 
-def test_the_share_of_usual_backgrounds_is_the_recipe_s(module: Any) -> None:
-    sources = module("sources")
+def test_the_share_of_usual_backgrounds_is_the_recipe_s() -> None:
     scenes = sources.scenes_of(sources.Data(**SCENES), 4000, 0)
     names = tuple(sources.BACKGROUNDS)
     usual = np.mean([names[sources.KINDS.index(scene.kind) % 5] == scene.background for scene in scenes])
     assert abs(usual - (0.6 + 0.4 / 5)) < 0.03
 
 
-def test_exchanged_backgrounds_are_never_the_scene_s_own(module: Any) -> None:
-    sources = module("sources")
+def test_exchanged_backgrounds_are_never_the_scene_s_own() -> None:
     assert all(sources.other_background(scene) != scene.background for scene in sources.make_scenes(500))
 
 
-def test_the_swapped_images_are_the_test_images_on_other_backgrounds(module: Any, work: Path) -> None:
-    sources = module("sources")
+def test_the_swapped_images_are_the_test_images_on_other_backgrounds(work: Path) -> None:
     labelled = sources.prepare(sources.Data(**SCENES), work / "data").labelled()
     assert {name: len(part.images) for name, part in labelled.items()} == {"probe": 100, "test": 60, "swapped": 60}
     shown, swapped = dict(labelled["test"].labels), dict(labelled["swapped"].labels)
@@ -348,11 +350,8 @@ def test_the_swapped_images_are_the_test_images_on_other_backgrounds(module: Any
     assert different[:, 1:5].float().mean() > 0.8  # the upper edge, where few shapes lie
 
 
-def test_the_probes_own_images_are_the_first_that_train(module: Any, work: Path) -> None:
-    sources = module("sources")
+def test_the_probes_own_images_are_the_first_that_train(work: Path) -> None:
     prepared = sources.prepare(sources.Data(**SCENES), work / "data")
-    from graphbuild.torch import graph_webdataset
-
     stream = graph_webdataset(
         str(prepared.store / "shards" / "*.tar"), batch_size=100, image_pixels=32, shuffle=0, extra=["json"]
     )
@@ -363,10 +362,7 @@ def test_the_probes_own_images_are_the_first_that_train(module: Any, work: Path)
 
 
 @pytest.mark.slow
-def test_an_encoder_of_words_finds_texts_alike_that_share_words(module: Any, tmp_path: Path) -> None:
-    sources = module("sources")
-    from graphbuild import SampleGraph
-
+def test_an_encoder_of_words_finds_texts_alike_that_share_words(tmp_path: Path) -> None:
     def texts(store: Path) -> list[str]:
         return [
             text for path in sorted(store.glob("nodes/*.parquet")) for text in pq.read_table(path)["text"].to_pylist()
@@ -384,8 +380,7 @@ def test_an_encoder_of_words_finds_texts_alike_that_share_words(module: Any, tmp
         assert np.mean(shared) > np.mean(some) + 0.5
 
 
-def test_permuted_captions_are_the_same_ones_on_other_scenes(module: Any, tmp_path: Path) -> None:
-    sources = module("sources")
+def test_permuted_captions_are_the_same_ones_on_other_scenes(tmp_path: Path) -> None:
     captions = {}
     for permuted in (False, True):
         folder = tmp_path / str(permuted)

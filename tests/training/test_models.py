@@ -41,8 +41,15 @@ def test_timm_backbones_need_timm() -> None:
 
 
 def test_every_parameter_of_a_model_gets_a_gradient() -> None:
-    for options in ({"method": "xsample"}, {"method": "clip"}, {"method": "clip", "text": "tower"}):
-        config = Config(store="", **options)  # type: ignore[arg-type]
+    """Which DistributedDataParallel needs."""
+    for options in (
+        {"method": "xsample"},
+        {"method": "clip"},
+        {"method": "clip", "text": "tower"},
+        {"backbone": "resnet50"},
+        {"backbone": "vit"},
+    ):
+        config = Config(store="", pixels=32, **options)  # type: ignore[arg-type]
         model = Model(config, text_width=20)
         text: list[Any] = []
         if config.reads_texts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from graphbuild.torch import Targets
 
 RANKS, BATCH, PIXELS = 2, 12, 16
-CHUNKS = (0, 3)
-CONFIG = Config(store="", width=8)
+CASES = tuple(product(("xsample", "clip_soft"), (0, 3)))  # method and chunk
 
 
 def whole_batch() -> tuple[Tensor, Tensor]:
@@ -33,29 +33,36 @@ def whole_batch() -> tuple[Tensor, Tensor]:
     return views, torch.randn(BATCH, 6, generator=generator, dtype=torch.float64)
 
 
-def new_model() -> nn.Module:
+def config_of(method: Any) -> Config:
+    return Config(store="", width=8, method=method)
+
+
+def new_model(method: str) -> nn.Module:
     torch.manual_seed(1)
-    return Model(CONFIG).double().train()
+    return Model(config_of(method), text_width=6).double().train()
 
 
-def step(model: nn.Module, views: Tensor, embeddings: Tensor, chunk: int) -> Tensor:
-    objective = partial(Objective(CONFIG), targets=Targets(embeddings=embeddings))
-    return backward(model, list(views), objective, chunk=chunk, seed=2)
-
-
-def state_after(model: nn.Module) -> dict[str, Tensor]:
-    gradients = {f"{name}.grad": parameter.grad for name, parameter in model.named_parameters()}
-    return {**gradients, **dict(model.named_buffers())}
+def state_after(
+    model: nn.Module, wrapped: nn.Module, method: str, views: Tensor, embeddings: Tensor, chunk: int
+) -> dict[str, Tensor]:
+    """After one step: its loss, the gradients (of CLIP's temperature too), the running statistics."""
+    objective = Objective(config_of(method)).double()
+    texts = [embeddings] if method == "clip_soft" else []
+    loss = partial(objective, targets=Targets(embeddings=embeddings))
+    value = backward(wrapped, [*views, *texts], loss, chunk=chunk, seed=2)
+    named = [*model.named_parameters(), *objective.named_parameters()]
+    return {"loss": value, **{name: parameter.grad for name, parameter in named}, **dict(model.named_buffers())}
 
 
 def one_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     views, embeddings = whole_batch()
-    for chunk in CHUNKS:
-        model = over_ranks(new_model(), Place(rank, RANKS, torch.device("cpu")))
-        loss = step(DistributedDataParallel(model), views.chunk(RANKS, 1)[rank], embeddings.chunk(RANKS)[rank], chunk)
-        torch.save({"loss": loss, **state_after(model)}, f"{folder}/{chunk}_{rank}.pt")
+    own_views, own_embeddings = views.chunk(RANKS, 1)[rank], embeddings.chunk(RANKS)[rank]
+    for method, chunk in CASES:
+        model = over_ranks(new_model(method), Place(rank, RANKS, torch.device("cpu")))
+        state = state_after(model, DistributedDataParallel(model), method, own_views, own_embeddings, chunk)
+        torch.save(state, f"{folder}/{method}_{chunk}_{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -67,22 +74,24 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
-def test_two_ranks_have_the_gradients_and_statistics_of_one_process(chunk: int, two_ranks: Path) -> None:
+@pytest.mark.parametrize(("method", "chunk"), CASES)
+def test_two_ranks_have_the_gradients_and_statistics_of_one_process(method: str, chunk: int, two_ranks: Path) -> None:
     """With chunks the one process has chunks of the same images: those that the ranks normalise together."""
-    model, (views, embeddings) = new_model(), whole_batch()
+    model, (views, embeddings) = new_model(method), whole_batch()
     order = torch.arange(BATCH)
     if chunk:  # the ranks' n-th chunks, side by side
         order = order.view(RANKS, -1, chunk).transpose(0, 1).flatten()
-    loss = step(model, views[:, order], embeddings[order], chunk * RANKS)
-    found: list[dict[str, Any]] = [torch.load(two_ranks / f"{chunk}_{r}.pt") for r in range(RANKS)]
-    assert sum(each["loss"].item() for each in found) / RANKS == pytest.approx(loss.item(), abs=1e-12)
-    for name, expected in state_after(model).items():
+    wanted = state_after(model, model, method, views[:, order], embeddings[order], chunk * RANKS)
+    assert ("loss.log_scale" in wanted) == (method == "clip_soft")
+    found: list[dict[str, Any]] = [torch.load(two_ranks / f"{method}_{chunk}_{r}.pt") for r in range(RANKS)]
+    loss = sum(each["loss"].item() for each in found) / RANKS
+    assert loss == pytest.approx(wanted.pop("loss").item(), abs=1e-12)
+    for name, expected in wanted.items():
         for each in found:
             assert (each[name] - expected).abs().max() < 1e-10, name
 
 
 def test_one_rank_keeps_its_norms() -> None:
-    model = new_model()
+    model = new_model("xsample")
     before = copy.deepcopy(model)
     assert str(over_ranks(model, Place(0, 1, torch.device("cpu")))) == str(before)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +18,9 @@ import numpy as np
 import pytest
 import torch
 from config import Config, Place
-from data import split_shards
+from data import EpochBatches, split_shards, training_samples
 from records import Checkpoint
-from train import load_run, main, train
+from train import load_run, main, new_model, train, two_views
 
 from graphbuild.errors import ConfigError
 from graphbuild.torch import GraphDataset
@@ -26,6 +28,8 @@ from graphbuild.torch import GraphDataset
 SCRIPT = Path(__file__).parents[2] / "training" / "train.py"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that share cores with others wait for each other
 HERE = Place(0, 1, torch.device("cpu"))
+METHODS = ("simclr", "supcon", "xsample", "clip", "clip_soft")
+LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 EPOCHS, BATCH, STEPS = 6, 60, 6  # three train shards of 120
 
 
@@ -90,6 +94,18 @@ def test_each_epoch_has_a_line_of_its_speed_and_its_wait_for_data(whole_run: Pat
         assert 0 < line["share_waiting_for_data"] < 1
 
 
+def test_the_rate_of_each_step_rises_over_the_warm_up_and_falls_by_half_a_cosine(whole_run: Path) -> None:
+    total, warm = EPOCHS * STEPS, 0.05
+    expected = [0.01 * 0.01]  # the first step has a hundredth of the rate, not none
+    expected += [0.01 * min(i / total / warm, 1) for i in range(1, 2)]
+    expected += [0.005 * (1 + math.cos(math.pi * (i / total - warm) / (1 - warm))) for i in range(2, total)]
+    assert [line["learning_rate"] for line in steps(whole_run)] == pytest.approx(expected)
+
+
+def test_the_script_can_be_read_at_a_sitting() -> None:
+    assert len(SCRIPT.read_text().splitlines()) < 400
+
+
 def test_a_killed_run_goes_on_with_the_same_losses(scenes_store: str, whole_run: Path, tmp_path: Path) -> None:
     arguments = command(scenes_store, tmp_path, labels="colour,background", checkpoint_steps=4)
     process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, env=ONE_THREAD)
@@ -132,8 +148,8 @@ def test_a_run_interrupted_within_an_epoch_ends_as_one_that_was_not(
     train(config, tmp_path / "whole", HERE)
     save = Checkpoint.save
 
-    def save_and_stop(checkpoint: Checkpoint, epoch: int, step: int) -> None:
-        save(checkpoint, epoch, step)
+    def save_and_stop(checkpoint: Checkpoint, epoch: int, step: int, losses: list[float]) -> None:
+        save(checkpoint, epoch, step, losses)
         if step == 2:  # of epoch 1: the sixth step of the run
             raise KeyboardInterrupt
 
@@ -145,9 +161,57 @@ def test_a_run_interrupted_within_an_epoch_ends_as_one_that_was_not(
     train(config, tmp_path / "cut", HERE)
     assert steps(tmp_path / "cut") == steps(tmp_path / "whole")
     assert len(steps(tmp_path / "whole")) == 8
+    means = [[line["mean_loss"] for line in lines(tmp_path / name) if "mean_loss" in line] for name in ("cut", "whole")]
+    assert means[0] == means[1]
     whole, cut = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut"))
     for part in ("model", "objective"):
         assert all(torch.equal(whole[part][name], cut[part][name]) for name in whole[part])
+
+
+def test_every_method_begins_with_the_same_weights_and_sees_the_same_views(scenes_store: str) -> None:
+    batch = training_samples(small(scenes_store)).__getitems__(list(range(8)))
+    first, *others = [small(scenes_store, method=method) for method in METHODS]
+    weights, views = new_model(first, 384).state_dict(), two_views(batch, first, HERE, 1, 2)
+    for config in others:
+        model = new_model(config, 384).state_dict()
+        assert all(torch.equal(model[name], value) for name, value in weights.items())
+        assert all(map(torch.equal, two_views(batch, config, HERE, 1, 2), views))
+
+
+def test_a_seed_decides_the_weights_the_order_and_the_views_but_not_the_samples(scenes_store: str) -> None:
+    one, two = (small(scenes_store, seed=seed) for seed in (1, 2))
+    samples = training_samples(one)
+    assert np.array_equal(samples.nodes, training_samples(two).nodes)
+    weights = [new_model(config, 1).encoder.layers[0][0].weight for config in (one, two)]
+    assert not torch.equal(*weights)
+    for way in ("random", "window"):
+        orders = [
+            list(EpochBatches(small(scenes_store, seed=seed, batches=way), samples.graph, samples.nodes, HERE))
+            for seed in (1, 2)
+        ]
+        assert orders[0] != orders[1]
+    batch = samples.__getitems__(list(range(8)))
+    views = [
+        two_views(batch, config, HERE, epoch, step)[0]
+        for config, epoch, step in ((one, 0, 0), (two, 0, 0), (one, 1, 0), (one, 0, 1))
+    ]
+    assert not any(torch.equal(views[0], other) for other in views[1:])
+
+
+def test_bfloat16_is_near_float32_and_keeps_weights_in_it(scenes_store: str, tmp_path: Path) -> None:
+    for precision in ("float32", "bfloat16"):
+        train(small(scenes_store, epochs=1, precision=precision), tmp_path / precision, HERE)
+    exact, rounded = ([line["loss"] for line in steps(tmp_path / name)] for name in ("float32", "bfloat16"))
+    assert exact != rounded
+    assert rounded == pytest.approx(exact, rel=0.01)
+    _, model = load_run(tmp_path / "bfloat16")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_clip_learns_its_temperature(scenes_store: str, tmp_path: Path) -> None:
+    train(small(scenes_store, epochs=1, method="clip"), tmp_path, HERE)
+    (log_scale,) = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["objective"].values()
+    assert 0 < abs(log_scale.item() - math.log(1 / 0.1)) < 0.1
 
 
 @pytest.mark.parametrize(("method", "text"), [("xsample", "projection"), ("clip", "projection"), ("clip", "tower")])
@@ -172,11 +236,29 @@ def test_two_ranks_have_the_losses_of_one_process_with_the_joint_batch(scenes_st
     """Under a real torchrun. Adam turns the rounding of near-zero gradients into steps, which small ones keep small."""
     options = {"epochs": 1, "learning_rate": 1e-5, "batches": "window", "pixels": 16}
     main(command(scenes_store, tmp_path / "one", **options)[1:])
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    start([*launcher, *command(scenes_store, tmp_path / "two", **options)])
+    start([*LAUNCHER, *command(scenes_store, tmp_path / "two", **options)])
     one, two = ([line["loss"] for line in steps(tmp_path / name)] for name in ("one", "two"))
     assert len(one) == STEPS
     assert two == pytest.approx(one, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_ranks_killed_within_an_epoch_go_on_with_the_same_losses(scenes_store: str, tmp_path: Path) -> None:
+    options = {"method": "clip_soft", "pixels": 16, "epochs": 40, "checkpoint_steps": 4}
+    start([*LAUNCHER, *command(scenes_store, tmp_path / "whole", **options)])
+    arguments = [sys.executable, *LAUNCHER, *command(scenes_store, tmp_path / "cut", **options)]
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_THREAD)
+    path = tmp_path / "cut" / "metrics.jsonl"
+    while process.poll() is None and not (path.exists() and '"epoch": 2, "step": 3' in path.read_text()):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)  # the launcher ends its ranks
+    process.wait()
+    done = len(steps(tmp_path / "cut"))
+    assert 2 * STEPS < done < 40 * STEPS
+    checkpoint = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)
+    start(arguments[1:])
+    assert [line["loss"] for line in steps(tmp_path / "cut")] == [line["loss"] for line in steps(tmp_path / "whole")]
+    assert checkpoint["epoch"] < 40
 
 
 def test_a_file_of_options_stands_between_the_defaults_and_the_command_line(scenes_store: str, tmp_path: Path) -> None:
@@ -233,6 +315,19 @@ def test_shards_are_split_into_train_and_held_out(scenes_store: str) -> None:
     assert names == [["00000.tar", "00001.tar"], ["00002.tar", "00003.tar"]]
     chosen, _ = split_shards(small(scenes_store, train_shards="shards/{00001..00003}.tar", held_out=0))
     assert len(GraphDataset(chosen)) == 360
+
+
+def test_tars_that_lie_elsewhere_are_found_by_the_store_s_recipe(scenes_store: str, tmp_path: Path) -> None:
+    """The same store without tars in it: sidecars only, as `graphbuild embed --shards` leaves it."""
+    other = tmp_path / "store"
+    shutil.copytree(scenes_store, other, ignore=shutil.ignore_patterns("*.tar"))
+    here, there = (training_samples(small(store)) for store in (scenes_store, str(other)))
+    assert np.array_equal(here.nodes, there.nodes)
+    assert torch.equal(here.__getitems__([0, 159])["image"], there.__getitems__([0, 159])["image"])
+    main(command(str(other), tmp_path / "run", epochs=1, pixels=16, labels="background")[1:])
+    assert [line["label"] for line in lines(tmp_path / "run") if "label" in line] == ["background"]
+    config = small(str(other), train_shards=f"{scenes_store}/shards/{{00000..00001}}.tar")
+    assert len(training_samples(config)) == 160
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 A run's settings are the recipe's base, then what its form (reduced or full), its group and its variant change. Groups
 stand in order of importance; within a group all variants of one seed come before the next seed, so whatever is
-finished compares like with like.
+finished compares like with like. Costs nothing: data and models are made when a run begins.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import yaml
 from config import Config
-from sources import Data, fingerprint
 
 from graphbuild.errors import ConfigError
+from lab.sources import Data, fingerprint
 
 EVALUATION = 1  # the probes' version: another one makes results incomparable
 PLACE = ("store", "seed", "workers", "cache", "checkpoint_steps", "log")  # settings that decide no result

@@ -17,13 +17,13 @@ import torch
 import webdataset as wds
 from augment import DRAWS, random_view
 from models import Model, normalise
-from plan import Run
-from sources import Prepared
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from graphbuild.torch import NTXentLoss, XSampleLoss, graph_webdataset
 from graphbuild.torch.images import ImageDecoder
+from lab.plan import Run
+from lab.sources import Prepared
 
 ARMS = ("plain", "fields", "targets")
 SHUFFLE = 1000

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plan import Claim, Experiment, Run
-
 from graphbuild.errors import InputError
+from lab.plan import Claim, Experiment, Run
 
 Line = dict[str, Any]
 SHARES = ("linear", "knn", "shot", "zero-shot")  # measures in percent
@@ -53,7 +52,11 @@ class Results:
             "settings": run.settings,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"{run.experiment}.jsonl").open("a") as stream:
+        path = self.folder / f"{run.experiment}.jsonl"
+        content = path.read_bytes() if path.exists() else b""
+        if not content.endswith(b"\n"):
+            path.write_bytes(_whole(content))
+        with path.open("a") as stream:
             stream.write(json.dumps(line) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
@@ -69,14 +72,14 @@ class Results:
         return run.images / experiment.images_per_second + experiment.evaluation_seconds
 
 
+def _whole(content: bytes) -> bytes:
+    """Without a last line that a crash has cut."""
+    return content[: content.rfind(b"\n") + 1]
+
+
 def _read(path: Path) -> list[Line]:
-    """Whole lines; a last one that a crash has cut is dropped from the file too."""
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        path.write_bytes(whole)
     lines = []
-    for number, text in enumerate(whole.splitlines(), 1):
+    for number, text in enumerate(_whole(path.read_bytes()).splitlines(), 1):
         try:
             lines.append(json.loads(text))
         except ValueError as error:
