@@ -199,13 +199,15 @@ def main() -> None:
             ratio, cpu_ratio = medians[other] / medians[name], cpu_medians[other] / cpu_medians[name]
             print(f"\n{name} against `{other}`: {ratio:.2f} x; by CPU time {cpu_ratio:.2f} x", end="")
     layers = 6 * (4 * 384 * 384 + 2 * 384 * 1536)  # MiniLM's
-    utilisation = 2 * layers * graphbuild.tokens / cpu_medians["graphbuild"] / peak(own)
+    products = {precision: peak(precision) for precision in dict.fromkeys((own, "float32"))}
+    utilisation = 2 * layers * graphbuild.tokens / cpu_medians["graphbuild"] / products[own]
     padding = 1 - graphbuild.tokens / graphbuild.computed
     tokenizing = tokenizing_seconds(texts) / cpu_medians["graphbuild"]
     print(
         f"\n\ngraphbuild: {own}, {padding:.2%} of the rows computed are empty, {tokenizing:.1%} of the time tokenises;"
     )
-    print(f"{utilisation:.0%} of the rate of the matrix products alone")
+    rates = ", ".join(f"{rate / 1e9:.0f} in {precision}" for precision, rate in products.items())
+    print(f"{utilisation:.0%} of the rate of the matrix products alone (GFLOP a CPU second: {rates})")
     print(f"by torch operation: {time_by_operation(texts)}")
     if options.results:
         with options.results.open("w") as file:
