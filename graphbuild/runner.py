@@ -52,6 +52,7 @@ class Runner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.progress.close()
         if self._started_ray:
             import ray
 

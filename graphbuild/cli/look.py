@@ -29,7 +29,8 @@ def plan(
     from graphbuild.recipe import read_recipe
 
     opened = open_store(store) if store is not None else None
-    echo(plan_recipe(read_recipe(recipe), opened, rows=rows, workers=workers, on=on or ()))
+    for part in plan_recipe(read_recipe(recipe), opened, rows=rows, workers=workers, on=on or ()):
+        echo(part)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from graphbuild.plan import lists
 from graphbuild.plan.case import Case, Cost
 from graphbuild.plan.embed_costs import FETCH_SECONDS
 from graphbuild.plan.engines import chosen_engine
+from graphbuild.plan.job import Job
 
 LONG_SECONDS = 2 * 86_400
 LOW_SUCCESS = 0.8
@@ -73,9 +74,8 @@ def disk_bytes(case: Case, found: Sequence[Cost]) -> float:
     return sum(cost.written for cost in found)
 
 
-def source_warnings(case: Case, urls: Sequence[str]) -> list[str]:
+def source_warnings(job: Job) -> list[str]:
     """Lines of the list itself: how much of it is gone, by its age and by asking for some of its hosts."""
-    job = case.job
     if job.source != "list":
         return []
     lines = []
@@ -84,8 +84,8 @@ def source_warnings(case: Case, urls: Sequence[str]) -> list[str]:
             f"expect images from {job.success:.0%} of the URLs: links of {job.year} die by 6% a year; "
             "`graphbuild retry` fetches what fails for a time only"
         )
-    if urls:
-        alive, asked = lists.resolved_hosts(urls)
+    if job.urls:
+        alive, asked = lists.resolved_hosts(job.urls)
         if alive:
             dead = asked - alive
             says = f"{alive} of {asked} sampled hosts have an address"
