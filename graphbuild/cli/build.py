@@ -42,11 +42,15 @@ def demo(
     scenes: Annotated[int, typer.Option(min=200, help="captioned scenes to make")] = 3000,
     workers: Workers = None,
     address: Address = None,
+    dry_run: DryRun = False,
 ) -> None:
     """The whole data job on generated, captioned scenes."""
-    from graphbuild.demo.run import run_demo
+    from graphbuild.demo.run import plan_demo, run_demo
 
-    run_demo(store, scenes=scenes, workers=workers, address=address)
+    if dry_run:
+        _say(plan_demo(store, scenes=scenes, workers=workers))
+    else:
+        run_demo(store, scenes=scenes, workers=workers, address=address)
 
 
 @app.command()
@@ -215,7 +219,7 @@ def _run_verb(verb: str, recipe: Recipe, store: Store, how: dict[str, Any]) -> N
     if how["dry_run"]:
         from graphbuild.plan.show import plan_verb
 
-        _say(plan_verb(verb, recipe, store, how["workers"], _progress(how["progress"])))
+        _say(plan_verb(verb, recipe, store, how["workers"], _progress(how["progress"]), force=how["force"]))
         return
     from graphbuild.pipeline import run_verb
     from graphbuild.summary import summary

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from graphbuild.cli.app import app
-from graphbuild.cli.options import DerivedList, StoreArg, Workers, given, open_store, option
+from graphbuild.cli.options import DerivedList, DryRun, StoreArg, Workers, given, open_store, option
 from graphbuild.terminal import echo
 
 
@@ -71,12 +71,13 @@ def mine(
     max_similarity: Annotated[float | None, option("[default: 1]")] = None,
     mutual: Annotated[bool | None, typer.Option("--mutual", help="of positives: that list each other")] = None,
     out: Annotated[str | None, option("parquet file  [default: STORE/mined/WHAT.parquet]")] = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Graph to derived lists for training and cleaning, without a search."""
     from graphbuild.mine import mine_store
 
     names = "threshold count skip positive absolute_margin relative_margin min_similarity max_similarity mutual"
-    echo(mine_store(open_store(store), what, given(locals(), names), out))
+    echo(mine_store(open_store(store), what, given(locals(), names), out, dry_run=dry_run))
 
 
 @app.command()

@@ -41,14 +41,16 @@ def plan_recipe(
     yield tell(job, recipe, rates, [replace(one, workers=workers) if workers else one for one in machines])
 
 
-def plan_verb(verb: str, recipe: Recipe, store: Store, workers: int | None, progress: Progress) -> Iterator[str]:
+def plan_verb(
+    verb: str, recipe: Recipe, store: Store, workers: int | None, progress: Progress, *, force: bool = False
+) -> Iterator[str]:
     """What a verb would do to a store now, on this machine, as `plan_recipe`; what is done already is left out.
 
     Raises:
-        ConfigError: what the verb itself would raise: settings that differ from those of finished work, a stage that
-            has to run first.
+        ConfigError: what the verb itself would raise: settings that differ from those of finished work (unless force),
+            a stage that has to run first.
     """
-    done = shares_done(verb, recipe, store)
+    done = shares_done(verb, recipe, store, force=force)
     return plan_job(replace(job_of(verb, recipe, store), done=done), recipe, store, workers, progress)
 
 
