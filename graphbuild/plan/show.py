@@ -71,9 +71,10 @@ def cases(job: Job, recipe: Recipe, rates: Rates, machines: Sequence[machine.Mac
 
 def headline(job: Job) -> str:
     """What the job is, and what is assumed of it."""
-    start = f"{job.rows:,} URLs -> {job.samples:,} images" if job.source == "list" else f"{job.samples:,} samples"
-    shards = f"{job.shards:,} shard{'s' * (job.shards != 1)}"
-    lines = [f"plan      {start} -> {job.nodes:,} nodes, d = {job.d}, k = {job.k}; {shards}"]
+    line = f"{job.rows:,} URLs -> {job.samples:,} images" if job.source == "list" else f"{job.samples:,} samples"
+    if job.verb != "download":
+        line += f" -> {job.nodes:,} nodes, d = {job.d}, k = {job.k}"
+    lines = [f"plan      {line}; {job.shards:,} shard{'s' * (job.shards != 1)}"]
     return "\n".join([*lines, *(f"{'':10}assumed: {line}" for line in job.assumed), ""])
 
 
@@ -125,7 +126,9 @@ def size(value: float) -> str:
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if value >= factor:
             return f"{value / factor:,.1f} {unit}"
-    return f"{value / 1e3:,.0f} kB" if value else "-"
+    if value >= 1e3:
+        return f"{value / 1e3:,.0f} kB"
+    return f"{value:.0f} B" if value else "-"
 
 
 def duration(seconds: float) -> str:

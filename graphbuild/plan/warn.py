@@ -11,7 +11,7 @@ from graphbuild.plan.embed_costs import FETCH_SECONDS
 from graphbuild.plan.engines import chosen_engine
 from graphbuild.plan.job import Job
 
-LONG_SECONDS = 2 * 86_400
+SHORT_SECONDS, LONG_SECONDS = 60, 2 * 86_400
 LOW_SUCCESS = 0.8
 BY_SHARD = ("download", "scan", "assign", "encode", "vectors", "codes", "merge", "search", "export", "inline")
 
@@ -21,7 +21,8 @@ def warnings(case: Case, found: Sequence[Cost]) -> list[str]:
     job, machine, recipe = case.job, case.machine, case.recipe
     lines = []
     todo = [cost for cost in found if cost.tasks]
-    by_shard = [cost for cost in todo if cost.name in BY_SHARD and cost.seconds > 60]
+    lasting = [cost for cost in todo if cost.seconds > SHORT_SECONDS]
+    by_shard = [cost for cost in lasting if cost.name in BY_SHARD]
     few = [cost for cost in by_shard if cost.tasks < machine.slots(on_device=cost.on_gpu)]
     if few:
         worst = max(few, key=lambda cost: cost.seconds)
@@ -35,7 +36,7 @@ def warnings(case: Case, found: Sequence[Cost]) -> list[str]:
     if (
         job.source == "list"
         and waiting > 2 * job.samples * case.rates.image
-        and any(c.name == "download" for c in todo)
+        and any(cost.name == "download" for cost in lasting)
     ):
         lines.append(f"download waits for answers, not for cores: threads: {2 * config.threads} would nearly halve it")
     per_node = min(machine.slots(), machine.cores * machine.nodes) / machine.nodes
