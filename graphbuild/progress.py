@@ -225,7 +225,7 @@ def lines(state: State) -> list[str]:
     rate, success = state.rate(), state.success()
     second = [f"{state.counts[state.unit()]:,} {state.unit()} ({rate:,.0f}/s)"] if rate is not None else []
     second += [f"{success:.1%} usable"] if success is not None else []
-    second += [f"{state.running} running"] if state.running else []
+    second.append(f"{state.running} running" if state.running else "starting workers")
     second += [f"{state.failed} FAILED"] if state.failed else []
     second += [f"{state.again} tried again"] if state.again else []
     second.append(f"{memory_bytes() / 1e9:.1f} GB")

@@ -97,6 +97,11 @@ def test_search_shows_the_nearest_and_a_click_walks(tab: Tab, address: str, stor
     wait_for(tab, second)
     tab.page.go_back()
     wait_for(tab, best)
+    assert tab.page.input_value("#how") == "node"
+    tab.page.fill("#what", "words, not a number")
+    tab.page.press("#what", "Enter")
+    tab.wait("!document.querySelector('.asked') && document.querySelector('.card')")
+    assert tab.page.input_value("#how") == "text"
 
 
 def test_a_key_is_found_and_copied(tab: Tab, address: str, store: Path) -> None:
