@@ -181,7 +181,7 @@ def export(
     progress: ProgressOption = "auto",
     dry_run: DryRun = False,
 ) -> None:
-    """Graph to sidecars beside the tars, or to new tars, for trainers."""
+    """Graph to sidecars or new tars, for trainers."""
     _run_section("export", store, given(locals(), "embeddings layout chunk shard_size"), given(locals(), HOW))
 
 
@@ -195,7 +195,7 @@ def retry(
     progress: ProgressOption = "auto",
     dry_run: DryRun = False,
 ) -> None:
-    """Failed tasks, and URLs whose failure may have passed, once more."""
+    """Failed tasks once more, and URLs that may be there again."""
     from graphbuild.retry import retry_store, wanted_urls
 
     opened, wanted = open_store(store), wanted_urls(reason or (), everything=all_urls)

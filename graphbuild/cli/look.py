@@ -73,7 +73,7 @@ def mine(
     out: Annotated[str | None, option("parquet file  [default: STORE/mined/WHAT.parquet]")] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Graph to derived lists for training and cleaning, without a search."""
+    """Graph to lists for training and cleaning, without a search."""
     from graphbuild.mine import mine_store
 
     names = "threshold count skip positive absolute_margin relative_margin min_similarity max_similarity mutual"
@@ -82,7 +82,7 @@ def mine(
 
 @app.command()
 def report(store: StoreArg) -> None:
-    """A page that shows what came out: losses, recall, similarities, targets, duplicates, time."""
+    """A page of what came out: losses, recall, similarities, time."""
     from graphbuild.report import write_report
 
     echo(f"report    {write_report(open_store(store))}")
@@ -126,7 +126,10 @@ def verify(store: StoreArg) -> None:
 def doctor(
     store: Annotated[str | None, typer.Argument(metavar="[STORE]", help="a store to try writing to")] = None,
 ) -> None:
-    """What this machine can do, tried out; exit code 1 if the demo could not run."""
+    """What this machine can do, tried out.
+
+    Exit code 1 if the demo could not run.
+    """
     from graphbuild.doctor import examine
 
     failed = False

@@ -197,6 +197,8 @@ def test_the_map_shows_principal_components_and_communities(tab: Tab, address: s
     np.fill_diagonal(cosines, np.nan)
     same = label[:, None] == label[None, :]
     assert np.nanmean(cosines[same & (label[:, None] < 10)]) > np.nanmean(cosines[~same]) + 0.1
+    named = tab.page.locator("#map-legend li").all_text_contents()
+    assert sum(int(re.findall(r"\((\d+)\)$", text)[0]) for text in named) == len(points)
     tab.page.focus("#map")
     tab.page.keyboard.press("ArrowRight")
     tab.page.keyboard.press("ArrowRight")
