@@ -115,7 +115,7 @@ def rates_here(progress: Progress) -> Rates:
         return Rates.model_validate_json(path.read_bytes())
     except (FileNotFoundError, ValidationError):
         pass
-    logger.info("%-9s small jobs to learn what this machine can do, once; half a minute or so", "calibrate")
+    logger.info("%-9s small jobs to learn what this machine can do, only once", "calibrate")
     content = _measured(progress)
     rates = Rates.model_validate_json(content)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -152,7 +152,7 @@ def _of_tars(recipe: Recipe, rows: int | None) -> Job:
         first = len(tar.samples())
     samples = rows if rows is not None else round(first * sum(sizes) / max(sizes[0], 1))
     nodes = samples
-    assumed = [] if len(urls) == 1 else [f"{samples:,} samples, by those of {urls[0]}"]
+    assumed = [] if len(urls) == 1 else [f"{samples:,} samples, by those of {urls[0].rsplit('/', 1)[-1]}"]
     names = recipe.embed.class_names
     if names is not None and Path(names).exists():
         nodes = min(sum(bool(line.strip()) for line in Path(names).read_text().splitlines()), samples)
