@@ -139,11 +139,13 @@ LISTS: dict[str, Callable[..., Mined]] = {
 }
 
 
-def mine_store(store: Store, what: str, options: Mapping[str, Any], out: str | None = None) -> str:
+def mine_store(
+    store: Store, what: str, options: Mapping[str, Any], out: str | None = None, *, dry_run: bool = False
+) -> str:
     """Write one of LISTS to a parquet file, log its counts, and return a line that names the file.
 
     options: by parameter of the list's function, None where not given; `positive` may be text: a number, or the path of
-    a .npy. out: a path or URL; without it STORE/mined/WHAT.parquet.
+    a .npy. out: a path or URL; without it STORE/mined/WHAT.parquet. dry_run: only tell what would be read and written.
 
     Raises:
         ConfigError: an option that the list does not take, or lacks; a file that cannot be written.
@@ -161,8 +163,13 @@ def mine_store(store: Store, what: str, options: Mapping[str, Any], out: str | N
         )
     if isinstance(given.get("positive"), str):
         given["positive"] = _read_scores(given["positive"])
-    mined = LISTS[what](SampleGraph.open(store.url), **given)
-    folder, name = target(store, what, out)
+    graph = SampleGraph.open(store.url)
+    mined = LISTS[what](graph, **given)
+    folder, name = target(store, what, out, dry_run=dry_run)
+    if dry_run:
+        replaced = ", in place of the list that is there" if folder.exists(name) else ""
+        edges = f"{len(graph) * graph.k:,} edges of {len(graph):,} nodes"
+        return f"mine      would filter {edges} into {folder.display(name)}{replaced}"
     rows = mined.save(folder, name)
     counts = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in mined.counts.items())
     nothing = "" if rows else "; nothing passed the filter: the file has 0 rows"

@@ -108,11 +108,11 @@ class Mined:
         yield waiting
 
 
-def target(store: Store, what: str, out: str | None) -> tuple[Store, str]:
+def target(store: Store, what: str, out: str | None, *, dry_run: bool = False) -> tuple[Store, str]:
     """The folder, and the name in it, of a list's file: `out`, or STORE/mined/WHAT.parquet.
 
     Raises:
-        ConfigError: it cannot be written there.
+        ConfigError: it cannot be written there, which a dry run does not try.
     """
     folder, name = store, f"{FOLDER}/{what}.parquet"
     if out is not None:
@@ -125,6 +125,8 @@ def target(store: Store, what: str, out: str | None) -> tuple[Store, str]:
         is_folder = folder.fs.isdir(folder.path(name))
     if is_folder:
         raise ConfigError(f"{folder.display(name)} is a folder", "name a file by --out")
+    if dry_run:
+        return folder, name
     try:
         folder.check_writable()
     except ConfigError as error:

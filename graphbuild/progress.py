@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import psutil
-from rich.console import RenderableType
 
 from graphbuild.store import Json
 from graphbuild.terminal import harmless
@@ -139,9 +138,7 @@ class Progress:
 
     def end(self, counts: Mapping[str, int] | None = None) -> None:
         """Close the stage with one line that stays. counts: of all its tasks, those done before too."""
-        if self._view is not None:
-            self._view.close()
-            self._view = None
+        self.close()
         state = self.state
         state.running = 0
         if self.mode == "json":
@@ -154,6 +151,12 @@ class Progress:
         parts += [f"{state.skipped} done before"] if state.skipped else []
         parts += [f"{state.failed} FAILED"] if state.failed else []
         logger.info("%-9s %s%s", state.stage, ", ".join(parts), f": {described(counts)}" if counts else "")
+
+    def close(self) -> None:
+        """Show nothing more of the stage, however it ended; a terminal gets its cursor back."""
+        if self._view is not None:
+            self._view.close()
+            self._view = None
 
 
 class _Ticker:
@@ -222,7 +225,7 @@ def lines(state: State) -> list[str]:
     rate, success = state.rate(), state.success()
     second = [f"{state.counts[state.unit()]:,} {state.unit()} ({rate:,.0f}/s)"] if rate is not None else []
     second += [f"{success:.1%} usable"] if success is not None else []
-    second += [f"{state.running} running"] if state.running else []
+    second.append(f"{state.running} running" if state.running else "starting workers")
     second += [f"{state.failed} FAILED"] if state.failed else []
     second += [f"{state.again} tried again"] if state.again else []
     second.append(f"{memory_bytes() / 1e9:.1f} GB")

@@ -22,33 +22,50 @@ from graphbuild.runner import Runner
 from graphbuild.stage import Task, digest, outputs, records
 from graphbuild.store import Json, Store, Writer
 
+Wanted = str | list[str]
 VERBS = ("download", "embed", "index", "export")
 
 
-def retry_store(store: Store, runner: Runner, *, reasons: Sequence[str] = (), everything: bool = False) -> str:
-    """Run failed tasks again, then the URLs whose failure may have passed; returns what came of it.
+def wanted_urls(reasons: Sequence[str], *, everything: bool) -> Wanted:
+    """Which failed URLs are fetched again: all, those whose reason contains one of these texts, or "passing", those
+    whose failure may have passed."""
+    return "all" if everything else sorted(reasons) or "passing"
 
-    reasons: instead, the URLs whose reason, as `download` prints it, contains one of these texts. everything: all.
+
+def retry_store(store: Store, runner: Runner, wanted: Wanted = "passing") -> str:
+    """Run failed tasks again, then the wanted URLs (`wanted_urls`); returns what came of it.
 
     Raises:
         ConfigError: there is nothing to retry. InputError or StageError: tasks failed again.
     """
     recipe = resolve(store, "download", {})
-    verbs = [verb for verb in VERBS if any(records(store, s.name, "failed") for s in stages_of(verb, recipe))]
+    verbs = list(failed_tasks(recipe, store))
     for verb in verbs:
         run_verb(verb, recipe, store, runner)
     lines = [f"retry     failed tasks of {', '.join(verbs)} ran again"] if verbs else []
     if "download" in store.manifest()["stages"]:
-        wanted = "all" if everything else sorted(reasons) or "passing"
         lines += _retry_urls(store, recipe, runner, wanted)
     elif not verbs:
-        raise ConfigError(f"{store.url} has no failed task and no download", "there is nothing to retry")
+        raise nothing_failed(store)
     return "\n".join(lines)
 
 
-def _retry_urls(store: Store, recipe: Recipe, runner: Runner, wanted: str | list[str]) -> list[str]:
+def failed_tasks(recipe: Recipe, store: Store) -> dict[str, list[Json]]:
+    """Verb -> records of its failed tasks, of verbs that have any, in the order in which they run."""
+    found = {
+        verb: [record for stage in stages_of(verb, recipe) for record in records(store, stage.name, "failed").values()]
+        for verb in VERBS
+    }
+    return {verb: tasks for verb, tasks in found.items() if tasks}
+
+
+def nothing_failed(store: Store) -> ConfigError:
+    return ConfigError(f"{store.url} has no failed task and no download", "there is nothing to retry")
+
+
+def _retry_urls(store: Store, recipe: Recipe, runner: Runner, wanted: Wanted) -> list[str]:
     failed = failed_urls(store)
-    chosen = failed.filter(_matches(failed, wanted))
+    chosen = failed.filter(matches(failed, wanted))
     if chosen.height:
         lists = outputs(list(records(store, "urls").values()), "_state/urls/")
         built = {
@@ -78,7 +95,7 @@ def cut_retry(task: Task, store: Store, writer: Writer) -> Json:
     """Write the lists of one retry, `_state/urls/<first>.parquet` and on."""
     first = task.settings["first"]
     failed = failed_urls(store, shards=first)
-    chosen = failed.filter(_matches(failed, task.settings["reasons"]))
+    chosen = failed.filter(matches(failed, task.settings["reasons"]))
     sources = list(outputs(list(records(store, "urls").values()), "_state/urls/"))[:first]
     every = pl.concat([pl.DataFrame(pl.from_arrow(store.table(path))) for path in sources], how="diagonal_relaxed")
     rows = every.with_row_index("place").join(chosen.select("place", "key"), on="place", maintain_order="left")
@@ -108,7 +125,7 @@ def failed_urls(store: Store, shards: int | None = None) -> pl.DataFrame:
     return failed.select("place", "key").with_columns(reason=pl.Series(reasons, dtype=pl.String), message=messages)
 
 
-def _matches(failed: pl.DataFrame, wanted: str | Sequence[str]) -> pl.Series:
+def matches(failed: pl.DataFrame, wanted: Wanted) -> pl.Series:
     """Which failures are wanted, bool [n]."""
     if wanted == "all":
         kept = [True] * failed.height

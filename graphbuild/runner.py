@@ -52,6 +52,9 @@ class Runner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.progress.close()
+        if kind is KeyboardInterrupt:
+            logger.info("%-9s the same command goes on from here", "stopped")
         if self._started_ray:
             import ray
 

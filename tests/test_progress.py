@@ -167,3 +167,34 @@ def test_time_left_and_rate_follow_from_this_run_alone(monkeypatch: pytest.Monke
     assert state.seconds_left() == 20 / 10 * 40
     assert "60 of 100 tasks, 0:20, 1:20 left" in lines(state)[0]
     assert duration(3_661) == "1:01:01"
+
+
+def test_an_interrupted_job_gives_the_cursor_back_and_says_that_it_can_go_on() -> None:
+    script = """
+import sys, time
+from graphbuild.cli import main
+from graphbuild.runner import Runner
+sys.argv = ["graphbuild", "neighbors", "--help"]
+try:
+    main()
+except SystemExit:
+    pass
+with Runner(workers=0) as runner:
+    runner.progress.begin("download", total=10, done=2)
+    time.sleep(0.5)
+    raise KeyboardInterrupt
+"""
+    master, slave = os.openpty()
+    resize(slave, 80)
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=slave)
+    os.close(slave)
+    received = b""
+    with contextlib.suppress(OSError):  # how a pseudo-terminal ends
+        while piece := os.read(master, 65536):
+            received += piece
+    os.close(master)
+    process.wait()
+    text = received.decode()
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1, "hidden, and shown again"
+    after = ESCAPE.sub("", text[text.index("\x1b[?25h") :])
+    assert "stopped   the same command goes on from here" in after

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,6 +28,7 @@ from graphbuild.cli.options import (
 from graphbuild.terminal import echo
 
 if TYPE_CHECKING:
+    from graphbuild.progress import Mode, Progress
     from graphbuild.recipe import Recipe
     from graphbuild.runner import Runner
     from graphbuild.store import Store
@@ -40,11 +42,15 @@ def demo(
     scenes: Annotated[int, typer.Option(min=200, help="captioned scenes to make")] = 3000,
     workers: Workers = None,
     address: Address = None,
+    dry_run: DryRun = False,
 ) -> None:
     """The whole data job on generated, captioned scenes."""
-    from graphbuild.demo.run import run_demo
+    from graphbuild.demo.run import plan_demo, run_demo
 
-    run_demo(store, scenes=scenes, workers=workers, address=address)
+    if dry_run:
+        _say(plan_demo(store, scenes=scenes, workers=workers))
+    else:
+        run_demo(store, scenes=scenes, workers=workers, address=address)
 
 
 @app.command()
@@ -180,7 +186,7 @@ def export(
     progress: ProgressOption = "auto",
     dry_run: DryRun = False,
 ) -> None:
-    """Graph to sidecars beside the tars, or to new tars, for trainers."""
+    """Graph to sidecars or new tars, for trainers."""
     _run_section("export", store, given(locals(), "embeddings layout chunk shard_size"), given(locals(), HOW))
 
 
@@ -192,12 +198,19 @@ def retry(
     workers: Workers = None,
     address: Address = None,
     progress: ProgressOption = "auto",
+    dry_run: DryRun = False,
 ) -> None:
-    """Failed tasks, and URLs whose failure may have passed, once more."""
-    from graphbuild.retry import retry_store
+    """Failed tasks once more, and URLs that may be there again."""
+    from graphbuild.retry import retry_store, wanted_urls
 
+    opened, wanted = open_store(store), wanted_urls(reason or (), everything=all_urls)
+    if dry_run:
+        from graphbuild.plan.retry import plan_retry
+
+        _say(plan_retry(opened, wanted, workers, _progress(progress)))
+        return
     with _runner(given(locals(), "workers address progress")) as runner:
-        echo(retry_store(open_store(store), runner, reasons=reason or (), everything=all_urls))
+        echo(retry_store(opened, runner, wanted))
 
 
 def _run_section(section: str, url: str, changes: dict[str, Any], how: dict[str, Any]) -> None:
@@ -211,7 +224,7 @@ def _run_verb(verb: str, recipe: Recipe, store: Store, how: dict[str, Any]) -> N
     if how["dry_run"]:
         from graphbuild.plan.show import plan_verb
 
-        echo(plan_verb(verb, recipe, store, how["workers"]))
+        _say(plan_verb(verb, recipe, store, how["workers"], _progress(how["progress"]), force=how["force"]))
         return
     from graphbuild.pipeline import run_verb
     from graphbuild.summary import summary
@@ -221,11 +234,21 @@ def _run_verb(verb: str, recipe: Recipe, store: Store, how: dict[str, Any]) -> N
     echo(summary(verb, manifest, store))
 
 
+def _say(texts: Iterable[str]) -> None:
+    for text in texts:
+        echo(text)
+
+
 def _runner(how: dict[str, Any]) -> Runner:
-    from graphbuild.progress import Progress
     from graphbuild.runner import Runner
+
+    return Runner(workers=how["workers"], address=how["address"], progress=_progress(how["progress"]))
+
+
+def _progress(mode: Mode) -> Progress:
+    from graphbuild.progress import Progress
     from graphbuild.terminal import log_as_json
 
-    if how["progress"] == "json":
+    if mode == "json":
         log_as_json()
-    return Runner(workers=how["workers"], address=how["address"], progress=Progress(how["progress"]))
+    return Progress(mode)

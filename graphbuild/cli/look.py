@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from graphbuild.cli.app import app
-from graphbuild.cli.options import DerivedList, StoreArg, Workers, given, open_store, option
+from graphbuild.cli.options import DerivedList, DryRun, StoreArg, Workers, given, open_store, option
 from graphbuild.terminal import echo
 
 
@@ -29,7 +29,8 @@ def plan(
     from graphbuild.recipe import read_recipe
 
     opened = open_store(store) if store is not None else None
-    echo(plan_recipe(read_recipe(recipe), opened, rows=rows, workers=workers, on=on or ()))
+    for part in plan_recipe(read_recipe(recipe), opened, rows=rows, workers=workers, on=on or ()):
+        echo(part)
 
 
 @app.command()
@@ -70,17 +71,18 @@ def mine(
     max_similarity: Annotated[float | None, option("[default: 1]")] = None,
     mutual: Annotated[bool | None, typer.Option("--mutual", help="of positives: that list each other")] = None,
     out: Annotated[str | None, option("parquet file  [default: STORE/mined/WHAT.parquet]")] = None,
+    dry_run: DryRun = False,
 ) -> None:
-    """Graph to derived lists for training and cleaning, without a search."""
+    """Graph to lists for training and cleaning, without a search."""
     from graphbuild.mine import mine_store
 
     names = "threshold count skip positive absolute_margin relative_margin min_similarity max_similarity mutual"
-    echo(mine_store(open_store(store), what, given(locals(), names), out))
+    echo(mine_store(open_store(store), what, given(locals(), names), out, dry_run=dry_run))
 
 
 @app.command()
 def report(store: StoreArg) -> None:
-    """A page that shows what came out: losses, recall, similarities, targets, duplicates, time."""
+    """A page of what came out: losses, recall, similarities, time."""
     from graphbuild.report import write_report
 
     echo(f"report    {write_report(open_store(store))}")
@@ -124,7 +126,10 @@ def verify(store: StoreArg) -> None:
 def doctor(
     store: Annotated[str | None, typer.Argument(metavar="[STORE]", help="a store to try writing to")] = None,
 ) -> None:
-    """What this machine can do, tried out; exit code 1 if the demo could not run."""
+    """What this machine can do, tried out.
+
+    Exit code 1 if the demo could not run.
+    """
     from graphbuild.doctor import examine
 
     failed = False

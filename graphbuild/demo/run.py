@@ -7,6 +7,7 @@ About a minute on two cores for 3,000 scenes.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,6 +19,7 @@ from graphbuild.demo.scenes import make_scenes
 from graphbuild.demo.server import SceneServer, assign_faults, expected_images, write_url_list
 from graphbuild.errors import ConfigError
 from graphbuild.pipeline import run_verb
+from graphbuild.progress import Progress
 from graphbuild.recipe import Download, Index, Recipe
 from graphbuild.runner import Runner
 from graphbuild.store import Json, Store
@@ -27,31 +29,15 @@ PIXELS = 96
 SHARD_SIZE = 500
 TIMEOUT_SECONDS = 2.0
 K = 32
+LIST = "scenes.parquet"
 
 
 def run_demo(url: str, *, scenes: int, workers: int | None, address: str | None) -> None:
     """Make `scenes` scenes, serve them, and bring the store at the local folder `url` up to date with them."""
-    if "://" in url:
-        raise ConfigError(
-            f"the demo's STORE {url} is not a local folder",
-            "name a local folder; every other verb takes URLs",
-        )
-    folder = Path(url).absolute()
-    store = Store(str(folder))
+    folder, store, recipe = _job(url)
     store.check_writable()
     made = make_scenes(scenes)
-    urls = folder / "scenes.parquet"
-    recipe = Recipe(
-        download=Download(
-            urls=str(urls),
-            shard_size=SHARD_SIZE,
-            image_size=PIXELS,
-            timeout_seconds=TIMEOUT_SECONDS,
-            threads=16,
-            allow_private_hosts=True,  # its server is on loopback
-        ),
-        index=Index(k=K),
-    )
+    urls = folder / LIST
     with contextlib.ExitStack() as stack:
         server = SceneServer(made, pixels=PIXELS, port=_known_port(urls, scenes))
         stack.enter_context(server)
@@ -77,6 +63,35 @@ try       graphbuild neighbors {url} --text "two red stars on grass"
           graphbuild verify {url}
           python training/train.py {url} --labels kind,colour,count,background"""
     )
+
+
+def plan_demo(url: str, *, scenes: int, workers: int | None) -> Iterator[str]:
+    """What `run_demo` would do and take, in words."""
+    from graphbuild.plan.job import job_of
+    from graphbuild.plan.show import plan_job, plan_verb
+
+    folder, store, recipe = _job(url)
+    if _known_port(folder / LIST, scenes):
+        return plan_verb("run", recipe, store, workers, Progress())
+    return plan_job(job_of("run", recipe, rows=scenes), recipe, store, workers, Progress())
+
+
+def _job(url: str) -> tuple[Path, Store, Recipe]:
+    if "://" in url:
+        raise ConfigError(
+            f"the demo's STORE {url} is not a local folder",
+            "name a local folder; every other verb takes URLs",
+        )
+    folder = Path(url).absolute()
+    download = Download(
+        urls=str(folder / LIST),
+        shard_size=SHARD_SIZE,
+        image_size=PIXELS,
+        timeout_seconds=TIMEOUT_SECONDS,
+        threads=16,
+        allow_private_hosts=True,  # its server is on loopback
+    )
+    return folder, Store(str(folder)), Recipe(download=download, index=Index(k=K))
 
 
 def _known_port(urls: Path, scenes: int) -> int:

@@ -20,7 +20,7 @@ SHOWN = 10  # communities with a colour and a name of their own
 
 def node_map(catalog: Catalog) -> Json:
     """nodes [p], x and y [p] in 0..1, community [p] (0 the largest; SHOWN: all smaller ones), texts [p]; and for each
-    community that is shown its name, the text of its most central node, and size."""
+    community that is shown its name, the text of its most central node, and size; last of all smaller ones together."""
     total = len(catalog.graph)
     nodes = np.sort(np.random.default_rng(0).choice(total, min(POINTS, total), replace=False))
     vectors = catalog.graph.embeddings(nodes)
@@ -33,6 +33,8 @@ def node_map(catalog: Catalog) -> Json:
         label[members] = number
         central = members[int(scores[np.ix_(members, members)].sum(axis=1).argmax())]
         names.append({"name": found[central].text or f"node {found[central].node}", "size": len(members)})
+    if len(groups) > SHOWN:
+        names.append({"name": "smaller ones", "size": int((label == SHOWN).sum())})
     x, y = principal(vectors).T
     return {
         "nodes": nodes.tolist(),

@@ -71,7 +71,7 @@ function asked(store, node) {
   fact("node", String(node.node));
   fact("samples", String(node.samples));
   if (node.sample) fact("key", node.sample.key);
-  fact("others", `${node.background.mean.toFixed(3)} ± ${node.background.deviation.toFixed(3)}`);
+  fact("to others", `${node.background.mean.toFixed(3)} ± ${node.background.deviation.toFixed(3)}`);
   words.append(text, facts);
   if (node.sample) {
     const copy = element("button", "Copy key", "copy");
@@ -209,7 +209,7 @@ async function draw() {
     $("map").replaceChildren(svg);
     $("map").hidden = false;
     $("map-show").hidden = true;
-    $("map-point").textContent = map.nodes.length < map.of ? `${map.nodes.length} of ${map.of} nodes, drawn at random` : `${map.of} nodes`;
+    $("map-point").textContent = map.nodes.length < map.of ? `${map.nodes.length.toLocaleString("en")} of ${map.of.toLocaleString("en")} nodes, drawn at random` : `${map.of.toLocaleString("en")} nodes`;
     $("map-legend").replaceChildren(...map.communities.map((one, at) => {
       const item = element("li");
       item.append(element("span", undefined, `swatch c${at}`), element("span", `${one.name} (${one.size})`));
@@ -233,7 +233,9 @@ $("theme").addEventListener("click", () => theme(root.dataset.theme === "dark" ?
 theme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 $("ask").addEventListener("submit", (event) => {
   event.preventDefault();
-  const hash = link($("how").value, $("what").value.trim(), 0);
+  const what = $("what").value.trim();
+  const words = $("how").value === "node" && !/^\d+$/.test(what) && !$("how").options[0].disabled; // no number: a text
+  const hash = link(words ? "text" : $("how").value, what, 0);
   if (location.hash === hash) show();
   else location.hash = hash;
 });
@@ -259,9 +261,9 @@ async function start() {
     $("problem").textContent = error.message;
     return;
   }
-  $("stores").textContent = stores
-    .map((one) => `${one.store}: ${one.nodes.toLocaleString("en")} nodes, k = ${one.k}, recall ${one.recall.toFixed(4)}, ${one.encoder}`)
-    .join(" | ");
+  $("stores").replaceChildren(...stores.map((one) => element("li",
+    `${one.store}: ${one.nodes.toLocaleString("en")} nodes, k = ${one.k}, recall ${one.recall.toFixed(4)}, ${one.encoder}`)));
+  if (stores.length > 1) $("map-title").textContent = `Map of ${stores[0].store}`;
   $("how").options[0].disabled = !stores.every((one) => one.searchable);
   $("how").options[1].disabled = !stores.every((one) => one.keys);
   if ($("how").options[0].disabled) $("how").value = $("how").options[1].disabled ? "node" : "key";

@@ -270,7 +270,8 @@ def forecast(index: Index, nodes: int, width: int, first_new: int = 0) -> str:
         held += nodes * width * 4
     scratch = nodes * (width + 8 * engine.length(index.k, nodes) * (lists + 1))
     kept = f"{nodes - first_new:,} new nodes, the lists of {first_new:,} are kept; " if first_new else ""
+    joins = f"{len(tasks)} join task{'s' * (len(tasks) != 1)}"
     return (
-        f"{engine.name} ({reason}); {kept}{len(tasks)} join tasks, up to {(BASE_BYTES + held) / 1e9:.1f} GB a worker "
+        f"{engine.name} ({reason}); {kept}{joins}, up to {(BASE_BYTES + held) / 1e9:.1f} GB a worker "
         f"beside mapped files, {scratch / 1e9:.1f} GB of scratch"
     )

@@ -3,6 +3,7 @@ cache folder, under a name made of the machine and the versions of what does the
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
@@ -16,12 +17,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from graphbuild.errors import StageError
+from graphbuild.progress import Progress
+from graphbuild.recipe import Embed, Recipe
 from graphbuild.stage import digest
 
 logger = logging.getLogger(__name__)
 VERSION = 1  # of what is measured
 PACKAGES = ("graphbuild", "torch", "numba", "numpy", "pyarrow", "ray", "sentence-transformers", "polars")
-PATIENCE_SECONDS = 600
+STEP = "calibrated a stage"
 MOST_WORKERS = 8  # of the small jobs
 
 
@@ -61,86 +64,97 @@ CALIBRATED = Sizes()
 
 
 class Rates(BaseModel):
-    """Seconds of one core, with all cores busy, unless said otherwise.
-
-    start: of Ray and its workers. load_encoder, load_index, import_torch: of a worker, before its first such task.
-    task, stage: what the runner adds to each. list_row, tar_sample, number_row, assign_row, vector_row, export_row: a
-    row or sample of that stage. text, token: of the encoder (the default one; others by FLOP). fidelity_text: in
-    float32. code_node: at 500 leaders or fewer. pair: of int8 products of WIDTH; list_fill: the filling of one
-    candidate list; leaf_row: a node's place in a leaf. prepare_flop: float32. merge_entry, candidate: of a list.
-    refine_node: the search of partition a node. far: how many times slower than from a cache; cache_bytes: that cache.
-    leader: opened by a task. hash_byte: of sha256. certify_mac: a multiply-add. image: a
-    web photograph. disk_bytes_second: written and flushed. memory: bytes of the largest worker
-    by stage, "with_encoder." where it holds the encoder too. image_memory: what img2dataset adds.
-    """
+    """Seconds of one core, with all cores busy, unless said otherwise."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     machine: str
     cores: int
     key: str
-    import_torch: float
-    start: float
+    import_torch: float  # of a worker, before its first task that needs it; so are load_encoder and load_index
+    start: float  # of Ray and its workers
     load_encoder: float
     load_index: float
-    task: float
-    stage: float
-    list_row: float
+    task: float  # that the runner adds to each
+    stage: float  # likewise
+    list_row: float  # a row or sample of that stage, here and in the next five
     tar_sample: float
     number_row: float
     assign_row: float
     vector_row: float
     export_row: float
-    text: float
+    text: float  # of the default encoder; others by FLOP
     token: float
-    fidelity_text: float
-    code_node: float
-    pair: float
-    list_fill: float
-    leaf_row: float
-    prepare_flop: float
-    merge_entry: float
-    candidate: float
-    refine_node: float
-    far: float
-    cache_bytes: float
-    leader: float
-    hash_byte: float
-    certify_mac: float
-    image: float
-    disk_bytes_second: float
-    memory: dict[str, float]
-    image_memory: float
+    fidelity_text: float  # in float32
+    code_node: float  # at 500 leaders or fewer
+    pair: float  # of int8 products of CALIBRATED.d
+    list_fill: float  # the filling of one candidate list
+    leaf_row: float  # a node's place in a leaf
+    prepare_flop: float  # float32
+    merge_entry: float  # of a list
+    candidate: float  # of a list
+    refine_node: float  # the search of partition, a node
+    far: float  # how many times slower than from a cache
+    cache_bytes: float  # of that cache
+    leader: float  # opened by a task
+    hash_byte: float  # of sha256
+    certify_mac: float  # a multiply-add
+    image: float  # a web photograph
+    disk_bytes_second: float  # written and flushed
+    memory: dict[str, float]  # bytes of the largest worker by stage, "with_encoder." where it holds the encoder too
+    image_memory: float  # what img2dataset adds
 
 
-def rates_here() -> Rates:
-    """This machine's rates: from the cache, or measured now and kept. StageError when the small jobs fail."""
+def rates_here(progress: Progress) -> Rates:
+    """This machine's rates: from the cache, or measured now, which `progress` shows, and kept.
+
+    Raises:
+        StageError: the small jobs fail.
+    """
     path = cache_file()
     try:
         return Rates.model_validate_json(path.read_bytes())
     except (FileNotFoundError, ValidationError):
         pass
-    logger.info("%-9s small jobs to learn what this machine can do, once; half a minute or so", "calibrate")
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "rates.json"
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_ADDRESS")}
-        done = subprocess.run(
-            [sys.executable, "-m", "graphbuild.plan.small_jobs", str(out)],
-            env=inherited,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_SECONDS,
-            check=False,
-        )
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise StageError(f"the small jobs of the calibration failed ({last})", "see `graphbuild doctor`")
-        content = out.read_bytes()
+    logger.info("%-9s small jobs to learn what this machine can do, only once", "calibrate")
+    content = _measured(progress)
     rates = Rates.model_validate_json(content)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}")
     part.write_bytes(content)
     part.replace(path)
     return rates
+
+
+def _measured(progress: Progress) -> bytes:
+    """The small jobs, in a process of their own, which prints STEP after each of their stages."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_ADDRESS")}
+    with tempfile.TemporaryDirectory() as folder:
+        out, errors = Path(folder) / "rates.json", Path(folder) / "errors.txt"
+        command = [sys.executable, "-m", "graphbuild.plan.small_jobs", str(out)]
+        progress.begin("calibrate", total=_steps(), done=0)
+        progress.running(1)
+        with (
+            contextlib.closing(progress),
+            errors.open("w") as said,
+            subprocess.Popen(command, env=inherited, stdout=subprocess.PIPE, stderr=said, text=True) as process,
+        ):
+            for line in process.stdout or ():
+                if line.strip() == STEP:
+                    progress.advance({}, {})
+        if process.returncode:
+            last = (errors.read_text().strip().splitlines() or ["no message"])[-1]
+            raise StageError(f"the small jobs of the calibration failed ({last})", "see `graphbuild doctor`")
+        progress.end()
+        return out.read_bytes()
+
+
+def _steps() -> int:
+    from graphbuild.pipeline import stages_of
+
+    from_tars, from_vectors = (
+        len(stages_of("run", Recipe(embed=embed))) for embed in (Embed(shards="*.tar"), Embed(vectors="vectors.npy"))
+    )
+    return from_tars + 3 * from_vectors + 1
 
 
 def cache_file() -> Path:

@@ -12,28 +12,24 @@ from graphbuild.recipe import Recipe
 
 @dataclass(frozen=True)
 class Cost:
-    """A stage. tasks: still to run; core_seconds, gpu_seconds: of one; seconds: until all have run, least_seconds at
-    least; loading: of these, what workers load first; read, written: bytes in all; held: bytes of one task's arrays;
-    ram: bytes of one worker at most; mapped: of files that a node reads at random and would keep in its page cache;
-    resident: ram and a worker's share of those; vram: of one GPU.
-    """
+    """What a stage takes; bytes of all its tasks, unless said otherwise."""
 
     name: str
     title: str
-    tasks: int = 1
-    core_seconds: float = 0.0
-    read: float = 0.0
+    tasks: int = 1  # still to run
+    core_seconds: float = 0.0  # of a task
+    read: float = 0.0  # bytes
     written: float = 0.0
-    held: float = 0.0
-    mapped: float = 0.0
-    vram: float = 0.0
+    held: float = 0.0  # bytes of a task's arrays
+    mapped: float = 0.0  # bytes of files that a node reads at random and would keep in its page cache
+    vram: float = 0.0  # bytes of a GPU
     on_gpu: bool = False
-    gpu_seconds: float = 0.0
-    least_seconds: float = 0.0
-    loading: float = 0.0
-    seconds: float = 0.0
-    ram: float = 0.0
-    resident: float = 0.0
+    gpu_seconds: float = 0.0  # of a task
+    least_seconds: float = 0.0  # of the stage, whatever its cores do
+    loading: float = 0.0  # seconds until workers have what their first task needs
+    seconds: float = 0.0  # until all tasks have run
+    ram: float = 0.0  # bytes of a worker at most
+    resident: float = 0.0  # ram, and a worker's share of what is mapped
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dataclasses import replace
 from graphbuild.plan import embed_costs, export_costs, index_costs
 from graphbuild.plan.calibration import CALIBRATED, MOST_WORKERS, Rates
 from graphbuild.plan.case import Case, Cost
+from graphbuild.plan.encoder_facts import MINILM
 from graphbuild.plan.machine import Machine
 from graphbuild.recipe import Embed, Index, Recipe
 
@@ -80,14 +81,12 @@ def calibrated(case: Case, *, with_encoder: bool) -> dict[str, Cost]:
         samples=nodes,
         nodes=nodes,
         shards=shards,
-        d=CALIBRATED.d,
+        encoder=MINILM,
         k=CALIBRATED.k,
         tokens=14.0,
         characters=55.0,
         tar_bytes=CALIBRATED.samples * CALIBRATED.tar_sample_bytes,
         list_bytes=2.0 * CALIBRATED.nodes * CALIBRATED.d,
-        layers=embed_costs.MINILM_LAYERS,
-        encoder_bytes=91e6,
         first_new=0,
     )
     index = Index(k=CALIBRATED.k, engine="exact", recall_sample=CALIBRATED.recall_sample, device="cpu")

@@ -8,8 +8,8 @@ from dataclasses import replace
 from graphbuild.fidelity import SAMPLE as FIDELITY_TEXTS
 from graphbuild.plan.calibration import CALIBRATED
 from graphbuild.plan.case import Case, Cost
+from graphbuild.plan.encoder_facts import MINILM
 
-MINILM_LAYERS = 10.6e6  # weights that the calibrated encoder multiplies a token with
 PADDING = 1.05  # rows that a packed batch computes beside the tokens it has (benchmarks/embed.py: 4.7%)
 FETCH_SECONDS = 1.2  # of a URL, dead ones too: img2dataset's page on CC3M has 850/s with 16 x 64 requests in flight
 ORIGINAL_BYTES = 290_000  # of a web image: the same page, at 2 Gbit/s
@@ -107,31 +107,31 @@ def encode(case: Case) -> Cost:
     job, rates, machine = case.job, case.rates, case.machine
     texts = job.nodes / job.shards
     tokens = texts * job.tokens * PADDING
-    held = texts * (3 * job.characters + 110 * job.tokens + 10 * job.d) + 1.5 * job.encoder_bytes
+    held = texts * (3 * job.characters + 110 * job.tokens + 10 * job.d) + 1.5 * job.encoder.bytes
     written = 2.0 * job.d * job.nodes
     cost = Cost("encode", "encoding", job.shards, read=job.nodes * job.characters * 0.6, written=written, held=held)
-    if not job.layers:
+    if not job.encoder.layers:
         return replace(cost, core_seconds=texts * rates.vector_row * case.width)
     card = machine.card if case.recipe.embed.device != "cpu" else None
     if card is None:
-        seconds = texts * rates.text + tokens * rates.token * job.layers / MINILM_LAYERS
+        seconds = texts * rates.text + tokens * rates.token * job.encoder.layers / MINILM.layers
         return replace(cost, core_seconds=seconds)
-    flop = 2 * job.layers + 4 * job.tokens * job.hidden * job.depth
-    moved = ACTIVATION_BYTES * job.hidden * job.depth
-    batch = GPU_TOKENS * job.hidden * 40.0
+    flop = 2 * job.encoder.layers + 4 * job.tokens * job.encoder.hidden * job.encoder.depth
+    moved = ACTIVATION_BYTES * job.encoder.hidden * job.encoder.depth
+    batch = GPU_TOKENS * job.encoder.hidden * 40.0
     return replace(
         cost,
         on_gpu=True,
         core_seconds=texts * rates.text / max(machine.cores // machine.gpus, 1),
         gpu_seconds=tokens * (flop / card.bfloat16 + moved / card.bytes_second),
-        vram=1.5 * job.encoder_bytes + batch + 0.5e9,
+        vram=1.5 * job.encoder.bytes + batch + 0.5e9,
     )
 
 
 def fidelity(case: Case) -> Cost:
     """FIDELITY_TEXTS texts once more by sentence-transformers in float32, in one task, on a core or a GPU's core."""
     texts = min(FIDELITY_TEXTS, math.ceil(case.job.nodes / 4))
-    seconds = texts * case.rates.fidelity_text * case.job.layers / MINILM_LAYERS
+    seconds = texts * case.rates.fidelity_text * case.job.encoder.layers / MINILM.layers
     on_gpu = bool(case.machine.card) and case.recipe.embed.device != "cpu"
     return Cost("fidelity", "fidelity", 1, 0.0 if on_gpu else seconds, on_gpu=on_gpu)
 

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
+from pathlib import Path
 
 from graphbuild.encoder.find import find_encoder
 from graphbuild.matrix import is_matrix
 from graphbuild.recipe import Recipe
-from graphbuild.store import Json
 
 
-def encoder_facts(recipe: Recipe) -> Json:
-    """d, and the size of the encoder's layers, by the shapes of its weights and its config.json."""
+@dataclass(frozen=True)
+class EncoderFacts:
+    d: int = 384  # of an embedding
+    layers: float = 0.0  # weights of its layers: 2 FLOP each a token
+    hidden: int = 384
+    depth: int = 6
+    bytes: float = 0.0  # of its files
+    folder: Path | None = None
+
+
+NO_ENCODER = EncoderFacts()
+"""As of ready vectors."""
+MINILM = EncoderFacts(layers=10.6e6, bytes=91e6)
+"""The encoder of the calibration."""
+
+
+def encoder_facts(recipe: Recipe) -> EncoderFacts:
     embed = recipe.embed
-    if embed.vectors is not None:
-        return {"d": 384, "layers": 0.0}
-    if is_matrix(embed.encoder):
-        return {"d": 384, "layers": 0.0, "encoder_bytes": 0.0}
+    if embed.vectors is not None or is_matrix(embed.encoder):
+        return NO_ENCODER
     from safetensors import safe_open
 
     folder = find_encoder(embed.encoder).folder
@@ -35,11 +49,5 @@ def encoder_facts(recipe: Recipe) -> Json:
     hidden = int(known.get("hidden_size", 384))
     dense = sorted(folder.glob("*_Dense/config.json"))
     width = json.loads(dense[-1].read_bytes())["out_features"] if dense else hidden
-    return {
-        "folder": folder,
-        "d": embed.dim or width,
-        "layers": layers,
-        "hidden": hidden,
-        "depth": int(known.get("num_hidden_layers", 0)),
-        "encoder_bytes": whole,
-    }
+    depth = int(known.get("num_hidden_layers", 0))
+    return EncoderFacts(embed.dim or width, layers, hidden, depth, whole, folder)

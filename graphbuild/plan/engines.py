@@ -6,12 +6,12 @@ Engines, list lengths, numbers of tasks and bytes a node are those of graphbuild
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from graphbuild.knn import device
 from graphbuild.knn.engine import FAISS_TASK_NODES, Engine, bytes_a_node, choose, nodes_at_once
-from graphbuild.plan.calibration import CALIBRATED, Rates
+from graphbuild.plan.calibration import CALIBRATED
+from graphbuild.plan.case import Case, Cost
 from graphbuild.plan.job import Job
 from graphbuild.plan.machine import Machine
 from graphbuild.recipe import Index, Recipe
@@ -28,20 +28,10 @@ FAISS_PAIRS_FAR = 64  # vectors that an inverted-list search at the usual settin
 
 @dataclass(frozen=True)
 class Join:
-    """engine: its name. tasks; core_seconds and gpu_seconds of one. length: of a list; lists: of a node, one a task."""
-
     engine: str
-    tasks: int
-    length: int
-    lists: float
-    core_seconds: float
-    read: float
-    written: float
-    held: float
-    mapped: float
-    on_gpu: bool = False
-    gpu_seconds: float = 0.0
-    vram: float = 0.0
+    length: int  # of a list
+    lists: float  # of a node, one a task that it is in
+    cost: Cost
 
 
 def index_on(recipe: Recipe, machine: Machine) -> Index:
@@ -61,9 +51,10 @@ def why_engine(recipe: Recipe, job: Job, machine: Machine) -> str:
     return f"{engine.name} ({reason})"
 
 
-def join_cost(recipe: Recipe, job: Job, machine: Machine, rates: Rates, far: Callable[[float], float]) -> Join:
-    """The join tasks of the engine that would be chosen; far: as `Case.far`."""
-    index = index_on(recipe, machine)
+def join_of(case: Case) -> Join:
+    """The join tasks of the engine that would be chosen."""
+    job, machine, rates = case.job, case.machine, case.rates
+    index = index_on(case.recipe, machine)
     engine, _ = choose(index, job.nodes, job.d)
     nodes, new = job.nodes, job.nodes - job.first_new
     at_once = nodes_at_once(engine, index, nodes, job.d)
@@ -72,49 +63,50 @@ def join_cost(recipe: Recipe, job: Job, machine: Machine, rates: Rates, far: Cal
     held_nodes, lists = engine.spread(nodes, plain)
     held_nodes = min(held_nodes, nodes)
     length = engine.length(job.k, nodes)
-    width = job.d / CALIBRATED.d
     filled = nodes * lists / tasks  # lists of a task
-    written = 8.0 * nodes * lists * (length + 1)
-    held = held_nodes * bytes_a_node(engine, job.k, nodes, job.d)
-    read = held_nodes * tasks * (job.d + 12.0)
     share = 1 - (job.first_new / nodes) ** 2  # of the pairs, that have a new node
-    if engine.name == "exact":
-        pairs = share * nodes**2 / 2 / tasks
-        on_gpu = machine.card is not None and index.device == "cuda"
-        fill = filled * rates.list_fill * length / CALIBRATED.exact_length
-        if not on_gpu:
-            seconds = pairs * rates.pair * width + fill
-            return Join("exact", tasks, length, lists, seconds, read, written, held, 1.0 * nodes * job.d)
+    cost = Cost(
+        "join",
+        "join",
+        tasks,
+        read=held_nodes * tasks * (job.d + 12.0),
+        written=8.0 * nodes * lists * (length + 1),
+        held=held_nodes * bytes_a_node(engine, job.k, nodes, job.d),
+        mapped=1.0 * nodes * job.d,
+    )
+    if engine.name == "exact" and machine.card is not None and index.device == "cuda":
         card = machine.card
-        assert card is not None
-        both = 2 * pairs  # a GPU compares each pair from both sides
-        gpu = both * (2.0 * job.d / card.int8 + PAIR_BYTES / card.bytes_second)
-        sorting = filled * length * rates.merge_entry
-        vram = held_nodes * (job.d + 8.0) + 3 * 4.0 * device.ROWS * device.COLUMNS + 0.5e9
-        return Join("exact", tasks, length, lists, sorting, read, written, held, 1.0 * nodes * job.d, True, gpu, vram)
-    if engine.name == "partition":
+        both = share * nodes**2 / tasks  # a GPU compares each pair from both sides
+        cost = replace(
+            cost,
+            core_seconds=filled * length * rates.merge_entry,  # sorting
+            on_gpu=True,
+            gpu_seconds=both * (2.0 * job.d / card.int8 + PAIR_BYTES / card.bytes_second),
+            vram=held_nodes * (job.d + 8.0) + 3 * 4.0 * device.ROWS * device.COLUMNS + 0.5e9,
+        )
+    elif engine.name == "exact":
+        pairs = share * nodes**2 / 2 / tasks
+        fill = filled * rates.list_fill * length / CALIBRATED.exact_length
+        cost = replace(cost, core_seconds=pairs * rates.pair * case.width + fill)
+    elif engine.name == "partition":
         fan = fan_of(index.recall, nodes)
         rows = nodes * fan / tasks * (new / nodes if job.first_new else 1.0)
-        leaf = 64.0 * fan
-        pairs = rows * leaf / 2
-        working = held / max(machine.cores, 1)
-        seconds = pairs * rates.pair * width + rows * rates.leaf_row * length / CALIBRATED.leaf_length * far(working)
-        seconds += nodes * fan * LEAF_SCAN
-        return Join(
-            "partition",
-            tasks,
-            length,
-            lists,
-            seconds,
-            read + tasks * 4.0 * nodes * fan,
-            written,
-            held + 48.0 * rows,
-            nodes * (job.d + 4.0 * fan),
+        pairs = rows * 64.0 * fan / 2
+        far = case.far(cost.held / max(machine.cores, 1))
+        seconds = pairs * rates.pair * case.width + rows * rates.leaf_row * length / CALIBRATED.leaf_length * far
+        cost = replace(
+            cost,
+            core_seconds=seconds + nodes * fan * LEAF_SCAN,
+            read=cost.read + tasks * 4.0 * nodes * fan,
+            held=cost.held + 48.0 * rows,
+            mapped=nodes * (job.d + 4.0 * fan),
         )
-    compared = min(FAISS_PAIRS_FAR * math.sqrt(nodes), nodes) * FAISS_TASK_NODES
-    whole = 4.0 * nodes * job.d
-    seconds = compared * 2 * job.d * rates.prepare_flop
-    return Join(engine.name, tasks, length, lists, seconds, whole * tasks, written, held + whole, whole)
+    else:
+        compared = min(FAISS_PAIRS_FAR * math.sqrt(nodes), nodes) * FAISS_TASK_NODES
+        whole = 4.0 * nodes * job.d
+        seconds = compared * 2 * job.d * rates.prepare_flop
+        cost = replace(cost, core_seconds=seconds, read=whole * tasks, held=cost.held + whole, mapped=whole)
+    return Join(engine.name, length, lists, cost)
 
 
 def fan_of(recall: float, nodes: int) -> float:

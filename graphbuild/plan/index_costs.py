@@ -8,7 +8,7 @@ from graphbuild.certify import SLICE_NODES
 from graphbuild.knn.leaders import FLAT_GROUPS, GROUP_LEADERS, PROBED_GROUPS, leader_count
 from graphbuild.plan.calibration import CALIBRATED
 from graphbuild.plan.case import Case, Cost
-from graphbuild.plan.engines import chosen_engine, join_cost
+from graphbuild.plan.engines import chosen_engine, join_of
 
 
 def base(case: Case) -> Cost:
@@ -74,26 +74,13 @@ def moments(case: Case) -> Cost:
 
 
 def join(case: Case) -> Cost:
-    found = join_cost(case.recipe, case.job, case.machine, case.rates, case.far)
-    return Cost(
-        "join",
-        "join",
-        found.tasks,
-        found.core_seconds,
-        found.read,
-        found.written,
-        held=found.held,
-        mapped=found.mapped,
-        vram=found.vram,
-        on_gpu=found.on_gpu,
-        gpu_seconds=found.gpu_seconds,
-    )
+    return join_of(case).cost
 
 
 def merge(case: Case) -> Cost:
     """Every list of a node, read and united entry by entry."""
     job = case.job
-    found = join_cost(case.recipe, job, case.machine, case.rates, case.far)
+    found = join_of(case)
     entries = case.shard_nodes * found.length * found.lists
     return Cost(
         "merge",
@@ -109,7 +96,7 @@ def merge(case: Case) -> Cost:
 def search(case: Case) -> Cost:
     """Candidates scored again by the stored vectors, read at random; partition first looks at neighbours' lists."""
     job, rates = case.job, case.rates
-    found = join_cost(case.recipe, job, case.machine, case.rates, case.far)
+    found = join_of(case)
     table = 2.0 * job.nodes * job.d
     seconds = case.shard_nodes * found.length * rates.candidate * case.width * case.far(table)
     if found.engine == "partition":

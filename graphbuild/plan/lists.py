@@ -9,9 +9,10 @@ import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from graphbuild.errors import InputError
 from graphbuild.remote import file_system, reaching
@@ -24,34 +25,76 @@ FRESH, KEPT_A_YEAR = 0.90, 0.94  # see expected_success
 
 @dataclass(frozen=True)
 class Known:
-    """rows: about, exact of parquet. distinct: share of the sampled captions that differ. year: of the file."""
+    """What is known of a list, read or published."""
 
-    rows: int
-    bytes: float
-    captions: tuple[str, ...]
-    urls: tuple[str, ...]
-    distinct: float
-    year: int
+    rows: int = 0  # about; exact of parquet; 0: not known
+    year: int | None = None  # of its URLs
+    tokens: float = 15.0  # of a caption, as MiniLM's
+    characters: float = 65.0
+    bytes: float = 0.0
+    distinct: float = 1.0  # share of the sampled captions that differ
+    urls: tuple[str, ...] = ()  # of the sample
+    assumed: tuple[str, ...] = ()
 
 
-def look(url: str, preset: str | None, columns: Mapping[str, str]) -> Known | None:
-    """What a few reads tell of a list; None when it is not there. InputError when it cannot be read as asked."""
+UNKNOWN = Known()
+PUBLISHED = {
+    "cc3m": Known(3_318_333, 2018, tokens=12.7, characters=54.0),
+    "cc12m": Known(12_423_374, 2021, tokens=24.0, characters=106.0),
+}
+"""The training lists. cc3m's captions as counted in 4,000 of its validation list, of 10.3 words; cc12m's by their 20.2
+words (Changpinyo et al. 2021, table 2) at as many tokens and characters a word."""
+URL_BYTES = 110
+
+
+def look(url: str, preset: str | None, columns: Mapping[str, str], rows: int | None, tokenizer: Path | None) -> Known:
+    """What a few reads tell of a list; of one that is not there, what is published of its preset, or usual.
+
+    rows: to be taken instead of those found. tokenizer: an encoder's folder.
+
+    Raises:
+        InputError: it cannot be read as asked; or is not there, and neither rows nor a preset tell its length.
+    """
+    usual = PUBLISHED.get(preset or "", UNKNOWN)
     files, path = file_system(url)
     with reaching(url):
-        if not files.exists(path):
-            return None
-        info = files.info(path)
+        info = files.info(path) if files.exists(path) else None
+    if info is not None:
+        known = _sampled(TableSpec(path=url, preset=preset, columns=columns), usual, info, tokenizer)
+    elif rows is None and not usual.rows:
+        raise InputError(f"{url} does not exist", "check the path of the list, or give --rows")
+    else:
+        length = usual.characters + (URL_BYTES if "url" in columns else 0)
+        count = usual.rows if rows is None else rows
+        known = replace(usual, rows=count, bytes=count * length, assumed=_usual_tokens(usual))
+        if rows is None:
+            said = f"{url} is not here: as many rows as the published list"
+            known = replace(known, assumed=(said, *known.assumed))
+    return known if rows is None else replace(known, rows=rows, bytes=known.bytes * rows / max(known.rows, 1))
+
+
+def _usual_tokens(usual: Known) -> tuple[str]:
+    return (f"{usual.tokens:g} tokens a caption",)
+
+
+def _sampled(spec: TableSpec, usual: Known, info: Mapping[str, Any], tokenizer: Path | None) -> Known:
     size = float(info.get("size") or 0)
-    spec = TableSpec(path=url, preset=preset, columns=columns)
     rows = next(read_chunks(spec, chunk_rows=SAMPLE_ROWS)).rows.slice(0, SAMPLE_ROWS)
-    captions = [text or "" for text in rows["caption"].to_pylist()] if "caption" in rows.column_names else []
-    urls = rows["url"].to_pylist() if "url" in rows.column_names else []
+    texts, urls = (rows[name].to_pylist() if name in rows.column_names else [] for name in ("caption", "url"))
     changed = info.get("mtime") or info.get("LastModified")
     when = datetime.fromtimestamp(changed, UTC) if isinstance(changed, int | float) else changed or datetime.now(UTC)
-    folded = {text.casefold() for text in captions}
-    headed = preset is None and url.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
-    distinct = len(folded) / len(captions) if captions else 1.0
-    return Known(_rows(url, size) - headed, size, tuple(captions), tuple(urls), distinct, when.year)
+    headed = spec.preset is None and spec.path.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
+    count, year = _rows(spec.path, size) - headed, usual.year or when.year
+    known = replace(usual, rows=count, year=year, bytes=size, urls=tuple(urls))
+    if not texts:
+        return replace(known, assumed=_usual_tokens(usual))
+    texts = [text or "" for text in texts]
+    return replace(
+        known,
+        tokens=tokens_of(texts, tokenizer),
+        characters=sum(map(len, texts)) / len(texts),
+        distinct=len({text.casefold() for text in texts}) / len(texts),
+    )
 
 
 def _rows(url: str, size: float) -> int:

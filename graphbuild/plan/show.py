@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from graphbuild.plan import lists, machine, warn
+from graphbuild.pipeline import stages_of
+from graphbuild.plan import machine, warn
 from graphbuild.plan.calibration import Rates, rates_here
 from graphbuild.plan.case import Case, Cost
 from graphbuild.plan.costs import costs
 from graphbuild.plan.engines import why_engine
 from graphbuild.plan.job import Job, job_of
+from graphbuild.plan.pending import shares_done
+from graphbuild.progress import Progress
 from graphbuild.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -25,33 +28,40 @@ FOOTNOTE = (
 
 def plan_recipe(
     recipe: Recipe, store: Store | None, *, rows: int | None, workers: int | None, on: Sequence[str]
-) -> str:
-    """The whole recipe on this machine, an H200 and a cluster, or on the machines described by `on`."""
-    rates = rates_here()
+) -> Iterator[str]:
+    """The whole recipe on this machine, an H200 and a cluster, or on the machines described by `on`.
+
+    Two texts: what the job is, at once; and what it takes, once this machine is calibrated.
+    """
     job = job_of("run", recipe, None, rows)
-    machines = [machine.parse(text) for text in on] or machine.standard(rates, workers, store)
-    return tell(job, recipe, rates, [replace(one, workers=workers) if workers else one for one in machines])
+    described = [machine.parse(text) for text in on]
+    yield headline(job)
+    rates = rates_here(Progress())
+    machines = described or machine.standard(rates, workers, store)
+    yield tell(job, recipe, rates, [replace(one, workers=workers) if workers else one for one in machines])
 
 
-def plan_verb(verb: str, recipe: Recipe, store: Store, workers: int | None) -> str:
-    """What a verb would do to a store now, on this machine; what is done already is left out.
+def plan_verb(
+    verb: str, recipe: Recipe, store: Store, workers: int | None, progress: Progress, *, force: bool = False
+) -> Iterator[str]:
+    """What a verb would do to a store now, on this machine, as `plan_recipe`; what is done already is left out.
 
     Raises:
-        ConfigError: what the verb itself would raise: settings that differ from those of finished work, a stage that
-            has to run first.
+        ConfigError: what the verb itself would raise: settings that differ from those of finished work (unless force),
+            a stage that has to run first.
     """
-    from graphbuild.plan.pending import shares_done
+    done = shares_done(verb, recipe, store, force=force)
+    return plan_job(replace(job_of(verb, recipe, store), done=done), recipe, store, workers, progress)
 
-    done = shares_done(verb, recipe, store)
-    rates = rates_here()
-    job = replace(job_of(verb, recipe, store), done=done)
-    return tell(job, recipe, rates, [machine.here(rates, store, workers)])
+
+def plan_job(job: Job, recipe: Recipe, store: Store, workers: int | None, progress: Progress) -> Iterator[str]:
+    yield headline(job)
+    rates = rates_here(progress)
+    yield tell(job, recipe, rates, [machine.here(rates, store, workers)])
 
 
 def cases(job: Job, recipe: Recipe, rates: Rates, machines: Sequence[machine.Machine]) -> list[tuple[Case, list[Cost]]]:
     """The costs of the job's stages on each machine."""
-    from graphbuild.pipeline import stages_of
-
     names = [stage.name for stage in stages_of(job.verb, recipe)]
     if not job.first_new:
         names.remove("base") if "base" in names else None
@@ -59,13 +69,21 @@ def cases(job: Job, recipe: Recipe, rates: Rates, machines: Sequence[machine.Mac
     return [(case, costs(case, names)) for case in made]
 
 
+def headline(job: Job) -> str:
+    """What the job is, and what is assumed of it."""
+    line = f"{job.rows:,} URLs -> {job.samples:,} images" if job.source == "list" else f"{job.samples:,} samples"
+    if job.verb != "download":
+        line += f" -> {job.nodes:,} nodes, d = {job.d}, k = {job.k}"
+    lines = [f"plan      {line}; {job.shards:,} shard{'s' * (job.shards != 1)}"]
+    return "\n".join([*lines, *(f"{'':10}assumed: {line}" for line in job.assumed), ""])
+
+
 def tell(job: Job, recipe: Recipe, rates: Rates, machines: Sequence[machine.Machine]) -> str:
+    """What it takes: a table of stages by machines, sums, and warnings."""
     found = cases(job, recipe, rates, machines)
-    lines = [_headline(job)]
-    lines += [f"{'':10}assumed: {line}" for line in job.assumed]
     head = [f"{'stage':<10}{'tasks':>9}{'reads':>10}{'writes':>10}{'GB/worker':>11}"]
     head += [f"{one.name + ('*' if one.card else ''):>{_width(one)}}" for one in machines]
-    lines += ["", "".join(head)]
+    lines = ["".join(head)]
     first = found[0][1]
     for at, cost in enumerate(first):
         columns = [each[at] for _, each in found]
@@ -93,22 +111,11 @@ def tell(job: Job, recipe: Recipe, rates: Rates, machines: Sequence[machine.Mach
         if parts:
             lines.append(f"{one.name}: {'; '.join(parts)}")
         lines += [f"WARNING   {one.name}: {line}" for line in warn.warnings(case, each)]
-    urls: Sequence[str] = ()
-    if job.source == "list" and recipe.download.urls:
-        config = recipe.download
-        known = lists.look(config.urls or "", config.preset, {"url": config.url_column})
-        urls = known.urls if known else ()
-    lines += [f"WARNING   {line}" for line in warn.source_warnings(found[0][0], urls)]
+    lines += [f"WARNING   {line}" for line in warn.source_warnings(job)]
     lines.append(f"{'':10}cores as this machine's ({rates.machine}), by small jobs run on it once")
     if any(one.card for one in machines):
         lines.append(FOOTNOTE)
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _headline(job: Job) -> str:
-    start = f"{job.rows:,} URLs -> {job.samples:,} images" if job.source == "list" else f"{job.samples:,} samples"
-    shards = f"{job.shards:,} shard{'s' * (job.shards != 1)}"
-    return f"plan      {start} -> {job.nodes:,} nodes, d = {job.d}, k = {job.k}; {shards}"
 
 
 def _width(one: machine.Machine) -> int:
@@ -119,7 +126,9 @@ def size(value: float) -> str:
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if value >= factor:
             return f"{value / factor:,.1f} {unit}"
-    return f"{value / 1e3:,.0f} kB" if value else "-"
+    if value >= 1e3:
+        return f"{value / 1e3:,.0f} kB"
+    return f"{value:.0f} B" if value else "-"
 
 
 def duration(seconds: float) -> str:

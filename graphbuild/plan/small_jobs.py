@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from graphbuild.plan.calibration import CALIBRATED, MOST_WORKERS, Rates, cores_here, identity_here
+from graphbuild.plan.calibration import CALIBRATED, MOST_WORKERS, STEP, Rates, cores_here, identity_here
 from graphbuild.plan.one_process import alone, cache_bytes, mixture
 from graphbuild.plan.watch import Share, WorkerMemory
 from graphbuild.recipe import Embed, Export, Index, Recipe
@@ -108,6 +108,7 @@ def _job_of_tars(root: Path, workers: int) -> tuple[Json, Json]:
     recipe = Recipe(embed=Embed(shards=f"{root}/tars/*.tar", device="cpu"), index=Index(k=K, device="cpu"))
     job = _run(Store(str(root / "from_tars")), recipe, workers)
     own = {**alone(root, texts), "task": _per_task(job)}
+    _step()
     return own, job
 
 
@@ -142,6 +143,7 @@ def _run(store: Store, recipe: Recipe, workers: int) -> Json:
             job["walls"][stage.name] = seconds * (left if len(job["walls"]) else own.left(1))  # Ray starts on one core
             if memory.peak_bytes:
                 job["memory"][stage.name] = memory.peak_bytes
+            _step()
             return entry
 
     share = Share()
@@ -151,6 +153,12 @@ def _run(store: Store, recipe: Recipe, workers: int) -> Json:
     rounds = -(-len(job["tasks"][first]) // workers)
     job["start"] = max(job["walls"][first] - rounds * _steady(job["tasks"][first]), 0)
     return job
+
+
+def _step() -> None:
+    """Tell the process that waits (`calibration.rates_here`) that one more stage has been."""
+    sys.stdout.write(f"{STEP}\n")
+    sys.stdout.flush()
 
 
 def captions(count: int) -> list[str]:

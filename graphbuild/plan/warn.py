@@ -9,8 +9,9 @@ from graphbuild.plan import lists
 from graphbuild.plan.case import Case, Cost
 from graphbuild.plan.embed_costs import FETCH_SECONDS
 from graphbuild.plan.engines import chosen_engine
+from graphbuild.plan.job import Job
 
-LONG_SECONDS = 2 * 86_400
+SHORT_SECONDS, LONG_SECONDS = 60, 2 * 86_400
 LOW_SUCCESS = 0.8
 BY_SHARD = ("download", "scan", "assign", "encode", "vectors", "codes", "merge", "search", "export", "inline")
 
@@ -20,7 +21,8 @@ def warnings(case: Case, found: Sequence[Cost]) -> list[str]:
     job, machine, recipe = case.job, case.machine, case.recipe
     lines = []
     todo = [cost for cost in found if cost.tasks]
-    by_shard = [cost for cost in todo if cost.name in BY_SHARD and cost.seconds > 60]
+    lasting = [cost for cost in todo if cost.seconds > SHORT_SECONDS]
+    by_shard = [cost for cost in lasting if cost.name in BY_SHARD]
     few = [cost for cost in by_shard if cost.tasks < machine.slots(on_device=cost.on_gpu)]
     if few:
         worst = max(few, key=lambda cost: cost.seconds)
@@ -34,7 +36,7 @@ def warnings(case: Case, found: Sequence[Cost]) -> list[str]:
     if (
         job.source == "list"
         and waiting > 2 * job.samples * case.rates.image
-        and any(c.name == "download" for c in todo)
+        and any(cost.name == "download" for cost in lasting)
     ):
         lines.append(f"download waits for answers, not for cores: threads: {2 * config.threads} would nearly halve it")
     per_node = min(machine.slots(), machine.cores * machine.nodes) / machine.nodes
@@ -73,9 +75,8 @@ def disk_bytes(case: Case, found: Sequence[Cost]) -> float:
     return sum(cost.written for cost in found)
 
 
-def source_warnings(case: Case, urls: Sequence[str]) -> list[str]:
+def source_warnings(job: Job) -> list[str]:
     """Lines of the list itself: how much of it is gone, by its age and by asking for some of its hosts."""
-    job = case.job
     if job.source != "list":
         return []
     lines = []
@@ -84,8 +85,8 @@ def source_warnings(case: Case, urls: Sequence[str]) -> list[str]:
             f"expect images from {job.success:.0%} of the URLs: links of {job.year} die by 6% a year; "
             "`graphbuild retry` fetches what fails for a time only"
         )
-    if urls:
-        alive, asked = lists.resolved_hosts(urls)
+    if job.urls:
+        alive, asked = lists.resolved_hosts(job.urls)
         if alive:
             dead = asked - alive
             says = f"{alive} of {asked} sampled hosts have an address"

@@ -1,10 +1,12 @@
 """The report's charts as plotly figures (plain dicts, `data` and `layout`), from report.json's numbers alone.
 
-Colours: Okabe and Ito's, which the colour-blind tell apart; text and grid colours are the page's, set by page.js.
+Colours: Okabe and Ito's, which the colour-blind tell apart; SCALE's, of ordered lines, have a contrast of 3 and more
+with the pages of both themes. Text and grid colours are the page's, set by page.js.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,9 @@ from graphbuild.store import Json
 
 BLUE, ORANGE, GREEN, PINK, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"
 TICKS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
-SCALE = ("#440154", "#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#c9b100")
+SCALE = ("#9b5fe0", "#5b7cf0", "#1788c9", "#12939a", "#2f9e44", "#c9850a", "#e0564a")
+LOG = {"type": "log", "dtick": 1, "tickformat": ","}  # a tick each power of ten
+LINEAR_BELOW = 100
 
 
 def charts(numbers: Json) -> dict[str, Json]:
@@ -94,8 +98,13 @@ def _similarity(edges: Json) -> Json:
 
 def _bins(bins: list[Json], x: str, y: str) -> Json:
     names = [str(one["from"]) if one["from"] == one["to"] else f"{one['from']}-{one['to']}" for one in bins]
-    bar = {"type": "bar", "x": names, "y": [one["nodes"] for one in bins], "marker": {"color": BLUE}, "name": y}
-    return _figure([bar], _axis(x, type="category"), _axis(y, type="log", dtick="D2"))
+    counts = [one["nodes"] for one in bins]
+    bar = {"type": "bar", "x": names, "y": counts, "marker": {"color": BLUE}, "name": y}
+    most = max(counts)
+    span = (
+        {**LOG, "range": [math.log10(0.7), math.log10(1.3 * most)]} if most > LINEAR_BELOW else {}
+    )  # a bar of 1 shows
+    return _figure([bar], _axis(x, type="category"), _axis(y, **span))
 
 
 def _spread(targets: list[Json]) -> Json:
@@ -106,14 +115,14 @@ def _spread(targets: list[Json]) -> Json:
             "name": f"batch of {one['batch']:,}",
             "x": one["tau_s"],
             "y": one["spread"],
-            "line": {"color": SCALE[2 * at % len(SCALE)]},
+            "line": {"color": SCALE[3 * at % len(SCALE)]},
         }
         for at, one in enumerate(targets)
     ]
     return _figure(
         data,
         _axis("tau_s", type="log", tickvals=TICKS, ticktext=[str(tick) for tick in TICKS]),
-        _axis("exp(entropy)", type="log"),
+        _axis("exp(entropy)", **LOG),
     )
 
 

@@ -97,6 +97,11 @@ def test_search_shows_the_nearest_and_a_click_walks(tab: Tab, address: str, stor
     wait_for(tab, second)
     tab.page.go_back()
     wait_for(tab, best)
+    assert tab.page.input_value("#how") == "node"
+    tab.page.fill("#what", "words, not a number")
+    tab.page.press("#what", "Enter")
+    tab.wait("!document.querySelector('.asked') && document.querySelector('.card')")
+    assert tab.page.input_value("#how") == "text"
 
 
 def test_a_key_is_found_and_copied(tab: Tab, address: str, store: Path) -> None:
@@ -192,6 +197,8 @@ def test_the_map_shows_principal_components_and_communities(tab: Tab, address: s
     np.fill_diagonal(cosines, np.nan)
     same = label[:, None] == label[None, :]
     assert np.nanmean(cosines[same & (label[:, None] < 10)]) > np.nanmean(cosines[~same]) + 0.1
+    named = tab.page.locator("#map-legend li").all_text_contents()
+    assert sum(int(re.findall(r"\((\d+)\)$", text)[0]) for text in named) == len(points)
     tab.page.focus("#map")
     tab.page.keyboard.press("ArrowRight")
     tab.page.keyboard.press("ArrowRight")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from graphbuild.plan.calibration import Rates, cache_file, rates_here
+from graphbuild.progress import Progress
 
 STAGES = """vectors scan number assign encode fidelity prepare codes moments join merge search certify export"""
 
@@ -23,7 +24,7 @@ def rates(cache: Path) -> Rates:
     before = os.environ.get("XDG_CACHE_HOME")
     os.environ["XDG_CACHE_HOME"] = str(cache)
     try:
-        return rates_here()
+        return rates_here(Progress())
     finally:
         if before is None:
             del os.environ["XDG_CACHE_HOME"]

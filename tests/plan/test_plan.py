@@ -79,7 +79,7 @@ def test_join_tasks_and_memory_are_those_that_the_build_prints(name: str, nodes:
     index = Index(engine=name, k=32, device="cpu")
     found = on("cores=8", Recipe(embed=Embed(captions="x.tsv", preset="cc3m"), index=index), made_up, rows=nodes)
     printed = engine.forecast(index, nodes, 384)
-    assert f"; {found['join'].tasks} join tasks" in printed
+    assert f"; {found['join'].tasks} join task" in printed
     assert f"up to {(1e9 + found['join'].held - 48 * _rows(found, nodes, name)) / 1e9:.1f} GB" in printed
 
 

@@ -1,0 +1,72 @@
+"""What `graphbuild retry` would do to a store: the failed tasks that would run, and the URLs that would be fetched."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+import polars as pl
+
+from graphbuild.plan.job import job_of
+from graphbuild.plan.pending import shares_done
+from graphbuild.plan.show import plan_job, plan_verb
+from graphbuild.progress import Progress
+from graphbuild.recipe import resolve
+from graphbuild.retry import Wanted, failed_tasks, failed_urls, matches, nothing_failed
+from graphbuild.stage import records
+from graphbuild.store import Json, Store
+
+MOST_TASKS = 10
+
+
+def plan_retry(store: Store, wanted: Wanted, workers: int | None, progress: Progress) -> Iterator[str]:
+    """The texts of a dry run: what would run and be fetched again, and what that takes on this machine.
+
+    Raises:
+        ConfigError: what the verb would raise: nothing to retry, an input that changed.
+    """
+    recipe = resolve(store, "download", {})
+    tasks = failed_tasks(recipe, store)
+    fetched = bool(records(store, "download"))
+    if not tasks and not fetched:
+        raise nothing_failed(store)
+    for verb, again in tasks.items():
+        yield _tasks(verb, again)
+    for verb in list(tasks)[:1]:  # what the others find is not known before
+        yield from plan_verb(verb, recipe, store, workers, progress)
+    if fetched:
+        failed = failed_urls(store)
+        chosen = failed.filter(matches(failed, wanted))
+        shares_done("download", recipe, store)
+        yield _urls(failed, chosen, wanted)
+        if chosen.height:
+            job = replace(
+                job_of("download", recipe, rows=chosen.height),
+                samples=chosen.height,
+                nodes=chosen.height,
+                success=1.0,
+                assumed=("each gives an image this time",),
+            )
+            yield from plan_job(job, recipe, store, workers, progress)
+
+
+def _tasks(verb: str, failed: list[Json]) -> str:
+    lines = [f"retry     would run {len(failed):,} failed task{'s' * (len(failed) != 1)} of {verb} again"]
+    lines += [f"{'':14}{record['task']}: {record['cause']}" for record in failed[:MOST_TASKS]]
+    if len(failed) > MOST_TASKS:
+        lines.append(f"{'':14}... and {len(failed) - MOST_TASKS:,} more")
+    return "\n".join([*lines, ""])
+
+
+def _urls(failed: pl.DataFrame, chosen: pl.DataFrame, wanted: Wanted) -> str:
+    lines = [f"retry     would fetch {chosen.height:,} of {failed.height:,} failed URLs again", *_by_reason(chosen)]
+    left = failed.join(chosen, on="place", how="anti")
+    if left.height:
+        why = "failed for good (--reason TEXT, --all)" if wanted == "passing" else "failed for other reasons"
+        lines += [f"{'':10}and leave {left.height:,} that {why}", *_by_reason(left)]
+    return "\n".join([*lines, ""])
+
+
+def _by_reason(urls: pl.DataFrame) -> list[str]:
+    return [f"{'':10}{count:6,} {reason}" for reason, count in Counter(urls["reason"].to_list()).most_common()]
