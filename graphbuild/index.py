@@ -31,7 +31,9 @@ def nodes_entry(store: Store) -> Json:
     """The manifest, once embeddings are finished; ConfigError before that."""
     manifest = store.manifest()
     if not {"encode", "vectors"} & manifest["stages"].keys():
-        raise ConfigError(f"{store.url} has no finished embeddings", f"run `graphbuild embed {store.url}` first")
+        raise ConfigError(
+            f"{store.url}: `graphbuild embed` is not finished", f"run `graphbuild embed {store.url}` first"
+        )
     return manifest
 
 

@@ -13,10 +13,12 @@ from pathlib import Path
 
 from graphbuild import base
 from graphbuild.errors import ConfigError, InputError
+from graphbuild.index import nodes_entry
 from graphbuild.plan import lists
 from graphbuild.plan.encoder_facts import NO_ENCODER, EncoderFacts, encoder_facts
 from graphbuild.recipe import Recipe
 from graphbuild.remote import file_system, reaching
+from graphbuild.state import require
 from graphbuild.store import Store, local_file
 from graphbuild.tars import expand_shards, open_tar
 
@@ -180,10 +182,8 @@ def _bytes(url: str) -> int:
 
 
 def _of_downloaded(recipe: Recipe, store: Store) -> Job:
-    manifest = store.manifest()
-    if "download" not in manifest["stages"]:
-        raise ConfigError(f"{store.url} has no finished download stage", f"run `graphbuild download {store.url}` first")
-    samples = manifest["stages"]["download"]["counts"]["images"]
+    require(store, "download", "download")
+    samples = store.manifest()["stages"]["download"]["counts"]["images"]
     sizes = [size for name, size in store.sizes("shards").items() if name.endswith(".tar")]
     return Job(
         "tars",
@@ -198,12 +198,10 @@ def _of_downloaded(recipe: Recipe, store: Store) -> Job:
 
 
 def _of_embedded(verb: str, recipe: Recipe, store: Store) -> Job:
-    manifest = store.manifest()
+    if verb == "export":
+        require(store, "certify", "index")
+    manifest = nodes_entry(store)
     finished = manifest["stages"].keys()
-    if verb == "index" and not {"encode", "vectors"} & finished:
-        raise ConfigError(f"{store.url} has no finished embeddings", f"run `graphbuild embed {store.url}` first")
-    if verb == "export" and "certify" not in finished:
-        raise ConfigError(f"{store.url} has no finished certify stage", f"run `graphbuild index {store.url}` first")
     shards = manifest["shards"]
     samples, nodes = (sum(shard[name] for shard in shards) for name in ("samples", "nodes"))
     return Job(
