@@ -52,7 +52,7 @@ def kept_nodes(store: Store) -> int:
     return int(store.manifest()["graph"].get("kept_nodes", 0))
 
 
-@pytest.mark.parametrize(("old", "workers"), [(2_000, 0), (1_200, 2), (2_800, 0)])
+@pytest.mark.parametrize(("old", "workers"), [(2_000, 0), pytest.param(1_200, 2, marks=pytest.mark.slow), (2_800, 0)])
 def test_an_exact_graph_that_grew_is_that_of_all_nodes(
     old: int, workers: int, tmp_path: Path, vectors: np.ndarray
 ) -> None:

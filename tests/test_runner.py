@@ -133,11 +133,11 @@ def meet(task: Task, store: Store, writer: Writer) -> Json:
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / task.name
     mark.write_text("")
-    end, met = time.monotonic() + (20 if task.settings["k"] == 2 else 0.5), False
+    end, met = time.monotonic() + (20 if task.settings["k"] == 2 else 0.2), False
     while not met and time.monotonic() < end:
         met = len(list(folder.iterdir())) > 1
         time.sleep(0.01)
-    time.sleep(0.5)  # the other sees this one too
+    time.sleep(0.2)  # the other sees this one too
     mark.unlink()
     gpu = os.environ["CUDA_VISIBLE_DEVICES"] == "0"
     return {**write(task, store, writer), "counts": {"met": int(met), "gpu": int(gpu)}}

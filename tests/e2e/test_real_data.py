@@ -279,7 +279,7 @@ def downloaded(flickr: list[Picture], cli: Cli, tmp_path_factory: pytest.TempPat
             2,
         ]
         printed = {"download": cli("download", store, folder / "list.tsv", *options).stdout}
-    printed["embed"] = cli("embed", store, "--workers", 2).stdout
+    printed["embed"] = cli("embed", store, "--workers", 0).stdout
     printed["index"] = cli("index", store, "--k", K, "--workers", 0).stdout
     printed["export"] = cli("export", store, "--workers", 0).stdout
     captions = {hashlib.sha256(jpeg).hexdigest(): caption for jpeg, caption in flickr}
@@ -476,6 +476,7 @@ def test_tars_with_text_members_get_sidecars_by_the_verbs(
     assert "no problems" in cli("verify", store.root).stdout
 
 
+@pytest.mark.slow
 def test_tars_with_json_captions_get_sidecars_by_one_recipe(
     pictures: list[Picture], write_tar: WriteTar, word_counter: Path, cli: Cli, tmp_path: Path
 ) -> None:

@@ -89,7 +89,7 @@ def copy(built: Path, tmp_path: Path) -> Path:
 # ---- the same bytes
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_any_number_of_workers_writes_the_same_bytes(
     workers: int, built: Path, recipe: Path, cli: Cli, tmp_path: Path
 ) -> None:
@@ -338,7 +338,7 @@ def test_a_lost_file_is_made_again_and_nothing_else(lost: str, built: Path, reci
     assert [name for name in changed - (moments if lost in moments else {lost}) if shard not in name] == []
 
 
-@pytest.mark.parametrize("stopped", [[1], [0, 2]])
+@pytest.mark.parametrize("stopped", [[1], pytest.param([0, 2], marks=pytest.mark.slow)])
 def test_tars_whose_scan_failed_get_the_numbers_that_they_would_have_had(
     stopped: list[int], built: Path, recipe: Path, tmp_path: Path, cli: Cli
 ) -> None:

@@ -80,6 +80,7 @@ def lines_of(results: Path, name: str = "small") -> list[dict[str, Any]]:
 # --- running --------------------
 
 
+@pytest.mark.slow
 def test_each_run_has_one_line_and_a_rerun_adds_none(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
