@@ -1,7 +1,7 @@
 """The calibration: three small jobs on this machine with all its cores, timed by stage and task, and their memory.
 
 Run as a process of its own (`python -m graphbuild.plan.small_jobs OUT.json`), so that Ray, torch and a cluster's
-address of the caller stay out of it. About half a minute on two cores, 600 MB of memory a core beside the workers'.
+address of the caller stay out of it. About a minute on two cores, 600 MB of memory a core beside the workers'.
 What is measured is what the formulas of costs.py ask for (`calibration.Rates`), no more.
 """
 

@@ -23,7 +23,7 @@ from graphbuild.plan.job import job_of
 from graphbuild.plan.show import cases
 from graphbuild.recipe import read_recipe
 
-pytestmark = pytest.mark.slow  # the calibration alone takes half a minute
+pytestmark = pytest.mark.slow  # the calibration alone takes a minute
 BIN = Path(sys.executable).parent
 WORDS = "amber boat cloud dune ember fern grove hill iris jetty kite lamp moss nest oak pier quay reed sail tide"
 
