@@ -2,8 +2,8 @@
 
 Up to EXACT_NODES nodes one pass over all embeddings, exact. Beyond, best-first search (as in HNSW's lowest layer;
 Malkov and Yashunin, arXiv 1603.09320): from ENTRIES evenly spaced nodes along the stored lists, until the POOL best
-known nodes have all been looked at. That reads the lists and vectors of some thousand nodes, however many there are;
-how often it finds the true ones is measured in tests/test_catalog.py.
+known nodes have all been looked at. That reads the lists and vectors of some thousand nodes, however many there are,
+and may miss some of the true ones.
 """
 
 from __future__ import annotations

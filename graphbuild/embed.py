@@ -1,7 +1,8 @@
 """Stage encode: the sentence encoder over each shard's distinct texts, to nodes/<shard>.npy.
 
-Embeddings are float16, unit norm, and the same bytes whatever the shards, the batches and the worker count. Memory: the
-model, and one shard. On a GPU two workers take turns: one encodes while the other reads, tokenises or writes.
+Embeddings are float16, unit norm, and the same bytes whatever the worker count; of packed and int8 models also whatever
+the shards and batches (graphbuild.encoder). Memory: the model, and one shard. On a GPU two workers take turns: one
+encodes while the other reads, tokenises or writes.
 `matrix:FILE` in place of an encoder takes the similarities of classes (graphbuild.matrix).
 """
 

@@ -86,9 +86,10 @@ class SidecarHeader(BaseModel):
 def sidecar_schema(d: int, k: int, embeddings: EmbeddingKind) -> pa.Schema:
     """The columns of a sidecar, without metadata.
 
-    A sample without a usable caption has no node: every column but key, row, image_offset and image_size is
-    null there. The value of an int8 embedding is `embedding * embedding_scale`; a float16 one has no scale;
-    "sketch:64" has a column sketch instead (`graphbuild.sketch`), "none" has neither.
+    A sample without a usable caption has no node: all columns from the embedding to background_std are null
+    there, and the caption, if none could be read. The value of an int8 embedding is `embedding *
+    embedding_scale`; a float16 one has no scale; "sketch:64" has a column sketch instead (`graphbuild.sketch`),
+    "none" has neither.
 
     Raises:
         ConfigError: d or k below 1, or an unknown kind of embeddings.

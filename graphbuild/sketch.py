@@ -2,9 +2,8 @@
 
 A sketch holds a node's coordinates along the principal directions of all embeddings (eigenvectors of their second
 moment, not centred, so products need no mean): the first 16 in 8 bits, where nearly all the similarity between ordinary
-pairs lies, the next 96 in 4 bits. At the same bytes that halves the error of 64 coordinates in 8 bits
-(benchmarks/fidelity.py). Layout: int8 of the wide coordinates, then a byte for coordinates j and j + n/2 of the n
-narrow ones, low and high half, each plus 8.
+pairs lies, the next 96 in 4 bits. How near targets from sketches come: benchmarks/fidelity.py. Layout: int8 of the wide
+coordinates, then a byte for coordinates j and j + n/2 of the n narrow ones, low and high half, each plus 8.
 """
 
 from __future__ import annotations

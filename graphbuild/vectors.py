@@ -1,6 +1,6 @@
 """Stage vectors: ready vectors as nodes, one a row in order, instead of captions and an encoder.
 
-Writes that shard's samples/, nodes/*.parquet and nodes/*.npy: float16, scaled to unit norm, and checked; a NaN, an
+Writes each shard's samples/, nodes/*.parquet and nodes/*.npy: float16, scaled to unit norm, and checked; a NaN, an
 infinity or a zero vector is refused with its row. Memory: one shard.
 """
 

@@ -60,6 +60,26 @@ def test_every_link_and_named_file_exists(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_heading_finds_it(page: Path) -> None:
+    for name, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text()):
+        target = page.parent / name if name else page
+        headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", target.read_text(), flags=re.M | re.S), re.M)
+        anchors = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+        assert anchor in anchors, f"{page.name} links {name}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_test_that_a_document_names_exists(page: Path) -> None:
+    tests = {path.name: path for path in (ROOT / "tests").rglob("test_*.py")}
+    for name, test in re.findall(r"(test_\w+\.py)(?:::(test_\w+))?", page.read_text()):
+        assert name in tests, f"{page.name} names {name}"
+        assert not test or f"def {test}(" in tests[name].read_text(), f"{page.name} names {name}::{test}"
+    names = [name for path in tests.values() for name in re.findall(r"def (test_\w+)", path.read_text())]
+    for part in re.findall(r"`\.\.\._(\w+?)(?:_\.\.\.)?`", page.read_text()):
+        assert any(part in name for name in names), f"{page.name} names ...{part}"
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "pipelines").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_is_valid(path: Path) -> None:
     read_recipe(str(path))
