@@ -3,7 +3,7 @@
 Up to EXACT_NODES nodes one pass over all embeddings, exact. Beyond, best-first search (as in HNSW's lowest layer;
 Malkov and Yashunin, arXiv 1603.09320): from ENTRIES evenly spaced nodes along the stored lists, until the POOL best
 known nodes have all been looked at. That reads the lists and vectors of some thousand nodes, however many there are,
-and may miss some of the true ones.
+and may miss some of the true ones (tests/test_by_vector.py).
 """
 
 from __future__ import annotations
