@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all pytest lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
@@ -16,11 +16,14 @@ demo: $(VENV)/.installed
 	$(BIN)/graphbuild demo demo
 	$(BIN)/python training/train.py demo --labels kind,colour,count,background --run-dir runs/demo
 
-test: lint
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed
+	$(MAKE) -j2 lint pytest
 
-test-all: lint
-	$(BIN)/python -m pytest -m ''
+test-all: $(VENV)/.installed
+	$(MAKE) -j2 lint pytest MARKS="-m ''"
+
+pytest: $(VENV)/.installed
+	$(BIN)/python -m pytest $(MARKS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
