@@ -10,6 +10,7 @@ import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from graphbuild.errors import InputError
@@ -209,13 +210,14 @@ def plot(experiment: Experiment, results: Results, path: Path) -> bool:
                 at += 1
             ticks.append((start + at - 1) / 2)
             at += 0.8
-        axes.set_xticks(ticks, list(by), fontsize=8)
+        axes.set_xticks(ticks, [fill(group, 80 // len(by)) for group in by], fontsize=8)
         axes.set_ylabel(measure + (" (%)" if scale == 100 else ""), fontsize=8)
         axes.grid(axis="y", alpha=0.3)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
     panels[0, 0].set_title(f"{experiment.title} ({experiment.form} form)", fontsize=10)
     figure.legend(handles, names, fontsize=8, ncols=4, loc="lower center")
-    figure.tight_layout(rect=(0, 0.03 + 0.03 * (len(names) // 4 + 1), 1, 1))
+    rows = -(-len(names) // 4)
+    figure.tight_layout(rect=(0, (0.15 + 0.18 * rows) / figure.get_figheight(), 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True
