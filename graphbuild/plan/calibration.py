@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 VERSION = 1  # of what is measured
 PACKAGES = ("graphbuild", "torch", "numba", "numpy", "pyarrow", "ray", "sentence-transformers", "polars")
 STEP = "calibrated a stage"
+PATIENCE_SECONDS = 600
 MOST_WORKERS = 8  # of the small jobs
 
 
@@ -138,9 +140,13 @@ def _measured(progress: Progress) -> bytes:
             errors.open("w") as said,
             subprocess.Popen(command, env=inherited, stdout=subprocess.PIPE, stderr=said, text=True) as process,
         ):
+            impatient = threading.Timer(PATIENCE_SECONDS, process.kill)
+            impatient.daemon = True
+            impatient.start()
             for line in process.stdout or ():
                 if line.strip() == STEP:
                     progress.advance({}, {})
+            impatient.cancel()
         if process.returncode:
             last = (errors.read_text().strip().splitlines() or ["no message"])[-1]
             raise StageError(f"the small jobs of the calibration failed ({last})", "see `graphbuild doctor`")
@@ -149,6 +155,7 @@ def _measured(progress: Progress) -> bytes:
 
 
 def _steps() -> int:
+    """How often the small jobs print STEP: after each stage of a job from tars and three from vectors, and once."""
     from graphbuild.pipeline import stages_of
 
     from_tars, from_vectors = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from graphbuild.embed import STAGE
 from graphbuild.fidelity import SAMPLE as FIDELITY_TEXTS
 from graphbuild.plan.calibration import CALIBRATED
 from graphbuild.plan.case import Case, Cost
@@ -102,7 +103,8 @@ def encode(case: Case) -> Cost:
     """Cores: tokenising, and the layers' products, by FLOP in units of MiniLM's.
 
     GPU: 2 FLOP a weight and token and 4 T h a token for attention at the bfloat16 peak, and ACTIVATION_BYTES moved at
-    the memory's; one process a GPU tokenises on its share of the cores.
+    the memory's. Workers share it and tokenise, on its share of the cores, while it computes: only what takes longer
+    than that costs time.
     """
     job, rates, machine = case.job, case.rates, case.machine
     texts = job.nodes / job.shards
@@ -119,12 +121,14 @@ def encode(case: Case) -> Cost:
     flop = 2 * job.encoder.layers + 4 * job.tokens * job.encoder.hidden * job.encoder.depth
     moved = ACTIVATION_BYTES * job.encoder.hidden * job.encoder.depth
     batch = GPU_TOKENS * job.encoder.hidden * 40.0
+    gpu_seconds = tokens * (flop / card.bfloat16 + moved / card.bytes_second)
+    tokenising = texts * rates.text / max(machine.cores // machine.gpus, 1)
     return replace(
         cost,
         on_gpu=True,
-        core_seconds=texts * rates.text / max(machine.cores // machine.gpus, 1),
-        gpu_seconds=tokens * (flop / card.bfloat16 + moved / card.bytes_second),
-        vram=1.5 * job.encoder.bytes + batch + 0.5e9,
+        core_seconds=max(tokenising - gpu_seconds, 0.0),
+        gpu_seconds=gpu_seconds,
+        vram=STAGE.sharing * (1.5 * job.encoder.bytes + batch + 0.5e9),
     )
 
 
