@@ -249,11 +249,10 @@ class _HttpsConnection(http.client.HTTPSConnection):
 
     def connect(self) -> None:
         bare = self.hosts.connect(self.host, self.port, cast("float", self.timeout))
-        try:
+        with contextlib.ExitStack() as unless_wrapped:
+            unless_wrapped.callback(bare.close)
             self.sock = _trusted().wrap_socket(bare, server_hostname=self.host)
-        except BaseException:
-            bare.close()
-            raise
+            unless_wrapped.pop_all()
 
 
 @functools.cache

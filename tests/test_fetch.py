@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import ipaddress
 import socket
+import ssl
 import threading
 import time
 import urllib.error
@@ -12,9 +15,15 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from graphbuild import fetch
 from graphbuild.fetch import Fetcher, Policy, RefusedError, fetching, is_public, may_pass_later
@@ -94,7 +103,7 @@ class Web:
 
 
 @contextlib.contextmanager
-def serve(address: str = "127.0.0.1") -> Iterator[tuple[Web, str]]:
+def serve(address: str = "127.0.0.1", certificate: Path | None = None) -> Iterator[tuple[Web, str]]:
     web = Web()
 
     class Handler(BaseHTTPRequestHandler):
@@ -113,8 +122,12 @@ def serve(address: str = "127.0.0.1") -> Iterator[tuple[Web, str]]:
             pass
 
     server = Listener((address, 0), Handler)
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield web, f"http://{address}:{server.server_address[1]}"
+    yield web, f"http{'s' * (certificate is not None)}://{address}:{server.server_address[1]}"
     server.shutdown()
     server.server_close()
 
@@ -135,6 +148,31 @@ def test_what_passes_is_tried_again(web: tuple[Web, str], path: str) -> None:
     served, base = web
     assert get(f"{base}/{path}") == BODY
     assert served.hits[f"/{path}"] == (2 if path in ("busy", "cut", "reset") else 1)
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A key, and a certificate for 127.0.0.1 that it has signed itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "loopback")])
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    now = datetime.datetime.now(datetime.UTC)
+    made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    made = made.serial_number(x509.random_serial_number()).not_valid_before(now)
+    made = made.not_valid_after(now + datetime.timedelta(days=1)).add_extension(address, critical=False)
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    path = tmp_path / "certificate.pem"
+    path.write_bytes(private + made.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
+    return path
+
+
+def test_https_wants_a_certificate_that_is_trusted(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(certificate=certificate) as (served, base):
+        with pytest.raises(urllib.error.URLError, match="certificate verify failed"):
+            get(f"{base}/fine", retries=0)
+        assert served.hits.total() == 0
+        monkeypatch.setattr(fetch, "_trusted", lambda: ssl.create_default_context(cafile=str(certificate)))
+        assert get(f"{base}/fine") == BODY
 
 
 def test_what_does_not_pass_is_asked_for_once(web: tuple[Web, str]) -> None:
