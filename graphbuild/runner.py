@@ -225,7 +225,7 @@ class Runner:
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"cannot start or reach Ray at {self.address or 'this machine'} ({error})",
-                "check --address and the cluster's token (`ray status` there), or use --workers 0 to run in this process",
+                "check --address and the cluster's token (`ray status`), or use --workers 0 to run in this process",
             ) from error
         self._started_ray = True
         return ray
