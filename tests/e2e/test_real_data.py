@@ -355,6 +355,32 @@ def test_dead_urls_are_counted_by_reason_in_the_manifest_and_in_what_download_pr
         assert f"{count} {line}" in downloaded.printed["download"]
 
 
+def test_failures_are_counted_by_host(downloaded: Downloaded) -> None:
+    expected: dict[str, Counter[str]] = {}
+    for url, kind in downloaded.kind.items():
+        expected.setdefault(url.split("/")[2], Counter()).update({"urls": 1, "failed": kind is not None})
+    assert downloaded.store.manifest["download"]["hosts"] == expected
+    assert downloaded.store.manifest["download"]["placeholders"] == {"images": 0, "urls": 0}
+    for host, counts in expected.items():
+        assert f"{counts['failed']} of {counts['urls']} URLs at {host}" in downloaded.printed["download"]
+    assert "WARNING" not in downloaded.printed["download"]
+
+
+def test_placeholders_and_a_list_that_is_mostly_dead_are_told(flickr: list[Picture], cli: Cli, tmp_path: Path) -> None:
+    """Of 24 URLs 13 are gone, 6 give one image, and 4 and 1 others: too few to be a placeholder."""
+    pictures = [flickr[0]] * 6 + [flickr[1]] * 4 + [flickr[2]] * 14
+    with serving(Site(pictures, [None] * 11 + ["missing"] * 13)) as base:
+        lines = [f"{base}/{number:04d}.jpg\tcaption {number}\n" for number in range(24)]
+        (tmp_path / "list.tsv").write_text("url\tcaption\n" + "".join(lines))
+        said = cli(
+            "download", tmp_path / "store", tmp_path / "list.tsv", "--allow-private-hosts", "--workers", 0
+        ).stdout
+    assert "6 URLs gave 1 image(s) byte for byte the same: placeholders? (kept)" in said
+    assert f"13 of 24 URLs at {base.removeprefix('http://')}" in said
+    assert "WARNING: more than half of the URLs failed" in said
+    assert sum(len(members_of(tar)) for tar in (tmp_path / "store/shards").glob("*.tar")) == 11
+
+
 def test_samples_rows_and_nodes_follow_the_downloaded_tars(downloaded: Downloaded) -> None:
     captions = [members["txt"].decode() for tar in downloaded.tars for members in members_of(tar).values()]
     check_samples(downloaded.store, captions)
