@@ -1,4 +1,4 @@
-"""`graphbuild neighbors` on terminals that answer as those with kitty or sixel graphics do, on a dumb one, in a pipe."""
+"""`graphbuild neighbors` on terminals that answer as those with kitty or sixel graphics, on a dumb one, in a pipe."""
 
 from __future__ import annotations
 
