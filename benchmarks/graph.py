@@ -81,14 +81,18 @@ def make_store(folder: Path, nodes: int, *, content: bool) -> Store:
     return store
 
 
+def empty_page_cache(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def open_seconds(store: Store, *, cached: bool) -> tuple[float, float]:
     """Seconds to open the graph in a new process, without imports, and then to read three nodes' lists."""
     if not cached:
-        for path in Path(store.root).rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        empty_page_cache(Path(store.root))
     answer = subprocess.run([sys.executable, "-c", OPEN, store.url], check=True, capture_output=True, text=True)
     opened, read = answer.stdout.split()
     return float(opened), float(read)

@@ -1,0 +1,99 @@
+"""What a request to `graphbuild explore` takes on a graph of CC12M's size, and the memory of the process that serves.
+
+The store is that of benchmarks/graph.py with 12.4 million nodes (random lists and vectors, k = 64, d = 384: 17 GB), and
+a sample and a caption a node. Random lists are the worst case for a text's search, a walk along them: they lead
+anywhere. Requests begin with an empty page cache. Images are left out: each is one read of a tar.
+
+    python benchmarks/explore.py FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import quote
+from urllib.request import urlopen
+
+import numpy as np
+import polars as pl
+from graph import LARGE, SHARD, empty_page_cache, make_store
+
+from graphbuild.store import Store
+
+REQUESTS = 50
+WORDS = ("red", "blue", "small", "two", "dog", "cat", "beach", "snow", "city", "woman", "tree", "car", "bird", "old")
+
+
+def make_catalog(folder: Path, nodes: int) -> Store:
+    """`make_store`, with a sample and a caption of eight words a node."""
+    store = make_store(folder, nodes, content=True)
+    manifest = store.manifest()
+    if "assign" in manifest["stages"]:
+        return store
+    (folder / "samples").mkdir(exist_ok=True)
+    rng = np.random.default_rng(1)
+    for number, shard in enumerate(manifest["shards"]):
+        rows = np.arange(number * SHARD, number * SHARD + shard["nodes"])
+        texts = [" ".join(words) for words in rng.choice(WORDS, (len(rows), 8))]
+        texts = [f"{text} {row}" for text, row in zip(texts, rows.tolist(), strict=True)]
+        none = pl.Series([None] * len(rows), dtype=pl.UInt64)
+        keys = [f"{row:09}" for row in rows.tolist()]
+        samples = {"row": rows, "key": keys, "node": rows, "caption": texts, "image_offset": none, "image_size": none}
+        pl.DataFrame(samples).write_parquet(folder / "samples" / f"{shard['shard']}.parquet")
+        pl.DataFrame({"node": rows, "samples": np.ones(len(rows), np.uint32), "text": texts}).write_parquet(
+            folder / "nodes" / f"{shard['shard']}.parquet"
+        )
+        shard |= {"first_node": int(rows[0]), "samples": len(rows), "tar": None}
+    store.write_json("manifest.json", manifest | {"stages": {"assign": {}, "certify": {}}})
+    return store
+
+
+def own_megabytes(process: int) -> float:
+    """Memory of a process that is not files mapped into it."""
+    found = re.search(r"^RssAnon:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    assert found
+    return int(found[1]) * 1.024 / 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--nodes", type=int, default=LARGE)
+    options = parser.parse_args()
+    store = make_catalog(options.folder, options.nodes)
+    empty_page_cache(options.folder)
+    begin = time.perf_counter()
+    program = str(Path(sys.executable).with_name("graphbuild"))
+    with subprocess.Popen([program, "explore", store.url, "--port", "0"], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        base = server.stdout.readline().split()[1]
+        print(f"{options.nodes:,} nodes; ready after {time.perf_counter() - begin:.1f} s\n")
+        print("| request | first, ms | median, ms | slowest, ms | memory then, MB |\n|---|---|---|---|---|", flush=True)
+        rng = np.random.default_rng(2)
+        kinds: dict[str, tuple[Callable[[], str], int]] = {
+            "a node's neighbours": (lambda: f"api/0/node/{rng.integers(options.nodes)}", REQUESTS),
+            "a key": (lambda: f"api/0/key?key={rng.integers(options.nodes):09}", REQUESTS),
+            "a text": (lambda: f"api/0/search?text={quote(' '.join(rng.choice(WORDS, 4)))}", REQUESTS),
+            "the map": (lambda: "api/0/map", 2),
+        }
+        for kind, (path, count) in kinds.items():
+            times = []
+            for _ in range(count):
+                begin = time.perf_counter()
+                with urlopen(base + path()) as answer:
+                    json.load(answer)
+                times.append(1_000 * (time.perf_counter() - begin))
+            numbers = [times[0], statistics.median(times[1:]), max(times[1:]), own_megabytes(server.pid)]
+            print(f"| {kind} | {' | '.join(f'{number:,.0f}' for number in numbers)} |", flush=True)
+        server.terminate()
+
+
+if __name__ == "__main__":
+    main()
