@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import typer
 from lab.plan import Experiment, Form, Run, in_turn, read_experiment
 from lab.results import Results, plot, summary
-from lab.runs import device_name, finish, torch_device
+from lab.runs import claimed, device_name, finish, torch_device
 
 from graphbuild.errors import ConfigError, GraphbuildError
 
@@ -59,27 +59,33 @@ def run(
     print(forecast(runs, missing, by_name, found), flush=True)
     if dry_run:
         return
-    device, begun, failed, left = torch_device(), time.perf_counter(), [], []
+    device, begun, failed, left, elsewhere = torch_device(), time.perf_counter(), [], [], []
     for number, one in enumerate(missing, 1):
-        found = Results(results)  # another experiment or process may have finished the same run
-        if found.of(one) is not None:
-            continue
-        expected = found.seconds(one, by_name[one.experiment])
-        if minutes is not None and time.perf_counter() - begun + expected > 60 * minutes:
-            left.append(one)
-            continue
-        started = time.perf_counter()
-        try:
-            metrics, seconds = finish(one, work, device, cifar)
-        except (GraphbuildError, RuntimeError) as error:
-            failed.append(one)
-            print(f"{one} failed: {error}", flush=True)
-            continue
-        found.add(one, metrics, seconds, device_name(device))
+        with claimed(one.name, work) as mine:
+            if not mine:
+                elsewhere.append(one)
+                continue
+            found = Results(results)  # another experiment or process may have finished the same run
+            if found.of(one) is not None:
+                continue
+            expected = found.seconds(one, by_name[one.experiment])
+            if minutes is not None and time.perf_counter() - begun + expected > 60 * minutes:
+                left.append(one)
+                continue
+            started = time.perf_counter()
+            try:
+                metrics, seconds = finish(one, work, device, cifar)
+            except (GraphbuildError, RuntimeError) as error:
+                failed.append(one)
+                print(f"{one} failed: {error}", flush=True)
+                continue
+            found.add(one, metrics, seconds, device_name(device))
         main = f"linear {one.data.main_label}"
         told = f"{main} {100 * metrics[main]:.1f}  " if main in metrics else ""
         spent = time.perf_counter() - started
         print(f"[{number}/{len(missing)}] {one}  {told}{spent:.0f} s (forecast {expected:.0f} s)", flush=True)
+    if elsewhere:
+        print(f"{len(elsewhere)} runs were being done by another process with the same --work")
     if left:
         print(f"{len(left)} runs would have ended after {minutes:g} minutes: the same command goes on with them")
     if failed:

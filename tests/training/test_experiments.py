@@ -20,6 +20,7 @@ import pytest
 import yaml
 from lab import plan, sources
 from lab.results import Results, plot, summary
+from lab.runs import claimed
 
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError
@@ -188,6 +189,26 @@ def test_a_failing_run_is_told_and_the_others_are_done(
         run(recipe, work, tmp_path / "results", seeds=1)
     assert "too large: seed 0 failed: 120 training samples do not fill a batch of 1000" in capsys.readouterr().out
     assert [line["variant"] for line in lines_of(tmp_path / "results")] == ["SimCLR"]
+
+
+def test_two_processes_share_a_work_folder_and_none_does_the_other_s_run(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write(tmp_path / "small.yaml", epochs=1)
+    command = [sys.executable, TRAINING / "experiments.py", "run", recipe, "--work", work, "--seeds", "2"]
+    command += ["--results", tmp_path / "results"]
+    both = [subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    assert Counter((line["variant"], line["seed"]) for line in lines_of(tmp_path / "results")) == {
+        (variant, seed): 1 for variant in ("SimCLR", "X-Sample") for seed in range(2)
+    }
+    one = plan.read_experiment(write(tmp_path / "other.yaml", epochs=1, width=8), "reduced", 1).runs[0]
+    with claimed(one.name, work) as mine:
+        assert mine
+        run(tmp_path / "other.yaml", work, tmp_path / "results", seeds=1)
+    assert "1 runs were being done by another process" in capsys.readouterr().out
+    assert [line["variant"] for line in lines_of(tmp_path / "results", "other")] == ["X-Sample"]
 
 
 def test_no_run_begins_that_would_end_too_late(work: Path, tmp_path: Path) -> None:

@@ -57,6 +57,11 @@ class Run:
         return fingerprint([EVALUATION, self.kind, asdict(self.data), decisive])
 
     @property
+    def name(self) -> str:
+        """Of its folder, the same in every experiment."""
+        return f"{self.fingerprint}-{self.seed}"
+
+    @property
     def images(self) -> float:
         """Images that the training, or the timing of three arms, sees."""
         if self.kind == "cost":

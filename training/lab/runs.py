@@ -6,10 +6,13 @@ checkpoint.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import platform
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,9 +29,28 @@ from lab.plan import Run
 from lab.sources import Prepared, prepare
 
 
+@contextmanager
+def claimed(name: str, work: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether `name`, a run or its data, is this process's alone until the block ends.
+
+    So several processes can share a work folder. The claim is a lock (flock), which ends with the process however that
+    ends. wait: until another's has ended.
+    """
+    path = work / "claims" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 def finish(run: Run, work: Path, device: torch.device, cifar: Path | None) -> tuple[dict[str, float], float]:
     """Prepare, train or go on, and evaluate: the run's metrics, and its seconds of training and evaluation."""
-    prepared = prepare(run.data, work / "data", cifar)
+    with claimed(run.data.fingerprint, work, wait=True):
+        prepared = prepare(run.data, work / "data", cifar)
     started = time.perf_counter()
     if run.kind == "cost":
         return step_seconds(run, prepared, device), time.perf_counter() - started
@@ -44,7 +66,7 @@ def trained(
     if run.settings["epochs"] == 0:
         config = replace(run, settings={**run.settings, "epochs": 1}).config(prepared.store)
         return config, new_model(config, 1).to(device), {}, 0.0
-    folder = work / "runs" / f"{run.fingerprint}-{run.seed}"
+    folder = work / "runs" / run.name
     before = sum(line["seconds"] for line in epochs_of(folder))
     train(run.config(prepared.store), folder, Place(0, 1, device))
     config, model = load_run(folder, device)
