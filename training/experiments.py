@@ -85,7 +85,7 @@ def run(
         spent = time.perf_counter() - started
         print(f"[{number}/{len(missing)}] {one}  {told}{spent:.0f} s (forecast {expected:.0f} s)", flush=True)
     if elsewhere:
-        print(f"{len(elsewhere)} runs were being done by another process with the same --work")
+        print(f"{len(elsewhere)} runs were another process's: the same command does what that leaves")
     if left:
         print(f"{len(left)} runs would have ended after {minutes:g} minutes: the same command goes on with them")
     if failed:

@@ -34,17 +34,19 @@ def claimed(name: str, work: Path, wait: bool = False) -> Iterator[bool]:
     """Whether `name`, a run or its data, is this process's alone until the block ends.
 
     So several processes can share a work folder. The claim is a lock (flock), which ends with the process however that
-    ends. wait: until another's has ended.
+    ends; where a file system has no locks, everybody gets it. wait: until another's has ended.
     """
     path = work / "claims" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
+        mine = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            yield False
-        else:
-            yield True
+            mine = False
+        except OSError:
+            pass
+        yield mine
 
 
 def finish(run: Run, work: Path, device: torch.device, cifar: Path | None) -> tuple[dict[str, float], float]:
