@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from graphbuild.errors import InputError
-from graphbuild.store import local_file
+from graphbuild.source import local_file
 from graphbuild.tars import Member, Tar, TarSample
 
 CONTENT_CHARACTERS = 10_000  # of a rejected caption, kept

@@ -26,9 +26,10 @@ import pyarrow.parquet as pq
 from graphbuild.errors import ConfigError, InputError, StageError
 from graphbuild.fetch import Policy, fetching
 from graphbuild.recipe import Recipe
+from graphbuild.source import file_identity
 from graphbuild.stage import Stage, Task, outputs, records
 from graphbuild.state import require
-from graphbuild.store import Json, Store, Writer, file_identity
+from graphbuild.store import Json, Store, Writer
 from graphbuild.tables import TableSpec, read_chunks
 
 if TYPE_CHECKING:

@@ -16,9 +16,10 @@ from graphbuild import matrix
 from graphbuild.encoder import find_encoder, open_model
 from graphbuild.errors import InputError, StageError
 from graphbuild.recipe import Recipe
+from graphbuild.source import file_identity
 from graphbuild.stage import Stage, Task, digest, outputs
 from graphbuild.state import require
-from graphbuild.store import Json, Store, Writer, file_identity
+from graphbuild.store import Json, Store, Writer
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ import numpy as np
 from graphbuild.captions import fill_template, read_class_names
 from graphbuild.errors import ConfigError, InputError, StageError
 from graphbuild.recipe import Embed
-from graphbuild.store import Json, local_file
+from graphbuild.source import local_file
+from graphbuild.store import Json
 from graphbuild.text import usable_text
 from graphbuild.threads import torch_threads
 

@@ -20,7 +20,8 @@ from graphbuild.duplicates import near_duplicates
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.graph import SampleGraph
 from graphbuild.mined import Mined, Part, blocks, check_similarity, count_truncated, reaches, samples, slices, target
-from graphbuild.store import Json, Store, local_file
+from graphbuild.source import local_file
+from graphbuild.store import Json, Store
 
 __all__ = ["false_negative_edges", "false_negatives", "hard_negatives", "mine_store", "near_duplicates"]
 __all__ += ["neighbor_positives"]

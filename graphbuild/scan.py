@@ -26,8 +26,9 @@ from graphbuild.captions import (
 from graphbuild.download import downloaded_tars
 from graphbuild.errors import InputError
 from graphbuild.recipe import Recipe
+from graphbuild.source import file_identity, local_file
 from graphbuild.stage import Stage, Task, records
-from graphbuild.store import Json, Store, Writer, file_identity, file_sha256, local_file
+from graphbuild.store import Json, Store, Writer, file_sha256
 from graphbuild.tables import FIELD_ROLE, TableSpec, read_chunks
 from graphbuild.tars import expand_shards, open_tar, tar_stem
 from graphbuild.text import hashes, usable_text

@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import os
-import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import fsspec
 
-from graphbuild.errors import ConfigError, InputError, StageError, StorageError
+from graphbuild.errors import ConfigError, StageError, StorageError
 from graphbuild.leftovers import hold
 from graphbuild.remote import cache_folder, cached_copy, file_system, reaching
 
@@ -301,42 +300,3 @@ def file_sha256(path: Path) -> str:
 
 def stream_sha256(file: IO[bytes] | io.BufferedReader) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-
-
-@contextlib.contextmanager
-def local_file(url: str) -> Iterator[Path]:
-    """A local path with the content of any input file; a remote one is copied to a temporary file for the while."""
-    fs, path = _file_system(url)
-    with reaching(url):
-        found = fs.exists(path)
-    if not found:
-        raise InputError(
-            f"{url} does not exist", "check the path; a pattern with * or {0..9} must be quoted in the shell"
-        )
-    if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
-        yield Path(path)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / Path(path).name
-        with reaching(url):
-            fs.get_file(path, str(copy))
-        yield copy
-
-
-def file_identity(url: str) -> str:
-    """Name, size and last change of an input file outside the store: what tells that it is still the same."""
-    fs, path = _file_system(url)
-    try:
-        with reaching(url):
-            info = fs.info(path)
-    except FileNotFoundError:
-        raise InputError(f"{url} does not exist", "check the path") from None
-    changed = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("created")
-    return f"{Path(path).name}, {info['size']} bytes, {changed}"
-
-
-def _file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    try:
-        return file_system(url)
-    except (ValueError, ImportError) as error:
-        raise InputError(f"{url} cannot be opened ({error})", "name a path, or a URL that fsspec knows") from None

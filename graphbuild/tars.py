@@ -23,7 +23,7 @@ from typing import IO
 
 from graphbuild.errors import InputError
 from graphbuild.remote import file_system, reaching
-from graphbuild.store import local_file
+from graphbuild.source import local_file
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")

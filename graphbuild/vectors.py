@@ -19,8 +19,9 @@ from graphbuild.errors import InputError
 from graphbuild.number import SAMPLES
 from graphbuild.recipe import Recipe
 from graphbuild.scan import SCHEMA, shard_name
+from graphbuild.source import file_identity, local_file
 from graphbuild.stage import Stage, Task
-from graphbuild.store import Json, Store, Writer, file_identity, local_file
+from graphbuild.store import Json, Store, Writer
 
 EMPTY_NORM = 1e-6
 

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pytest
 
 from graphbuild.errors import ConfigError, InputError, StageError
-from graphbuild.store import Store, Writer, file_identity, local_file
+from graphbuild.source import file_identity, local_file
+from graphbuild.store import Store, Writer
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:

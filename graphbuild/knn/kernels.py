@@ -9,85 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import carray, njit
 
+from graphbuild.knn.intrinsics import CHUNK, half, lowest_bit, passing_one_floor, passing_one_scale, pointer, prefetch
 from graphbuild.knn.lists import EMPTY, key_of, node_of, offer, score_of
 
-CHUNK = 32  # scores compared at once: a machine word of bits
 GUESS_SHIFT = 8
 _AHEAD = 6  # rows asked for before they are read
 _NEXT = 3
 _LEAF_MASK = 0x3FFF
-
-
-@intrinsic
-def _half(context: Any, value: Any) -> Any:
-    """float16 bits as float32, exactly."""
-    return types.float32(types.uint16), lambda ctx, b, sig, args: b.fpext(
-        b.bitcast(args[0], ir.HalfType()), ir.FloatType()
-    )
-
-
-@intrinsic
-def _lowest_bit(context: Any, value: Any) -> Any:
-    return types.uint32(types.uint32), lambda ctx, b, sig, args: b.cttz(args[0], cgutils.true_bit)
-
-
-@intrinsic
-def pointer(context: Any, address: Any) -> Any:
-    return types.voidptr(types.int64), lambda ctx, b, sig, args: b.inttoptr(args[0], cgutils.voidptr_t)
-
-
-@intrinsic
-def _prefetch(context: Any, address: Any) -> Any:
-    """Ask for the cache line at an address before it is needed."""
-
-    def generate(ctx: Any, b: Any, sig: Any, args: Any) -> Any:
-        flag = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, flag, flag, flag])
-        function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
-        b.call(function, [b.inttoptr(args[0], cgutils.voidptr_t), flag(0), flag(3), flag(1)])
-        return ctx.get_dummy_value()
-
-    return types.void(types.int64), generate
-
-
-def _vector(kind: Any) -> Any:
-    return ir.VectorType(kind, CHUNK)
-
-
-def _load(b: Any, address: Any, kind: Any) -> Any:
-    return b.load(b.inttoptr(address, _vector(kind).as_pointer()), align=4)
-
-
-def _splat(b: Any, value: Any) -> Any:
-    one = b.insert_element(ir.Constant(_vector(value.type), ir.Undefined), value, ir.IntType(32)(0))
-    return b.shuffle_vector(one, one, ir.Constant(_vector(ir.IntType(32)), [0] * CHUNK))
-
-
-def _passing(b: Any, products: Any, scale: Any, floor: Any) -> Any:
-    """Bit j of a uint32: whether int32 product j x scale (float32) reaches the floor; values or vectors of CHUNK."""
-    scores = b.fmul(b.sitofp(_load(b, products, ir.IntType(32)), _vector(ir.FloatType())), scale)
-    return b.bitcast(b.fcmp_ordered(">=", scores, floor), ir.IntType(CHUNK))
-
-
-@intrinsic
-def _passing_one_floor(context: Any, products: Any, scales: Any, floor: Any) -> Any:
-    """CHUNK products at an address, each x its own scale (address) against one floor."""
-    return types.uint32(types.int64, types.int64, types.float32), lambda ctx, b, sig, args: _passing(
-        b, args[0], _load(b, args[1], ir.FloatType()), _splat(b, args[2])
-    )
-
-
-@intrinsic
-def _passing_one_scale(context: Any, products: Any, scale: Any, floors: Any) -> Any:
-    """CHUNK products at an address, x one scale, each against its own floor (address)."""
-    return types.uint32(types.int64, types.float32, types.int64), lambda ctx, b, sig, args: _passing(
-        b, args[0], _splat(b, args[1]), _load(b, args[2], ir.FloatType())
-    )
 
 
 @njit(nogil=True, cache=True)
@@ -114,8 +44,8 @@ def join_tile(
             for_column = zero
             if start + CHUNK <= n:
                 products = row.ctypes.data + 4 * start
-                for_row = _passing_one_floor(products, column_scales.ctypes.data + 4 * start, floor)
-                for_column = _passing_one_scale(products, scale, column_floors.ctypes.data + 4 * start)
+                for_row = passing_one_floor(products, column_scales.ctypes.data + 4 * start, floor)
+                for_column = passing_one_scale(products, scale, column_floors.ctypes.data + 4 * start)
             else:
                 for j in range(n - start):
                     product = np.float32(row[start + j])
@@ -127,7 +57,7 @@ def join_tile(
                 for_row &= keep
                 for_column &= keep
             while for_row != zero:
-                j = start + np.int64(_lowest_bit(for_row))
+                j = start + np.int64(lowest_bit(for_row))
                 for_row &= for_row - np.uint32(1)
                 score = np.float32(row[j]) * column_scales[j]
                 if score >= floor:
@@ -135,7 +65,7 @@ def join_tile(
                     floor = max(floor, score_of(keys[place, last]))
             floors[place] = floor
             while for_column != zero:
-                j = start + np.int64(_lowest_bit(for_column))
+                j = start + np.int64(lowest_bit(for_column))
                 for_column &= for_column - np.uint32(1)
                 other = columns[j]
                 offer(keys[other], key_of(np.float32(row[j]) * scale, ids[place]))
@@ -154,9 +84,9 @@ def search_tile(tile: Any, rows: Any, first: int, scales: Any, keys: Any) -> Non
         products = tile[i]
         floor = score_of(row[last])
         for start in range(0, whole, CHUNK):
-            passing = _passing_one_floor(products.ctypes.data + 4 * start, scales.ctypes.data + 4 * start, floor)
+            passing = passing_one_floor(products.ctypes.data + 4 * start, scales.ctypes.data + 4 * start, floor)
             while passing != np.uint32(0):
-                j = start + np.int64(_lowest_bit(passing))
+                j = start + np.int64(lowest_bit(passing))
                 passing &= passing - np.uint32(1)
                 offer(row, key_of(np.float32(products[j]) * scales[j], first + j))
                 floor = score_of(row[last])
@@ -177,7 +107,7 @@ def row_address(table: Any, node: Any) -> Any:
 @njit(inline="always")
 def prefetch_row(address: Any, length: Any) -> None:
     for offset in range(0, length, 64):
-        _prefetch(address + offset)
+        prefetch(address + offset)
 
 
 @njit(inline="always")
@@ -257,7 +187,7 @@ def refine_lists(
                 other = node_of(list_of_neighbor[q])
                 if _is_new(seen, other, r):
                     wanted[found] = other
-                    _prefetch(row_address(leaves, other))
+                    prefetch(row_address(leaves, other))
                     found += 1
         if own[c - 1] != EMPTY:  # a list that is not full may have refused its leaf-mates for its floor
             apart = 0
@@ -290,7 +220,7 @@ def encode_rows(raw: Any, codes: Any, scales: Any) -> None:
     for i in range(n):
         norm = 0.0
         for j in range(width):
-            row[j] = _half(raw[i, j])
+            row[j] = half(raw[i, j])
             norm += np.float64(row[j]) * np.float64(row[j])
         shrink = np.float32(1.0 / np.sqrt(norm))
         largest = np.float32(0.0)
@@ -341,7 +271,7 @@ def exact_similarities(first: int, keys: Any, k: int, scales: Any, slack: Any, v
         stored = carray(pointer(row_address(vectors, first + r)), width, np.uint16)
         own_norm = 0.0
         for j in range(width):
-            own[j] = _half(stored[j])
+            own[j] = half(stored[j])
             own_norm += own[j] * own[j]
         worst = EMPTY  # of the first k: the k-th best is no worse
         for q in range(c):
@@ -358,7 +288,7 @@ def exact_similarities(first: int, keys: Any, k: int, scales: Any, slack: Any, v
             dot = 0.0
             norm = 0.0
             for j in range(width):
-                value = np.float64(_half(vector[j]))
+                value = np.float64(half(vector[j]))
                 dot += own[j] * value
                 norm += value * value
             result[r, q] = key_of(np.float32(dot / np.sqrt(own_norm * norm)), other)

@@ -18,8 +18,9 @@ from graphbuild.plan import lists
 from graphbuild.plan.encoder_facts import NO_ENCODER, EncoderFacts, encoder_facts
 from graphbuild.recipe import Recipe
 from graphbuild.remote import file_system, reaching
+from graphbuild.source import local_file
 from graphbuild.state import require
-from graphbuild.store import Store, local_file
+from graphbuild.store import Store
 from graphbuild.tars import expand_shards, open_tar
 
 IMAGE_BYTES = 30_000  # of a JPEG at 256 pixels: img2dataset's page on CC12M has 331 GB for 11M images

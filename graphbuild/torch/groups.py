@@ -14,7 +14,8 @@ import numpy as np
 from numba import carray, njit
 from numpy.typing import NDArray
 
-from graphbuild.knn.kernels import GUESS_SHIFT, pointer, prefetch_row, row_address
+from graphbuild.knn.intrinsics import pointer
+from graphbuild.knn.kernels import GUESS_SHIFT, prefetch_row, row_address
 
 _LOOK = 4  # samples of a neighbour whose groups are looked at
 _AHEAD = 4  # anchors whose lists are asked for before they are read

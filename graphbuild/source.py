@@ -1,0 +1,52 @@
+"""Input files outside the store, on any fsspec URL: a local path to read them by, and what tells that they changed."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+
+from graphbuild.errors import InputError
+from graphbuild.remote import file_system, reaching
+
+
+@contextlib.contextmanager
+def local_file(url: str) -> Iterator[Path]:
+    """A local path with the content of any input file; a remote one is copied to a temporary file for the while."""
+    fs, path = _file_system(url)
+    with reaching(url):
+        found = fs.exists(path)
+    if not found:
+        raise InputError(
+            f"{url} does not exist", "check the path; a pattern with * or {0..9} must be quoted in the shell"
+        )
+    if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / Path(path).name
+        with reaching(url):
+            fs.get_file(path, str(copy))
+        yield copy
+
+
+def file_identity(url: str) -> str:
+    """Name, size and last change of an input file outside the store: what tells that it is still the same."""
+    fs, path = _file_system(url)
+    try:
+        with reaching(url):
+            info = fs.info(path)
+    except FileNotFoundError:
+        raise InputError(f"{url} does not exist", "check the path") from None
+    changed = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("created")
+    return f"{Path(path).name}, {info['size']} bytes, {changed}"
+
+
+def _file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    try:
+        return file_system(url)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{url} cannot be opened ({error})", "name a path, or a URL that fsspec knows") from None
