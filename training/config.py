@@ -75,7 +75,7 @@ class Config:
 
     cache: Annotated[bool, "decode every image once, into memory: 3 x pixels x pixels bytes each, on every rank"] = True
     workers: Annotated[int, "processes that decode images"] = 0
-    checkpoint_steps: Annotated[int, "steps between checkpoints; 0: one an epoch"] = 0
+    checkpoint_steps: Annotated[int, "steps between checkpoints; 0: one an epoch; the last step has one always"] = 0
     log: Annotated[Literal["", "tensorboard", "wandb"], "where else metrics go"] = ""
 
     def __post_init__(self) -> None:

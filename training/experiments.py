@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -19,9 +20,11 @@ from typing import Annotated
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
+from lab.forecast import Forecast
 from lab.plan import Experiment, Form, Run, in_turn, read_experiment
 from lab.results import Results, plot, summary
-from lab.runs import claimed, device_name, finish, torch_device
+from lab.runs import device_name, torch_device
+from lab.work import Work, outcomes
 
 from graphbuild.errors import ConfigError, GraphbuildError
 
@@ -48,48 +51,40 @@ def run(
     results: ResultsOption = RESULTS,
     groups: Annotated[str, typer.Option(help="only the first N groups of each recipe, or those named: a;b")] = "",
     minutes: Annotated[float | None, typer.Option(help="begin no run that would end after so long")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="runs at once; several fill a GPU, or a core each")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only print the forecast")] = False,
 ) -> None:
     """Do the runs that have no result yet."""
+    began = time.time()
     experiments = chosen(recipes, every, form, seeds)
     found = Results(results)
     runs = [run for run in in_turn(experiments) if _wanted(run, experiments, groups)]
     missing = [run for run in runs if found.of(run) is None]
-    by_name = {experiment.name: experiment for experiment in experiments}
-    print(forecast(runs, missing, by_name, found), flush=True)
+    forecast = Forecast(found, torch_device())
+    once: dict[str, Run] = {}  # experiments may share a run
+    for one in missing:
+        once.setdefault(one.name, one)
+    expected = {name: forecast.seconds(one) for name, one in once.items()}
+    print(told(runs, missing, expected, processes), flush=True)
     if dry_run:
         return
-    device, begun, failed, left, elsewhere = torch_device(), time.perf_counter(), [], [], []
-    for number, one in enumerate(missing, 1):
-        with claimed(one.name, work) as mine:
-            if not mine:
-                elsewhere.append(one)
-                continue
-            found = Results(results)  # another experiment or process may have finished the same run
-            if found.of(one) is not None:
-                continue
-            expected = found.seconds(one, by_name[one.experiment])
-            if minutes is not None and time.perf_counter() - begun + expected > 60 * minutes:
-                left.append(one)
-                continue
-            started = time.perf_counter()
-            try:
-                metrics, seconds = finish(one, work, device, cifar)
-            except (GraphbuildError, RuntimeError) as error:
-                failed.append(one)
-                print(f"{one} failed: {error}", flush=True)
-                continue
-            found.add(one, metrics, seconds, device_name(device))
-        main = f"linear {one.data.main_label}"
-        told = f"{main} {100 * metrics[main]:.1f}  " if main in metrics else ""
-        spent = time.perf_counter() - started
-        print(f"[{number}/{len(missing)}] {one}  {told}{spent:.0f} s (forecast {expected:.0f} s)", flush=True)
-    if elsewhere:
-        print(f"{len(elsewhere)} runs were another process's: the same command does what that leaves")
-    if left:
-        print(f"{len(left)} runs would have ended after {minutes:g} minutes: the same command goes on with them")
-    if failed:
-        raise SystemExit(f"{len(failed)} runs failed, see above; the same command tries them again")
+    until = None if minutes is None else began + 60 * minutes
+    states: Counter[str] = Counter()
+    to_do = [(one, expected[name]) for name, one in once.items()]
+    for number, outcome in enumerate(outcomes(Work(work, results, cifar, until), to_do, processes), 1):
+        one = outcome.run
+        states[outcome.state] += 1
+        if outcome.state == "done":
+            spent = f"{outcome.seconds:.0f} s (forecast {expected[one.name]:.0f} s)"
+            print(f"[{number}/{len(to_do)}] {one}  {outcome.told}  {spent}", flush=True)
+        elif outcome.state == "failed":
+            print(f"{one} failed: {outcome.told}", flush=True)
+    if states["elsewhere"]:
+        print(f"{states['elsewhere']} runs were another process's: the same command does what that leaves")
+    if states["late"]:
+        print(f"{states['late']} runs would have ended after {minutes:g} minutes: the same command goes on with them")
+    if states["failed"]:
+        raise SystemExit(f"{states['failed']} runs failed, see above; the same command tries them again")
 
 
 @app.command(name="summary")
@@ -119,22 +114,21 @@ def chosen(recipes: list[Path] | None, every: bool, form: Form, seeds: int | Non
     return [read_experiment(path, form, seeds) for path in (recipes or sorted(RECIPES.glob("*.yaml")))]
 
 
-def forecast(runs: list[Run], missing: list[Run], experiments: dict[str, Experiment], found: Results) -> str:
-    """How many runs are missing of each experiment, and the hours they take by what is known."""
-    lines, total, known = [], 0.0, set()
-    for name, experiment in experiments.items():
-        seconds = 0.0
-        mine = [run for run in missing if run.experiment == name]
-        for run in mine:
-            key = (run.fingerprint, run.seed)
-            seconds += 0 if key in known else found.seconds(run, experiment)
-            known.add(key)
-        total += seconds
-        count = sum(run.experiment == name for run in runs)
-        lines.append(
-            f"{name}: {count - len(mine)} of {count} runs are finished, the others take {seconds / 3600:.2f} hours"
-        )
-    return "\n".join([*lines, f"forecast: {total / 3600:.2f} hours on {device_name(torch_device())}"])
+def told(runs: list[Run], missing: list[Run], expected: dict[str, float], processes: int) -> str:
+    """How many runs are missing of each experiment, and how long they take; a shared run counts in the first alone."""
+    lines, known = [], set()
+    for name, count in Counter(run.experiment for run in runs).items():
+        mine = [run.name for run in missing if run.experiment == name]
+        seconds = sum(expected[one] for one in mine if one not in known)
+        known.update(mine)
+        lines.append(f"{name}: {count - len(mine)} of {count} runs are finished, the others take {_time(seconds)}")
+    total = sum(expected.values())
+    at_best = f", at best {_time(total / processes)} with {processes}" if processes > 1 else ""
+    return "\n".join([*lines, f"forecast: {_time(total)} of one process{at_best}, on {device_name(torch_device())}"])
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def _wanted(run: Run, experiments: list[Experiment], groups: str) -> bool:

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -37,10 +37,11 @@ from optim import new_optimizer, schedule
 from records import Checkpoint, Metrics
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from graphbuild.errors import ConfigError, GraphbuildError
-from graphbuild.torch import graph_webdataset
+from graphbuild.torch import Targets, graph_webdataset
 
 __all__ = ["Config", "Place", "load_run", "process_group", "train"]
 
@@ -75,8 +76,6 @@ def train(config: Config, run_dir: Path, place: Place) -> nn.Module:
         (run_dir / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
         metrics = Metrics(run_dir, config, first_epoch, first_step)
     replica = DistributedDataParallel(model) if place.ranks > 1 else model
-    autocast = torch.autocast(place.device.type, torch.bfloat16, enabled=in_bfloat16(config, place))
-    longest_gradient = 1.0 if config.optimizer == "adamw" else math.inf
     model.train()
 
     for epoch in range(first_epoch, config.epochs):
@@ -89,18 +88,9 @@ def train(config: Config, run_dir: Path, place: Place) -> nn.Module:
                 group["lr"] = rate
             targets = graph.targets(batch).to(place.device)
             texts = (text.to(place.device) for text in graph.texts(batch))
-            optimizer.zero_grad()
-            loss = backward(
-                replica,
-                [*two_views(batch, config, place, epoch, step), *texts],
-                partial(objective, targets=targets),
-                chunk=config.chunk,
-                seed=seed_of(config, epoch, step, place.rank),
-                autocast=autocast,
-            )
-            # A checkpoint never holds weights that were updated with a gradient that is not finite.
-            nn.utils.clip_grad_norm_(model.parameters(), longest_gradient, error_if_nonfinite=True)
-            optimizer.step()
+            inputs = [*two_views(batch, config, place, epoch, step), *texts]
+            seed = seed_of(config, epoch, step, place.rank)
+            loss = update(replica, objective, optimizer, inputs, targets, config, place, seed)
             losses.append(mean_over_ranks(loss, place))
             if metrics:
                 metrics.write(number, epoch=epoch, step=step, loss=losses[-1], learning_rate=rate)
@@ -120,11 +110,37 @@ def train(config: Config, run_dir: Path, place: Place) -> nn.Module:
                 share_waiting_for_data=clock.waited / seconds,
                 **batches.report(),
             )
-            checkpoint.save(epoch + 1, 0, [])
+            if not config.checkpoint_steps or due or epoch + 1 == config.epochs:
+                checkpoint.save(epoch + 1, 0, [])
         first_step, losses = 0, []
     if metrics:
         metrics.close()
     return model.encoder
+
+
+def update(
+    model: nn.Module,
+    objective: Objective,
+    optimizer: Optimizer,
+    inputs: Sequence[Tensor],
+    targets: Targets,
+    config: Config,
+    place: Place,
+    seed: int,
+) -> Tensor:
+    """One step of the optimizer: the loss before it, of this rank, detached.
+
+    inputs: of the model, two views and texts. RuntimeError: the gradient is not finite; the weights are as they were.
+    """
+    optimizer.zero_grad()
+    autocast = torch.autocast(place.device.type, torch.bfloat16, enabled=in_bfloat16(config, place))
+    loss = backward(
+        model, inputs, partial(objective, targets=targets), chunk=config.chunk, seed=seed, autocast=autocast
+    )
+    longest = 1.0 if config.optimizer == "adamw" else math.inf
+    nn.utils.clip_grad_norm_(model.parameters(), longest, error_if_nonfinite=True)
+    optimizer.step()
+    return loss
 
 
 def load_run(run_dir: Path, device: torch.device = torch.device("cpu")) -> tuple[Config, Model]:

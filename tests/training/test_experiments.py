@@ -53,7 +53,7 @@ RECIPE: dict[str, Any] = {
         "epochs": 2,
         "held_out": 0,
     },
-    "forms": {"reduced": {"images_per_second": 100, "evaluation_seconds": 1, "seeds": 2}},
+    "forms": {"reduced": {"seeds": 2}},
     "groups": [{"name": "first", "data": "scenes", "variants": {"SimCLR": {"method": "simclr"}, "X-Sample": {}}}],
     "measures": ["linear kind", "linear kind swapped"],
     "claims": [{"group": "first", "measure": "linear kind", "better": "X-Sample", "worse": "SimCLR", "deviations": 2}],
@@ -73,7 +73,9 @@ def write(path: Path, recipe: dict[str, Any] = RECIPE, **settings: Any) -> Path:
 
 def run(recipe: Path, work: Path, results: Path, **options: Any) -> None:
     given = {"recipes": [recipe], "every": False, "form": "reduced", "seeds": None, "cifar": None, "groups": ""}
-    experiments.run(**{**given, "work": work, "results": results, "minutes": None, "dry_run": False, **options})
+    experiments.run(
+        **{**given, "work": work, "results": results, "minutes": None, "processes": 1, "dry_run": False, **options}
+    )
 
 
 def lines_of(results: Path, name: str = "small") -> list[dict[str, Any]]:

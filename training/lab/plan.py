@@ -62,16 +62,17 @@ class Run:
         return f"{self.fingerprint}-{self.seed}"
 
     @property
-    def images(self) -> float:
-        """Images that the training, or the timing of three arms, sees."""
-        if self.kind == "cost":
-            return 3.0 * self.settings["epochs"] * self.settings["batch_size"]
+    def steps(self) -> int:
+        """Of the training."""
         samples = self.settings.get("samples", 1.0)
-        epochs: float = self.settings["epochs"]
-        return epochs * (samples if samples > 1 else samples * self.data.train)
+        count = round(samples if samples > 1 else samples * self.data.train)
+        epochs: int = self.settings["epochs"]
+        return epochs * (count // self.settings["batch_size"])
 
     def config(self, store: Path) -> Config:
-        return Config(**{**self.settings, "store": str(store), "seed": self.seed})
+        """What to train; of a run of no epochs, which is evaluated untrained, its model."""
+        epochs = max(1, self.settings["epochs"])
+        return Config(**{**self.settings, "epochs": epochs, "store": str(store), "seed": self.seed})
 
     def __str__(self) -> str:
         return f"{self.experiment}: {self.group}: {self.variant}: seed {self.seed}"
@@ -79,7 +80,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A recipe in one form. rates: images a second of training, and seconds of one evaluation, for the forecast."""
+    """A recipe in one form."""
 
     name: str
     title: str
@@ -89,8 +90,6 @@ class Experiment:
     measures: list[str]
     plot: list[str]
     claims: list[Claim]
-    images_per_second: float
-    evaluation_seconds: float
 
     @property
     def groups(self) -> list[str]:
@@ -116,9 +115,7 @@ def read_experiment(path: Path, form: Form, seeds: int | None = None) -> Experim
     if missing or form not in recipe["forms"]:
         raise ConfigError(f"{path} has no {', '.join(missing) or f'form {form}'}", "see pipelines/experiments/")
     here = dict(recipe["forms"][form])
-    rates = here.pop("images_per_second"), here.pop("evaluation_seconds")
-    count = seeds or here.pop("seeds", 3)
-    here.pop("seeds", None)
+    count = here.pop("seeds", 3)
     data_changes = here.pop("data", {})
     settings_known = [field.name for field in fields(Config)]
     runs = []
@@ -127,7 +124,7 @@ def read_experiment(path: Path, form: Form, seeds: int | None = None) -> Experim
         changes = {**here, **group.get(form, {})}
         if changes.pop("skip", False):
             continue
-        for seed in range(count):
+        for seed in range(seeds or count):
             for variant, own in group["variants"].items():
                 settings = {**recipe["base"], **changes, **own}
                 data_name = settings.pop("data", group.get("data"))
@@ -149,8 +146,6 @@ def read_experiment(path: Path, form: Form, seeds: int | None = None) -> Experim
         measures=list(recipe["measures"]),
         plot=list(recipe.get("plot", recipe["measures"][:2])),
         claims=[Claim(**claim) for claim in recipe.get("claims", [])],
-        images_per_second=rates[0],
-        evaluation_seconds=rates[1],
     )
 
 

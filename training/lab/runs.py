@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +65,7 @@ def trained(
 ) -> tuple[Config, Model, dict[str, float], float]:
     """The trained model, what its training tells, seconds of earlier sessions. No epochs: the model at its start."""
     if run.settings["epochs"] == 0:
-        config = replace(run, settings={**run.settings, "epochs": 1}).config(prepared.store)
+        config = run.config(prepared.store)
         return config, new_model(config, 1).to(device), {}, 0.0
     folder = work / "runs" / run.name
     before = sum(line["seconds"] for line in epochs_of(folder))

@@ -1,0 +1,91 @@
+"""Many runs: one after the other in this process, or several at once in processes that share the device.
+
+Small networks leave most of a GPU idle, which waits for the next kernel: several processes fill it. A process holds
+the images of its last data set, and on a GPU about a gigabyte beside its network.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from graphbuild.errors import GraphbuildError
+from lab.plan import Run
+from lab.results import Results
+from lab.runs import claimed, device_name, finish, torch_device
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """done: its line is written. shared: another process or experiment has it. late: it would end too late."""
+
+    run: Run
+    state: Literal["done", "shared", "elsewhere", "late", "failed"]
+    seconds: float = 0.0
+    told: str = ""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where runs find and leave their things; until: no run begins that would end later (time.time())."""
+
+    folder: Path
+    results: Path
+    cifar: Path | None
+    until: float | None = None
+
+    def attempt(self, run: Run, expected: float) -> Outcome:
+        """Do the run, which takes about `expected` seconds, unless it is done or another process's."""
+        with claimed(run.name, self.folder) as mine:
+            if not mine:
+                return Outcome(run, "elsewhere")
+            found = Results(self.results)
+            if found.of(run) is not None:
+                return Outcome(run, "shared")
+            if self.until is not None and time.time() + expected > self.until:
+                return Outcome(run, "late")
+            started, device = time.perf_counter(), torch_device()
+            try:
+                metrics, seconds = finish(run, self.folder, device, self.cifar)
+            except (GraphbuildError, RuntimeError) as error:
+                return Outcome(run, "failed", told=str(error))
+            found.add(run, metrics, seconds, device_name(device))
+        main = f"linear {run.data.main_label}"
+        told = f"{main} {100 * metrics[main]:.1f}" if main in metrics else ""
+        return Outcome(run, "done", time.perf_counter() - started, told)
+
+
+def outcomes(work: Work, runs: Sequence[tuple[Run, float]], processes: int) -> Iterator[Outcome]:
+    """Of each run with the seconds it is expected to take, as they end.
+
+    Several processes write what they print to FOLDER/logs/. One that dies takes the runs with it that have not ended:
+    they have failed.
+    """
+    if processes == 1:
+        yield from (work.attempt(run, expected) for run, expected in runs)
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (psutil.cpu_count() or 1) // processes)))
+    logs = work.folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_write_to, initargs=(logs,)) as pool:
+        begun: dict[Future[Outcome], Run] = {pool.submit(work.attempt, *each): each[0] for each in runs}
+        for future in as_completed(begun):
+            try:
+                yield future.result()
+            except BrokenProcessPool:
+                yield Outcome(begun[future], "failed", told=f"a process died, see {logs}; was memory short?")
+
+
+def _write_to(logs: Path) -> None:
+    sys.stdout = sys.stderr = (logs / f"{os.getpid()}.log").open("a", buffering=1)
