@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from other_device import other_device
 
 from graphbuild.errors import ConfigError, GraphbuildError
 from graphbuild.knn import codes, device, engine, exact, faiss_index, leaders, partition, products
@@ -135,7 +137,12 @@ def test_exact_on_torch_alone_as_on_a_gpu_gives_the_same_graph(tmp_path: Path, m
     monkeypatch.setattr(exact, "GROUP_ROWS", 250)
     monkeypatch.setattr(device, "ROWS", 100)
     monkeypatch.setattr(device, "COLUMNS", 130)
-    monkeypatch.setattr(exact, "join", lambda *arguments: exact.join_on_device(*arguments, "cpu"))
+
+    def join(*arguments: Any) -> Any:
+        with other_device() as place:
+            return exact.join_on_device(*arguments, place.type)
+
+    monkeypatch.setattr(exact, "join", join)
     assert_exact(build(tmp_path, x, engine="exact", k=9), x, 9)
 
 

@@ -20,9 +20,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from lab import plan, sources
+from config import Config
+from lab import plan, runs, sources
+from lab.forecast import Forecast, noisy_step
 from lab.results import Results, plot, summary
 from lab.runs import claimed
+from other_device import CPU, other_device
 
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError
@@ -257,6 +260,82 @@ def test_the_cost_of_the_graph_is_the_share_by_which_steps_are_longer(work: Path
     for arm in ("fields", "targets"):
         assert found[f"{arm} overhead share"] == pytest.approx(found[f"{arm} ms"] / found["plain ms"] - 1, abs=1e-4)
     assert min(found[f"{arm} ms"] for arm in ("plain", "fields", "targets")) > 1
+
+
+@pytest.mark.parametrize("kind", ["training", "cost"])
+def test_a_run_on_another_device_has_the_metrics_of_the_cpu_s(work: Path, tmp_path: Path, kind: Any) -> None:
+    settings = {"method": "clip_soft", "pixels": 32, "width": 8, "batch_size": 40, "epochs": 1, "held_out": 0}
+    run = plan.Run("x", kind, "full", "group", "variant", 0, sources.Data(**SCENES), settings)
+    sources.prepare(run.data, work / "data")
+    found = {}
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data").symlink_to(work / "data")
+    with other_device() as device:
+        found["there"], _ = runs.finish(run, tmp_path / "there", device, None)
+    found["here"], _ = runs.finish(run, tmp_path / "here", CPU, None)
+    assert found["there"].keys() == found["here"].keys()
+    told = [name for name in found["here"] if "zero-shot" in name or "linear" in name or name == "loss"]
+    assert bool(told) == (kind == "training")
+    here, there = ([metrics[name] for name in told] for metrics in found.values())
+    assert there == pytest.approx(here, abs=1e-4)
+
+
+def test_several_processes_do_each_run_once_and_tell_what_failed(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variants = {"SimCLR": {"method": "simclr"}, "X-Sample": {}, "too large": {"batch_size": 1000}}
+    groups = [{"name": "g", "data": "scenes", "variants": variants}]
+    recipe = write(tmp_path / "small.yaml", {**RECIPE, "groups": groups}, epochs=1)
+    with pytest.raises(SystemExit, match="2 runs failed"):
+        run(recipe, work, tmp_path / "results", processes=2)
+    assert Counter((line["variant"], line["seed"]) for line in lines_of(tmp_path / "results")) == {
+        (variant, seed): 1 for variant in ("SimCLR", "X-Sample") for seed in range(2)
+    }
+    printed = capsys.readouterr().out
+    assert printed.count("too large: seed") == printed.count("do not fill a batch of 1000") == 2
+    assert "epoch 1/1" not in printed
+    assert "epoch 1/1" in "".join(path.read_text() for path in (work / "logs").glob("*.log"))
+
+
+@pytest.mark.slow
+def test_what_a_killed_process_was_doing_has_failed_and_is_done_by_the_same_command(tmp_path: Path) -> None:
+    recipe, results = write(tmp_path / "small.yaml", epochs=60), tmp_path / "results"
+    command = [sys.executable, TRAINING / "experiments.py", "run", recipe, "--work", tmp_path / "work"]
+    options = {"env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([*command, "--results", results, "--processes", "2"], **options)  # type: ignore[call-overload]
+    while process.poll() is None and not list((tmp_path / "work" / "runs").glob("*/metrics.jsonl")):
+        time.sleep(0.05)
+    logs = sorted((tmp_path / "work" / "logs").glob("*.log"))
+    os.kill(int(logs[0].stem), signal.SIGKILL)
+    told = process.communicate(timeout=300)[0]
+    assert process.returncode == 1, told
+    assert "failed: a process died" in told
+    assert f"{4 - len(lines_of(results)) if results.exists() else 4} runs failed" in told
+    subprocess.run([*command, "--results", results], env=ENVIRONMENT, check=True, capture_output=True)
+    assert len(lines_of(results)) == 4
+
+
+def test_a_forecast_is_what_the_same_run_took_on_this_device_or_else_is_timed(work: Path, tmp_path: Path) -> None:
+    recipe = write(tmp_path / "small.yaml", epochs=20)
+    run(recipe, work, tmp_path / "results", seeds=1)
+    one, two = (plan.read_experiment(recipe, "reduced").runs[seed * 2] for seed in range(2))
+    found = Results(tmp_path / "results")
+    (taken,) = (line["seconds"] for line in found.like(two))
+    assert Forecast(found, CPU).seconds(two) == taken
+    found.lines["small"] = [{**line, "device": "another"} for line in found.lines["small"]]
+    seconds = Forecast(found, CPU).seconds(one)
+    assert seconds != taken
+    assert taken / 5 < seconds < 5 * taken
+
+
+def test_a_step_to_be_timed_is_made_of_every_shape_that_the_recipes_have() -> None:
+    for method in ("simclr", "supcon", "xsample", "clip", "clip_soft"):
+        for text in ("projection", "tower"):
+            config = Config(store="", method=method, text=text, width=4, pixels=16, batch_size=8)
+            step = noisy_step(config, CPU)
+            losses = [float(step()) for _ in range(30)]  # type: ignore[arg-type]
+            assert losses[-1] < losses[0]  # it learns: the optimizer's part is in the time
 
 
 # --- recipes --------------------

@@ -168,6 +168,24 @@ def test_a_run_interrupted_within_an_epoch_ends_as_one_that_was_not(
         assert all(torch.equal(whole[part][name], cut[part][name]) for name in whole[part])
 
 
+@pytest.mark.parametrize(
+    ("checkpoint_steps", "saved"),
+    [(0, [(1, 0), (2, 0), (3, 0)]), (8, [(2, 0), (3, 0)]), (6, [(1, 2), (3, 0)]), (100, [(3, 0)])],
+)
+def test_checkpoints_come_when_asked_for_and_at_the_end(
+    scenes_store: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint_steps: int,
+    saved: list[tuple[int, int]],
+) -> None:
+    """Of three epochs of four steps: the next epoch and step of each checkpoint."""
+    found = []
+    monkeypatch.setattr(Checkpoint, "save", lambda self, epoch, step, losses: found.append((epoch, step)))
+    train(small(scenes_store, epochs=3, checkpoint_steps=checkpoint_steps), tmp_path, HERE)
+    assert found == saved
+
+
 def test_every_method_begins_with_the_same_weights_and_sees_the_same_views(scenes_store: str) -> None:
     batch = training_samples(small(scenes_store)).__getitems__(list(range(8)))
     first, *others = [small(scenes_store, method=method) for method in METHODS]

@@ -74,6 +74,8 @@ def noisy_step(config: Config, device: torch.device) -> Callable[[], object]:
     model = new_model(config, TEXT_WIDTH).to(device, memory_format=torch.channels_last).train()
     objective = Objective(config).to(device)
     optimizer = new_optimizer(config, model, objective)
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rate
     size = config.batch_size
     batch = {"image": torch.randint(0, 256, (size, 3, config.pixels, config.pixels), dtype=torch.uint8)}
     embeddings = torch.randn(size, TEXT_WIDTH)
