@@ -26,11 +26,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "training"))
 
 from config import Config  # noqa: E402
-from lab.cost import ARMS, WARM_UP  # noqa: E402
-from lab.forecast import noisy_step, seconds_of_probes  # noqa: E402
+from lab.forecast import noisy_step, probe_shape, seconds_of_probes, step_shape, steps_of  # noqa: E402
 from lab.plan import Run, in_turn, read_experiment  # noqa: E402
-
-from graphbuild.demo.scenes import ATTRIBUTES  # noqa: E402
 
 LAUNCH = 10e-6  # seconds of Python, dispatcher and driver for an operation of eager PyTorch
 PEAK, SHARE = 989e12, 0.04  # H100 and H200, bfloat16, dense
@@ -102,24 +99,19 @@ class Total:
         return Total(*(mine + its for mine, its in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def add(self, run: Run, steps: dict[tuple[Any, ...], Step], probes: dict[tuple[Any, ...], float]) -> None:
-        config, data = run.config(Path()), run.data
-        shape = (config.width, config.pixels)
-        key = (*shape, config.batch_size, config.method, config.text if config.reads_texts else "")
+        config, count = run.config(Path()), steps_of(run)
+        key = step_shape(config)
         if key not in steps:
             steps[key] = Step.of(config)
-        count = len(ARMS) * (config.epochs + WARM_UP) if run.kind == "cost" else run.steps
         self.runs += 1
         self.steps += count
         self.calls += count * steps[key].calls
         self.flops += count * steps[key].flops
-        if run.kind == "cost":
-            return
-        images, labels = (3, len(ATTRIBUTES)) if data.images == "scenes" else (2, 1)
-        key = (*shape, data.probe, labels)
-        if key not in probes:
-            seen = data.probe + (images - 1) * data.test
-            probes[key] = seconds_of_probes(config, CPU, data.probe, seen, labels)
-        self.probes += probes[key]
+        if run.kind == "training":
+            shape = (config.width, *probe_shape(run))
+            if shape not in probes:
+                probes[shape] = seconds_of_probes(config, CPU, *probe_shape(run))
+            self.probes += probes[shape]
 
     def minutes(self, processes: int) -> float:
         host, device = self.calls * LAUNCH / processes, self.flops / (PEAK * SHARE)

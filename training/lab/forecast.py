@@ -46,26 +46,38 @@ class Forecast:
         like = [line["seconds"] for line in self._found.like(run) if line["device"] == here]
         if like:
             return statistics.fmean(like)
-        config, data = run.config(Path()), run.data
-        shape = (config.backbone, config.width, config.pixels)
-        texts = config.text if config.reads_texts else ""
-        step = self._once(
-            (*shape, config.batch_size, config.method, texts, config.chunk, config.optimizer, config.precision),
-            partial(seconds_of_step, config, self._device),
-        )
+        config = run.config(Path())
+        step = self._once(step_shape(config), partial(seconds_of_step, config, self._device))
         if run.kind == "cost":
-            return len(ARMS) * (config.epochs + WARM_UP) * step
-        images, labels = (3, len(ATTRIBUTES)) if data.images == "scenes" else (2, 1)
-        evaluation = self._once(
-            (*shape, data.probe, data.test, images, labels),
-            partial(seconds_of_probes, config, self._device, data.probe, data.probe + (images - 1) * data.test, labels),
+            return steps_of(run) * step
+        shape = probe_shape(run)
+        return steps_of(run) * step + self._once(
+            (config.backbone, config.width, *shape), partial(seconds_of_probes, config, self._device, *shape)
         )
-        return run.steps * step + evaluation
 
     def _once(self, shape: tuple[object, ...], timed: Callable[[], float]) -> float:
         if shape not in self._timed:
             self._timed[shape] = timed()
         return self._timed[shape]
+
+
+def steps_of(run: Run) -> int:
+    """Of the training, or of all arms that are timed."""
+    return len(ARMS) * (run.settings["epochs"] + WARM_UP) if run.kind == "cost" else run.steps
+
+
+def step_shape(config: Config) -> tuple[object, ...]:
+    """What the time of a step depends on."""
+    texts = config.text if config.reads_texts else ""
+    shape = (config.backbone, config.width, config.pixels, config.batch_size, config.chunk)
+    return (*shape, config.method, texts, config.optimizer, config.precision)
+
+
+def probe_shape(run: Run) -> tuple[int, int, int]:
+    """Images that probes are fitted on, all images whose features are wanted, and labels with a probe each."""
+    data = run.data
+    tests, labels = (2, len(ATTRIBUTES)) if data.images == "scenes" else (1, 1)  # scenes are tested swapped too
+    return data.probe, data.probe + tests * data.test, labels
 
 
 def noisy_step(config: Config, device: torch.device) -> Callable[[], object]:
