@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,12 +92,7 @@ def step_seconds(run: Run, prepared: Prepared, device: torch.device) -> dict[str
 
 def plain(tars: list[str], batch_size: int, pixels: int) -> wds.DataPipeline:
     """webdataset's own pipeline over the images of the same tars, decoded by the same decoder."""
-    decoder = ImageDecoder(pixels, None)
-
-    def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-        keys = [sample["__key__"] for sample in samples]
-        return {"image": decoder.collate(decoder.decode([sample["jpg"] for sample in samples], keys))}
-
+    collate = partial(images_alone, ImageDecoder(pixels, None))
     return wds.DataPipeline(
         wds.SimpleShardList(tars),
         wds.split_by_worker,
@@ -104,6 +100,11 @@ def plain(tars: list[str], batch_size: int, pixels: int) -> wds.DataPipeline:
         wds.shuffle(SHUFFLE, initial=SHUFFLE),
         wds.batched(batch_size, collation_fn=collate, partial=False),
     )
+
+
+def images_alone(decoder: ImageDecoder, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    keys = [sample["__key__"] for sample in samples]
+    return {"image": decoder.collate(decoder.decode([sample["jpg"] for sample in samples], keys))}
 
 
 def endless(dataset: Any, workers: int) -> Iterator[dict[str, Tensor]]:

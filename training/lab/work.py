@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -57,8 +58,11 @@ class Work:
             started, device = time.perf_counter(), torch_device()
             try:
                 metrics, seconds = finish(run, self.folder, device, self.cifar)
-            except (GraphbuildError, RuntimeError) as error:
+            except GraphbuildError as error:
                 return Outcome(run, "failed", told=str(error))
+            except Exception as error:  # noqa: BLE001 - a fault of one run must not end the others
+                traceback.print_exc()
+                return Outcome(run, "failed", told=f"{type(error).__name__}: {error}")
             found.add(run, metrics, seconds, device_name(device))
         main = f"linear {run.data.main_label}"
         told = f"{main} {100 * metrics[main]:.1f}" if main in metrics else ""
