@@ -305,12 +305,14 @@ def test_several_processes_do_each_run_once_and_tell_what_failed(
     variants = {"SimCLR": {"method": "simclr"}, "X-Sample": {}, "too large": {"batch_size": 1000}}
     groups = [{"name": "g", "data": "scenes", "variants": variants}]
     recipe = write(tmp_path / "small.yaml", {**RECIPE, "groups": groups}, epochs=1)
+    timing = {**RECIPE, "kind": "cost", "groups": [{"name": "g", "data": "scenes", "variants": {"steps": {}}}]}
     with pytest.raises(SystemExit, match="2 runs failed"):
-        run(recipe, work, tmp_path / "results", processes=2)
+        run(recipe, work, tmp_path / "results", processes=2, recipes=[recipe, write(tmp_path / "t.yaml", timing)])
     assert Counter((line["variant"], line["seed"]) for line in lines_of(tmp_path / "results")) == {
         (variant, seed): 1 for variant in ("SimCLR", "X-Sample") for seed in range(2)
     }
     printed = capsys.readouterr().out
+    assert printed.index("t: g: steps: seed 1  ") < printed.index("small: g")
     assert printed.count("too large: seed") == printed.count("do not fill a batch of 1000") == 2
     assert "epoch 1/1" not in printed
     assert "epoch 1/1" in "".join(path.read_text() for path in (work / "logs").glob("*.log"))

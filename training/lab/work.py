@@ -72,18 +72,20 @@ class Work:
 def outcomes(work: Work, runs: Sequence[tuple[Run, float]], processes: int) -> Iterator[Outcome]:
     """Of each run with the seconds it is expected to take, as they end.
 
-    Several processes write what they print to FOLDER/logs/. One that dies takes the runs with it that have not ended:
-    they have failed.
+    Runs that time steps come first, with the device to themselves. Several processes write what they print to
+    FOLDER/logs/. One that dies takes the runs with it that have not ended: they have failed.
     """
-    if processes == 1:
-        yield from (work.attempt(run, expected) for run, expected in runs)
+    alone = [each for each in runs if processes == 1 or each[0].kind == "cost"]
+    yield from (work.attempt(run, expected) for run, expected in alone)
+    together = [each for each in runs if each not in alone]
+    if not together:
         return
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (psutil.cpu_count() or 1) // processes)))
     logs = work.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_write_to, initargs=(logs,)) as pool:
-        begun: dict[Future[Outcome], Run] = {pool.submit(work.attempt, *each): each[0] for each in runs}
+        begun: dict[Future[Outcome], Run] = {pool.submit(work.attempt, *each): each[0] for each in together}
         for future in as_completed(begun):
             try:
                 yield future.result()
