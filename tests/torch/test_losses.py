@@ -1,5 +1,6 @@
 """X-Sample against formulas written with loops and its limits; what every loss promises, also over two processes."""
 
+import gc
 import math
 from collections.abc import Callable
 from datetime import timedelta
@@ -390,6 +391,7 @@ def on_rank(rank: int, jobs: list[Callable[[int, str], None]], folder: str) -> N
     )
     for job in jobs:
         job(rank, folder)
+    gc.collect()  # a replica that outlived the group would keep its threads, which can abort the exit
     dist.destroy_process_group()
 
 

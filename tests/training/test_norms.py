@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -63,6 +64,7 @@ def one_rank(rank: int, folder: str) -> None:
         model = over_ranks(new_model(method), Place(rank, RANKS, torch.device("cpu")))
         state = state_after(model, DistributedDataParallel(model), method, own_views, own_embeddings, chunk)
         torch.save(state, f"{folder}/{method}_{chunk}_{rank}.pt")
+    gc.collect()  # a replica that outlived the group would keep its threads, which can abort the exit
     dist.destroy_process_group()
 
 
