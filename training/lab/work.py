@@ -28,7 +28,10 @@ from lab.runs import claimed, device_name, finish, torch_device
 
 @dataclass(frozen=True)
 class Outcome:
-    """done: its line is written. shared: another process or experiment has it. late: it would end too late."""
+    """done: its line is written. shared: it had one. elsewhere: another process is at it. late: it would end too late.
+
+    failed: `told` says why.
+    """
 
     run: Run
     state: Literal["done", "shared", "elsewhere", "late", "failed"]
