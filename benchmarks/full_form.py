@@ -67,6 +67,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=8)
     processes = parser.parse_args().processes
+    if processes < 1:
+        parser.error("--processes must be at least 1")
     experiments = [read_experiment(path, "full") for path in sorted((ROOT / "pipelines/experiments").glob("*.yaml"))]
     steps: dict[tuple[Any, ...], Step] = {}
     probes: dict[tuple[Any, ...], float] = {}
@@ -84,7 +86,7 @@ def main() -> None:
         print(total.row(name.upper(), processes))
     every = sum(totals.values(), Total())
     print(every.row("all", processes))
-    print(f"\none process: {every.minutes(1):.0f} minutes")
+    print(f"\none process: {every.minutes(1)[-1]:.0f} minutes")
 
 
 @dataclass
@@ -113,15 +115,16 @@ class Total:
                 probes[shape] = seconds_of_probes(config, CPU, *probe_shape(run))
             self.probes += probes[shape]
 
-    def minutes(self, processes: int) -> float:
-        host, device = self.calls * LAUNCH / processes, self.flops / (PEAK * SHARE)
-        return (max(host, device) + self.probes / processes) / 60
+    def minutes(self, processes: int) -> tuple[float, float, float, float]:
+        """Of launches, arithmetic, probes, and in all."""
+        launches = self.calls * LAUNCH / processes / 60
+        arithmetic = self.flops / (PEAK * SHARE) / 60
+        probes = self.probes / processes / 60
+        return launches, arithmetic, probes, max(launches, arithmetic) + probes
 
     def row(self, name: str, processes: int) -> str:
-        host, device = self.calls * LAUNCH / processes, self.flops / (PEAK * SHARE)
         cells = [f"{self.runs}", f"{self.steps:,}", f"{self.calls / self.steps:.0f}", f"{self.flops / 1e12:,.0f}"]
-        cells += [f"{seconds / 60:.1f}" for seconds in (host, device, self.probes / processes)]
-        return f"| {name} | {' | '.join(cells)} | {self.minutes(processes):.1f} |"
+        return f"| {name} | {' | '.join(cells + [f'{one:.1f}' for one in self.minutes(processes)])} |"
 
 
 if __name__ == "__main__":

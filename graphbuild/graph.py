@@ -34,7 +34,8 @@ class SampleGraph:
     """The directed k-nearest-neighbour graph over a store's nodes (distinct captions), with their embeddings.
 
     len(graph) is the number of nodes M; k the neighbours of each; d the width of an embedding; certificate the measured
-    recall. Pickled it is its URL, and opened again there.
+    recall; fingerprint says from what the graph was built, and changes with it. Pickled it is its URL, and opened again
+    there.
     """
 
     def __init__(self, url: str) -> None:
@@ -47,6 +48,7 @@ class SampleGraph:
         self.d: int = self._manifest["embeddings"]["d"]
         self.encoder: str = self._manifest["embeddings"]["encoder"]
         self.certificate: Json = self._manifest["recall"]
+        self.fingerprint: str = self._manifest["graph"]["fingerprint"]
         self._neighbors = self._array("graph/{}.neighbors.npy")
         self._similarities = self._array("graph/{}.similarities.npy")
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -16,6 +17,25 @@ import torch
 import yaml
 
 from graphbuild.errors import ConfigError
+
+RANGES: dict[str, tuple[float, float]] = {
+    "held_out": (0, math.inf),
+    "samples": (0, math.inf),
+    "random_share": (0, 1),
+    "width": (2, math.inf),
+    "pixels": (8, math.inf),
+    "area_min": (0, 1),
+    "jitter": (0, 1),
+    "grayscale": (0, 1),
+    "epochs": (1, math.inf),
+    "batch_size": (2, math.inf),
+    "chunk": (0, math.inf),
+    "learning_rate": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "warm_up": (0, 1),
+    "workers": (0, math.inf),
+    "checkpoint_steps": (0, math.inf),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +87,7 @@ class Config:
     batch_size: Annotated[int, "images of a step, over all ranks"] = 64
     chunk: Annotated[int, "images that a rank holds activations of at once (GradCache); 0: all"] = 0
     optimizer: Annotated[Literal["adamw", "lars"], ""] = "adamw"
-    learning_rate: Annotated[float, "the highest"] = 3e-3
+    learning_rate: Annotated[float, "the highest; 0: 3e-3 of adamw, SimCLR's 0.3 x batch_size / 256 of lars"] = 0.0
     weight_decay: Annotated[float, "of matrices and kernels; biases and norms have none"] = 1e-2
     warm_up: Annotated[float, "share of the training"] = 0.05
     precision: Annotated[Literal["auto", "float32", "bfloat16"], "auto: bfloat16 on GPUs that have it"] = "auto"
@@ -83,14 +103,15 @@ class Config:
             value = getattr(self, name)
             if get_origin(kind) is Literal and value not in get_args(kind):
                 raise ConfigError(f"{name} = {value!r}", f"use one of {', '.join(map(repr, get_args(kind)))}")
+        for name, (least, most) in RANGES.items():
+            if not least <= (value := getattr(self, name)) <= most:
+                wanted = f"{least:g} to {most:g}" if most < math.inf else f"{least:g} or more"
+                raise ConfigError(f"{name} = {value}", f"use {wanted}")
         for wrong, cause, fix in (
-            (self.samples <= 0, f"samples = {self.samples}", "use a share in (0, 1], or a number of samples"),
-            (self.held_out < 0, f"held_out = {self.held_out}", "use 0 or more"),
-            (self.batch_size < 2 or self.epochs < 1, f"batch_size = {self.batch_size}, epochs = {self.epochs}",
-             "use 2 images or more, and 1 epoch or more"),
-            (not 0 < self.area_min <= 1, f"area_min = {self.area_min}", "use a share of the image in (0, 1]"),
-            (not 0 <= self.warm_up < 1, f"warm_up = {self.warm_up}", "use a share of the training in [0, 1)"),
-            (self.chunk < 0 or self.checkpoint_steps < 0, "chunk or checkpoint_steps below 0", "use 0 or more"),
+            (self.samples == 0, "samples = 0", "use a share in (0, 1], or a number of samples"),
+            (self.area_min == 0, "area_min = 0", "use a share of the image in (0, 1]"),
+            (self.warm_up == 1, "warm_up = 1", "use a share of the training in [0, 1)"),
+            (math.isinf(self.learning_rate), "learning_rate = inf", "use a number"),
             (
                 self.permute_graph and not self.reads_similarities and self.batches == "random",
                 f"permute_graph with method {self.method!r}, targets {self.targets!r} and random batches",
@@ -99,6 +120,17 @@ class Config:
         ):  # fmt: skip
             if wrong:
                 raise ConfigError(cause, fix)
+
+    def resolved(self, device: torch.device) -> Config:
+        """With what "auto" and a learning rate of 0 mean on this device."""
+        bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        auto = "bfloat16" if bfloat16 else "float32"
+        usual = 3e-3 if self.optimizer == "adamw" else 0.3 * self.batch_size / 256
+        return replace(
+            self,
+            precision=auto if self.precision == "auto" else self.precision,
+            learning_rate=self.learning_rate or usual,
+        )
 
     @property
     def reads_texts(self) -> bool:

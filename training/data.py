@@ -122,12 +122,13 @@ class TrainingSamples(Dataset[Batch]):
         node = torch.from_numpy(self.nodes[numbers])
         if self._cached:
             images, captions = self._cached
-            return {"image": images[numbers], "node": node, "caption": [captions[number] for number in numbers]}
+            chosen = images.index_select(0, torch.as_tensor(numbers)).permute(0, 3, 1, 2)
+            return {"image": chosen, "node": node, "caption": [captions[number] for number in numbers]}
         batch = self._tars.collate(self._tars.__getitems__(self._items[numbers].tolist()))
         return {"image": batch["image"], "node": node, "caption": batch["caption"]}
 
     def _decode(self, workers: int) -> tuple[Tensor, list[str]]:
-        """Images uint8 [n, 3, P, P], channels last in memory, and captions."""
+        """Images uint8 [n, P, P, 3], and captions."""
         numbers = list(torch.arange(len(self)).split(DECODED_AT_ONCE))
         loader = DataLoader(
             self, batch_sampler=[part.tolist() for part in numbers], collate_fn=unchanged, num_workers=workers
@@ -136,8 +137,8 @@ class TrainingSamples(Dataset[Batch]):
         for first, batch in enumerate(loader):
             if images is None:
                 _, _, height, width = batch["image"].shape
-                images = torch.empty(len(self), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-            images[numbers[first]] = batch["image"]
+                images = torch.empty(len(self), height, width, 3, dtype=torch.uint8)
+            images[numbers[first]] = batch["image"].permute(0, 2, 3, 1)
             captions += batch["caption"]
         assert images is not None
         return images, captions

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from models import normalise
+from models import scaled
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
+
+from graphbuild.errors import InputError
 
 NEIGHBOURS = (5, 20, 50)
 KNN_TEMPERATURE = 0.07
@@ -41,15 +43,22 @@ def extract(
     features: dict[str, list[Tensor]] = {name: [] for name in encoders}
     values: dict[str, list[str]] = {label: [] for label in labels}
     for batch in batches:
-        images = normalise(batch["image"].to(device))
+        images = scaled(batch["image"].to(device))
         for name, encoder in encoders.items():
             features[name].append(encoder(images).float().cpu())
         for label in labels:
-            absent = [key for key, json in zip(batch["key"], batch["json"], strict=True) if label not in json]
-            if absent:
-                raise SystemExit(f"sample {absent[0]} has no label {label!r} in its json member: correct --labels")
-            values[label] += [str(json[label]) for json in batch["json"]]
+            values[label] += values_of(batch, label)
     return Features({name: torch.cat(parts) for name, parts in features.items()}, values)
+
+
+def values_of(batch: dict[str, Any], label: str) -> list[str]:
+    """The values of a label in the json members of a batch; InputError where a sample has none."""
+    for key, fields in zip(batch["key"], batch["json"], strict=True):
+        if label not in fields:
+            raise InputError(
+                f"sample {key} has no label {label!r} in its json member", f"--labels can be of {', '.join(fields)}"
+            )
+    return [str(fields[label]) for fields in batch["json"]]
 
 
 def evaluate(train: Features, test: Features) -> list[dict[str, Any]]:
@@ -58,7 +67,7 @@ def evaluate(train: Features, test: Features) -> list[dict[str, Any]]:
     for label, names in train.labels.items():
         classes = sorted({*names, *test.labels[label]})
         if len(classes) > len(names) / 2:
-            raise SystemExit(f"label {label!r} has {len(classes)} values: too many for a class, correct --labels")
+            raise InputError(f"label {label!r} has {len(classes)} values: too many for classes", "correct --labels")
         index = {name: number for number, name in enumerate(classes)}
         y_train = torch.tensor([index[name] for name in names])
         y_test = torch.tensor([index[name] for name in test.labels[label]])
@@ -77,7 +86,7 @@ def evaluate(train: Features, test: Features) -> list[dict[str, Any]]:
 def features_of(encoder: nn.Module, images: Tensor, device: torch.device, batch_size: int = 512) -> Tensor:
     """Features float32 [n, features] on the CPU of images uint8 [n, 3, H, W], with running statistics."""
     encoder.eval()
-    return torch.cat([encoder(normalise(part.to(device))).float().cpu() for part in images.split(batch_size)])
+    return torch.cat([encoder(scaled(part.to(device))).float().cpu() for part in images.split(batch_size)])
 
 
 def probes(

@@ -70,7 +70,7 @@ def _reduction(model: nn.Module, *, last: bool) -> contextlib.AbstractContextMan
 
 @contextlib.contextmanager
 def _statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Running statistics of norms stay as they are: the second pass moves them, once a step."""
+    """Running statistics of norms stay as they are: the second pass moves them, once a chunk."""
     norms = [module for module in model.modules() if getattr(module, "track_running_stats", False)]
     for module in norms:
         module.track_running_stats = False

@@ -163,6 +163,6 @@ def word_numbers(captions: Sequence[str]) -> Tensor:
     return pad_sequence([torch.tensor(row) for row in numbers], batch_first=True)
 
 
-def normalise(images: Tensor) -> Tensor:
+def scaled(images: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] to float32 in [-1, 1], channels last, which convolutions on CPUs prefer."""
     return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)

@@ -6,6 +6,7 @@ mean of both losses: so every method sees the same images. The temperature of CL
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 import numpy as np
@@ -45,6 +46,11 @@ class Objective(nn.Module):
             return self.loss(view1, view2, targets)
         return (self.loss(view1, *texts, targets) + self.loss(view2, *texts, targets)) / 2
 
+    def learned(self) -> dict[str, float]:
+        """The temperature, where it is learned."""
+        scale = getattr(self.loss, "log_scale", None)
+        return {} if scale is None else {"tau": math.exp(-scale.item())}
+
 
 class GraphReader:
     """What a method reads of the graph for the images of a batch: nothing for SimCLR."""
@@ -56,8 +62,8 @@ class GraphReader:
     def _permutation(self) -> NDArray[np.int64]:
         return np.random.default_rng(PERMUTATION_SEED).permutation(len(self._graph))
 
-    def places(self, nodes: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where in the graph these nodes stand: as they are, or in the control each where another one belongs."""
+    def graph_nodes(self, nodes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The nodes of the graph that are read for some nodes: the same, or in the control another one for each."""
         return self._permutation[nodes] if self._config.permute_graph else nodes
 
     def targets(self, batch: Batch) -> Targets:
@@ -67,7 +73,7 @@ class GraphReader:
             return Targets()
         if config.method == "supcon" or config.targets == "labels":
             return Targets(labels=batch["node"])
-        nodes = self.places(batch["node"].numpy())
+        nodes = self.graph_nodes(batch["node"].numpy())
         if config.targets == "dense":
             return Targets(embeddings=torch.from_numpy(graph.embeddings(nodes)))
         stored = map(torch.from_numpy, (nodes, *graph.neighbors(nodes), graph.background(nodes)))

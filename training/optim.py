@@ -29,8 +29,8 @@ class LARS(Optimizer):
     """Layer-wise adaptive rate scaling (You et al., arXiv 1708.03888, algorithm 1), as SimCLR takes it.
 
     With gradient g, weight w, decay b: u = g + b w; r = trust |w| / |u|, or 1 where either norm is 0;
-    v = momentum v + r u; w = w - lr v. The learning rate is outside the momentum (SimCLR, arXiv 2002.05709), and |u|
-    where the paper has |g| + b |w|, as most public code. Groups with adapt=False have r = 1: biases and norms.
+    v = momentum v + lr r u; w = w - v. |u| stands where the paper has |g| + b |w|, as in SimCLR's code and most others.
+    Groups with adapt=False have r = 1: biases and norms.
     """
 
     def __init__(self, parameters: Iterable[Any], lr: float = 0.0, momentum: float = 0.9, trust: float = 0.001) -> None:
@@ -53,8 +53,8 @@ class LARS(Optimizer):
                 state = self.state[weight]
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(weight)
-                state["momentum"].mul_(group["momentum"]).add_(update)
-                weight.sub_(state["momentum"], alpha=group["lr"])
+                state["momentum"].mul_(group["momentum"]).add_(update, alpha=group["lr"])
+                weight.sub_(state["momentum"])
 
 
 def schedule(done: float, warm_up: float) -> float:

@@ -26,12 +26,12 @@ FREE = ("cache", "workers", "checkpoint_steps", "log")
 class Metrics:
     """JSON lines, flushed: one a step, one an epoch; and the same to TensorBoard or W&B where config.log says so.
 
-    A run that goes on with a step of an epoch first drops the lines from there on. ConfigError: what config.log names
-    is not installed.
+    A run that goes on with a step of an epoch, `number` in the whole run, first drops the lines from there on.
+    ConfigError: what config.log names is not installed.
     """
 
-    def __init__(self, run_dir: Path, config: Config, epoch: int, step: int) -> None:
-        self._mirror = mirror(run_dir, config)
+    def __init__(self, run_dir: Path, config: Config, epoch: int, step: int, number: int) -> None:
+        self._mirror = mirror(run_dir, config, number)
         path = run_dir / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = (line for line in lines if line.endswith("\n"))  # a crash may have cut the last one
@@ -39,7 +39,7 @@ class Metrics:
         self._stream = path.open("a")
 
     def write(self, number: int, **values: float) -> None:
-        """A line; `number` counts the steps of the whole run, for the mirror."""
+        """A line; for the mirror, `number` counts the steps of the whole run."""
         self._stream.write(json.dumps(values) + "\n")
         self._stream.flush()
         if self._mirror:
@@ -56,8 +56,11 @@ def is_before(line: Mapping[str, Any], epoch: int, step: int) -> bool:
     return "epoch" in line and (line["epoch"], line.get("step", math.inf)) < (epoch, step)
 
 
-def mirror(run_dir: Path, config: Config) -> Any:
-    """A W&B run, or what looks like one to Metrics and writes for TensorBoard; None where config.log is empty."""
+def mirror(run_dir: Path, config: Config, number: int) -> Any:
+    """A W&B run, or what looks like one to Metrics and writes for TensorBoard; None where config.log is empty.
+
+    A run that goes on, with step `number`, stays the same run there.
+    """
     if not config.log:
         return None
     package = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}[config.log]
@@ -66,8 +69,18 @@ def mirror(run_dir: Path, config: Config) -> Any:
     except ImportError as error:
         raise ConfigError(f"log = {config.log!r}: {error}", f"pip install {config.log}, or leave --log out") from error
     if config.log == "wandb":
-        return module.init(dir=run_dir, config=asdict(config), name=run_dir.name, reinit="finish_previous")
-    return TensorBoard(module.SummaryWriter(str(run_dir / "tensorboard")))
+        kept = run_dir / "wandb.id"
+        if not number or not kept.exists():
+            kept.write_text(module.util.generate_id())
+        return module.init(
+            dir=run_dir,
+            id=kept.read_text(),
+            resume="allow",
+            config=asdict(config),
+            name=run_dir.name,
+            reinit="finish_previous",
+        )
+    return TensorBoard(module.SummaryWriter(str(run_dir / "tensorboard"), purge_step=number))
 
 
 @dataclass(frozen=True)
@@ -86,17 +99,21 @@ class TensorBoard:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a run needs to go on, in one file: modules by name, the optimizer, the next step, its epoch's losses."""
+    """All that a run needs to go on, in one file: modules by name, the optimizer, the next step, its epoch's losses.
+
+    graph: the fingerprint of the graph it learns from.
+    """
 
     path: Path
     config: Config
+    graph: str
     modules: Mapping[str, nn.Module]
     optimizer: Optimizer
 
     def save(self, epoch: int, step: int, losses: list[float]) -> None:
         """A crash leaves the last whole checkpoint."""
         state = {name: module.state_dict() for name, module in self.modules.items()}
-        state |= {"optimizer": self.optimizer.state_dict(), "config": asdict(self.config)}
+        state |= {"optimizer": self.optimizer.state_dict(), "config": asdict(self.config), "graph": self.graph}
         content = io.BytesIO()
         torch.save({**state, "epoch": epoch, "step": step, "losses": losses}, content)
         replace(self.path, content.getbuffer())
@@ -113,10 +130,15 @@ class Checkpoint:
             raise ConfigError(
                 f"{self.path} was trained with other {', '.join(changed)}", "choose another --run-dir, or delete it"
             )
+        if state.get("graph", self.graph) != self.graph:  # older checkpoints have none
+            raise ConfigError(
+                f"{self.path} was trained with another graph than {self.config.store} has now",
+                "choose another --run-dir, or delete it",
+            )
         for name, module in self.modules.items():
             module.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
-        return state["epoch"], state["step"], state.get("losses", [])  # older checkpoints have none
+        return state["epoch"], state["step"], state["losses"]
 
 
 def replace(path: Path, content: bytes | memoryview) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 # On shared cores OpenMP threads that wait must not spin: under load this is four to eight times faster.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -28,9 +29,9 @@ import torch.distributed as dist
 from augment import DRAWS, random_view
 from config import Config, Place, read_command_line
 from data import Batch, EpochBatches, sidecars_of, split_shards, training_samples, unchanged
-from evaluate import evaluate, extract, table
+from evaluate import evaluate, extract, table, values_of
 from gradcache import backward
-from models import Model, normalise
+from models import Model, scaled
 from norms import over_ranks
 from objective import GraphReader, Objective
 from optim import new_optimizer, schedule
@@ -40,7 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from graphbuild.errors import ConfigError, GraphbuildError
+from graphbuild.errors import ConfigError, GraphbuildError, StageError
 from graphbuild.torch import Targets, graph_webdataset
 
 __all__ = ["Config", "Place", "load_run", "process_group", "train"]
@@ -50,12 +51,14 @@ def train(config: Config, run_dir: Path, place: Place) -> nn.Module:
     """Train, or go on from the checkpoint in `run_dir`; return the trained encoder.
 
     Raises:
-        ConfigError: a Config that does not fit the store, or another one than the run began with.
-        RuntimeError: a gradient is not finite; the weights of the last checkpoint are.
+        ConfigError: a Config that does not fit the store, another Config or store than the run began with, or ranks
+            that do not begin alike.
+        StageError: a gradient is not finite; the weights of the last checkpoint are.
     """
+    config = config.resolved(place.device)
     samples = training_samples(config)
     graph = GraphReader(config, samples.graph)
-    batches = EpochBatches(config, samples.graph, graph.places(samples.nodes), place)
+    batches = EpochBatches(config, samples.graph, graph.graph_nodes(samples.nodes), place)
     loader = DataLoader(
         samples,
         batch_sampler=batches,
@@ -68,13 +71,15 @@ def train(config: Config, run_dir: Path, place: Place) -> nn.Module:
     model.to(place.device, memory_format=torch.channels_last)
     objective = Objective(config).to(place.device)
     optimizer = new_optimizer(config, model, objective)
-    checkpoint = Checkpoint(run_dir / "checkpoint.pt", config, {"model": model, "objective": objective}, optimizer)
+    modules = {"model": model, "objective": objective}
+    checkpoint = Checkpoint(run_dir / "checkpoint.pt", config, samples.graph.fingerprint, modules, optimizer)
     first_epoch, first_step, losses = checkpoint.restore()
+    begin_alike(place, epoch=first_epoch, step=first_step, graph=samples.graph.fingerprint, **asdict(config))
     metrics = None
     if place.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-        metrics = Metrics(run_dir, config, first_epoch, first_step)
+        metrics = Metrics(run_dir, config, first_epoch, first_step, first_epoch * batches.steps + first_step)
     replica = DistributedDataParallel(model) if place.ranks > 1 else model
     model.train()
 
@@ -89,11 +94,12 @@ def train(config: Config, run_dir: Path, place: Place) -> nn.Module:
             targets = graph.targets(batch).to(place.device)
             texts = (text.to(place.device) for text in graph.texts(batch))
             inputs = [*two_views(batch, config, place, epoch, step), *texts]
-            seed = seed_of(config, epoch, step, place.rank)
-            loss = update(replica, objective, optimizer, inputs, targets, config, place, seed)
+            seed = seed_of(config, epoch, step, 1 + place.rank)
+            loss, norm = update(replica, objective, optimizer, inputs, targets, config, place, seed)
             losses.append(mean_over_ranks(loss, place))
             if metrics:
-                metrics.write(number, epoch=epoch, step=step, loss=losses[-1], learning_rate=rate)
+                told = {"loss": losses[-1], "learning_rate": rate, "gradient_norm": norm, **objective.learned()}
+                metrics.write(number, epoch=epoch, step=step, **told)
                 due = config.checkpoint_steps and (number + 1) % config.checkpoint_steps == 0
                 if due and step + 1 < batches.steps:
                     checkpoint.save(epoch, step + 1, losses)
@@ -127,20 +133,23 @@ def update(
     config: Config,
     place: Place,
     seed: int,
-) -> Tensor:
-    """One step of the optimizer: the loss before it, of this rank, detached.
+) -> tuple[Tensor, float]:
+    """One step of the optimizer: the loss before it, of this rank, detached, and the norm of the model's gradient.
 
-    inputs: of the model, two views and texts. RuntimeError: the gradient is not finite; the weights are as they were.
+    inputs: of the model, two views and texts. StageError: the gradient is not finite; the weights are as they were.
     """
     optimizer.zero_grad()
-    autocast = torch.autocast(place.device.type, torch.bfloat16, enabled=in_bfloat16(config, place))
+    autocast = torch.autocast(place.device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
     loss = backward(
         model, inputs, partial(objective, targets=targets), chunk=config.chunk, seed=seed, autocast=autocast
     )
     longest = 1.0 if config.optimizer == "adamw" else math.inf
-    nn.utils.clip_grad_norm_(model.parameters(), longest, error_if_nonfinite=True)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), longest).item()
+    if not math.isfinite(norm):
+        rate = optimizer.param_groups[0]["lr"]
+        raise StageError(f"a gradient is not finite, at learning rate {rate:.3g}", "lower --learning-rate")
     optimizer.step()
-    return loss
+    return loss, norm
 
 
 def load_run(run_dir: Path, device: torch.device = torch.device("cpu")) -> tuple[Config, Model]:
@@ -160,23 +169,25 @@ def probe(config: Config, labels: list[str], trained: nn.Module, run_dir: Path, 
     """Compare the trained encoder with an untrained one on the held-out shards."""
     untrained = new_model(config, 1).encoder.to(device, memory_format=torch.channels_last)
     encoders = {"untrained": untrained.eval(), "trained": trained.eval()}
-    parts = []
-    for tars in split_shards(config):
-        dataset = graph_webdataset(
-            tars,
-            sidecars=sidecars_of(config.store, tars),
-            batch_size=config.batch_size,
-            image_pixels=config.pixels,
-            shuffle=0,
-            extra=["json"],
-            split_by_rank=False,
-        )
-        loader = DataLoader(dataset, batch_size=None, num_workers=config.workers)
-        parts.append(extract(encoders, loader, labels, device))
-    rows = evaluate(*parts)
+    parts = (labelled(config, tars) for tars in split_shards(config))
+    rows = evaluate(*(extract(encoders, batches, labels, device) for batches in parts))
     with (run_dir / "metrics.jsonl").open("a") as stream:
         stream.writelines(json.dumps(row) + "\n" for row in rows)
     print(f"\naccuracy on {config.held_out} held-out shard(s), percent:\n{table(rows)}")
+
+
+def labelled(config: Config, tars: Sequence[str]) -> Iterable[Batch]:
+    """Batches of all samples of some tars, with their json members."""
+    dataset = graph_webdataset(
+        tars,
+        sidecars=sidecars_of(config.store, tars),
+        batch_size=config.batch_size,
+        image_pixels=config.pixels,
+        shuffle=0,
+        extra=["json"],
+        split_by_rank=False,
+    )
+    return DataLoader(dataset, batch_size=None, num_workers=config.workers)
 
 
 def new_model(config: Config, text_width: int) -> Model:
@@ -188,7 +199,7 @@ def new_model(config: Config, text_width: int) -> Model:
 
 def two_views(batch: Batch, config: Config, place: Place, epoch: int, step: int) -> tuple[Tensor, Tensor]:
     """Both views of this rank's images [B, 3, P, P], by its part of the draws for the joint batch."""
-    images = normalise(batch["image"].to(place.device, non_blocking=True))
+    images = scaled(batch["image"].to(place.device, non_blocking=True))
     generator = torch.Generator().manual_seed(seed_of(config, epoch, step))
     draws = torch.rand(2, DRAWS, place.ranks, len(images), generator=generator)[:, :, place.rank]
     return random_view(images, draws[0], config), random_view(images, draws[1], config)
@@ -199,10 +210,21 @@ def seed_of(config: Config, *numbers: int) -> int:
     return int(np.random.SeedSequence([config.seed, *numbers]).generate_state(1)[0])
 
 
-def in_bfloat16(config: Config, place: Place) -> bool:
-    if config.precision == "auto":
-        return place.device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return config.precision == "bfloat16"
+def begin_alike(place: Place, **facts: object) -> None:
+    """ConfigError where the ranks do not begin with the same step, settings and graph."""
+    if place.ranks == 1:
+        return
+    found: list[Any] = [None] * place.ranks
+    dist.all_gather_object(found, facts)
+    for rank, its in enumerate(found):
+        if other := [
+            f"{name} = {its[name]} on rank {rank}, {found[0][name]} on rank 0"
+            for name in its
+            if its[name] != found[0][name]
+        ]:
+            raise ConfigError(
+                "; ".join(other), "give all ranks the same options, store and --run-dir, a folder they share"
+            )
 
 
 def mean_over_ranks(loss: Tensor, place: Place) -> float:
@@ -255,6 +277,8 @@ def main(arguments: list[str] | None = None) -> None:
         config, run_dir, labels = read_command_line(arguments)
         if labels and not config.held_out:
             raise ConfigError("--labels needs shards to test on", "set --held-out to 1 or more")
+        for label in labels:  # now rather than after the training
+            values_of(next(iter(labelled(config, split_shards(config)[1]))), label)
         with process_group() as place:
             encoder = train(config, run_dir, place)
         if labels and place.rank == 0:

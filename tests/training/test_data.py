@@ -27,7 +27,7 @@ def config_of(store: str, **more: Any) -> Config:
 
 def batches_of(config: Config, rank: int = 0, ranks: int = 1) -> EpochBatches:
     samples = training_samples(config)
-    places = GraphReader(config, samples.graph).places(samples.nodes)
+    places = GraphReader(config, samples.graph).graph_nodes(samples.nodes)
     return EpochBatches(config, samples.graph, places, Place(rank, ranks, CPU))
 
 
@@ -122,5 +122,5 @@ def test_the_permuted_control_groups_samples_that_are_no_neighbours(scenes_store
     plain = batches_of(config_of(scenes_store, samples=1.0))
     found = edges_per_anchor(scenes_store, batches, nodes)
     assert found == pytest.approx(edges_per_anchor(scenes_store, plain, nodes), rel=0.5)
-    permuted = GraphReader(config, SampleGraph.open(scenes_store)).places(nodes)
+    permuted = GraphReader(config, SampleGraph.open(scenes_store)).graph_nodes(nodes)
     assert edges_per_anchor(scenes_store, batches, permuted) > 2 * found

@@ -354,7 +354,7 @@ def test_a_step_to_be_timed_is_made_of_every_shape_that_the_recipes_have() -> No
         for text in ("projection", "tower"):
             config = Config(store="", method=method, text=text, width=4, pixels=16, batch_size=8)
             step = noisy_step(config, CPU)
-            losses = [float(step()) for _ in range(30)]  # type: ignore[arg-type]
+            losses = [step() for _ in range(30)]
             assert losses[-1] < losses[0]  # it learns: the optimizer's part is in the time
 
 
@@ -363,10 +363,12 @@ def test_a_step_to_be_timed_is_made_of_every_shape_that_the_recipes_have() -> No
 
 @pytest.mark.parametrize("form", ["reduced", "full"])
 @pytest.mark.parametrize("name", ["a", "b", "c", "d", "e"])
-def test_the_recipes_give_three_seeds_of_every_variant_and_valid_settings(name: str, form: str) -> None:
+def test_the_recipes_give_three_seeds_or_more_of_every_variant_and_valid_settings(name: str, form: str) -> None:
     experiment = plan.read_experiment(ROOT / "pipelines" / "experiments" / f"{name}.yaml", form)
     counts = Counter((run.group, run.variant) for run in experiment.runs)
-    assert set(counts.values()) == {3}
+    assert min(counts.values()) >= 3
+    seeds = {(group, counts[group, variant]) for group, variant in counts}
+    assert len(seeds) == len(experiment.groups)  # as many of every variant of a group
     for run in experiment.runs:
         assert run.settings["epochs"] == 0 or run.config(Path("store")).held_out == 0
     for claim in experiment.claims:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from config import Config
-from models import Model, TextTower, new_encoder, normalise, word_numbers
+from models import Model, TextTower, new_encoder, scaled, word_numbers
 
 from graphbuild.errors import ConfigError
 
@@ -79,4 +79,4 @@ def test_words_are_numbered_whatever_their_case_and_even_where_there_are_none() 
 
 def test_pixels_become_numbers_from_minus_one_to_one() -> None:
     images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 4)
-    assert torch.allclose(normalise(images)[1, :, 2, 3], torch.tensor([-1.0, -0.6, 1.0]))
+    assert torch.allclose(scaled(images)[1, :, 2, 3], torch.tensor([-1.0, -0.6, 1.0]))

@@ -82,10 +82,10 @@ def test_the_permuted_control_has_the_targets_of_other_nodes(scenes_store: str, 
     batch = batch_of(true)
     nodes = batch["node"].numpy()
     reader = GraphReader(control, training_samples(control).graph)
-    every = reader.places(np.arange(len(training_samples(control).graph)))
+    every = reader.graph_nodes(np.arange(len(training_samples(control).graph)))
     assert sorted(every) == list(range(len(every)))  # a permutation,
     assert (every == np.arange(len(every))).mean() < 0.05  # that moves nearly all,
-    assert np.array_equal(reader.places(nodes), every[nodes])  # the same one for each batch
+    assert np.array_equal(reader.graph_nodes(nodes), every[nodes])  # the same one for each batch
     found = block(control, batch)
     assert np.array_equal(found, block(true, {**batch, "node": torch.from_numpy(every[nodes])}))
     off = ~np.eye(len(nodes), dtype=bool)

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import webdataset as wds
 from augment import DRAWS, random_view
-from models import Model, normalise
+from models import Model, scaled
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from graphbuild.errors import ConfigError
 from graphbuild.torch import NTXentLoss, XSampleLoss, graph_webdataset
 from graphbuild.torch.images import ImageDecoder
 from lab.plan import Run
@@ -36,7 +37,7 @@ def step_seconds(run: Run, prepared: Prepared, device: torch.device) -> dict[str
 
     The run's epochs count rounds (a step of each arm).
     """
-    config = replace(run.config(prepared.store), method="xsample")
+    config = replace(run.config(prepared.store), method="xsample").resolved(device)
     tars = sorted(str(path) for path in (prepared.store / "shards").glob("*.tar"))
     torch.manual_seed(run.seed)
     model = Model(config).to(device, memory_format=torch.channels_last)
@@ -59,16 +60,15 @@ def step_seconds(run: Run, prepared: Prepared, device: torch.device) -> dict[str
         zip(ARMS, (endless(plain(tars, config.batch_size, config.pixels), config.workers), *with_fields), strict=True)
     )
     simclr, xsample = NTXentLoss(tau=config.tau), XSampleLoss(tau=config.tau, tau_s=config.tau_s)
-    bfloat16 = device.type == "cuda" and config.precision != "float32"
 
     def step(arm: str) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
         batch = next(batches[arm])
-        images = normalise(batch["image"].to(device, non_blocking=True))
+        images = scaled(batch["image"].to(device, non_blocking=True))
         draws = torch.rand(2, DRAWS, len(images))
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             z1, z2 = model(random_view(images, draws[0], config), random_view(images, draws[1], config))[:2]
         loss = simclr(z1, z2) if arm != "targets" else xsample(z1, z2, batch["embedding"].to(device))
         optimizer.zero_grad()
@@ -108,6 +108,14 @@ def images_alone(decoder: ImageDecoder, samples: list[dict[str, Any]]) -> dict[s
 
 
 def endless(dataset: Any, workers: int) -> Iterator[dict[str, Tensor]]:
+    """The batches of one pass after another; ConfigError where a pass has none."""
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
     while True:
-        yield from loader
+        batch = None
+        for batch in loader:
+            yield batch
+        if batch is None:
+            raise ConfigError(
+                f"no batch in a pass: each of {max(workers, 1)} reader(s) has fewer samples than a batch",
+                "set fewer workers or a smaller batch_size",
+            )

@@ -80,9 +80,9 @@ def probe_shape(run: Run) -> tuple[int, int, int]:
     return data.probe, data.probe + tests * data.test, labels
 
 
-def noisy_step(config: Config, device: torch.device) -> Callable[[], object]:
-    """A training step on images and texts of noise, as `train` makes it of a batch: to be called again and again."""
-    place = Place(0, 1, device)
+def noisy_step(config: Config, device: torch.device) -> Callable[[], float]:
+    """A training step on images and texts of noise, as `train` makes it of a batch, for many calls: its loss."""
+    config, place = config.resolved(device), Place(0, 1, device)
     model = new_model(config, TEXT_WIDTH).to(device, memory_format=torch.channels_last).train()
     objective = Objective(config).to(device)
     optimizer = new_optimizer(config, model, objective)
@@ -95,10 +95,11 @@ def noisy_step(config: Config, device: torch.device) -> Callable[[], object]:
     labels = Targets(labels=torch.arange(size))
     targets = {"simclr": Targets(), "clip": Targets(), "supcon": labels}
 
-    def step() -> object:
+    def step() -> float:
         inputs = [*two_views(batch, config, place, 0, 0), *(text.to(device) for text in texts if config.reads_texts)]
         told = targets.get(config.method, Targets(embeddings=embeddings)).to(device)
-        return update(model, objective, optimizer, inputs, told, config, place, 0).item()
+        loss, _ = update(model, objective, optimizer, inputs, told, config, place, 0)
+        return loss.item()
 
     return step
 

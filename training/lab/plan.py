@@ -115,7 +115,6 @@ def read_experiment(path: Path, form: Form, seeds: int | None = None) -> Experim
     if missing or form not in recipe["forms"]:
         raise ConfigError(f"{path} has no {', '.join(missing) or f'form {form}'}", "see pipelines/experiments/")
     here = dict(recipe["forms"][form])
-    count = here.pop("seeds", 3)
     data_changes = here.pop("data", {})
     settings_known = [field.name for field in fields(Config)]
     runs = []
@@ -124,6 +123,7 @@ def read_experiment(path: Path, form: Form, seeds: int | None = None) -> Experim
         changes = {**here, **group.get(form, {})}
         if changes.pop("skip", False):
             continue
+        count = changes.pop("seeds", 3)
         for seed in range(seeds or count):
             for variant, own in group["variants"].items():
                 settings = {**recipe["base"], **changes, **own}
