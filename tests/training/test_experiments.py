@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from config import Config
-from lab import plan, runs, sources
+from lab import cost, plan, runs, sources
 from lab.forecast import Forecast, noisy_step
 from lab.results import Results, plot, summary
 from lab.runs import claimed
@@ -278,6 +278,13 @@ def test_the_cost_of_the_graph_is_the_share_by_which_steps_are_longer(
     for arm in ("fields", "targets"):
         assert found[f"{arm} overhead share"] == pytest.approx(found[f"{arm} ms"] / found["plain ms"] - 1, abs=1e-4)
     assert min(found[f"{arm} ms"] for arm in ("plain", "fields", "targets")) > 0.1
+
+
+def test_readers_that_cannot_fill_a_batch_are_an_error_not_a_wait(work: Path) -> None:
+    store = sources.prepare(sources.Data(**SCENES), work / "data").store
+    tars = sorted(str(path) for path in (store / "shards").glob("*.tar"))
+    with pytest.raises(ConfigError, match=r"(?s)no batch in a pass.*smaller batch_size"):
+        next(cost.endless(cost.plain(tars, 10_000, 16), 0))
 
 
 @pytest.mark.parametrize("kind", ["training", "cost"])

@@ -15,21 +15,21 @@ from torch import nn
 def test_lars_is_its_formula_in_float64() -> None:
     rng = np.random.default_rng(0)
     weight, bias = rng.normal(size=(4, 3)), rng.normal(size=3)
-    rate, decay, momentum, trust = 0.3, 0.01, 0.9, 0.001
+    decay, momentum, trust = 0.01, 0.9, 0.001
     parameters = [nn.Parameter(torch.from_numpy(value.copy())) for value in (weight, bias)]
-    optimizer = LARS(
-        [{"params": parameters[:1], "weight_decay": decay}, {"params": parameters[1:], "adapt": False}], lr=rate
-    )
+    optimizer = LARS([{"params": parameters[:1], "weight_decay": decay}, {"params": parameters[1:], "adapt": False}])
     v = [np.zeros_like(weight), np.zeros_like(bias)]
-    for _ in range(5):
+    for rate in (0.3, 0.2, 0.5, 0.0, 0.1):  # the momentum keeps each step's own
         gradients = [rng.normal(size=weight.shape), rng.normal(size=bias.shape)]
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = torch.from_numpy(gradient)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         optimizer.step()
         update = gradients[0] + decay * weight
-        v[0] = momentum * v[0] + trust * np.linalg.norm(weight) / np.linalg.norm(update) * update
-        v[1] = momentum * v[1] + gradients[1]
-        weight, bias = weight - rate * v[0], bias - rate * v[1]
+        v[0] = momentum * v[0] + rate * trust * np.linalg.norm(weight) / np.linalg.norm(update) * update
+        v[1] = momentum * v[1] + rate * gradients[1]
+        weight, bias = weight - v[0], bias - v[1]
         for parameter, value in zip(parameters, (weight, bias), strict=True):
             assert np.abs(parameter.detach().numpy() - value).max() < 1e-12
 

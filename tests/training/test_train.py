@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import objective
 import pytest
 import torch
 from config import Config, Place
@@ -22,7 +23,7 @@ from data import EpochBatches, split_shards, training_samples
 from records import Checkpoint
 from train import load_run, main, new_model, train, two_views
 
-from graphbuild.errors import ConfigError
+from graphbuild.errors import ConfigError, StageError
 from graphbuild.torch import GraphDataset
 
 SCRIPT = Path(__file__).parents[2] / "training" / "train.py"
@@ -230,6 +231,9 @@ def test_clip_learns_its_temperature(scenes_store: str, tmp_path: Path) -> None:
     train(small(scenes_store, epochs=1, method="clip"), tmp_path, HERE)
     (log_scale,) = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["objective"].values()
     assert 0 < abs(log_scale.item() - math.log(1 / 0.1)) < 0.1
+    told = [line["tau"] for line in steps(tmp_path)]
+    assert told[-1] == pytest.approx(math.exp(-log_scale.item()))
+    assert len(set(told)) == len(told)
 
 
 @pytest.mark.parametrize(("method", "text"), [("xsample", "projection"), ("clip", "projection"), ("clip", "tower")])
@@ -303,6 +307,10 @@ def test_mistakes_are_explained(scenes_store: str, tmp_path: Path) -> None:
         ([scenes_store, "--labels", "kind", "--held-out", "0"], "set --held-out to 1"),
         ([scenes_store, "--labels", "weight", "--epochs", "1", "--pixels", "16"], "no label 'weight'"),
         ([scenes_store, "--samples", "0"], "share in"),
+        ([scenes_store, "--learning-rate", "-0.1"], "learning_rate = -0.1.*use 0 or more"),
+        ([scenes_store, "--learning-rate", "nan"], "learning_rate = nan"),
+        ([scenes_store, "--jitter", "5"], "jitter = 5.0.*use 0 to 1"),
+        ([scenes_store, "--width", "1"], "width = 1.*use 2 or more"),
         ([scenes_store, "--train-shards", "shards/*.tar"], "00003.tar is held out, and among the train shards"),
         ([scenes_store, "--samples", "361"], "361 of 360"),
         ([scenes_store, "--pixels", "999999"], "pass --no-cache"),
@@ -313,8 +321,9 @@ def test_mistakes_are_explained(scenes_store: str, tmp_path: Path) -> None:
         ([scenes_store, "--config", str(tmp_path / "none.yaml")], "none.yaml cannot be read"),
         ([], "name a finished graphbuild store"),
     ):
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(SystemExit, match=f"(?s){message}"):
             main([*arguments, "--run-dir", str(tmp_path / "run")])
+    assert not list(tmp_path.glob("run/*"))  # labels too are looked at before the training
     with pytest.raises(ConfigError, match="no checkpoint"):
         load_run(tmp_path)
 
@@ -326,6 +335,57 @@ def test_a_run_of_other_settings_is_not_continued(scenes_store: str, tmp_path: P
         train(small(scenes_store, epochs=1, seed=1, tau_s=0.2), tmp_path, HERE)
     train(small(scenes_store, epochs=1, checkpoint_steps=1, cache=False), tmp_path, HERE)  # changes no number
     assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_is_not_continued_on_another_graph(scenes_store: str, tmp_path: Path) -> None:
+    config = small(scenes_store, epochs=1)
+    train(config, tmp_path, HERE)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["graph"] == json.loads((Path(scenes_store) / "manifest.json").read_text())["graph"]["fingerprint"]
+    torch.save({**state, "graph": "of another encoder"}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ConfigError, match=r"another graph than .* has now"):
+        train(config, tmp_path, HERE)
+
+
+def test_ranks_that_do_not_see_the_same_checkpoint_do_not_begin(scenes_store: str, tmp_path: Path) -> None:
+    train(small(scenes_store, epochs=1), tmp_path / "0", HERE)  # rank 1 has a folder of its own, and nothing in it
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(SCRIPT.parent)!r})\nimport train\n"
+        f"train.main([*sys.argv[1:], '--run-dir', {str(tmp_path)!r} + '/' + os.environ['RANK']])\n"
+    )
+    options = {"pixels": 16, "width": 8, "samples": 160, "batch_size": 40, "epochs": 1, "seed": 5}
+    flags = [str(text) for name, value in options.items() for text in (f"--{name.replace('_', '-')}", value)]
+    done = subprocess.run(
+        [sys.executable, *LAUNCHER, str(script), scenes_store, *flags],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=ONE_THREAD,
+    )
+    assert done.returncode != 0
+    assert "epoch = 0 on rank 1, 1 on rank 0" in done.stderr
+    assert "--run-dir, a folder they share" in done.stderr
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_with_its_weights_kept(
+    scenes_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = objective.Objective.forward
+    monkeypatch.setattr(objective.Objective, "forward", lambda *args, **more: broken(*args, **more) * math.nan)
+    config = small(scenes_store, epochs=1, learning_rate=0.02)
+    with pytest.raises(StageError, match=r"(?s)not finite, at learning rate 0.0002.*lower --learning-rate"):
+        train(config, tmp_path, HERE)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_what_the_device_and_the_optimizer_decide_is_written_down() -> None:
+    assert Config(store="").resolved(torch.device("cpu")).precision == "float32"
+    assert Config(store="").resolved(torch.device("cpu")).learning_rate == 3e-3
+    lars = Config(store="", optimizer="lars", batch_size=512)
+    assert lars.resolved(torch.device("cpu")).learning_rate == pytest.approx(0.6)
+    chosen = Config(store="", optimizer="lars", learning_rate=0.1, precision="bfloat16")
+    assert chosen.resolved(torch.device("cpu")) == chosen
 
 
 def test_shards_are_split_into_train_and_held_out(scenes_store: str) -> None:
@@ -355,5 +415,19 @@ def test_metrics_go_where_log_says(
 ) -> None:
     pytest.importorskip(log)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    train(small(scenes_store, epochs=1, log=log), tmp_path, HERE)
+    config = small(scenes_store, epochs=1, log=log, checkpoint_steps=2)
+    save = Checkpoint.save
+
+    def save_and_stop(checkpoint: Checkpoint, epoch: int, step: int, losses: list[float]) -> None:
+        save(checkpoint, epoch, step, losses)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patches:
+        patches.setattr(Checkpoint, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path, HERE)
+    train(config, tmp_path, HERE)
+    if log == "wandb":  # one run there too
+        runs = {path.stem for path in tmp_path.glob("wandb/offline-run*/run*.wandb")}
+        assert runs == {f"run-{(tmp_path / 'wandb.id').read_text()}"}
     assert list(tmp_path.glob("tensorboard/events*" if log == "tensorboard" else "wandb/offline-run*/run*.wandb"))
