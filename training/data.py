@@ -43,9 +43,13 @@ def split_shards(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
     kept = max(len(tars) - config.held_out, 0)
     if config.train_shards:
         return (os.path.join(config.store, config.train_shards),), tars[kept:]  # noqa: PTH118 - may be a URL
+    if not tars:
+        SampleGraph.open(config.store)  # there may be no store at all
+        fix = "name them with --train-shards and --held-out 0; captions and vectors alone have no images to train on"
+        raise ConfigError(f"no tars of {config.store} are at hand", fix)
     if kept == 0:
         raise ConfigError(
-            f"{config.store} has {len(tars)} tar(s) at hand and held_out = {config.held_out}",
+            f"{config.store} has {len(tars)} tar(s) and held_out = {config.held_out}",
             "set --held-out so that one is left to train on, or name others with --train-shards",
         )
     return tars[:kept], tars[kept:]

@@ -42,6 +42,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from graphbuild.errors import ConfigError, GraphbuildError, StageError
+from graphbuild.sidecar import ShardError
 from graphbuild.torch import Targets, graph_webdataset
 
 __all__ = ["Config", "Place", "load_run", "process_group", "train"]
@@ -176,6 +177,21 @@ def probe(config: Config, labels: list[str], trained: nn.Module, run_dir: Path, 
     print(f"\naccuracy on {config.held_out} held-out shard(s), percent:\n{table(rows)}")
 
 
+def check_labels(config: Config, labels: Sequence[str]) -> None:
+    """Look before the training for what the probes need after it: ConfigError or InputError where it is not there."""
+    if not labels:
+        return
+    if not config.held_out:
+        raise ConfigError("--labels needs shards to test on", "set --held-out to 1 or more")
+    _, held_out = split_shards(config)
+    try:
+        batch = next(iter(labelled(config, held_out)))
+    except ShardError as error:
+        raise ConfigError(f"--labels: {error.cause}", "labels are fields of the samples' json members") from error
+    for label in labels:
+        values_of(batch, label)
+
+
 def labelled(config: Config, tars: Sequence[str]) -> Iterable[Batch]:
     """Batches of all samples of some tars, with their json members."""
     dataset = graph_webdataset(
@@ -275,12 +291,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Train, then probe where there are labels."""
     try:
         config, run_dir, labels = read_command_line(arguments)
-        if labels and not config.held_out:
-            raise ConfigError("--labels needs shards to test on", "set --held-out to 1 or more")
-        for label in labels:  # now rather than after the training
-            values_of(next(iter(labelled(config, split_shards(config)[1]))), label)
+        check_labels(config, labels)
         with process_group() as place:
             encoder = train(config, run_dir, place)
+            if place.rank == 0:
+                print(f"trained model: {run_dir / 'checkpoint.pt'}")
         if labels and place.rank == 0:
             probe(config, labels, encoder, run_dir, place.device)
     except GraphbuildError as error:

@@ -26,6 +26,7 @@ from lab.forecast import Forecast, noisy_step
 from lab.results import Results, plot, summary
 from lab.runs import claimed
 from other_device import CPU, other_device
+from scipy.stats import ttest_rel
 
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError
@@ -452,14 +453,31 @@ def test_the_summary_has_mean_deviation_and_number_of_seeds_and_marks_what_is_mi
     assert f"| X-Sample | 54.0 ± {100 * statistics.stdev(values['X-Sample']):.1f} (**2 of 3**) |" in text
     assert "5 of 6 runs are finished" in text
     assert "**incomplete**" in text
-    apart = 0.21 / np.sqrt((np.var(values["SimCLR"], ddof=1) + np.var(values["X-Sample"], ddof=1)) / 2)
-    assert f"+21.0, {apart:.1f} standard deviations, 2 and 3 seeds: **holds**" in text
+    both = values["SimCLR"][:2], values["X-Sample"]
+    apart = 0.225 / np.sqrt((np.var(both[0], ddof=1) + np.var(both[1], ddof=1)) / 2)
+    assert f"+22.5 (+16.1 to +28.9), {apart:.1f} standard deviations, 2 seeds: **holds**" in text
 
 
-def test_a_claim_needs_its_margin_and_its_deviations(tmp_path: Path) -> None:
-    noisy = {"SimCLR": [0.30, 0.40, 0.50], "X-Sample": [0.35, 0.45, 0.55]}
+@pytest.mark.parametrize(
+    ("better", "told"),
+    [
+        ([0.35, 0.45, 0.56], "+5.3 (+3.9 to +6.8), 0.5 standard deviations, 3 seeds: **does not hold**"),  # of the two
+        ([0.61, 0.70, 0.82], "+31.0 (+28.5 to +33.5), 3.0 standard deviations, 3 seeds: **holds**"),
+        ([0.55, 0.40, 0.52], "+9.0 (-25.5 to +43.5), 1.0 standard deviations, 3 seeds: **open**"),
+        ([0.25, 0.34, 0.45], "-5.3 (-6.8 to -3.9), -0.5 standard deviations, 3 seeds: **does not hold**"),
+        ([0.35], "**open**, 1 seeds are finished"),
+    ],
+)
+def test_a_claim_holds_by_the_differences_of_its_seeds_and_its_deviations(
+    tmp_path: Path, better: list[float], told: str
+) -> None:
+    noisy = {"SimCLR": [0.30, 0.40, 0.50], "X-Sample": better}
     experiment, results = make_results(tmp_path, noisy)
-    assert "0.5 standard deviations, 3 and 3 seeds: **does not hold**" in summary(experiment, results)
+    assert told in summary(experiment, results)
+    if len(better) == 3:
+        expected = ttest_rel(better, noisy["SimCLR"]).confidence_interval(0.95)
+        low, high = (f"{100 * value:+.1f}" for value in expected)
+        assert f"({low} to {high})" in told
 
 
 def test_a_line_that_a_crash_has_cut_is_run_again(tmp_path: Path) -> None:

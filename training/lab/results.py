@@ -127,29 +127,45 @@ def summary(experiment: Experiment, results: Results) -> str:
             cells = [_cell(values_of(lines, measure), measure, len(lines)) for measure in measures]
             text.append(f"| {variant} | {' | '.join(cells)} |")
     if experiment.claims:
-        text += ["", "## What was expected", ""]
+        text += ["", "## What was expected", "", "Mean of the differences seed by seed, and its 95% interval.", ""]
         text += [f"- {verdict(claim, groups)}" for claim in experiment.claims]
     return "\n".join(text) + "\n"
 
 
 def verdict(claim: Claim, groups: dict[str, dict[str, list[Line | None]]]) -> str:
-    """A claim against the results. Deviations are the root of the mean of both variances, of three seeds or more."""
+    """A claim against the results of the seeds that both sides have: it holds, does not hold, or is open.
+
+    Runs of one seed share weights, order and views, so their differences are what is looked at: the claim is open where
+    the 95% interval of their mean (Student's t) includes the margin. Standard deviations are the root of the mean of
+    both variances over seeds.
+    """
     name = f"{claim.group}, {claim.measure}: {claim.better} against {claim.worse}"
-    variants = groups.get(claim.group, {})
-    better, worse = (values_of(variants.get(side, []), claim.measure) for side in (claim.better, claim.worse))
+    sides = [groups.get(claim.group, {}).get(side, []) for side in (claim.better, claim.worse)]
+    pairs = [pair for pair in zip(*sides, strict=False) if len(values_of(pair, claim.measure)) == 2]
     wanted = f"expected at least {_shown(claim.margin, claim.measure, '+')}"
     if claim.deviations:
         wanted += f" and {claim.deviations:g} standard deviations"
-    if len(better) < 2 or len(worse) < 2:
-        return f"{name}: open, {len(better)} and {len(worse)} seeds are finished ({wanted})"
-    (high, high_spread), (low, low_spread) = spread(better), spread(worse)
-    pooled = ((high_spread**2 + low_spread**2) / 2) ** 0.5
-    apart = (high - low) / max(pooled, 1e-9)
-    holds = high - low >= claim.margin and (not claim.deviations or apart > claim.deviations)
-    return (
-        f"{name}: {_shown(high - low, claim.measure, '+')}, {apart:.1f} standard deviations, {len(better)} and"
-        f" {len(worse)} seeds: **{'holds' if holds else 'does not hold'}** ({wanted})"
+    if len(pairs) < 2:
+        return f"{name}: **open**, {len(pairs)} seeds are finished ({wanted})"
+    better, worse = (values_of(side, claim.measure) for side in zip(*pairs, strict=True))
+    mean, low, high = interval([one - other for one, other in zip(better, worse, strict=True)])
+    apart = mean / max(((statistics.variance(better) + statistics.variance(worse)) / 2) ** 0.5, 1e-9)
+    state = "open" if low <= claim.margin <= high else "does not hold"
+    if low > claim.margin and (not claim.deviations or apart > claim.deviations):
+        state = "holds"
+    shown = (_shown(value, claim.measure, "+") for value in (mean, low, high))
+    return "{}: {} ({} to {}), {:.1f} standard deviations, {} seeds: **{}** ({})".format(
+        name, *shown, apart, len(pairs), state, wanted
     )
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, and the ends of its 95% interval by Student's t."""
+    from scipy.stats import t
+
+    mean, deviation = spread(differences)
+    reach = float(t.ppf(0.975, len(differences) - 1)) * deviation / len(differences) ** 0.5
+    return mean, mean - reach, mean + reach
 
 
 def is_share(measure: str) -> bool:

@@ -30,7 +30,7 @@ from lab.sources import Prepared, prepare
 
 @contextmanager
 def claimed(name: str, work: Path, wait: bool = False) -> Iterator[bool]:
-    """Whether `name`, a run or its data, is this process's alone until the block ends.
+    """Whether `name`, a run, its data or the results, is this process's alone until the block ends.
 
     So several processes can share a work folder. The claim is a lock (flock), which ends with the process however that
     ends; where a file system has no locks, everybody gets it. wait: until another's has ended.

@@ -66,7 +66,8 @@ class Work:
             except Exception as error:  # noqa: BLE001 - a fault of one run must not end the others
                 traceback.print_exc()
                 return Outcome(run, "failed", told=f"{type(error).__name__}: {error}")
-            found.add(run, metrics, seconds, device_name(device))
+            with claimed("results", self.folder, wait=True):
+                found.add(run, metrics, seconds, device_name(device))
         main = f"linear {run.data.main_label}"
         told = f"{main} {100 * metrics[main]:.1f}" if main in metrics else ""
         return Outcome(run, "done", time.perf_counter() - started, told)
