@@ -65,21 +65,25 @@ def evaluate(train: Features, test: Features) -> list[dict[str, Any]]:
     """One row a label: classes, chance, and accuracy on the test part of knn and linear for each encoder."""
     rows = []
     for label, names in train.labels.items():
-        classes = sorted({*names, *test.labels[label]})
-        if len(classes) > len(names) / 2:
-            raise InputError(f"label {label!r} has {len(classes)} values: too many for classes", "correct --labels")
-        index = {name: number for number, name in enumerate(classes)}
-        y_train = torch.tensor([index[name] for name in names])
-        y_test = torch.tensor([index[name] for name in test.labels[label]])
+        classes, (y_train, y_test) = numbered(names, test.labels[label])
+        if classes > len(names) / 2:
+            raise InputError(f"label {label!r} has {classes} values: too many for classes", "correct --labels")
         commonest = y_train.mode().values
-        row: dict[str, Any] = {"label": label, "classes": len(classes), "chance": accuracy(commonest, y_test)}
+        row: dict[str, Any] = {"label": label, "classes": classes, "chance": accuracy(commonest, y_test)}
         for encoder, x_train in train.by_encoder.items():
             x_test = test.by_encoder[encoder]
             for probe, choices in ((knn, NEIGHBOURS), (linear, PENALTIES)):
-                predicted = _chosen_on_validation(probe, choices, x_train, y_train, x_test, len(classes))
+                predicted = _chosen_on_validation(probe, choices, x_train, y_train, x_test, classes)
                 row[f"{probe.__name__} {encoder}"] = accuracy(predicted, y_test)
         rows.append(row)
     return rows
+
+
+def numbered(*parts: Sequence[str]) -> tuple[int, list[Tensor]]:
+    """How many classes the values of all parts name, and each part's as int64 numbers, in the order of the names."""
+    classes = sorted({value for part in parts for value in part})
+    number = {name: index for index, name in enumerate(classes)}
+    return len(classes), [torch.tensor([number[value] for value in part]) for part in parts]
 
 
 @torch.inference_mode()
@@ -101,26 +105,24 @@ def probes(
         "linear LABEL", and for main "knn LABEL", "S-shot LABEL"; on a part other than "test" with its name behind.
     """
     found: dict[str, float] = {}
+    queries = torch.cat(list(tests.values()))
     for label, values in labels["train"].items():
-        classes = sorted({*values, *(value for part in tests for value in labels[part][label])})
-        number = {name: index for index, name in enumerate(classes)}
-        y = torch.tensor([number[value] for value in values])
-        queries = torch.cat(list(tests.values()))
-        guesses = {"linear": _chosen_on_validation(linear, PENALTIES, train, y, queries, len(classes))}
+        classes, (y, *truths) = numbered(values, *(labels[part][label] for part in tests))
+        guesses = {"linear": _chosen_on_validation(linear, PENALTIES, train, y, queries, classes)}
         if label == main:
-            guesses["knn"] = _chosen_on_validation(knn, NEIGHBOURS, train, y, queries, len(classes))
-            guesses |= {f"{shots}-shot": few_shot(train, y, queries, len(classes), shots) for shots in SHOTS}
+            guesses["knn"] = _chosen_on_validation(knn, NEIGHBOURS, train, y, queries, classes)
+            guesses |= {f"{shots}-shot": few_shot(train, y, queries, classes, shots) for shots in SHOTS}
         for probe, guess in guesses.items():
             parts = guess.split([len(x) for x in tests.values()], dim=-1)
-            for part, predicted in zip(tests, parts, strict=True):
-                truth = torch.tensor([number[value] for value in labels[part][label]])
+            for part, predicted, truth in zip(tests, parts, truths, strict=True):
                 found[f"{probe} {label}" + (f" {part}" if part != "test" else "")] = accuracy(predicted, truth)
     return found
 
 
 def few_shot(x: Tensor, y: Tensor, queries: Tensor, classes: int, shots: int) -> Tensor:
-    """Nearest class mean (cosine) of `shots` labelled images a class, for several draws: [DRAWS, queries].
+    """Nearest class mean (cosine) of `shots` labelled images a class, for several draws: int64 [DRAWS, m].
 
+    x, y, queries: as of `knn`.
     Features are standardised by all of x, which needs no label. A class with fewer images gives those it has.
     """
     mean, deviation = x.mean(0), x.std(0).clamp_min(1e-6)
@@ -143,7 +145,11 @@ def zero_shot(images: Tensor, texts: Tensor, classes: Sequence[str], truth: Sequ
 
 
 def knn(x: Tensor, y: Tensor, queries: Tensor, classes: int, neighbours: int) -> Tensor:
-    """Votes of the nearest neighbours weighted by exp(cosine / 0.07), as in Wu et al., arXiv 1805.01978."""
+    """Votes of the nearest neighbours weighted by exp(cosine / 0.07), as in Wu et al., arXiv 1805.01978.
+
+    x: features float32 [n, f]. y: their classes, int64 [n] in 0..classes-1. queries: float32 [m, f]. Returns the
+    guessed classes, int64 [m].
+    """
     similarity, nearest = (normalize(queries) @ normalize(x).T).topk(min(neighbours, len(x)))
     votes = torch.zeros(len(queries), classes)
     votes.scatter_add_(1, y[nearest], torch.exp((similarity - 1) / KNN_TEMPERATURE))
@@ -151,7 +157,7 @@ def knn(x: Tensor, y: Tensor, queries: Tensor, classes: int, neighbours: int) ->
 
 
 def linear(x: Tensor, y: Tensor, queries: Tensor, classes: int, penalty: float) -> Tensor:
-    """Multinomial logistic regression with an L2 penalty on standardised features, fitted by L-BFGS."""
+    """Multinomial logistic regression with an L2 penalty on standardised features, fitted by L-BFGS; as `knn`."""
     mean, deviation = x.mean(0), x.std(0).clamp_min(1e-6)
     x, queries = (x - mean) / deviation, (queries - mean) / deviation
     head = nn.Linear(x.shape[1], classes)
@@ -188,6 +194,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _chosen_on_validation(
     probe: Any, choices: Sequence[float], x: Tensor, y: Tensor, queries: Tensor, classes: int
 ) -> Tensor:
+    """The guesses of a probe for queries, with the choice that does best on a fifth of x, fitted on all of x."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     held, kept = order.tensor_split([max(1, int(VALIDATION_SHARE * len(x)))])
     scores = [accuracy(probe(x[kept], y[kept], x[held], classes, choice), y[held]) for choice in choices]
