@@ -13,6 +13,8 @@ import gc
 import json
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -45,6 +47,8 @@ from graphbuild.errors import ConfigError, GraphbuildError, StageError
 from graphbuild.sidecar import ShardError
 from graphbuild.torch import Targets, graph_webdataset
 
+ASKED_TO_END = threading.Event()  # by SIGTERM, which clusters send some seconds before they take a machine away
+
 __all__ = ["Config", "Place", "load_run", "process_group", "train"]
 
 
@@ -55,6 +59,7 @@ def train(config: Config, run_dir: Path, place: Place) -> nn.Module:
         ConfigError: a Config that does not fit the store, another Config or store than the run began with, or ranks
             that do not begin alike.
         StageError: a gradient is not finite; the weights of the last checkpoint are.
+        SystemExit: the process was asked to end, and the checkpoint is written.
     """
     config = config.resolved(place.device)
     samples = training_samples(config)
@@ -97,13 +102,16 @@ def train(config: Config, run_dir: Path, place: Place) -> nn.Module:
             inputs = [*two_views(batch, config, place, epoch, step), *texts]
             seed = seed_of(config, epoch, step, 1 + place.rank)
             loss, norm = update(replica, objective, optimizer, inputs, targets, config, place, seed)
-            losses.append(mean_over_ranks(loss, place))
+            loss_of_all, ending = over_all_ranks(loss, place)
+            losses.append(loss_of_all)
             if metrics:
                 told = {"loss": losses[-1], "learning_rate": rate, "gradient_norm": norm, **objective.learned()}
                 metrics.write(number, epoch=epoch, step=step, **told)
-                due = config.checkpoint_steps and (number + 1) % config.checkpoint_steps == 0
+                due = ending or (config.checkpoint_steps and (number + 1) % config.checkpoint_steps == 0)
                 if due and step + 1 < batches.steps:
                     checkpoint.save(epoch, step + 1, losses)
+            if ending and step + 1 < batches.steps:
+                raise SystemExit(128 + signal.SIGTERM)
         if metrics:
             seconds, steps = clock.seconds(), len(batches)  # of this epoch, since the run went on
             speed, mean = steps * config.batch_size / seconds, sum(losses) / len(losses)
@@ -119,6 +127,8 @@ def train(config: Config, run_dir: Path, place: Place) -> nn.Module:
             )
             if not config.checkpoint_steps or due or epoch + 1 == config.epochs:
                 checkpoint.save(epoch + 1, 0, [])
+        if ending:
+            raise SystemExit(128 + signal.SIGTERM)
         first_step, losses = 0, []
     if metrics:
         metrics.close()
@@ -243,11 +253,13 @@ def begin_alike(place: Place, **facts: object) -> None:
             )
 
 
-def mean_over_ranks(loss: Tensor, place: Place) -> float:
-    """The loss of the joint batch."""
+def over_all_ranks(loss: Tensor, place: Place) -> tuple[float, bool]:
+    """The loss of the joint batch, and whether a rank has been asked to end."""
+    told = torch.stack([loss, torch.full_like(loss, ASKED_TO_END.is_set())])
     if place.ranks > 1:
-        dist.all_reduce(loss)
-    return loss.item() / place.ranks
+        dist.all_reduce(told)
+    total, ending = told.cpu().tolist()
+    return total / place.ranks, ending > 0
 
 
 class Clock:
@@ -289,6 +301,7 @@ def process_group() -> Iterator[Place]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, then probe where there are labels."""
+    signal.signal(signal.SIGTERM, lambda *_: ASKED_TO_END.set())
     try:
         config, run_dir, labels = read_command_line(arguments)
         check_labels(config, labels)

@@ -125,6 +125,29 @@ def test_a_killed_run_goes_on_with_the_same_losses(scenes_store: str, whole_run:
     assert not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("launcher", [[], pytest.param(LAUNCHER, marks=pytest.mark.slow)], ids=["one", "two ranks"])
+def test_a_run_that_is_asked_to_end_leaves_a_checkpoint_of_its_last_step(
+    scenes_store: str, whole_run: Path, tmp_path: Path, launcher: list[str]
+) -> None:
+    arguments = [*launcher, *command(scenes_store, tmp_path)]
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, env=ONE_THREAD)
+    path = tmp_path / "metrics.jsonl"
+    while process.poll() is None and not (path.exists() and '"epoch": 1, "step": 1' in path.read_text()):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == (1 if launcher else 128 + signal.SIGTERM)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    last = steps(tmp_path)[-1]
+    taken = (last["epoch"], last["step"] + 1) if last["step"] + 1 < STEPS else (last["epoch"] + 1, 0)
+    assert (state["epoch"], state["step"]) == taken
+    assert taken < (EPOCHS, 0)
+    start(arguments)
+    if launcher:
+        whole_run = tmp_path / "whole"
+        start([*launcher, *command(scenes_store, whole_run)])
+    assert steps(tmp_path) == steps(whole_run)
+
+
 def small(store: str, **more: Any) -> Config:
     options = {"pixels": 16, "width": 8, "samples": 160, "batch_size": 40, "epochs": 2, "seed": 5}
     return Config(store=store, **options | more)
