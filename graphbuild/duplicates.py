@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numba import njit
 from numpy.typing import NDArray
 
+from graphbuild.compiled import compiled
 from graphbuild.graph import SampleGraph
 from graphbuild.mined import Mined, Part, blocks, check_similarity, count_truncated, reaches, samples, slices
 
@@ -95,7 +95,7 @@ def _components(graph: SampleGraph, threshold: float) -> tuple[Ids, NDArray[np.f
     return parent, strength, truncated
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _unite(parent: Any, nodes: Any, others: Any) -> None:
     """Union-find: joins the trees of each pair under the smaller root, and halves the paths that it walks."""
     for e in range(len(nodes)):

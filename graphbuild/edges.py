@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from graphbuild.compiled import compiled, inlined
 from graphbuild.errors import ConfigError
 from graphbuild.knn.lists import key_of, node_of, score_of
 
@@ -109,7 +109,7 @@ class Edges:
         return graph
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _has_reverse(offsets: Any, neighbors: Any) -> Any:
     found = np.zeros(len(neighbors), np.bool_)
     for i in range(len(offsets) - 1):
@@ -122,7 +122,7 @@ def _has_reverse(offsets: Any, neighbors: Any) -> Any:
     return found
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _with_reverses(offsets: Any, neighbors: Any, similarities: Any, one_sided: Any, into: Any) -> Any:
     """Keys of all edges and of the reverses of the one-sided ones, each row in descending order."""
     keys = np.empty(into[-1], np.int64)
@@ -141,7 +141,7 @@ def _with_reverses(offsets: Any, neighbors: Any, similarities: Any, one_sided: A
     return keys
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _unpacked(keys: Any) -> Any:
     neighbors = np.empty(len(keys), np.uint32)
     similarities = np.empty(len(keys), np.float32)
@@ -151,7 +151,7 @@ def _unpacked(keys: Any) -> Any:
     return neighbors, similarities
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def overlay(nodes: Any, neighbors: Any, similarities: Any, values: Any, known: Any) -> None:
     """Write what is stored into a batch's block: values float32 [B, B] and known bool [B, B], in place.
 
@@ -182,7 +182,7 @@ def overlay(nodes: Any, neighbors: Any, similarities: Any, values: Any, known: A
                 place = same[place]
 
 
-@njit(inline="always")
+@inlined
 def _slot(nodes: Any, first: Any, node: Any) -> Any:
     mask = len(first) - 1
     slot = ((node * 0x9E3779B1) >> 7) & mask

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
+from graphbuild.compiled import compiled, inlined
 from graphbuild.knn.intrinsics import CHUNK, half, lowest_bit, passing_one_floor, passing_one_scale, pointer, prefetch
 from graphbuild.knn.lists import EMPTY, key_of, node_of, offer, score_of
 
@@ -20,7 +21,7 @@ _NEXT = 3
 _LEAF_MASK = 0x3FFF
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def join_tile(
     tile: Any, rows: Any, columns: Any, ids: Any, scales: Any, floors: Any, keys: Any, symmetric: bool
 ) -> None:
@@ -73,7 +74,7 @@ def join_tile(
                 floors[other] = column_floors[j]
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def search_tile(tile: Any, rows: Any, first: int, scales: Any, keys: Any) -> None:
     """Offer the columns of a tile int32 [m, n] (nodes first..first+n-1, codes' scales [n]) to the lists of its rows."""
     last = keys.shape[1] - 1
@@ -94,7 +95,7 @@ def search_tile(tile: Any, rows: Any, first: int, scales: Any, keys: Any) -> Non
             offer(row, key_of(np.float32(products[j]) * scales[j], first + j))
 
 
-@njit(inline="always")
+@inlined
 def row_address(table: Any, node: Any) -> Any:
     """Where a node's row begins in memory; table is `graphbuild.knn.rows.table`."""
     addresses, starts, guess, stride = table
@@ -104,13 +105,13 @@ def row_address(table: Any, node: Any) -> Any:
     return addresses[shard] + (node - starts[shard]) * stride
 
 
-@njit(inline="always")
+@inlined
 def prefetch_row(address: Any, length: Any) -> None:
     for offset in range(0, length, 64):
         prefetch(address + offset)
 
 
-@njit(inline="always")
+@inlined
 def _code_product(a: Any, b: Any, width: Any) -> Any:
     left = carray(pointer(a), width, np.int8)
     right = carray(pointer(b), width, np.int8)
@@ -120,7 +121,7 @@ def _code_product(a: Any, b: Any, width: Any) -> Any:
     return total
 
 
-@njit(inline="always")
+@inlined
 def _is_new(seen: Any, node: Any, row: Any) -> Any:
     """Whether a node was not yet met for this row (0, 1, ...); from now on it was. seen int64: zeros, 2^i."""
     here = (np.int64(row + 1) << 32) | node
@@ -133,7 +134,7 @@ def _is_new(seen: Any, node: Any, row: Any) -> Any:
     return True
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def refine_lists(
     first: int,
     keys: Any,
@@ -212,7 +213,7 @@ def refine_lists(
     return total
 
 
-@njit(nogil=True, fastmath={"nsz", "arcp", "contract", "afn", "reassoc"}, cache=True)
+@compiled(fastmath={"nsz", "arcp", "contract", "afn", "reassoc"})
 def encode_rows(raw: Any, codes: Any, scales: Any) -> None:
     """Codes int8 [n, d] and (scale, rest) float32 [n, 2] of float16 vectors, given as uint16 bits [n, d]."""
     n, width = raw.shape
@@ -237,7 +238,7 @@ def encode_rows(raw: Any, codes: Any, scales: Any) -> None:
         scales[i, 1] = np.sqrt(rest) * np.float32(1.0001) + np.float32(1e-6)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def offer_exactly(tile: Any, own: Any, first: int, margin: float, keys: Any, vectors: Any, width: int) -> None:
     """Offer nodes first..first+n-1 to the exact lists keys int64 [m, k] of nodes own [m].
 
@@ -256,7 +257,7 @@ def offer_exactly(tile: Any, own: Any, first: int, margin: float, keys: Any, vec
                 floor = score_of(row[last]) - margin
 
 
-@njit(nogil=True, fastmath={"nsz", "arcp", "contract", "afn", "reassoc"}, cache=True)
+@compiled(fastmath={"nsz", "arcp", "contract", "afn", "reassoc"})
 def exact_similarities(first: int, keys: Any, k: int, scales: Any, slack: Any, vectors: Any, width: int) -> Any:
     """The lists of nodes first..first+n-1 scored again: float32 cosines of the stored float16 vectors, sums in float64.
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from graphbuild.compiled import compiled, inlined
 
 LARGEST_ID = 0x7FFFFFFF
 
@@ -27,7 +29,7 @@ def _bits_float(context: Any, value: Any) -> Any:
     return types.float32(types.int32), lambda ctx, b, sig, args: b.bitcast(args[0], ir.FloatType())
 
 
-@njit(inline="always")
+@inlined
 def key_of(score: Any, node: Any) -> Any:
     bits = _float_bits(score)
     if bits < 0:
@@ -35,7 +37,7 @@ def key_of(score: Any, node: Any) -> Any:
     return (np.int64(bits) << 32) | (np.int64(LARGEST_ID) - np.int64(node))
 
 
-@njit(inline="always")
+@inlined
 def score_of(key: Any) -> Any:
     bits = np.int32(key >> 32)
     if bits < 0:
@@ -43,7 +45,7 @@ def score_of(key: Any) -> Any:
     return _bits_float(bits)
 
 
-@njit(inline="always")
+@inlined
 def node_of(key: Any) -> Any:
     return np.int64(LARGEST_ID) - (key & np.int64(LARGEST_ID))
 
@@ -64,7 +66,7 @@ def unpack(keys: Any) -> tuple[Any, Any]:
 EMPTY = int(pack(np.array([-np.inf]), [LARGEST_ID])[0])
 
 
-@njit(inline="always")
+@inlined
 def offer(row: Any, key: Any) -> None:
     """Put a key in its place in a list, the last one falling out; one that is there already is not put twice."""
     last = row.shape[0] - 1
@@ -81,7 +83,7 @@ def offer(row: Any, key: Any) -> None:
     row[0] = max(row[0], key)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def merge_lists(keys: Any, places: Any, others: Any) -> None:
     """Offer each list of others int64 [m, c] to the list at its place in keys int64 [n, c]."""
     last = keys.shape[1] - 1

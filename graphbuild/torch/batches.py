@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from graphbuild.compiled import compiled, inlined
 from graphbuild.errors import ConfigError
 from graphbuild.torch.groups import row_of
 
@@ -30,7 +30,7 @@ def batch_bounds(samples: int, batch_size: int, ranks: int, drop_last: bool) -> 
     return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
 
-@njit(inline="always")
+@inlined
 def _waiting(size: Any, top: Any, behind: Any, start_of: Any) -> Any:
     """A group of that size that has no place yet, or -1."""
     while top[size] >= 0 and start_of[top[size]] >= 0:
@@ -38,7 +38,7 @@ def _waiting(size: Any, top: Any, behind: Any, start_of: Any) -> Any:
     return top[size]
 
 
-@njit(inline="always")
+@inlined
 def _largest(room: Any, top: Any, behind: Any, start_of: Any) -> Any:
     """The largest waiting groups: that fills the room, alone, with a second or with several; and that fits; or -1."""
     fits = np.int64(-1)
@@ -52,7 +52,7 @@ def _largest(room: Any, top: Any, behind: Any, start_of: Any) -> Any:
     return np.int64(-1), fits
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def pack(labels: Any, shuffled: Any, batch_size: int) -> Any:
     """Positions int32 [n], group by group, in the order `shuffled` of groups; how many groups have samples, are cut.
 
@@ -94,7 +94,7 @@ def pack(labels: Any, shuffled: Any, batch_size: int) -> Any:
     return order, filled, cuts
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def edges_in_batches(nodes: Any, starts: Any, ends: Any, window: Any, count: int) -> Any:
     """Edges within batches, and the samples that have one: two totals.
 

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 from numpy.typing import NDArray
 
+from graphbuild.compiled import compiled, inlined
 from graphbuild.knn.intrinsics import pointer
 from graphbuild.knn.kernels import GUESS_SHIFT, prefetch_row, row_address
 
@@ -56,19 +57,19 @@ class NeighborLists:
         return self._table, skip, width
 
 
-@njit(inline="always")
+@inlined
 def row_of(window: Any, node: Any) -> Any:
     table, skip, width = window
     return carray(pointer(row_address(table, np.int64(node)) + _EDGE_BYTES * skip), width, np.uint32)
 
 
-@njit(inline="always")
+@inlined
 def _expect_row(window: Any, node: Any) -> None:
     table, skip, width = window
     prefetch_row(row_address(table, np.int64(node)) + _EDGE_BYTES * skip, _EDGE_BYTES * width)
 
 
-@njit(inline="always")
+@inlined
 def _contains(row: Any, node: Any) -> Any:
     found = False
     for q in range(row.shape[0]):
@@ -76,7 +77,7 @@ def _contains(row: Any, node: Any) -> Any:
     return found
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def order_by_node(nodes: Any, count: int) -> Any:
     """Samples 0..n-1 ordered by their node, int32 [n], each node's in the order given; and starts int32 [count + 1]."""
     starts = np.zeros(count + 1, np.int32)
@@ -93,7 +94,7 @@ def order_by_node(nodes: Any, count: int) -> Any:
     return order, starts
 
 
-@njit(inline="always")
+@inlined
 def _random(state: Any) -> Any:
     """31 random bits; state uint64 [1] (splitmix64: Steele, Lea and Flood, OOPSLA 2014)."""
     state[0] += np.uint64(0x9E3779B97F4A7C15)
@@ -103,7 +104,7 @@ def _random(state: Any) -> Any:
     return np.int64((z ^ (z >> np.uint64(31))) >> np.uint64(33))
 
 
-@njit(inline="always")
+@inlined
 def _joins(other: Any, members: Any, own: Any, window: Any) -> Any:
     """Whether a node is new to a group and its list leads back into it; the first to join must be in the anchor's."""
     node = np.uint32(other)
@@ -116,7 +117,7 @@ def _joins(other: Any, members: Any, own: Any, window: Any) -> Any:
     return linked
 
 
-@njit(inline="always")
+@inlined
 def _take(node: Any, most: Any, label: Any, left: Any, labels: Any, starts: Any) -> Any:
     """Give a node's next free samples, at most so many, to a group; returns how many."""
     amount = min(most, left[node])
@@ -126,7 +127,7 @@ def _take(node: Any, most: Any, label: Any, left: Any, labels: Any, starts: Any)
     return amount
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def groups_of_anchors(
     visits: Any, starts: Any, window: Any, group: int, same_node: int, restart: float, seed: int
 ) -> Any:
@@ -175,7 +176,7 @@ def groups_of_anchors(
     return labels, label
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def groups_by_growth(visits: Any, starts: Any, window: Any, group: int, same_node: int) -> Any:
     """Communities grown from anchors that are still free: the free node next that most members have in their lists.
 
@@ -217,7 +218,7 @@ def groups_by_growth(visits: Any, starts: Any, window: Any, group: int, same_nod
     return labels, label
 
 
-@njit(inline="always")
+@inlined
 def _most_linked(fringe: Any, links: Any) -> Any:
     """The node with most links, the first of equals, and how many; -1 and 0 where none has any."""
     best, most = np.int64(-1), np.int32(0)
@@ -227,7 +228,7 @@ def _most_linked(fringe: Any, links: Any) -> Any:
     return best, most
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def join_near(
     labels: Any,
     groups: int,
