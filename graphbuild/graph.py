@@ -83,13 +83,16 @@ class SampleGraph:
     # -- nodes
 
     def neighbors(self, nodes: Any) -> tuple[Ids, Float32]:
-        """Neighbour ids int64 [..., k] and similarities float32 [..., k], descending, of any nodes [...]."""
-        ids = np.asarray(nodes, dtype=np.int64)
+        """Neighbour ids int64 [..., k] and similarities float32 [..., k], descending, of any nodes [...].
+
+        InputError, here and below: nodes that are not integers, as a mask is not, or out of range.
+        """
+        ids = _as_ids(nodes)
         return self._neighbors.take(ids).astype(np.int64), self._similarities.take(ids).astype(np.float32)
 
     def embeddings(self, nodes: Any) -> Float32:
         """Unit-norm embeddings float32 [..., d] of any nodes [...]."""
-        vectors = self._embeddings.take(np.asarray(nodes, dtype=np.int64)).astype(np.float32)
+        vectors = self._embeddings.take(_as_ids(nodes)).astype(np.float32)
         return np.asarray(vectors / np.linalg.norm(vectors, axis=-1, keepdims=True))
 
     def sketches(self, nodes: Any) -> Float32:
@@ -99,7 +102,7 @@ class SampleGraph:
         """
         from graphbuild.sketch import unpack
 
-        return unpack(self._sketches.take(np.asarray(nodes, dtype=np.int64)), self._sketch_steps)
+        return unpack(self._sketches.take(_as_ids(nodes)), self._sketch_steps)
 
     @cached_property
     def _sketch_steps(self) -> Float32:
@@ -109,7 +112,7 @@ class SampleGraph:
 
     def background(self, nodes: Any) -> Float32:
         """Mean and standard deviation [..., 2] of a node's similarity to the nodes that are not its neighbours."""
-        return np.asarray(self._background.take(np.asarray(nodes, dtype=np.int64)), dtype=np.float32)
+        return np.asarray(self._background.take(_as_ids(nodes)), dtype=np.float32)
 
     # -- samples
 
@@ -146,15 +149,15 @@ class SampleGraph:
         the stored lists, float16-exact, and what is absent there, which is *not* similarity 0, from "sketch": products
         of 64-byte sketches (256 B^2 flop); or "edges": the node's background mean + deviation^2 / (2 tau_s), the value
         whose exponential at temperature tau_s is the mean exponential of normally distributed similarities. Equal nodes
-        have similarity 1. How near the targets come: docs/training.md. InputError: a node out of range.
+        have similarity 1. How near the targets come: docs/training.md.
         """
-        ids = np.asarray(nodes, dtype=np.int64)
+        ids = _as_ids(nodes)
         if source == "embeddings":
             vectors = self.embeddings(ids)
-            return np.clip(vectors @ vectors.T, -1, 1), np.ones((len(ids), len(ids)), bool)
+            return _cosines(vectors), np.ones((len(ids), len(ids)), bool)
         if source == "sketch":
             vectors = self.sketches(ids)
-            values = np.clip(vectors @ vectors.T, -1, 1)
+            values = _cosines(vectors)
         elif source == "edges":
             mean, deviation = self.background(ids).T
             values = np.empty((len(ids), len(ids)), np.float32)
@@ -217,3 +220,19 @@ class SampleGraph:
     def to_networkx(self) -> networkx.DiGraph:
         """`Edges.to_networkx` of all edges; for small graphs."""
         return self.edges().to_networkx()
+
+
+def _as_ids(nodes: Any) -> Ids:
+    """Node ids [...] as int64; InputError for a mask or floats, which a cast would take for other nodes."""
+    ids = np.asarray(nodes)
+    if ids.size and ids.dtype.kind not in "iu":
+        raise InputError(
+            f"node ids are {ids.dtype} {list(ids.shape)}", "pass integers; of a mask over nodes, np.flatnonzero(mask)"
+        )
+    return ids.astype(np.int64, copy=False)
+
+
+def _cosines(vectors: Float32) -> Float32:
+    """Products [B, B] of rows of unit norm, kept in [-1, 1]."""
+    values = vectors @ vectors.T
+    return np.clip(values, -1, 1, out=values)

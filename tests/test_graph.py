@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import networkx
@@ -159,6 +160,30 @@ def test_neighbors_keep_the_shape_of_the_ids(graph: SampleGraph) -> None:
 def test_a_node_out_of_range_is_refused_by_name(graph: SampleGraph, node: int) -> None:
     with pytest.raises(InputError, match=f"node id {node} "):
         graph.block(np.array([0, node]))
+
+
+@pytest.mark.parametrize("nodes", [np.arange(200) < 2, [1.0, 2.0], np.array([0.5]), [True]])
+def test_nodes_that_are_no_ids_are_refused(graph: SampleGraph, nodes: object) -> None:
+    for read in (graph.neighbors, graph.embeddings, graph.sketches, graph.background, graph.block):
+        with pytest.raises(InputError, match=r"node ids are (bool|float64).*\n.*flatnonzero"):
+            read(nodes)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint32, np.int32, np.uint64])
+def test_integers_of_any_kind_are_ids(graph: SampleGraph, dtype: type) -> None:
+    np.testing.assert_array_equal(graph.neighbors(np.array([3, 71], dtype))[0], graph.neighbors([3, 71])[0])
+    assert graph.neighbors([])[0].shape == (0, 9)
+
+
+@pytest.mark.parametrize("source", ["embeddings", "sketch"])
+def test_a_block_holds_one_matrix_of_floats_and_one_of_bits(graph: SampleGraph, source: str) -> None:
+    nodes = np.random.default_rng(0).integers(0, 200, 1_500)
+    graph.block(nodes[:2], source=source)  # type: ignore[arg-type]
+    tracemalloc.start()
+    graph.block(nodes, source=source)  # type: ignore[arg-type]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * 4 * len(nodes) ** 2
 
 
 def test_a_store_without_a_graph_names_the_next_step(tmp_path: Path) -> None:
