@@ -8,6 +8,7 @@ one [B, N] product and two matrices of that size, on the tensors' device.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class BatchEdges:
             value whose exponential is the mean exponential of normally distributed similarities.
 
     Raises:
-        InputError: a wrong shape.
+        InputError: what is no Tensor, or a wrong shape.
     """
 
     node: Tensor
@@ -40,6 +41,10 @@ class BatchEdges:
     tau_s: float = 0.1
 
     def __post_init__(self) -> None:
+        for name in ("node", "neighbors", "similarities", "background", "sketch"):
+            value: Any = getattr(self, name)
+            if not isinstance(value, Tensor | None):
+                raise InputError(f"{name} is a {type(value).__name__}, not a Tensor", "pass torch.from_numpy(array)")
         count, k = len(self.node), self.neighbors.shape[-1]
         for name, shape in (("node", [count]), ("neighbors", [count, k]), ("similarities", [count, k])):
             if list(getattr(self, name).shape) != shape:

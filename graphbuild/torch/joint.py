@@ -90,7 +90,8 @@ class PairLoss(nn.Module, ABC):
         Args:
             z1, z2: [B, p] projections of the two views of each image, or of images and their texts; any norm,
                 unless the loss says otherwise. NaN in them gives a NaN loss, as gradient scalers expect.
-            targets: what the loss is to know of the images; a Tensor means `Targets(embeddings=...)`.
+            targets: what the loss is to know of the images; a Tensor means `Targets(embeddings=...)`. For a batch of
+                the loaders pass `Targets.from_batch(batch)`.
 
         Raises:
             ConfigError: the targets lack what the loss reads.

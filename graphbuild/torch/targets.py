@@ -19,6 +19,7 @@ from graphbuild.torch.batch_edges import BatchEdges
 from graphbuild.torch.gather import Ranks
 
 SOURCES = ("embeddings", "similarities", "labels", "edges")
+STORED = ("node", "neighbors", "similarities", "background")
 ALONE = Ranks()
 
 
@@ -28,18 +29,19 @@ class Targets:
 
     Args:
         embeddings: [B, d] of the captions, any float type or int8; only directions count. Similarity is the cosine.
-        similarities: [B, B], such as `SampleGraph.block` returns; row i belongs to anchor i and is read as it is, so a
-            directed graph stays directed. Under W ranks that gather: [B, W B], this rank's rows against the images
-            of all ranks in rank order, as a [B, B] block knows nothing of other ranks' images.
+        similarities: [B, B], such as torch.from_numpy(values), values the first of `SampleGraph.block`'s two results;
+            row i belongs to anchor i and is read as it is, so a directed graph stays directed. Under W ranks that
+            gather: [B, W B], this rank's rows against the images of all ranks in rank order, as a [B, B] block
+            knows nothing of other ranks' images.
         labels: [B], any integer type, 0 or above: similarity is 1 between equal labels, 0 otherwise.
         edges: a `BatchEdges`: the graph's own lists, completed by sketches or background values.
-        class_priors: [B] in [0, 1): the share of the data that is of an anchor's class, for `DebiasedLoss`.
+        class_priors: [B] in [0, 1): the share of the samples that are of an anchor's class, for `DebiasedLoss`.
         keep_diagonal: read the block's own diagonal as the similarity of an image to its other view, or to its own
             text. By default that is 1, and the diagonal is not read.
 
     Raises:
         ConfigError: more than one of embeddings, similarities, labels and edges.
-        InputError: a wrong shape or dtype.
+        InputError: what is no Tensor (or `BatchEdges`), a wrong shape or dtype.
     """
 
     embeddings: Tensor | None = None
@@ -50,6 +52,7 @@ class Targets:
     keep_diagonal: bool = False
 
     def __post_init__(self) -> None:
+        _check_types(self)
         given = [name for name in SOURCES if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(f"targets have both {' and '.join(given)}", "pass one of them")
@@ -68,10 +71,20 @@ class Targets:
         """The best that a loader's batch allows: embeddings; else edges and sketches; else edges and background.
 
         tau_s: the target's temperature, by which background values stand for absent edges.
+
+        Raises:
+            InputError: fields are missing, or are no Tensors.
         """
         if "embedding" in batch:
             return cls(embeddings=batch["embedding"])
-        stored = {name: batch[name] for name in ("node", "neighbors", "similarities", "background")}
+        missing = [name for name in STORED if name not in batch]
+        if missing:
+            raise InputError(
+                f"the batch has no embedding, and no {', '.join(missing)}",
+                "pass a batch of graph_webdataset or GraphDataset: without embeddings it takes all of "
+                + ", ".join(STORED),
+            )
+        stored = {name: batch[name] for name in STORED}
         return cls(edges=BatchEdges(**stored, sketch=batch.get("sketch"), tau_s=tau_s))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -153,8 +166,8 @@ def similarity_targets(
         embeddings: [B, d], any float type or int8; only directions count.
         tau_s: temperature of the target, above 0.
         views: V, views of each image.
-        similarities: [B, B], given instead of embeddings, such as `SampleGraph.block` returns. The diagonal
-            is not read.
+        similarities: [B, B], given instead of embeddings, such as torch.from_numpy(values), values the first of
+            `SampleGraph.block`'s two results. The diagonal is not read.
         keep_self: leave the self slot in, at G_ii = 1, as some public code does; it takes mass from the other view.
 
     Returns:
@@ -214,6 +227,29 @@ def check_temperature(name: str, value: float) -> None:
     """Raise ConfigError unless a temperature is above 0 and finite."""
     if not 0 < value < float("inf"):
         raise ConfigError(f"{name} = {value}", f"set {name} above 0")
+
+
+def _check_types(targets: Targets) -> None:
+    for field in fields(targets):
+        value: Any = getattr(targets, field.name)
+        if value is None or field.name == "keep_diagonal":
+            continue
+        if field.name == "edges":
+            if not isinstance(value, BatchEdges):
+                raise InputError(
+                    f"edges are a {type(value).__name__}", "pass a BatchEdges, or Targets.from_batch(batch)"
+                )
+        elif not isinstance(value, Tensor):
+            raise InputError(f"{field.name} are a {type(value).__name__}, not a Tensor", _tensor_of(value))
+
+
+def _tensor_of(value: Any) -> str:
+    """What to pass instead of a value that is no Tensor."""
+    if isinstance(value, tuple):
+        return "of SampleGraph.block's two results pass the first, as torch.from_numpy(values)"
+    if isinstance(value, Mapping):
+        return "pass Targets.from_batch(batch)"
+    return "pass torch.from_numpy(array), or torch.tensor(list)"
 
 
 def _check_embeddings(embeddings: Tensor) -> None:

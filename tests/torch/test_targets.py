@@ -1,13 +1,17 @@
 """Targets against the formula of Sobal et al. written with loops in float64."""
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError, InputError
-from graphbuild.torch import Targets, similarity_targets
+from graphbuild.torch import DebiasedLoss, Targets, XSampleLoss, similarity_targets
+from tests.test_index import built
 
 
 def written_out(texts: np.ndarray, tau_s: float, views: int, keep_self: bool = False) -> np.ndarray:
@@ -198,6 +202,73 @@ def test_a_block_of_edges_is_the_stored_lists_completed(with_sketch: bool) -> No
     }
     targets = Targets.from_batch({name: torch.from_numpy(values) for name, values in batch.items()}, tau_s=tau_s)
     np.testing.assert_allclose(targets.block(), expected, atol=1e-6)
+
+
+BLOCK = (np.eye(3, dtype=np.float32), np.ones((3, 3), bool))
+
+
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        ({"similarities": BLOCK}, r"similarities are a tuple.*\n.*the first, as torch.from_numpy\(values\)"),
+        ({"similarities": BLOCK[0]}, r"similarities are a ndarray.*\n.*torch.from_numpy\(array\)"),
+        ({"embeddings": BLOCK[0]}, r"embeddings are a ndarray.*\n.*torch.from_numpy\(array\)"),
+        ({"embeddings": {"embedding": torch.eye(3)}}, r"embeddings are a dict.*\n.*Targets.from_batch\(batch\)"),
+        ({"labels": [0, 1, 2]}, r"labels are a list.*\n.*torch.tensor\(list\)"),
+        ({"class_priors": np.full(3, 0.1)}, r"class_priors are a ndarray.*\n.*torch.from_numpy"),
+        ({"edges": {"node": torch.arange(3)}}, r"edges are a dict.*\n.*Targets.from_batch\(batch\)"),
+    ],
+)
+def test_what_is_no_tensor_is_refused_with_what_to_pass(given: dict[str, object], advice: str) -> None:
+    with pytest.raises(InputError, match=advice):
+        Targets(**given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("given", "advice"), [({"embedding": torch.eye(3)}, "from_batch"), (BLOCK, "block's two")])
+def test_a_loss_refuses_what_are_no_targets(given: object, advice: str) -> None:
+    with pytest.raises(InputError, match=advice):
+        XSampleLoss()(torch.eye(3), torch.eye(3), given)
+
+
+def test_missing_and_wrong_fields_of_a_batch_are_named() -> None:
+    batch = {"node": torch.arange(3), "similarities": torch.zeros(3, 2), "background": torch.zeros(3, 2)}
+    with pytest.raises(InputError, match=r"no embedding, and no neighbors, background\n"):
+        Targets.from_batch({"node": batch["node"], "similarities": batch["similarities"]})
+    with pytest.raises(InputError, match=r"neighbors is a ndarray.*\n.*torch.from_numpy"):
+        Targets.from_batch({**batch, "neighbors": np.zeros((3, 2), np.int64)})
+    with pytest.raises(InputError, match=r"embeddings are a ndarray.*\n.*torch.from_numpy"):
+        Targets.from_batch({"embedding": np.eye(3)})
+
+
+def test_the_documented_class_priors_are_the_share_of_the_samples(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    snippets = [block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "class_priors" in block]
+    assert len(snippets) == 1
+    # Four captions in three classes (the first two point the same way), with 30, 10, 40 and 20 samples.
+    vectors = np.eye(4, 8, dtype=np.float16)
+    vectors[1, :2] = [1, 0.1]
+    graph = SampleGraph.open(built(tmp_path, vectors, k=3).url)
+    node_of = np.repeat(np.arange(4), [30, 10, 40, 20])
+    nodes = np.array([0, 1, 2, 3, 2])
+    z = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    names = {"graph": Samples(graph, node_of), "nodes": nodes, "np": np, "torch": torch, "z1": z[0], "z2": z[1]}
+    exec(snippets[0], {**names, "Targets": Targets, "DebiasedLoss": DebiasedLoss}, names)
+    np.testing.assert_allclose(names["priors"], [0.4, 0.4, 0.4, 0.2, 0.4])
+
+
+class Samples:
+    """A graph whose nodes hold other samples; two more samples have no node."""
+
+    def __init__(self, graph: SampleGraph, node_of: np.ndarray) -> None:
+        self.neighbors = graph.neighbors
+        self._nodes = graph
+        self._node_of = np.concatenate([node_of, [-1, -1]])
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def sample_nodes(self) -> np.ndarray:
+        return self._node_of
 
 
 def test_embeddings_of_a_batch_come_first() -> None:
