@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from graphbuild.errors import ConfigError
 from graphbuild.torch.joint import JointBatch, PairLoss, TemperedLoss, cross_entropy, row_normalised
@@ -27,14 +28,20 @@ class KernelInfoNCELoss(TemperedLoss):
     Args:
         tau: bandwidth of the kernel.
         exponents: powers of the distance, each in (0, 2], where the kernel is positive definite.
-        gather: as for `XSampleLoss`.
+        gather, process_group: as for `XSampleLoss`.
 
     Raises:
         ConfigError: a bandwidth that is not above 0, or exponents out of range.
     """
 
-    def __init__(self, tau: float = 0.2, exponents: tuple[float, ...] = (2.0,), gather: bool = True) -> None:
-        super().__init__(tau, gather)
+    def __init__(
+        self,
+        tau: float = 0.2,
+        exponents: tuple[float, ...] = (2.0,),
+        gather: bool = True,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(tau, gather, process_group)
         if not exponents or not all(0 < exponent <= 2 for exponent in exponents):
             raise ConfigError(f"exponents = {exponents}", "pass one or more, each above 0 and at most 2")
         self.exponents = exponents
@@ -57,7 +64,7 @@ class GraphSimCLRLoss(TemperedLoss):
 
     Args:
         tau: temperature of the model.
-        gather: as for `XSampleLoss`.
+        gather, process_group: as for `XSampleLoss`.
 
     Raises:
         ConfigError: a temperature that is not above 0.
@@ -79,15 +86,20 @@ class GraphVICRegLoss(PairLoss):
 
     Args:
         invariance, variance, covariance: weights of the three terms.
-        gather: as for `XSampleLoss`.
+        gather, process_group: as for `XSampleLoss`.
     """
 
     unit_norm = False
 
     def __init__(
-        self, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0, gather: bool = True
+        self,
+        invariance: float = 25.0,
+        variance: float = 25.0,
+        covariance: float = 1.0,
+        gather: bool = True,
+        process_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__(gather)
+        super().__init__(gather, process_group)
         self.invariance = invariance
         self.variance = variance
         self.covariance = covariance

@@ -2,8 +2,8 @@
 
 z1 are the images, z2 the texts, [B, p] each, scaled to unit norm; G is the block of `Targets`, 1 between an image and
 its own text. A learnable scale is a parameter of the loss: give `loss.parameters()` to the optimizer; its gradient is
-averaged over the ranks that gather, so the loss need not be inside DDP. What the losses share, and cost:
-graphbuild/torch/joint.py.
+averaged over the ranks that train together, whether they gather or not, so the loss need not be inside DDP. What the
+losses share, and cost: graphbuild/torch/joint.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.functional import softplus
 
 from graphbuild.errors import ConfigError
@@ -24,8 +25,8 @@ MAX_CLIP_SCALE = 100.0
 class _ClipLikeLoss(PairLoss):
     """The mean of the image-to-text and the text-to-image cross entropy at one, perhaps learnable, temperature."""
 
-    def __init__(self, tau: float, learnable: bool, gather: bool) -> None:
-        super().__init__(gather)
+    def __init__(self, tau: float, learnable: bool, gather: bool, process_group: ProcessGroup | None) -> None:
+        super().__init__(gather, process_group)
         check_temperature("tau", tau)
         self.tau = tau
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / tau))) if learnable else None
@@ -36,7 +37,7 @@ class _ClipLikeLoss(PairLoss):
         if self.log_scale is not None:
             with torch.no_grad():  # a clamp in the graph would stop the gradient that leads back
                 self.log_scale.clamp_(max=math.log(MAX_CLIP_SCALE))
-            scale = batch.ranks.average_gradient(self.log_scale.to(images)).exp()
+            scale = self.ranks().average_gradient(self.log_scale.to(images)).exp()
         image_to_text = cross_entropy(image_weights, scale * images @ every_text.T)
         return (image_to_text + cross_entropy(text_weights, scale * texts @ every_image.T)) / 2
 
@@ -53,16 +54,21 @@ class CLIPLoss(_ClipLikeLoss):
         tau: temperature of the model, where training starts if it is learnable.
         tau_s: temperature of the soft target; None: one-hot, no targets are read.
         learnable: learn the scale 1 / tau, kept at most 100 as CLIP does.
-        gather: as for `XSampleLoss`.
+        gather, process_group: as for `XSampleLoss`.
 
     Raises:
         ConfigError: a temperature that is not above 0.
     """
 
     def __init__(
-        self, tau: float = 0.07, tau_s: float | None = None, learnable: bool = False, gather: bool = True
+        self,
+        tau: float = 0.07,
+        tau_s: float | None = None,
+        learnable: bool = False,
+        gather: bool = True,
+        process_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__(tau, learnable, gather)
+        super().__init__(tau, learnable, gather, process_group)
         if tau_s is not None:
             check_temperature("tau_s", tau_s)
         self.tau_s = tau_s
@@ -86,14 +92,16 @@ class CWCLLoss(_ClipLikeLoss):
     Args:
         tau: temperature of the model, where training starts if it is learnable.
         learnable: as for `CLIPLoss`.
-        gather: as for `XSampleLoss`.
+        gather, process_group: as for `XSampleLoss`.
 
     Raises:
         ConfigError: a temperature that is not above 0.
     """
 
-    def __init__(self, tau: float = 0.07, learnable: bool = False, gather: bool = True) -> None:
-        super().__init__(tau, learnable, gather)
+    def __init__(
+        self, tau: float = 0.07, learnable: bool = False, gather: bool = True, process_group: ProcessGroup | None = None
+    ) -> None:
+        super().__init__(tau, learnable, gather, process_group)
 
     def of_batch(self, batch: JointBatch) -> Tensor:
         weights = ((1 + batch.similarities()) / 2).clamp_min(0)
@@ -111,7 +119,7 @@ class SigLIPLoss(PairLoss):
         scale, bias: t and b, where training starts if they are learnable; the paper's values.
         threshold: similarity, in [-1, 1), up to which a pair is a negative; None: one-hot, no targets are read.
         learnable: learn log t and b.
-        gather: as for `XSampleLoss`.
+        gather, process_group: as for `XSampleLoss`.
 
     Raises:
         ConfigError: a scale that is not above 0, or a threshold outside [-1, 1).
@@ -124,8 +132,9 @@ class SigLIPLoss(PairLoss):
         threshold: float | None = None,
         learnable: bool = False,
         gather: bool = True,
+        process_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__(gather)
+        super().__init__(gather, process_group)
         check_temperature("scale", scale)
         if threshold is not None and not -1 <= threshold < 1:
             raise ConfigError(f"threshold = {threshold}", "set threshold in [-1, 1): a similarity")
@@ -138,7 +147,7 @@ class SigLIPLoss(PairLoss):
         scale: Tensor | float = self.scale
         bias: Tensor | float = self.bias
         if self.log_scale_and_bias is not None:
-            log_scale, bias = batch.ranks.average_gradient(self.log_scale_and_bias.to(batch.own)).unbind()
+            log_scale, bias = self.ranks().average_gradient(self.log_scale_and_bias.to(batch.own)).unbind()
             scale = log_scale.exp()
         logits = scale * batch.own[0] @ batch.every[1].T + bias
         if self.threshold is None:

@@ -2,8 +2,13 @@
 
 Each rank computes the loss of its own anchors against the views of all ranks; the mean over ranks, and the gradients
 that DDP averages, equal those of one process on the joint batch. Float32 whatever the autocast state. Costs a few
-[2 B, 2 B W] matrices for W ranks, an all-gather of z and of what the targets need, an all-reduce of z's gradient, and
-two synchronisations with the host, which pay for a clear error on every rank instead of NaN or a deadlock.
+[2 B, 2 B W] matrices for W ranks, an all-gather of z and of what the targets need, a reduce-scatter of z's gradient,
+and two waits of the host for the device (one without other ranks): they pay for a clear error instead of NaN or a
+deadlock.
+
+What a loss refuses, it refuses on every rank that calls it: where z and targets do not fit each other, or differ over
+ranks in size, kind or dtype, where a value is unusable. An error from outside of it (`Targets(...)` raised, a loader
+stopped, the loss itself differs) is that rank's alone, and the others wait until their process group's timeout.
 """
 
 from __future__ import annotations
@@ -13,13 +18,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.functional import normalize
 
-from graphbuild.errors import InputError
-from graphbuild.torch.gather import Ranks
+from graphbuild.errors import GraphbuildError, InputError
+from graphbuild.torch.gather import Fact, Ranks
 from graphbuild.torch.targets import ALONE, Targets, check_temperature, self_slots
 
 VIEWS = 2
+GATHERED = ("embeddings", "similarities", "labels", "class_priors", "node", "sketch")
+FACTS = (
+    *("batch size", "width of z", "dtype of z"),
+    *(f"{fact} of {name}" for name in GATHERED for fact in ("width", "dtype")),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,15 +85,17 @@ class PairLoss(nn.Module, ABC):
     """A loss of two views of each image, or of images and their texts, under DDP and autocast.
 
     Args:
-        gather: compare with all ranks of the default process group, where one is initialised. If False, nothing is
-            communicated.
+        gather: compare with the images of all ranks, where a process group is initialised; all of them have to call
+            the loss. If False, forward communicates nothing: for a loss on one rank alone, as in a validation.
+        process_group: the ranks that train together, a torch.distributed group such as DDP has; all by default.
     """
 
     unit_norm = True
 
-    def __init__(self, gather: bool) -> None:
+    def __init__(self, gather: bool, process_group: ProcessGroup | None = None) -> None:
         super().__init__()
         self.gather = gather
+        self.process_group = process_group
 
     def forward(self, z1: Tensor, z2: Tensor, targets: Tensor | Targets | None = None) -> Tensor:
         """The mean loss of this rank's anchors, a scalar, float32 (float64 for float64 z).
@@ -95,17 +108,19 @@ class PairLoss(nn.Module, ABC):
 
         Raises:
             ConfigError: the targets lack what the loss reads.
-            InputError: shapes do not fit, ranks differ in them, or targets hold unusable values.
+            InputError: shapes or dtypes do not fit, ranks differ in them, or targets hold unusable values.
         """
-        if not isinstance(targets, Targets):
-            targets = Targets(embeddings=targets)
-        _check_lengths(z1, z2, targets)
+        ranks = self.ranks() if self.gather else ALONE
+        checked, refused = _checked(z1, z2, targets)
+        ranks.check_same(_facts(z1, checked) if refused is None else dict.fromkeys(FACTS), refused, z1.device)
         with torch.autocast(z1.device.type, enabled=False):
-            own = torch.stack([z1, z2]).to(torch.float64 if z1.dtype == torch.float64 else torch.float32)
+            own = torch.stack([z1, z2]).to(_compute_dtype(z1))
             own = normalize(own, dim=2) if self.unit_norm else own
-            ranks = Ranks.of_process_group() if self.gather else ALONE
-            ranks.check_same(_sizes(own, targets), own.device)
-            return self.of_batch(JointBatch(own, ranks.concatenate(own, dim=1), targets.to(own.device), ranks))
+            return self.of_batch(JointBatch(own, ranks.concatenate(own, dim=1), checked.to(own.device), ranks))
+
+    def ranks(self) -> Ranks:
+        """The ranks that train together; this process alone where no process group is initialised."""
+        return Ranks.of_process_group(self.process_group)
 
     @abstractmethod
     def of_batch(self, batch: JointBatch) -> Tensor:
@@ -117,14 +132,14 @@ class TemperedLoss(PairLoss):
 
     Args:
         tau: temperature of the model.
-        gather: as for `PairLoss`.
+        gather, process_group: as for `PairLoss`.
 
     Raises:
         ConfigError: a temperature that is not above 0.
     """
 
-    def __init__(self, tau: float = 0.1, gather: bool = True) -> None:
-        super().__init__(gather)
+    def __init__(self, tau: float = 0.1, gather: bool = True, process_group: ProcessGroup | None = None) -> None:
+        super().__init__(gather, process_group)
         check_temperature("tau", tau)
         self.tau = tau
 
@@ -152,6 +167,16 @@ def row_normalised(weights: Tensor) -> Tensor:
     return weights / weights.sum(dim=1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
 
 
+def _checked(z1: Tensor, z2: Tensor, given: Tensor | Targets | None) -> tuple[Targets, GraphbuildError | None]:
+    """The targets; and what to raise, once the other ranks know."""
+    try:
+        targets = given if isinstance(given, Targets) else Targets(embeddings=given)
+        _check_lengths(z1, z2, targets)
+    except GraphbuildError as error:
+        return Targets(), error
+    return targets, None
+
+
 def _check_lengths(z1: Tensor, z2: Tensor, targets: Targets) -> None:
     if z1.ndim != 2 or z1.shape != z2.shape or len(z1) == 0:
         raise InputError(
@@ -165,10 +190,14 @@ def _check_lengths(z1: Tensor, z2: Tensor, targets: Targets) -> None:
             raise InputError(f"{len(tensor)} {name} for {len(z1)} images", "pass one row per image, in z's order")
 
 
-def _sizes(own: Tensor, targets: Targets) -> dict[str, int]:
-    """What has to agree over ranks: 0 where targets lack a tensor, else 1 or its width."""
+def _facts(z: Tensor, targets: Targets) -> dict[str, Fact]:
+    """What has to agree over ranks, by FACTS: width (1 of a vector) and dtype of a tensor, 0 and None where none is."""
     given = targets.tensors()
-    sizes = {"batch size": own.shape[1], "width of z": own.shape[2]}
-    for name in ("embeddings", "similarities", "labels", "class_priors", "node", "sketch"):
-        sizes[f"width of {name}"] = given[name].shape[-1] if name in given else 0
-    return sizes
+    facts: list[Fact] = [*z.shape, _compute_dtype(z)]
+    for tensor in (given.get(name) for name in GATHERED):
+        facts += [0, None] if tensor is None else [tensor.shape[-1], tensor.dtype]
+    return dict(zip(FACTS, facts, strict=True))
+
+
+def _compute_dtype(z: Tensor) -> torch.dtype:
+    return torch.float64 if z.dtype == torch.float64 else torch.float32

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from graphbuild.errors import ConfigError
 from graphbuild.torch.joint import VIEWS, JointBatch, TemperedLoss, cross_entropy, row_normalised
@@ -26,15 +27,24 @@ class XSampleLoss(TemperedLoss):
     Args:
         tau: temperature of the model.
         tau_s: temperature of the target.
-        gather: compare with the views of all ranks of the default process group, where one is initialised.
+        gather: compare with the views of all ranks, where a process group is initialised; all of them have to call
+            the loss. A loss on one rank alone, as in a validation, needs gather=False.
+        process_group: the ranks that train together, a torch.distributed group such as DDP has; all by default.
         keep_self: keep the self slot in both distributions, at similarity 1, as some public code does.
 
     Raises:
         ConfigError: a temperature that is not above 0.
     """
 
-    def __init__(self, tau: float = 0.1, tau_s: float = 0.1, gather: bool = True, keep_self: bool = False) -> None:
-        super().__init__(tau, gather)
+    def __init__(
+        self,
+        tau: float = 0.1,
+        tau_s: float = 0.1,
+        gather: bool = True,
+        keep_self: bool = False,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(tau, gather, process_group)
         check_temperature("tau_s", tau_s)
         self.tau_s = tau_s
         self.keep_self = keep_self
@@ -54,7 +64,7 @@ class NTXentLoss(TemperedLoss):
 
     Args:
         tau: temperature of the model.
-        gather: as for `XSampleLoss`.
+        gather, process_group: as for `XSampleLoss`.
 
     Raises:
         ConfigError: a temperature that is not above 0.
@@ -75,14 +85,16 @@ class SupConLoss(TemperedLoss):
         tau: temperature of the model.
         threshold: similarity from which an image is a positive. Labels say 1 or 0; the default takes equal captions
             from embeddings.
-        gather: as for `XSampleLoss`.
+        gather, process_group: as for `XSampleLoss`.
 
     Raises:
         ConfigError: a temperature that is not above 0.
     """
 
-    def __init__(self, tau: float = 0.1, threshold: float = 0.999, gather: bool = True) -> None:
-        super().__init__(tau, gather)
+    def __init__(
+        self, tau: float = 0.1, threshold: float = 0.999, gather: bool = True, process_group: ProcessGroup | None = None
+    ) -> None:
+        super().__init__(tau, gather, process_group)
         self.threshold = threshold
 
     def of_batch(self, batch: JointBatch) -> Tensor:
@@ -102,14 +114,20 @@ class DecoupledLoss(TemperedLoss):
     Args:
         tau: temperature of the model.
         threshold: similarity from which an image is a positive; None: the other view alone, no targets are read.
-        gather: as for `XSampleLoss`.
+        gather, process_group: as for `XSampleLoss`.
 
     Raises:
         ConfigError: a temperature that is not above 0.
     """
 
-    def __init__(self, tau: float = 0.1, threshold: float | None = None, gather: bool = True) -> None:
-        super().__init__(tau, gather)
+    def __init__(
+        self,
+        tau: float = 0.1,
+        threshold: float | None = None,
+        gather: bool = True,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(tau, gather, process_group)
         self.threshold = threshold
 
     def of_batch(self, batch: JointBatch) -> Tensor:
@@ -130,14 +148,20 @@ class DebiasedLoss(TemperedLoss):
         tau: temperature of the model.
         tau_plus: class prior in [0, 1) of every anchor; None: each anchor's own, the targets' `class_priors`. With a
             constant no targets are read.
-        gather: as for `XSampleLoss`.
+        gather, process_group: as for `XSampleLoss`.
 
     Raises:
         ConfigError: a temperature that is not above 0, or a prior outside [0, 1).
     """
 
-    def __init__(self, tau: float = 0.5, tau_plus: float | None = 0.1, gather: bool = True) -> None:
-        super().__init__(tau, gather)
+    def __init__(
+        self,
+        tau: float = 0.5,
+        tau_plus: float | None = 0.1,
+        gather: bool = True,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(tau, gather, process_group)
         if tau_plus is not None and not 0 <= tau_plus < 1:
             raise ConfigError(f"tau_plus = {tau_plus}", "set tau_plus in [0, 1), such as 1 / number of classes")
         self.tau_plus = tau_plus

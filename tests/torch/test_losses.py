@@ -380,13 +380,13 @@ def without_gather(rank: int, folder: str) -> None:
     )
 
 
-def on_rank(rank: int, jobs: list[Callable[[int, str], None]], folder: str) -> None:
+def on_rank(rank: int, jobs: list[Callable[[int, str], None]], folder: str, ranks: int = 2) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
-        world_size=2,
+        world_size=ranks,
         timeout=timedelta(seconds=60),
     )
     for job in jobs:
