@@ -2,7 +2,7 @@
 
 The edges among the images of the joint batch have their stored similarities; what is absent there is *not* similarity
 0: it is the product of two sketches, or the node's background value. How near the targets come: docs/training.md. Costs
-one [B, N] product and two matrices of that size, on the tensors' device.
+with sketches one [B, N] product, and at most 2.3 matrices of that size at once, on the tensors' device.
 """
 
 from __future__ import annotations
@@ -77,18 +77,22 @@ class BatchEdges:
                 f"{len(rows)} of the batch's {len(nodes)} images have no node: rows {rows[:5]}",
                 "skip samples without a caption (node < 0)",
             )
+        stored = self._stored(nodes)
         if self.sketch is not None:
             sketch = self.sketch.float()
             values = (sketch @ ranks.concatenate(sketch).T).clamp_(-1, 1)
         else:
             mean, deviation = self.background.float().unbind(dim=1)
-            values = (mean + deviation**2 / (2 * self.tau_s)).clamp(max=1)[:, None].repeat(1, len(nodes))
-        distinct, place_of = torch.unique(nodes, return_inverse=True)
-        slot = torch.searchsorted(distinct, self.neighbors.to(distinct.dtype)).clamp_(max=len(distinct) - 1)
-        present = distinct[slot] == self.neighbors
-        edges = values.new_full((len(self.node), len(distinct)), torch.nan)
-        row = torch.arange(len(self.node), device=nodes.device)[:, None].expand_as(slot)
-        edges[row[present], slot[present]] = self.similarities.float()[present]
-        edges[row[:, 0], torch.searchsorted(distinct, self.node)] = 1
-        stored = edges[:, place_of]
-        return torch.where(stored.isnan(), values, stored)
+            values = (mean + deviation**2 / (2 * self.tau_s)).clamp(max=1)[:, None]
+        return torch.where(stored.isnan(), values, stored, out=stored)
+
+    def _stored(self, nodes: Tensor) -> Tensor:
+        """[B, N], stored similarities to nodes [N], 1 to the same node; NaN where nothing is stored."""
+        ordered = nodes.sort().values  # a node's slot is its first place in there
+        last = len(nodes)  # the slot of what is not in the batch
+        slot = torch.searchsorted(ordered, self.neighbors.to(nodes.dtype))
+        slot = torch.where(ordered[slot.clamp(max=last - 1)] == self.neighbors, slot, last)
+        edges = torch.full((len(self.node), last + 1), torch.nan, device=nodes.device)
+        edges.scatter_(1, slot, self.similarities.float())
+        edges.scatter_(1, torch.searchsorted(ordered, self.node)[:, None], 1)
+        return edges.index_select(1, torch.searchsorted(ordered, nodes))

@@ -8,6 +8,8 @@ add up, so pass a graph that is sparse or thresholded. What the losses share, an
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -47,11 +49,11 @@ class KernelInfoNCELoss(TemperedLoss):
         self.exponents = exponents
 
     def of_batch(self, batch: JointBatch) -> Tensor:
-        squared = 2 - 2 * batch.products()
+        squared = batch.products().mul_(-2).add_(2)
         # Below rounding a distance is noise, and its root has no gradient at 0.
         squared = squared.clamp_min(torch.finfo(squared.dtype).eps)
-        kernels = torch.stack([-(squared ** (exponent / 2)) / self.tau for exponent in self.exponents])
-        return cross_entropy(row_normalised(batch.edges()), kernels.logsumexp(dim=0), ~batch.self_slots())
+        kernels = [(squared ** (exponent / 2)).div_(-self.tau) for exponent in self.exponents]
+        return cross_entropy(row_normalised(batch.edges()), reduce(torch.logaddexp, kernels), batch.self_columns())
 
 
 class GraphSimCLRLoss(TemperedLoss):
@@ -71,7 +73,7 @@ class GraphSimCLRLoss(TemperedLoss):
     """
 
     def of_batch(self, batch: JointBatch) -> Tensor:
-        return cross_entropy(batch.edges(), batch.products() / self.tau, ~batch.self_slots())
+        return cross_entropy(batch.edges(), batch.products().div_(self.tau), batch.self_columns())
 
 
 class GraphVICRegLoss(PairLoss):

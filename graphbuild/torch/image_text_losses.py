@@ -17,7 +17,7 @@ from torch.nn.functional import softplus
 
 from graphbuild.errors import ConfigError
 from graphbuild.torch.joint import JointBatch, PairLoss, cross_entropy, row_normalised
-from graphbuild.torch.targets import check_temperature
+from graphbuild.torch.targets import check_temperature, softmax_
 
 MAX_CLIP_SCALE = 100.0
 
@@ -74,10 +74,7 @@ class CLIPLoss(_ClipLikeLoss):
         self.tau_s = tau_s
 
     def of_batch(self, batch: JointBatch) -> Tensor:
-        if self.tau_s is None:
-            weights = batch.pair_slots().to(batch.own.dtype)
-        else:
-            weights = torch.softmax(batch.similarities() / self.tau_s, dim=1)
+        weights = batch.pair_columns() if self.tau_s is None else softmax_(batch.similarities().div_(self.tau_s))
         return self.symmetric(batch, weights, weights)
 
 
@@ -104,8 +101,8 @@ class CWCLLoss(_ClipLikeLoss):
         super().__init__(tau, learnable, gather, process_group)
 
     def of_batch(self, batch: JointBatch) -> Tensor:
-        weights = ((1 + batch.similarities()) / 2).clamp_min(0)
-        return self.symmetric(batch, row_normalised(weights), batch.pair_slots().to(weights.dtype))
+        weights = batch.similarities().add_(1).div_(2).clamp_min_(0)
+        return self.symmetric(batch, row_normalised(weights), batch.pair_columns())
 
 
 class SigLIPLoss(PairLoss):
@@ -151,7 +148,8 @@ class SigLIPLoss(PairLoss):
             scale = log_scale.exp()
         logits = scale * batch.own[0] @ batch.every[1].T + bias
         if self.threshold is None:
-            probability = batch.pair_slots().to(logits.dtype)
+            attraction = scale * batch.pair_products() + bias
         else:
-            probability = ((batch.similarities() - self.threshold) / (1 - self.threshold)).clamp(0, 1)
-        return (softplus(logits) - probability * logits).sum(dim=1).mean()
+            probability = batch.similarities().sub_(self.threshold).div_(1 - self.threshold).clamp_(0, 1)
+            attraction = (probability * logits).sum(dim=1)
+        return (softplus(logits).sum(dim=1) - attraction).mean()

@@ -1,10 +1,13 @@
 """The joint batch as one rank sees it, and `PairLoss`, the base of all losses, which hands it to them.
 
 Each rank computes the loss of its own anchors against the views of all ranks; the mean over ranks, and the gradients
-that DDP averages, equal those of one process on the joint batch. Float32 whatever the autocast state. Costs a few
-[2 B, 2 B W] matrices for W ranks, an all-gather of z and of what the targets need, a reduce-scatter of z's gradient,
-and two waits of the host for the device (one without other ranks): they pay for a clear error instead of NaN or a
-deadlock.
+that DDP averages, equal those of one process on the joint batch. Float32 whatever the autocast state.
+
+Costs, with N = B W images on W ranks: forward and backward hold at most 3 matrices [2 B, 2 N] at once (DebiasedLoss 2,
+DecoupledLoss 5.3, KernelInfoNCELoss 6 with one exponent, GraphVICRegLoss 1.3), those of images and texts 2 to 5
+matrices [B, N]; the collectives are an all-gather of z and of what the targets need, and a reduce-scatter of z's
+gradient. The host waits for the device once where targets are read, and once more with other ranks: that pays for a
+clear error instead of NaN or a deadlock.
 
 What a loss refuses, it refuses on every rank that calls it: where z and targets do not fit each other, or differ over
 ranks in size, kind or dtype, where a value is unusable. An error from outside of it (`Targets(...)` raised, a loader
@@ -19,11 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn.functional import normalize
+from torch.nn.functional import log_softmax, nll_loss, normalize
 
 from graphbuild.errors import GraphbuildError, InputError
 from graphbuild.torch.gather import Fact, Ranks
-from graphbuild.torch.targets import ALONE, Targets, check_temperature, self_slots
+from graphbuild.torch.targets import ALONE, Targets, check_temperature, self_columns
 
 VIEWS = 2
 GATHERED = ("embeddings", "similarities", "labels", "class_priors", "node", "sketch")
@@ -53,32 +56,38 @@ class JointBatch:
         return self.ranks.rank * self.images
 
     def products(self) -> Tensor:
-        """z_i.z_j of own views and all views, [2 B, 2 N]."""
+        """z_i.z_j of own views and all views, [2 B, 2 N], to be changed in place."""
         return self.own.flatten(0, 1) @ self.every.flatten(0, 1).T
 
-    def self_slots(self) -> Tensor:
-        """bool [2 B, 2 N]: a view and itself."""
-        return self_slots(self.images, self.every.shape[1], self.first, VIEWS, self.own.device)
+    def pair_products(self) -> Tensor:
+        """z_i.z_j of the two views of each own image, or of an image and its text, [B]."""
+        return (self.own[0] * self.own[1]).sum(dim=1)
 
-    def other_view_slots(self) -> Tensor:
-        """bool [2 B, 2 N]: the two views of one image."""
-        return self.self_slots().roll(self.every.shape[1], dims=1)
+    def self_columns(self) -> Tensor:
+        """int64 [2 B]: of a view, its own column among the 2 N."""
+        return self_columns(self.images, self.every.shape[1], self.first, VIEWS, self.own.device)
 
-    def pair_slots(self) -> Tensor:
-        """bool [B, N]: an image and itself, or its own text."""
-        return self_slots(self.images, self.every.shape[1], self.first, 1, self.own.device)
+    def other_columns(self) -> Tensor:
+        """int64 [2 B]: the column of the image's other view."""
+        return (self.self_columns() + self.every.shape[1]) % (VIEWS * self.every.shape[1])
+
+    def pair_columns(self) -> Tensor:
+        """int64 [B]: the column among the N of the image itself, or of its own text."""
+        return self_columns(self.images, self.every.shape[1], self.first, 1, self.own.device)
 
     def similarities(self) -> Tensor:
-        """The targets' block [B, N]."""
+        """The targets' block [B, N], to be changed in place."""
         return self.targets.block(self.ranks).to(self.own.dtype)
 
     def positive_slots(self, threshold: float) -> Tensor:
         """bool [2 B, 2 N]: views of images at least this similar, never the view itself."""
-        return (self.similarities() >= threshold).repeat(VIEWS, VIEWS) & ~self.self_slots()
+        positives = (self.similarities() >= threshold).repeat(VIEWS, VIEWS)
+        return positives.scatter_(1, self.self_columns()[:, None], False)
 
     def edges(self) -> Tensor:
         """Weights [2 B, 2 N] of the graph over views: similarities above 0, else 0; the view itself 0."""
-        return self.similarities().clamp_min(0).repeat(VIEWS, VIEWS).masked_fill_(self.self_slots(), 0)
+        weights = self.similarities().clamp_min_(0).repeat(VIEWS, VIEWS)
+        return weights.scatter_(1, self.self_columns()[:, None], 0)
 
 
 class PairLoss(nn.Module, ABC):
@@ -144,27 +153,26 @@ class TemperedLoss(PairLoss):
         self.tau = tau
 
 
-def cross_entropy(weights: Tensor, logits: Tensor, slots: Tensor | None = None) -> Tensor:
-    """Mean over rows i of - sum_j w_ij log p_ij, with p_ij = exp(l_ij) / sum of exp(l_ij') over the row's `slots`.
+def cross_entropy(weights: Tensor, logits: Tensor, left_out: Tensor | None = None) -> Tensor:
+    """Mean over rows i of - sum_j w_ij log p_ij, with p_i the softmax of row i without its column left_out[i].
 
-    Rows whose weights are all 0, or that have no slots, contribute 0 and no gradient; they count in the mean.
+    Rows whose weights are all 0 contribute 0 and no gradient; they count in the mean. In place: logits.
 
     Args:
-        weights: [n, m]; rows need not sum to 1.
+        weights: [n, m], 0 where a column is left out; rows need not sum to 1. Or int64 [n]: the column of weight 1.
         logits: [n, m], finite.
-        slots: bool [n, m], what the denominator sums over; everything by default.
+        left_out: int64 [n]; by default nothing is.
     """
-    if slots is None:
-        return (weights.sum(dim=1) * logits.logsumexp(dim=1) - (weights * logits).sum(dim=1)).mean()
-    empty = ~slots.any(dim=1)  # their sum runs over everything and is dropped: nothing passes through a NaN
-    normalisers = logits.masked_fill(~(slots | empty[:, None]), -torch.inf).logsumexp(dim=1)
-    losses = weights.sum(dim=1) * normalisers - (weights * logits).sum(dim=1)
-    return losses.masked_fill(empty, 0).mean()
+    if left_out is not None:  # a finite value, so that a weight of 0 takes nothing of it
+        logits = logits.scatter_(1, left_out[:, None], torch.finfo(logits.dtype).min / 2)
+    log_p = log_softmax(logits, dim=1)
+    del logits  # nothing in backward needs them: a matrix less beside the product below
+    return -(weights * log_p).sum(dim=1).mean() if weights.is_floating_point() else nll_loss(log_p, weights)
 
 
 def row_normalised(weights: Tensor) -> Tensor:
-    """Non-negative weights [n, m] with rows that sum to 1; rows of zeros stay zero."""
-    return weights / weights.sum(dim=1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    """Non-negative weights [n, m], in place, so that rows sum to 1; rows of zeros stay zero."""
+    return weights.div_(weights.sum(dim=1, keepdim=True).clamp_min_(torch.finfo(weights.dtype).tiny))
 
 
 def _checked(z1: Tensor, z2: Tensor, given: Tensor | Targets | None) -> tuple[Targets, GraphbuildError | None]:

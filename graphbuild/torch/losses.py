@@ -53,7 +53,7 @@ class XSampleLoss(TemperedLoss):
         soft = softmax_targets(
             batch.similarities(), first=batch.first, tau_s=self.tau_s, views=VIEWS, keep_self=self.keep_self
         )
-        return cross_entropy(soft, batch.products() / self.tau, None if self.keep_self else ~batch.self_slots())
+        return cross_entropy(soft, batch.products().div_(self.tau), None if self.keep_self else batch.self_columns())
 
 
 class NTXentLoss(TemperedLoss):
@@ -71,8 +71,7 @@ class NTXentLoss(TemperedLoss):
     """
 
     def of_batch(self, batch: JointBatch) -> Tensor:
-        logits = batch.products() / self.tau
-        return cross_entropy(batch.other_view_slots().to(logits.dtype), logits, ~batch.self_slots())
+        return cross_entropy(batch.other_columns(), batch.products().div_(self.tau), batch.self_columns())
 
 
 class SupConLoss(TemperedLoss):
@@ -98,9 +97,8 @@ class SupConLoss(TemperedLoss):
         self.threshold = threshold
 
     def of_batch(self, batch: JointBatch) -> Tensor:
-        logits = batch.products() / self.tau
-        positives = batch.positive_slots(self.threshold).to(logits.dtype)
-        return cross_entropy(row_normalised(positives), logits, ~batch.self_slots())
+        positives = row_normalised(batch.positive_slots(self.threshold).to(batch.own.dtype))
+        return cross_entropy(positives, batch.products().div_(self.tau), batch.self_columns())
 
 
 class DecoupledLoss(TemperedLoss):
@@ -131,9 +129,17 @@ class DecoupledLoss(TemperedLoss):
         self.threshold = threshold
 
     def of_batch(self, batch: JointBatch) -> Tensor:
-        logits = batch.products() / self.tau
-        positives = batch.other_view_slots() if self.threshold is None else batch.positive_slots(self.threshold)
-        return cross_entropy(row_normalised(positives.to(logits.dtype)), logits, ~(positives | batch.self_slots()))
+        logits = batch.products().div_(self.tau)
+        if self.threshold is None:
+            positives = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, batch.other_columns()[:, None], True)
+        else:
+            positives = batch.positive_slots(self.threshold)
+        weights = row_normalised(positives.to(logits.dtype))
+        attraction = (weights * logits).sum(dim=1)
+        left_out = positives.scatter_(1, batch.self_columns()[:, None], True)
+        without = left_out.all(dim=1)  # no negatives: the sum runs over everything and is dropped, as a NaN would stay
+        repulsion = logits.masked_fill_(left_out.logical_and_(~without[:, None]), -torch.inf).logsumexp(dim=1)
+        return (weights.sum(dim=1) * repulsion - attraction).masked_fill(without, 0).mean()
 
 
 class DebiasedLoss(TemperedLoss):
@@ -167,15 +173,15 @@ class DebiasedLoss(TemperedLoss):
         self.tau_plus = tau_plus
 
     def of_batch(self, batch: JointBatch) -> Tensor:
-        logits = batch.products() / self.tau
-        positive, itself = batch.other_view_slots(), batch.self_slots()
+        logits = batch.products().div_(self.tau)
         prior = batch.targets.priors(batch.ranks).to(logits).repeat(VIEWS) if self.tau_plus is None else self.tau_plus
         negatives = logits.shape[1] - VIEWS
         # Exponentials are relative to the row's largest: nothing overflows at a small tau.
-        shift = logits.detach().masked_fill(itself, -torch.inf).amax(dim=1)
-        relative = (logits.masked_fill(itself, -torch.inf) - shift[:, None]).exp()
-        own = (relative * positive).sum(dim=1)
-        others = relative.masked_fill(positive, 0).sum(dim=1)
+        attraction = batch.pair_products().repeat(VIEWS) / self.tau
+        logits = logits.scatter_(1, torch.stack([batch.other_columns(), batch.self_columns()], dim=1), -torch.inf)
+        shift = torch.maximum(attraction, logits.detach().amax(dim=1)).detach()
+        own = (attraction - shift).exp()
+        others = (logits - shift[:, None]).exp_().sum(dim=1)
         floor = negatives * torch.exp(-1 / self.tau - shift)
         estimate = torch.maximum((others - prior * negatives * own) / (1 - prior), floor)
-        return ((own + estimate).log() + shift - (logits * positive).sum(dim=1)).mean()
+        return ((own + estimate).log() + shift - attraction).mean()

@@ -1,8 +1,8 @@
 """What each view of a batch should find similar: `Targets`, which every loss takes, and X-Sample's soft target.
 
 Whatever targets are given as, a loss reads them as one block: the similarities [B, N] of this rank's B images to all N
-of the joint batch. Float32 whatever the autocast state, no gradient; costs one [B, N] product, and the soft target two
-matrices of 4 (V B)(V N) bytes. How to choose tau_s: docs/training.md.
+of the joint batch. Float32 whatever the autocast state, no gradient; costs one [B, N] product, and the soft target one
+matrix of 4 (V B)(V N) bytes. How to choose tau_s: docs/training.md.
 """
 
 from __future__ import annotations
@@ -202,17 +202,22 @@ def softmax_targets(block: Tensor, *, first: int, tau_s: float, views: int, keep
             f"{views} view(s) of {images} image(s) leave an anchor nothing to find",
             "use two or more views, or a larger batch",
         )
-    logits = (block / tau_s).repeat(views, views)
-    own = self_slots(anchors, images, first, views, logits.device)
-    return torch.softmax(logits.masked_fill_(own, 1 / tau_s if keep_self else -torch.inf), dim=1)
+    logits = block.repeat(views, views).div_(tau_s)
+    own = self_columns(anchors, images, first, views, logits.device)
+    return softmax_(logits.scatter_(1, own[:, None], 1 / tau_s if keep_self else -torch.inf))
 
 
-def self_slots(anchors: int, images: int, first: int, views: int, device: torch.device) -> Tensor:
-    """bool [V A, V N], True where row and column are the same view of the same image."""
+def softmax_(logits: Tensor) -> Tensor:
+    """The softmax of rows [n, m], in place and so without gradient."""
+    logits.sub_(logits.amax(dim=1, keepdim=True)).exp_()
+    return logits.div_(logits.sum(dim=1, keepdim=True))
+
+
+def self_columns(anchors: int, images: int, first: int, views: int, device: torch.device) -> Tensor:
+    """int64 [V A]: of each row the column of V N that is the same view of the same image."""
     image = torch.arange(first, first + anchors, device=device)
     view = torch.arange(views, device=device)[:, None]
-    own_column = (view * images + image).flatten()
-    return own_column[:, None] == torch.arange(views * images, device=device)
+    return (view * images + image).flatten()
 
 
 def unit_embeddings(embeddings: Tensor) -> Tensor:
