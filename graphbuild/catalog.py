@@ -194,6 +194,11 @@ class Catalog:
     def has_samples(self) -> bool:
         return bool({"scan", "assign"} & self.store.manifest()["stages"].keys())
 
+    @property
+    def has_images(self) -> bool:
+        """Whether there are tars; a caption list and ready vectors have none."""
+        return any(shard.get("tar") for shard in self._shards)
+
     @cached_property
     def _key_ranges(self) -> list[tuple[str, str] | None]:
         if not self.has_samples:

@@ -52,7 +52,7 @@ function cards(store, neighbors) {
     card.dataset.node = one.node;
     card.dataset.text = text;
     card.querySelector(".open").href = link("node", one.node, store);
-    if (stores[store].keys) card.querySelector(".picture").append(picture(store, one.node, ""));
+    if (stores[store].images) card.querySelector(".picture").append(picture(store, one.node, ""));
     card.querySelector(".similarity").textContent = one.similarity.toFixed(3);
     card.querySelector(".caption").textContent = text + (one.samples > 1 ? ` (x${one.samples})` : "");
     list.append(card);

@@ -139,6 +139,7 @@ class Explorer:
                     "recall": catalog.graph.certificate["recall"],
                     "searchable": catalog.searchable,
                     "keys": catalog.has_samples,
+                    "images": catalog.has_images,
                 }
                 for catalog in self.catalogs
             ]
