@@ -12,17 +12,17 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from graphbuild import fetched
 from graphbuild.errors import ConfigError, InputError, StageError
 from graphbuild.fetch import Policy, fetching
 from graphbuild.recipe import Recipe
@@ -31,9 +31,6 @@ from graphbuild.stage import Stage, Task, outputs, records
 from graphbuild.state import require
 from graphbuild.store import Json, Store, Writer
 from graphbuild.tables import TableSpec, read_chunks
-
-if TYPE_CHECKING:
-    import polars as pl
 
 RESERVED = (
     "key",
@@ -150,17 +147,10 @@ def run_download(task: Task, store: Store, writer: Writer) -> Json:
     reasons: dict[str, int] = {}
     for value, message in zip(status["status"].to_pylist(), status["error_message"].to_pylist(), strict=True):
         if value != "success":
-            reason = reason_of(value, message)
+            reason = fetched.reason_of(value, message)
             reasons[reason] = reasons.get(reason, 0) + 1
     images = status["status"].to_pylist().count("success")
     return {"counts": {"urls": len(urls), "images": images, "failed": len(urls) - images}, "reasons": reasons}
-
-
-def reason_of(status: str, message: str | None) -> str:
-    """A failure's message without what differs from URL to URL: its first line, numbers but error codes as N."""
-    line = (message or "").strip().splitlines()[0] if message else "no message"
-    line = re.sub(r"(Error |Errno )?\d+", lambda found: found[0] if found[1] else "N", line)
-    return f"{status.removeprefix('failed_to_')}: {line}"[:100]
 
 
 def finish_download(recipe: Recipe, store: Store, done: list[Json]) -> Json:
@@ -168,53 +158,24 @@ def finish_download(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     reasons: Counter[str] = Counter()
     for record in done:
         reasons.update(record["facts"]["reasons"])
-    retried: Counter[str] = Counter()
-    for record in records(store, "urls").values():
-        retried.update(record["facts"].get("retried", {}))
-    reasons.subtract(retried)
-    fetched = fetched_urls(store, ["url", "status", "sha256"])
+    again = fetched.retried(store)
+    reasons.subtract(again)
+    tries = fetched.last_tries(store, ["url", "status", "sha256"])
     return {
         "download": {
             "failures": {reason: count for reason, count in reasons.most_common() if count},
-            "retried": retried.total(),
-            "hosts": failing_hosts(fetched),
-            "placeholders": placeholders(fetched),
+            "retried": again.total(),
+            "hosts": fetched.failing_hosts(tries),
+            "placeholders": fetched.placeholders(tries),
         }
     }
 
 
-def fetched_urls(store: Store, columns: Sequence[str]) -> pl.DataFrame:
-    """Some columns of img2dataset's rows of all shards, in order: one a URL and try."""
-    import polars as pl
-
-    names = sorted(outputs(list(records(store, "download").values()), "shards/", ".parquet"))
-    tables = [store.table(name, list(columns)) for name in names]
-    return pl.DataFrame(pl.from_arrow(pa.concat_tables(tables)) if tables else {name: [] for name in columns})
-
-
-def failing_hosts(fetched: pl.DataFrame, most: int = 20) -> Json:
-    """The hosts with most URLs that gave no image, and how many of how many."""
-    import polars as pl
-
-    host = pl.col("url").str.extract(r"^[A-Za-z]+://(?:[^/?#]*@)?([^/?#]*)").str.to_lowercase().alias("host")
-    failed = (pl.col("status") != "success").sum().alias("failed")
-    counted = fetched.group_by(host).agg(failed, pl.len().alias("urls")).filter(pl.col("failed") > 0)
-    worst = counted.sort(["failed", "host"], descending=[True, False]).head(most)
-    return {row["host"] or "": {"failed": row["failed"], "urls": row["urls"]} for row in worst.to_dicts()}
-
-
-def placeholders(fetched: pl.DataFrame, at_least: int = 5) -> Json:
-    """How many images came byte for byte from `at_least` or more URLs, and how many URLs gave them."""
-    import polars as pl
-
-    hashed = fetched.select("sha256", "url").drop_nulls().unique()
-    repeated = hashed.group_by("sha256").len().filter(pl.col("len") >= at_least)
-    return {"images": repeated.height, "urls": int(repeated["len"].sum())}
-
-
 def downloaded_tars(store: Store) -> dict[str, str]:
-    """Tar's path in the store -> sha256, of the finished download."""
-    return outputs(require(store, "download", "download"), "shards/", ".tar")
+    """Tar's path in the store -> sha256, of the finished download. StageError when it gave no image."""
+    done = require(store, "download", "download")
+    fetched.require_images(store)
+    return outputs(done, "shards/", ".tar")
 
 
 class CheckedResizer:
@@ -297,4 +258,11 @@ def _check_installed() -> None:
 
 
 URLS = Stage(name="urls", title="URL list", plan=plan_urls, run=run_urls)
-DOWNLOAD = Stage(name="download", title="download", plan=plan_download, run=run_download, finish=finish_download)
+DOWNLOAD = Stage(
+    name="download",
+    title="download",
+    plan=plan_download,
+    run=run_download,
+    finish=finish_download,
+    counts=fetched.counts,
+)

@@ -32,6 +32,7 @@ PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 LONGEST_PAUSE = 30.0  # seconds, whatever a server's Retry-After says
 FAILURES_IN_A_ROW = 3  # to connect, until a host counts as down
 REMEMBERED = 600.0  # seconds that a host's addresses, or its being down, are remembered
+REFUSED = "refused: not a public address"  # how the reason begins
 DEADLINES = 6  # a whole fetch may take so many times the time-out
 
 
@@ -212,9 +213,7 @@ class Hosts:
                     every = list(dict.fromkeys(str(entry[4][0]) for entry in found))
                     host.addresses = [a for a in every if self._policy.allow_private_hosts or is_public(a)]
                     if not host.addresses:
-                        host.error = RefusedError(
-                            f"refused: not a public address (--allow-private-hosts)\n{', '.join(every)}"
-                        )
+                        host.error = RefusedError(f"{REFUSED} (--allow-private-hosts)\n{', '.join(every)}")
                 except (OSError, UnicodeError) as error:
                     host.error = error if isinstance(error, OSError) else OSError(f"not a host name: {error}")
                     if isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN:

@@ -1,4 +1,4 @@
-"""Retry: what failed, once more. Tasks with a failed.json run again; URLs that failed get shards of their own.
+"""Retry: what failed, once more. URLs that failed get shards of their own; tasks with a failed.json run again.
 
 The URLs go, with all their columns and the key that they had, to further lists `_state/urls/<shard>.parquet`: new
 shards behind the old ones, so nothing that is finished changes, and no URL is fetched that has its image. Memory: all
@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import polars as pl
 
-from graphbuild.download import DOWNLOAD, URLS, plan_urls, reason_of
+from graphbuild.download import DOWNLOAD, URLS, plan_urls
 from graphbuild.errors import ConfigError
 from graphbuild.fetch import may_pass_later
+from graphbuild.fetched import failed_urls, refused, require_images
 from graphbuild.pipeline import run_verb, stages_of
 from graphbuild.recipe import Recipe, resolve
 from graphbuild.runner import Runner
 from graphbuild.stage import Task, digest, outputs, records
 from graphbuild.store import Json, Store, Writer
+from graphbuild.summary import NEXT, refused_line
 
 Wanted = str | list[str]
 VERBS = ("download", "embed", "index", "export")
@@ -32,22 +34,37 @@ def wanted_urls(reasons: Sequence[str], *, everything: bool) -> Wanted:
     return "all" if everything else sorted(reasons) or "passing"
 
 
-def retry_store(store: Store, runner: Runner, wanted: Wanted = "passing") -> str:
-    """Run failed tasks again, then the wanted URLs (`wanted_urls`); returns what came of it.
+def retry_store(store: Store, runner: Runner, wanted: Wanted = "passing") -> Iterator[str]:
+    """Run failed tasks of the download again, then fetch the wanted URLs (`wanted_urls`), then run later failed tasks
+    again; yields what came of each.
 
     Raises:
-        ConfigError: there is nothing to retry. InputError or StageError: tasks failed again.
+        ConfigError: there is nothing to retry. InputError or StageError: tasks failed again, or still no image.
     """
     recipe = resolve(store, "download", {})
     verbs = list(failed_tasks(recipe, store))
-    for verb in verbs:
-        run_verb(verb, recipe, store, runner)
-    lines = [f"retry     failed tasks of {', '.join(verbs)} ran again"] if verbs else []
-    if "download" in store.manifest()["stages"]:
-        lines += _retry_urls(store, recipe, runner, wanted)
-    elif not verbs:
+    downloaded = "download" in store.manifest()["stages"]
+    if not verbs and not downloaded:
         raise nothing_failed(store)
-    return "\n".join(lines)
+    if "download" in verbs:
+        verbs.remove("download")
+        yield _run_again("download", recipe, store, runner)
+        downloaded = True
+    images = 0
+    if downloaded:
+        images, said = _retry_urls(store, recipe, runner, wanted)
+        yield said
+        require_images(store)
+    for verb in verbs:
+        yield _run_again(verb, recipe, store, runner)
+    last = verbs[-1] if verbs else "download" if images else None
+    if last in NEXT:
+        yield f"next      graphbuild {NEXT[last]} {store.url}"
+
+
+def _run_again(verb: str, recipe: Recipe, store: Store, runner: Runner) -> str:
+    run_verb(verb, recipe, store, runner)
+    return f"retry     failed tasks of {verb} ran again"
 
 
 def failed_tasks(recipe: Recipe, store: Store) -> dict[str, list[Json]]:
@@ -63,7 +80,8 @@ def nothing_failed(store: Store) -> ConfigError:
     return ConfigError(f"{store.url} has no failed task and no download", "there is nothing to retry")
 
 
-def _retry_urls(store: Store, recipe: Recipe, runner: Runner, wanted: Wanted) -> list[str]:
+def _retry_urls(store: Store, recipe: Recipe, runner: Runner, wanted: Wanted) -> tuple[int, str]:
+    """How many images the wanted URLs gave, and what to say of it."""
     failed = failed_urls(store)
     chosen = failed.filter(matches(failed, wanted))
     if chosen.height:
@@ -81,14 +99,18 @@ def _retry_urls(store: Store, recipe: Recipe, runner: Runner, wanted: Wanted) ->
         stage = dataclasses.replace(URLS, plan=lambda recipe, store: [*plan_urls(recipe, store), task])
         runner.run(stage, recipe, store)
         runner.run(DOWNLOAD, recipe, store)
-    still = failed_urls(store).height
-    images = failed.height - still
+    still = failed_urls(store)
+    images = failed.height - still.height
     lines = [
-        f"retry     {chosen.height:,} of {failed.height:,} failed URLs -> {images:,} images; {still:,} without one"
+        f"retry     {chosen.height:,} of {failed.height:,} failed URLs -> {images:,} images; "
+        f"{still.height:,} without one"
     ]
     if wanted == "passing" and chosen.height < failed.height:
         lines.append("          others failed for good (--reason TEXT, --all)")
-    return [*lines, f"next      graphbuild embed {store.url}"] if images else lines
+    left = refused(Counter(still["reason"].to_list()))
+    if left:
+        lines.append(refused_line(left, store))
+    return images, "\n".join(lines)
 
 
 def cut_retry(task: Task, store: Store, writer: Writer) -> Json:
@@ -103,26 +125,6 @@ def cut_retry(task: Task, store: Store, writer: Writer) -> Json:
     for number, part in enumerate(rows.iter_slices(task.settings["shard_size"])):
         writer.table(f"_state/urls/{first + number:05d}.parquet", part.to_arrow())
     return {"retried": dict(Counter(chosen["reason"].to_list()))}
-
-
-def failed_urls(store: Store, shards: int | None = None) -> pl.DataFrame:
-    """The URLs of all or the first shards that have no image and were not tried again there since.
-
-    Columns: place, among all rows of these lists; key; reason; message.
-    """
-    names = list(outputs(list(records(store, "download").values()), "shards/", ".parquet"))
-    parts = []
-    for name in names[:shards]:
-        table = store.table(name)
-        columns = [column for column in ("key", "status", "error_message", "retry_of") if column in table.column_names]
-        parts.append(pl.DataFrame(pl.from_arrow(table.select(columns))).sort("key"))
-    rows = pl.concat(parts, how="diagonal_relaxed").with_row_index("place")
-    if "retry_of" in rows.columns:
-        rows = rows.join(rows.select("retry_of").drop_nulls().unique(), left_on="key", right_on="retry_of", how="anti")
-    failed = rows.filter(pl.col("status") != "success")
-    reasons = [reason_of(*pair) for pair in failed.select("status", "error_message").iter_rows()]
-    messages = failed["error_message"].fill_null("")
-    return failed.select("place", "key").with_columns(reason=pl.Series(reasons, dtype=pl.String), message=messages)
 
 
 def matches(failed: pl.DataFrame, wanted: Wanted) -> pl.Series:

@@ -21,7 +21,7 @@ from graphbuild.errors import ConfigError, GraphbuildError, InputError, StageErr
 from graphbuild.progress import Progress
 from graphbuild.recipe import Recipe
 from graphbuild.stage import Stage, Task, digest, records, write_manifest
-from graphbuild.state import invalidate, is_done, pending, total_counts, write_recipe
+from graphbuild.state import invalidate, is_done, pending, write_recipe
 from graphbuild.store import Json, Store
 from graphbuild.workers import ATTEMPTS, Failure, Pool, attempt, record_failure
 
@@ -106,7 +106,7 @@ class Runner:
         entry = {
             "fingerprint": digest([[record["task"], record["fingerprint"]] for record in done]),
             "tasks": len(done),
-            "counts": total_counts(done),
+            "counts": stage.counts(store, done),
         }
         if manifest["stages"].get(stage.name) != entry:
             manifest["stages"][stage.name] = entry

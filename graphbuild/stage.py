@@ -89,10 +89,11 @@ class Stage:
     """A step of the pipeline. It knows nothing of parallelism; `graphbuild.runner` executes it.
 
     plan lists the tasks, reading only small files. run does one and returns its facts: JSON, its integer `counts` are
-    summed over the tasks. finish turns the records of all tasks into entries of manifest.json. serves: the stages that
-    its files are for; when those are done it is not run, and its files are scratch that may be gone. note: a line to
-    show before its first task: what was chosen, and what it will take. on_device: a GPU serves it, if there is one.
-    sharing: workers to a GPU: one computes while another reads, prepares or writes.
+    summed over the tasks. finish turns the records of all tasks into entries of manifest.json; counts: the stage's own,
+    where they are not those sums. serves: the stages that its files are for; when those are done it is not run, and its
+    files are scratch that may be gone. note: a line to show before its first task: what was chosen, and what it will
+    take. on_device: a GPU serves it, if there is one. sharing: workers to a GPU: one computes while another reads,
+    prepares or writes.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Stage:
     plan: Callable[[Recipe, Store], list[Task]]
     run: Run
     finish: Callable[[Recipe, Store, list[Json]], Json] = lambda recipe, store, records: {}
+    counts: Callable[[Store, Sequence[Json]], dict[str, int]] = lambda store, records: total_counts(records)
     on_device: bool = False
     sharing: int = 1
     serves: tuple[Stage, ...] = ()
@@ -161,6 +163,14 @@ def fingerprint(stage: str, task: str, settings: Any, inputs: Any, built: Any) -
 def digest(value: Any) -> str:
     """sha256 of a JSON value in canonical form."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def total_counts(done: Sequence[Json]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for record in done:
+        for key, value in record["facts"].get("counts", {}).items():
+            total[key] = total.get(key, 0) + value
+    return dict(sorted(total.items()))
 
 
 def sealed(record: Mapping[str, Any]) -> Json:

@@ -109,11 +109,3 @@ def require(store: Store, stage: str, verb: str) -> list[Json]:
             f"{store.url}: `graphbuild {verb}` is not finished", f"run `graphbuild {verb} {store.url}` first"
         )
     return list(records(store, stage).values())
-
-
-def total_counts(done: Sequence[Json]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for record in done:
-        for key, value in record["facts"].get("counts", {}).items():
-            total[key] = total.get(key, 0) + value
-    return dict(sorted(total.items()))

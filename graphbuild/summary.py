@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
+from graphbuild.fetch import REFUSED
+from graphbuild.fetched import fetch_failed, fetch_refused, refused
 from graphbuild.store import Json, Store
 
 NEXT = {"download": "embed", "embed": "index", "index": "export"}
+NOT_OF_AGE = rf"{REFUSED}|Connection refused|HTTP Error (429|5\d\d)"  # failures of neither an old list nor of DNS
 EXPORTED = {"export": "sidecars, in shards/", "inline": "tars, in inline/", "cluster": "tars, in clustered/"}
 
 
@@ -12,10 +17,22 @@ def summary(verb: str, manifest: Json, store: Store) -> str:
     """The closing lines of a verb, from the manifest alone."""
     parts = {"download": _download, "embed": _embed, "index": _index, "export": _export}
     verbs = [name for name in parts if _has(name, manifest)] if verb in ("run", "demo") else [verb]
-    lines = [line for name in verbs for line in parts[name](manifest)]
-    if verb in NEXT:
+    lines = []
+    for name in verbs:
+        lines += parts[name](manifest)
+        left = refused(manifest["download"]["failures"]) if name == "download" else 0
+        lines += [refused_line(left, store)] if left else []
+    if verb == "download" and not manifest["stages"]["download"]["counts"]["images"]:
+        lines.append(f"next      {fetch_failed(store, manifest['download']['failures'])}")
+    elif verb in NEXT:
         lines.append(f"next      graphbuild {NEXT[verb]} {store.url}")
     return "\n".join(lines)
+
+
+def refused_line(count: int, store: Store) -> str:
+    """Where the URLs that were refused can be had, a line."""
+    command = fetch_refused(store)
+    return f"          {count:,} refused: `{command}`" + (" if the list may name them" if "--allow" in command else "")
 
 
 def _has(verb: str, manifest: Json) -> bool:
@@ -30,7 +47,7 @@ def _has(verb: str, manifest: Json) -> bool:
 
 def _download(manifest: Json) -> list[str]:
     listed, fetched = manifest["stages"]["urls"]["counts"], manifest["stages"]["download"]["counts"]
-    urls = fetched["urls"] - manifest["download"]["retried"]
+    urls, failures = fetched["urls"], manifest["download"]["failures"]
     share = fetched["images"] / urls
     lines = [
         f"download  {listed['urls'] + listed['rejected']:,} rows -> {urls:,} URLs "
@@ -38,7 +55,7 @@ def _download(manifest: Json) -> list[str]:
     ]
     if listed["rejected"]:
         lines.append(f"          {listed['rejected']:,} rows rejected, see rejected/urls/")
-    lines += [f"          {count:6,} {reason}" for reason, count in list(manifest["download"]["failures"].items())[:10]]
+    lines += [f"          {count:6,} {reason}" for reason, count in list(failures.items())[:10]]
     worst = [(name, host) for name, host in manifest["download"]["hosts"].items() if host["failed"] >= 10]
     lines += [f"          {host['failed']:6,} of {host['urls']:,} URLs at {name}" for name, host in worst[:3]]
     placeholders = manifest["download"]["placeholders"]
@@ -48,9 +65,9 @@ def _download(manifest: Json) -> list[str]:
             "placeholders? (kept)"
         )
     if share < 0.5:
-        lines.append(
-            "          WARNING: more than half of the URLs failed; an old list, or DNS overloaded (fewer --threads)?"
-        )
+        aged = sum(count for reason, count in failures.items() if not re.search(NOT_OF_AGE, reason))
+        why = "; an old list, or DNS overloaded (fewer --threads)?" if aged > sum(failures.values()) / 2 else ""
+        lines.append(f"          WARNING: more than half of the URLs failed{why}")
     return lines
 
 

@@ -210,7 +210,7 @@ def retry(
         _say(plan_retry(opened, wanted, workers, _progress(progress)))
         return
     with _runner(given(locals(), "workers address progress")) as runner:
-        echo(retry_store(opened, runner, wanted))
+        _say(retry_store(opened, runner, wanted))
 
 
 def _run_section(section: str, url: str, changes: dict[str, Any], how: dict[str, Any]) -> None:
@@ -226,12 +226,15 @@ def _run_verb(verb: str, recipe: Recipe, store: Store, how: dict[str, Any]) -> N
 
         _say(plan_verb(verb, recipe, store, how["workers"], _progress(how["progress"]), force=how["force"]))
         return
+    from graphbuild.fetched import require_images
     from graphbuild.pipeline import run_verb
     from graphbuild.summary import summary
 
     with _runner(how) as runner:
         manifest = run_verb(verb, recipe, store, runner, force=how["force"])
     echo(summary(verb, manifest, store))
+    if verb == "download":
+        require_images(store)
 
 
 def _say(texts: Iterable[str]) -> None:

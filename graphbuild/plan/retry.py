@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import polars as pl
 
+from graphbuild.fetched import failed_urls
 from graphbuild.plan.job import job_of
 from graphbuild.plan.pending import shares_done
 from graphbuild.plan.show import plan_job, plan_verb
 from graphbuild.progress import Progress
 from graphbuild.recipe import resolve
-from graphbuild.retry import Wanted, failed_tasks, failed_urls, matches, nothing_failed
+from graphbuild.retry import Wanted, failed_tasks, matches, nothing_failed
 from graphbuild.stage import records
 from graphbuild.store import Json, Store
 
@@ -31,24 +32,30 @@ def plan_retry(store: Store, wanted: Wanted, workers: int | None, progress: Prog
     fetched = bool(records(store, "download"))
     if not tasks and not fetched:
         raise nothing_failed(store)
-    for verb, again in tasks.items():
-        yield _tasks(verb, again)
-    for verb in list(tasks)[:1]:  # what the others find is not known before
-        yield from plan_verb(verb, recipe, store, workers, progress)
+    if "download" in tasks:
+        yield _tasks("download", tasks["download"])
+        yield from plan_verb("download", recipe, store, workers, progress)
+    again = 0
     if fetched:
         failed = failed_urls(store)
         chosen = failed.filter(matches(failed, wanted))
+        again = chosen.height
         shares_done("download", recipe, store)
         yield _urls(failed, chosen, wanted)
-        if chosen.height:
+        if again:
             job = replace(
-                job_of("download", recipe, rows=chosen.height),
-                samples=chosen.height,
-                nodes=chosen.height,
+                job_of("download", recipe, rows=again),
+                samples=again,
+                nodes=again,
                 success=1.0,
                 assumed=("each gives an image this time",),
             )
             yield from plan_job(job, recipe, store, workers, progress)
+    later = [verb for verb in tasks if verb != "download"]
+    for verb in later:
+        yield _tasks(verb, tasks[verb])
+    if later and not again and "download" not in tasks:  # what the others find is not known before
+        yield from plan_verb(later[0], recipe, store, workers, progress)
 
 
 def _tasks(verb: str, failed: list[Json]) -> str:

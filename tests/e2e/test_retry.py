@@ -71,7 +71,7 @@ def test_failed_urls_are_fetched_again_by_reason_into_shards_of_their_own(
     (tmp_path / "list.tsv").write_text("".join(lines))
     store = tmp_path / "store"
     options = ("--preset", "cc3m", "--shard-size", SHARD, "--resize-mode", "no", "--workers", 1)
-    refused = cli("download", tmp_path / "refused", tmp_path / "list.tsv", *options)
+    refused = cli("download", tmp_path / "refused", tmp_path / "list.tsv", *options, code=1)
     assert "90 download: refused: not a public address" in refused.stdout
     assert "90 of 90 URLs at 127.0.0.1" in refused.stdout
     assert not served.hits

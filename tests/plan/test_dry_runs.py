@@ -21,7 +21,9 @@ from graphbuild.pipeline import run_verb
 from graphbuild.recipe import Download, Embed, Index, Recipe
 from graphbuild.retry import retry_store
 from graphbuild.runner import Runner
+from graphbuild.stage import Task
 from graphbuild.store import Store
+from graphbuild.workers import Failure, record_failure
 
 PASSING = {"server_error", "hang", "cut_off"}
 SCENES = 200
@@ -74,8 +76,15 @@ def test_a_dry_retry_names_the_urls_that_the_retry_then_fetches_and_changes_noth
         assert "stage" not in none
         assert digests(store) == before
 
+        record_failure(Store(str(store)), Task(stage="number", name="all"), Failure("no caption", "", "", 2))
+        both = dry("retry", store)
+        assert both.index(f"would fetch {passing} of {failed}") < both.index("would run 1 failed task of embed again")
+        assert "all: no caption" in both
+        assert not re.search(r"^numbering ", both, re.M), "what embed takes is not known before the URLs are fetched"
+        (store / "_state/number/all.failed.json").unlink()
+
         with Runner(workers=0) as runner:
-            assert f"{passing} of {failed} failed URLs" in retry_store(Store(str(store)), runner)
+            assert f"{passing} of {failed} failed URLs" in "\n".join(retry_store(Store(str(store)), runner))
     urls.write_bytes(urls.read_bytes() + b" ")
     with pytest.raises(ConfigError, match="was built differently"):
         dry("retry", store)
