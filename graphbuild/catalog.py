@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from PIL import ImageOps
 
 from graphbuild.by_vector import VectorSearch
+from graphbuild.certify import require_graph
 from graphbuild.encoder import find_encoder, open_model
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.graph import SampleGraph
@@ -29,7 +30,6 @@ from graphbuild.matrix import is_matrix
 from graphbuild.ranges import TarRanges
 from graphbuild.recipe import Recipe, resolve
 from graphbuild.sharded import Array
-from graphbuild.state import require
 from graphbuild.store import Json, Store
 from graphbuild.text import usable_text
 
@@ -67,7 +67,7 @@ class Catalog:
     """
 
     def __init__(self, store: Store) -> None:
-        require(store, "certify", "index")
+        require_graph(store)
         self.store = store
         self.graph = SampleGraph.open(store.url)
         self._shards: list[Json] = store.manifest()["shards"]

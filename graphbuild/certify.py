@@ -17,7 +17,8 @@ from graphbuild.errors import QualityError, StageError
 from graphbuild.index import VECTORS, node_count, nodes_entry
 from graphbuild.recipe import Recipe
 from graphbuild.sharded import Array, ShardedArray, node_array
-from graphbuild.stage import Stage, Task
+from graphbuild.stage import Stage, Task, records
+from graphbuild.state import require
 from graphbuild.store import Json, Store, Writer
 
 TOLERANCE = 1e-6
@@ -72,12 +73,37 @@ def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     floor = floor_of(recipe, manifest)
     certificate = certificate_of(manifest["graph"]["k"], [record["facts"] for record in done])
     if certificate["recall"] < floor:
-        raise QualityError(
-            f"recall@{certificate['k']} is {certificate['recall']:.6f}, under the floor of {floor} ({certificate})",
-            "the graph is kept in graph/ for inspection; ask for more with --recall or --engine exact, and --force; "
-            "or lower --min-recall only if that recall is good enough for you",
-        )
+        raise under_floor(certificate, floor, store)
     return {"recall": certificate}
+
+
+def under_floor(certificate: Json, floor: float, store: Store) -> QualityError:
+    low, high, worst = (certificate[name] for name in ("recall_95_low", "recall_95_high", "worst_node_recall"))
+    return QualityError(
+        f"{store.url}: recall@{certificate['k']} is {certificate['recall']:.6f} (95%: {low:.4f} to {high:.4f}; worst "
+        f"node {worst:.4f}), under the floor of {floor}",
+        f"the graph is kept in graph/ for inspection; build a better one with `graphbuild index {store.url} --engine "
+        "exact --force`, or a higher --recall; or lower --min-recall, only if that recall is good enough for you",
+    )
+
+
+def require_graph(store: Store) -> None:
+    """ConfigError when the index is not finished; QualityError when only its recall is under the floor."""
+    manifest = store.manifest()
+    if "certify" not in manifest["stages"]:
+        refuse_under_floor(store, manifest)
+    require(store, "certify", "index")
+
+
+def refuse_under_floor(store: Store, manifest: Json) -> None:
+    """QualityError when a graph without a certificate was measured whole, and its recall is under the floor."""
+    done = list(records(store, "certify").values())
+    if "search" in manifest["stages"] and done and done[0]["built"]["slice"][1] == len(done):
+        certificate = certificate_of(manifest["graph"]["k"], [record["facts"] for record in done])
+        floor = done[0]["built"]["min_recall"]
+        same = all(record["built"]["graph"] == manifest["graph"]["fingerprint"] for record in done)
+        if same and certificate["recall"] < floor:
+            raise under_floor(certificate, floor, store)
 
 
 STAGE = Stage(name="certify", title="recall", plan=plan, run=run, finish=finish)

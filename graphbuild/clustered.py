@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from graphbuild.certify import require_graph
 from graphbuild.errors import ConfigError
 from graphbuild.export import sidecar_table
 from graphbuild.recipe import Recipe
@@ -36,7 +37,7 @@ GROUP = 8  # samples that NeighborBatchSampler groups, at most
 
 def shards_with_tars(store: Store, layout: str) -> list[Json]:
     """The manifest's shards; ConfigError where the samples came from no tars."""
-    require(store, "certify", "index")
+    require_graph(store)
     shards: list[Json] = store.manifest()["shards"]
     if any(shard["tar"] is None for shard in shards):
         raise ConfigError(

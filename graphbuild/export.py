@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from graphbuild import sketch
+from graphbuild.certify import require_graph
 from graphbuild.index import VECTORS
 from graphbuild.moments import BASIS
 from graphbuild.recipe import Recipe
@@ -26,7 +27,7 @@ SIZES = "shards/sizes.json"
 
 
 def plan(recipe: Recipe, store: Store) -> list[Task]:
-    require(store, "certify", "index")
+    require_graph(store)
     manifest = store.manifest()
     source = "vectors" if "vectors" in manifest["stages"] else "assign"
     samples = outputs(require(store, source, "embed"), "samples/")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import polars as pl
 
+from graphbuild.certify import refuse_under_floor
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.index import VECTORS
 from graphbuild.moments import BASIS
@@ -42,6 +43,7 @@ class SampleGraph:
         self._store = Store(url)
         self._manifest: Json = self._store.manifest()
         if "certify" not in self._manifest["stages"]:
+            refuse_under_floor(self._store, self._manifest)
             raise ConfigError(f"{self._store.url} has no finished graph", f"run `graphbuild index {url}` first")
         self.url = self._store.url
         self.k: int = self._manifest["graph"]["k"]

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from graphbuild.certify import certify_afresh, check_lists, check_similarities, true_similarities, wilson_interval
+from graphbuild.catalog import Catalog
+from graphbuild.certify import (
+    certify_afresh,
+    check_lists,
+    check_similarities,
+    require_graph,
+    true_similarities,
+    wilson_interval,
+)
 from graphbuild.errors import GraphbuildError, QualityError, StageError
+from graphbuild.graph import SampleGraph
 from graphbuild.moments import MOMENTS, background_of
 from graphbuild.pipeline import run_verb
 from graphbuild.recipe import Embed, Index, Recipe
@@ -111,6 +121,13 @@ def test_a_graph_under_the_floor_fails_and_is_not_marked_done(
         built(tmp_path, vectors, k=9)
     assert error.value.exit_code == QualityError.exit_code == 1
     store = Store(str(tmp_path / "store"))
+    said = r"store: recall@9 is 0\.\d{6} \(95%: 0\.\d{4} to 0\.\d{4}; worst node 0\.\d{4}\), under the floor of 0\.999$"
+    assert re.search(said, error.value.cause)
+    for look in (Catalog, lambda store: SampleGraph.open(store.url), require_graph):  # what needs the graph says why
+        with pytest.raises(QualityError) as again:
+            look(store)
+        assert again.value.cause == error.value.cause
+        assert f"`graphbuild index {store.url} --engine exact --force`" in again.value.fix
     assert "certify" not in store.manifest()["stages"]
     assert store.exists("graph/00000.neighbors.npy")
     with pytest.raises(QualityError, match="under the floor"):  # and fails again, though no task is left to run

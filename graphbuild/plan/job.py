@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from graphbuild import base
+from graphbuild.certify import require_graph
 from graphbuild.errors import ConfigError, InputError
+from graphbuild.fetched import require_images
 from graphbuild.index import nodes_entry
 from graphbuild.plan import lists
 from graphbuild.plan.encoder_facts import NO_ENCODER, EncoderFacts, encoder_facts
@@ -184,6 +186,7 @@ def _bytes(url: str) -> int:
 
 def _of_downloaded(recipe: Recipe, store: Store) -> Job:
     require(store, "download", "download")
+    require_images(store)
     samples = store.manifest()["stages"]["download"]["counts"]["images"]
     sizes = [size for name, size in store.sizes("shards").items() if name.endswith(".tar")]
     return Job(
@@ -200,7 +203,7 @@ def _of_downloaded(recipe: Recipe, store: Store) -> Job:
 
 def _of_embedded(verb: str, recipe: Recipe, store: Store) -> Job:
     if verb == "export":
-        require(store, "certify", "index")
+        require_graph(store)
     manifest = nodes_entry(store)
     finished = manifest["stages"].keys()
     shards = manifest["shards"]
