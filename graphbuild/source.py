@@ -33,6 +33,13 @@ def local_file(url: str) -> Iterator[Path]:
         yield copy
 
 
+def is_there(url: str) -> bool:
+    """Whether an input file exists."""
+    fs, path = _file_system(url)
+    with reaching(url):
+        return bool(fs.exists(path))
+
+
 def file_identity(url: str) -> str:
     """Name, size and last change of an input file outside the store: what tells that it is still the same."""
     fs, path = _file_system(url)
@@ -48,5 +55,5 @@ def file_identity(url: str) -> str:
 def _file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         return file_system(url)
-    except (ValueError, ImportError) as error:
+    except ValueError as error:
         raise InputError(f"{url} cannot be opened ({error})", "name a path, or a URL that fsspec knows") from None

@@ -18,6 +18,7 @@ from graphbuild.errors import ConfigError, GraphbuildError, StorageError
 from graphbuild.index import node_count
 from graphbuild.sharded import Array
 from graphbuild.sidecar import Sidecar, quantize_int8
+from graphbuild.source import is_there
 from graphbuild.stage import ORDER, records
 from graphbuild.store import Json, Store, stream_sha256
 from graphbuild.tars import open_tar, tar_stem
@@ -34,6 +35,14 @@ class Report:
     shards: int = 0
     recall: Json = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    missing_tars: int = 0
+
+    def fix(self, store: Store) -> str:
+        """What to do about the problems."""
+        without = f"`graphbuild embed {store.url} --force` without it, then index and export"
+        tar = f"restore the tar, or {without}" if self.missing_tars else ""
+        files = "rebuild the stages named above with --force, or restore the files"
+        return "; ".join(filter(None, [tar, files if len(self.problems) > self.missing_tars else ""]))
 
     def summary(self) -> str:
         recall = (
@@ -63,6 +72,10 @@ def verify_store(store: Store) -> Report:
     for shard in manifest.get("shards", []):
         report.shards += 1
         try:
+            if shard["tar"] is not None and not is_there(store.resolve(shard["tar"]["url"])):
+                report.problems.append(f"{store.resolve(shard['tar']['url'])}: missing (shard {shard['shard']})")
+                report.missing_tars += 1
+                continue
             report.problems += _check_shard(store, manifest, shard)
         except StorageError:  # which says nothing of the shard
             raise

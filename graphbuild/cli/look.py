@@ -116,10 +116,7 @@ def verify(store: StoreArg) -> None:
         echo(f"BAD  {problem}")
     echo(report.summary())
     if report.problems:
-        raise QualityError(
-            f"{len(report.problems)} problem(s) in {opened.url}",
-            "rebuild the stages named above with --force, or restore the files",
-        )
+        raise QualityError(f"{len(report.problems)} problem(s) in {opened.url}", report.fix(opened))
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -80,3 +81,31 @@ def test_another_encoder_is_refused_until_it_is_forced(tmp_path: Path) -> None:
     changed = {name for name, content in snapshot(store).items() if before.get(name) != content}
     assert "_state/encode/00000.done.json" in changed
     assert not any(name.startswith("samples/") for name in changed)
+
+
+def test_a_lost_tar_is_named_with_what_to_do_and_that_works(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    tars = [tmp_path / "tars" / name for name in ("a.tar", "b.tar")]
+    for number, path in enumerate(tars):
+        path.parent.mkdir(exist_ok=True)
+        _, made = tar(tmp_path, [f"{caption} {number}" for caption in CAPTIONS])
+        Path(str(made)).rename(path)
+    succeeded(graphbuild("embed", store, "--shards", tars[0].parent, "--workers", 0))
+    content = tars[1].read_bytes()
+    status = tars[1].stat()
+    tars[1].unlink()
+    found = graphbuild("verify", store)
+    assert found.code == 1
+    assert f"BAD  {tars[1]}: missing (shard 00001)" in found.out
+    assert found.err.endswith(
+        f"  -> restore the tar, or `graphbuild embed {store} --force` without it, then index and export\n"
+    )
+    tars[1].write_bytes(content)
+    os.utime(tars[1], ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert "no problems" in succeeded(graphbuild("verify", store))
+    tars[1].unlink()
+    succeeded(graphbuild("embed", store, "--workers", 0, "--force"))
+    assert "no problems" in succeeded(graphbuild("verify", store))
+    assert column(store, "samples", "caption") == [f"{caption} 0" for caption in CAPTIONS]
+    for verb in (["index", "--k", 3], ["export"], ["verify"]):
+        succeeded(graphbuild(verb[0], store, *verb[1:], *(["--workers", 0] if verb[0] != "verify" else [])))
