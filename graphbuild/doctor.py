@@ -182,18 +182,20 @@ def _storage(url: str | None) -> tuple[State, str, str]:
     with tempfile.TemporaryDirectory() if url is None else contextlib.nullcontext(url) as place:
         store = Store(place)
         root = Path(store.root)
-        fresh = store.is_local and not root.exists()
-        begin = time.perf_counter()
-        store.check_writable()
-        seconds = time.perf_counter() - begin
-        kind = "write, sync and rename" if store.is_local else "put"
-        says = f"{'a temporary folder' if url is None else store.url}: {kind} in {1000 * seconds:.0f} ms"
-        if not store.is_local:
-            return "ok", says, ""
-        free = shutil.disk_usage(store.root).free
-        if fresh:
-            with contextlib.suppress(OSError):
-                root.rmdir()
+        fresh = [path for path in (root, *root.parents) if not path.exists()] if store.is_local else []
+        try:
+            begin = time.perf_counter()
+            store.check_writable()
+            seconds = time.perf_counter() - begin
+            kind = "write, sync and rename" if store.is_local else "put"
+            says = f"{'a temporary folder' if url is None else store.url}: {kind} in {1000 * seconds:.0f} ms"
+            if not store.is_local:
+                return "ok", says, ""
+            free = shutil.disk_usage(store.root).free
+        finally:
+            for path in fresh:
+                with contextlib.suppress(OSError):  # never made, or others have put something there
+                    path.rmdir()
     says += f", {free / 2**30:,.0f} GiB free"
     if free < DISK_BYTES:
         return "warning", says, "make room: a job needs what `graphbuild index` prints, and the tars"

@@ -142,7 +142,7 @@ def read_recipe(path: str) -> Recipe:
             content = fs.cat_file(root)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise ConfigError(f"there is no recipe {path}", "see pipelines/ for examples") from None
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"the recipe {path} cannot be read ({error})", "check the path") from None
     return _parse(content, path)
 

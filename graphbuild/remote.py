@@ -21,8 +21,9 @@ from typing import Any
 
 import fsspec
 
-from graphbuild.errors import GraphbuildError, StorageError
+from graphbuild.errors import ConfigError, GraphbuildError, StorageError
 
+S3 = ("s3://", "s3a://")
 S3_RETRIES = {
     "mode": "legacy",
     "max_attempts": 6,
@@ -39,12 +40,20 @@ RERUN = "then run the same command again: what is done is kept"
 
 
 def file_system(url: str, **options: Any) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a path or URL, and the path in it; ValueError or ImportError when fsspec knows none."""
-    if url.startswith(("s3://", "s3a://")):
+    """The file system of a path or URL, and the path in it.
+
+    Raises:
+        ValueError: fsspec knows none. ConfigError: its package is not installed.
+    """
+    if url.startswith(S3):
         given = fsspec.config.conf.get("s3", {}).keys() | os.environ.keys()
         if not given & {"config_kwargs", *S3_VARIABLES}:
             options["config_kwargs"] = {"retries": S3_RETRIES}
-    found: tuple[fsspec.AbstractFileSystem, str] = fsspec.core.url_to_fs(url, **options)
+    try:
+        found: tuple[fsspec.AbstractFileSystem, str] = fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        fix = "pip install 'graphbuild[s3]'" if url.startswith(S3) else "install the package named there"
+        raise ConfigError(f"{url} cannot be opened ({error})", fix) from None
     return found
 
 

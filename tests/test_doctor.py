@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from graphbuild import doctor
@@ -43,7 +44,7 @@ def examined(*arguments: str, hidden: tuple[str, ...] = (), **environment: str) 
 
 
 def test_a_sound_machine_passes_every_check_and_nothing_is_left_behind(tmp_path: Path) -> None:
-    code, said = examined(str(tmp_path / "new"))
+    code, said = examined(str(tmp_path / "new/below/it"))
     assert code == 0
     assert list(said) == [*doctor.CHECKS, "storage"]
     assert not any("FAIL" in line for line in said.values())
@@ -73,6 +74,22 @@ def test_what_is_missing_is_named_with_its_fix(tmp_path: Path) -> None:
     assert "nothing answers" in said["ray"]
     assert "FAIL" in said["storage"]
     assert "folder" in said["storage"]
+
+
+def test_a_store_on_s3_without_its_package_names_the_extra(tmp_path: Path) -> None:
+    code, said = examined("s3://bucket/store", hidden=("s3fs",))
+    assert code == 1
+    assert "FAIL" in said["storage"]
+    assert said["storage"].endswith("-> pip install 'graphbuild[s3]'")
+    np.save(tmp_path / "vectors.npy", np.eye(3))
+    for store, vectors in (("s3://bucket/store", tmp_path / "vectors.npy"), (tmp_path / "store", "s3://bucket/v.npy")):
+        arguments = ["embed", str(store), "--vectors", str(vectors), "--workers", "0"]
+        command = [sys.executable, "-c", HIDE.format(names={"s3fs"}) + RUN, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 2
+        assert done.stderr.startswith("graphbuild: s3://bucket/")
+        assert done.stderr.endswith("  -> pip install 'graphbuild[s3]'\n")
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_wrong_product_or_search_fails(monkeypatch: pytest.MonkeyPatch) -> None:

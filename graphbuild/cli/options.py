@@ -71,7 +71,7 @@ def open_store(url: str) -> Store:
                 if path.is_file():
                     raise ConfigError(f"STORE {url} cannot be a folder: {path} is a file", "name a folder")
         return Store(url)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"STORE {url} cannot be opened ({error})", "name a folder, or a URL that fsspec knows"
         ) from None
