@@ -81,11 +81,7 @@ class Catalog:
 
     def sample(self, key: str) -> Sample:
         """The sample of that key; InputError when there is none, or several."""
-        found = []
-        for number, keys in enumerate(self._key_ranges):
-            if keys is None or keys[0] <= key <= keys[1]:
-                table = self._samples(number)
-                found += [self._sample(number, at) for at in _positions(table["key"], key)]
+        found = self.samples(key)
         if not found:
             raise InputError(
                 f"no sample of {self.store.url} has the key {key!r}",
@@ -95,6 +91,15 @@ class Catalog:
             rows = ", ".join(f"row {sample.row}" for sample in found[:5])
             raise InputError(f"{len(found)} samples have the key {key!r} ({rows})", "search by --text instead")
         return found[0]
+
+    def samples(self, key: str) -> list[Sample]:
+        """All samples of that key."""
+        found = []
+        for number, keys in enumerate(self._key_ranges):
+            if keys is None or keys[0] <= key <= keys[1]:
+                table = self._samples(number)
+                found += [self._sample(number, at) for at in _positions(table["key"], key)]
+        return found
 
     def sample_of(self, node: int) -> Sample | None:
         """The first sample of a node; None of ready vectors, which have no samples."""

@@ -9,7 +9,7 @@ let turn = 0; // answers to a view that is no longer wanted are dropped
 async function ask(path) {
   const response = await fetch(path);
   const answer = await response.json().catch(() => ({ cause: `HTTP ${response.status}`, fix: "" }));
-  if (!response.ok) throw new Error(`${answer.cause} (${answer.fix})`);
+  if (!response.ok) throw new Error(answer.fix ? `${answer.cause} (${answer.fix})` : answer.cause);
   return answer;
 }
 
@@ -94,6 +94,7 @@ async function fill(side, store, wanted, mine) {
   } else {
     let node = wanted.what;
     if (wanted.how === "key") node = (await ask(`/api/${store}/key?${new URLSearchParams({ key: wanted.what })}`)).node;
+    if (node === null) throw new Error(`Not in ${stores[store].store}: no sample of it has the key ${wanted.what}`);
     found = await ask(`/api/${store}/node/${encodeURIComponent(node)}?${new URLSearchParams({ count })}`);
   }
   if (mine !== turn) return;
@@ -120,14 +121,20 @@ async function show() {
   try {
     const each = await meant(wanted);
     const sides = stores.map(() => element("section", undefined, "side"));
-    await Promise.all(each.map((one, store) => fill(sides[store], store, one, mine)));
+    const ended = await Promise.allSettled(each.map((one, store) => fill(sides[store], store, one, mine)));
     if (mine !== turn) return;
+    const problems = ended.map((one) => one.reason?.message);
+    if (problems.every(Boolean)) throw new Error([...new Set(problems)].join("; "));
+    for (const [store, problem] of problems.entries()) {
+      if (problem) sides[store].replaceChildren(element("h2", stores[store].store), element("p", problem, "quiet"));
+    }
     $("sides").replaceChildren(...sides);
     filter();
   } catch (error) {
     if (mine !== turn) return;
     $("problem").textContent = error.message;
     $("status").textContent = "";
+    $("sides").replaceChildren(); // no answer to what was asked
   }
 }
 

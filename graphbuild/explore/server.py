@@ -153,7 +153,10 @@ class Explorer:
         return web.json_response({"neighbors": [dataclasses.asdict(one) for one in found]})
 
     async def _key(self, request: web.Request) -> web.Response:
-        sample = await asyncio.to_thread(self._catalog(request).sample, request.query.get("key", ""))
+        catalog, key = self._catalog(request), request.query.get("key", "")
+        if not await asyncio.to_thread(catalog.samples, key):
+            return web.json_response({"node": None})  # the page says so: the other store may have it
+        sample = await asyncio.to_thread(catalog.sample, key)
         if sample.node is None:
             raise InputError(f"sample {sample.key!r} has no usable caption, so no node", "choose another key")
         return web.json_response(_public(sample))
@@ -225,7 +228,8 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except GraphbuildError as error:
-        return web.json_response({"cause": error.cause, "fix": error.fix}, status=400)
+        fix = "" if "--" in error.fix else error.fix  # the command line's options are none of the page's
+        return web.json_response({"cause": error.cause, "fix": fix}, status=400)
 
 
 def _is_loopback(host: str) -> bool:

@@ -134,7 +134,7 @@ def _mass(mass: Json) -> Json:
             "name": f"+ nearest {rank}" if rank else "the sample itself",
             "x": mass["tau_s"],
             "y": [share[at] for share in mass["share"]],
-            "line": {"color": SCALE[at % len(SCALE)]},
+            "line": {"color": SCALE[at % len(SCALE)], "dash": "dash" if at >= len(SCALE) else "solid"},
         }
         for at, rank in enumerate(mass["ranks"])
     ]

@@ -19,6 +19,10 @@ from browser import Tab
 
 from graphbuild.demo.scenes import encode_jpeg, make_scenes, render
 from graphbuild.encoder import find_encoder, open_model
+from graphbuild.pipeline import run_verb
+from graphbuild.recipe import Embed, Index, Recipe
+from graphbuild.runner import Runner
+from graphbuild.store import Store
 
 Serve = Callable[..., str]
 
@@ -120,8 +124,40 @@ def test_a_key_is_found_and_copied(tab: Tab, address: str, store: Path) -> None:
     assert first == keys[0]
     tab.page.fill("#what", "no such key")
     tab.page.press("#what", "Enter")
-    tab.page.wait_for_selector("#problem:has-text('no sample of')")
+    tab.page.wait_for_selector("#problem:has-text('no sample of it has the key no such key')")
+    assert tab.page.locator(".card, .asked").count() == 0, "the answer to another question is gone"
+
+
+def test_of_a_sample_that_the_other_store_lacks_one_side_is_shown(
+    tab: Tab, serve: Serve, store: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "list.csv").write_text("id,caption\n" + "".join(f"other {n},caption {n}\n" for n in range(30)))
+    recipe = Recipe(embed=Embed(captions=str(tmp_path / "list.csv"), key_column="id"), index=Index(k=4))
+    with Runner(workers=0) as runner:
+        for verb in ("embed", "index"):
+            run_verb(verb, recipe, Store(str(tmp_path / "other")), runner)
+    tab.page.goto(serve(store, "--compare", tmp_path / "other"))
+    wait_for(tab, 0)
+    tab.wait("document.querySelectorAll('.side').length === 2")
+    key = pq.read_table(store / "samples/00000.parquet")["key"][0].as_py()
+    beside = tab.page.locator(".side").nth(1)
+    assert f"Not in {tmp_path / 'other'}: no sample of it has the key {key}" in beside.text_content()
+    assert tab.page.locator(".side").first.locator(".card").count() > 0
+    assert tab.page.locator("#problem").text_content() == ""
+    tab.page.select_option("#how", "key")
+    tab.page.fill("#what", "other 3")
+    tab.page.press("#what", "Enter")
+    wait_for(tab, 3)
+    assert "no sample of it has the key other 3" in tab.page.locator(".side").first.text_content()
+    assert len(shown_nodes(tab, 1)) == 4
+    tab.page.select_option("#how", "text")
+    tab.page.fill("#what", "")
+    tab.page.press("#what", "Enter")
+    tab.wait("document.getElementById('problem').textContent !== ''")
+    assert "--" not in tab.page.locator("#problem").text_content(), "an option of the command line"
+    assert tab.page.locator(".side").count() == 0
     tab.problems[:] = [one for one in tab.problems if "400" not in one]  # the browser logs the refused request
+    tab.accessible()
 
 
 def test_the_filter_hides_what_is_less_similar(tab: Tab, address: str, store: Path) -> None:
@@ -228,10 +264,11 @@ def test_strangers_and_bad_requests_are_refused(serve: Serve, address: str, stor
         ("api/0/node/1?count=0", "1 to 200"),
         ("api/0/search?text=", "cannot be searched"),
         ("api/0/search?text=" + "a" * 10_001, "10,001 characters"),
-        ("api/0/key?key=../../etc/passwd", "no sample"),
     ):
         status, _, body = fetch(address + path)
         assert (status, says in body) == (400, True), (path, body)
+    status, _, body = fetch(address + "api/0/key?key=../../etc/passwd")
+    assert (status, body) == (200, '{"node": null}'), "no sample has it"
     open_to_all = serve(store, "--host", "0.0.0.0")
     base, _, token = open_to_all.partition("?token=")
     base = base.replace("0.0.0.0", "127.0.0.1")

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from browser import Tab
 
+from graphbuild.report.charts import _mass
 from graphbuild.report.page import render, write_report
 from graphbuild.store import Store
 
@@ -123,3 +124,11 @@ def test_hostile_captions_are_text_and_run_nothing(tab: Tab, page: Path, strings
     assert shown[: len(strings)] == plain
     assert tab.page.evaluate("document.querySelectorAll('td.text *:not(br)').length") == 0
     assert tab.page.locator("script").count() == 3
+
+
+@pytest.mark.parametrize("k", [8, 64, 2048])
+def test_no_two_lines_of_a_chart_look_alike(k: int) -> None:
+    ranks = [0, *(2**power for power in range(k.bit_length()) if 2**power < k), k]
+    mass = _mass({"ranks": ranks, "tau_s": [0.1], "share": [[0.5] * len(ranks)]})
+    looks = [(line["line"]["color"], line["line"]["dash"]) for line in mass["data"]]
+    assert len(set(looks)) == len(ranks)
