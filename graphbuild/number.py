@@ -37,7 +37,8 @@ def run_number(task: Task, store: Store, writer: Writer) -> Json:
     sizes = [table.num_rows for table in tables]
     nodes, counts = number_nodes(pl.from_arrow(pa.concat_tables(tables)))  # type: ignore[arg-type]
     if not len(counts):
-        raise InputError(f"no sample of {store.url} has a caption", "see rejected/scan/ for the reasons")
+        fix = "see rejected/scan/ for the reasons" if sum(sizes) else "give tars that hold samples: these hold none"
+        raise InputError(f"no sample of {store.url} has a caption", fix)
     writer.array("_state/number/nodes.npy", nodes)
     writer.array("_state/number/counts.npy", counts)
     shards: dict[str, Json] = {}

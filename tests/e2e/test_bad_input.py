@@ -312,7 +312,7 @@ def test_a_damaged_tar_is_refused_by_name_and_nothing_is_built(
         ([("0.txt", b"a"), ("1.txt", b"b"), ("0.jpg", JPEG)], ["key '0' appears twice"]),
         ([*captioned(["text"] * 3_000), ("000000.json", b"{}")], ["key '000000' appears twice"]),
         ([("README", b"nothing here")], ["no sample", "has a caption"]),
-        ([], ["no sample", "has a caption"]),
+        ([], ["no sample", "has a caption", "give tars that hold samples"]),
     ],
 )
 def test_a_tar_whose_samples_cannot_be_used_is_refused(
