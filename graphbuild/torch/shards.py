@@ -13,6 +13,8 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import has_magic
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -29,6 +31,7 @@ from graphbuild.tars import IMAGE_EXTENSIONS, tar_stem
 logger = logging.getLogger(__name__)
 
 EXPORT = "run `graphbuild export` again"
+ELSEWHERE = "check the path; tars that graphbuild downloaded lie in the store's shards/"
 READERS = 8  # threads that read sidecars at once
 SHARED_BY_SHARDS = ("encoder", "d", "k", "embeddings", "graph", "chunk")
 
@@ -263,8 +266,9 @@ def _expand(pattern: str) -> list[str]:
         files, path = file_system(url)
         with reaching(url, ShardError):
             found = sorted(files.glob(path))
+            without_tars = not found and files.glob(f"{path.rpartition('/')[0]}/*.graph.parquet")
         if not found:
-            raise ConfigError(f"{url} matches no file", "check the path; a store keeps its tars in shards/")
+            raise ConfigError(f"{url} matches no file", _own_tars(url) if without_tars else ELSEWHERE)
         tars += [files.unstrip_protocol(name) if "://" in url else name for name in found]
     return tars
 
@@ -282,8 +286,24 @@ def _sidecar_of(tar: str, sidecars: str | os.PathLike[str] | None) -> str:
 def missing(shard: Shard, url: str) -> ShardError:
     """The error for a shard's tar or sidecar that is not there."""
     if url == shard.tar:
-        return ShardError(f"{url}: there is no such tar", "check the path or pattern")
-    return ShardError(
-        f"{url}: {shard.tar} has no sidecar there",
-        "run `graphbuild export` on the store, or name the folder of the sidecars with `sidecars=`",
-    )
+        beside = url.rpartition("/")[0] == shard.sidecar.rpartition("/")[0] and Path(shard.sidecar).exists()
+        return ShardError(f"{url}: there is no such tar", _own_tars(url) if beside else "check the path or pattern")
+    cause, fix = f"{url}: {shard.tar} has no sidecar there", "run `graphbuild export` on the store, or name the folder"
+    if _has_fields(shard.tar):
+        cause += "; `export --layout inline` put the fields inside, for loaders that know nothing of sidecars"
+        fix = "give the tars that it was made from, `graphbuild export STORE --layout sidecars`, and name the folder"
+    return ShardError(cause, f"{fix} of the sidecars with `sidecars=`")
+
+
+def _own_tars(url: str) -> str:
+    """The next step where the folder holds sidecars, but not the tars that url names there."""
+    return f"there are sidecars without tars: give your tars, and sidecars={url.rpartition('/')[0] or '.'!r}"
+
+
+def _has_fields(tar: str) -> bool:
+    """Whether a local tar is one of the layout inline, by its first members."""
+    try:
+        with tarfile.open(tar) as archive:
+            return any(member.name.endswith(".graph.npz") for member in islice(archive, 100))
+    except (OSError, tarfile.TarError):
+        return False

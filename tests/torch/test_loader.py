@@ -285,6 +285,30 @@ def test_patterns_that_name_no_tar(tmp_path: Path, urls: Any, message: str) -> N
         graph_webdataset(urls.format(tmp_path) if isinstance(urls, str) else urls, batch_size=4)
 
 
+@pytest.mark.parametrize("pattern", ["*.tar", "{{00000..00005}}.tar"])
+def test_sidecars_without_tars_lead_to_tars_of_ones_own(store: Path, tmp_path: Path, pattern: str) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    for tar in store.glob("*.tar"):
+        tar.rename(own / tar.name)
+    with pytest.raises((InputError, ConfigError), match=rf"sidecars without tars: .* sidecars='{store}'"):
+        graph_webdataset(f"{store}/{pattern.format()}", batch_size=4)
+    assert len(rows_of(graph_webdataset(f"{own}/{pattern.format()}", sidecars=store, batch_size=4))) == SHARDS * SAMPLES
+    with pytest.raises((InputError, ConfigError)) as caught:
+        graph_webdataset(f"{own}/elsewhere/{pattern.format()}", batch_size=4)
+    assert "without tars" not in str(caught.value)
+
+
+def test_tars_with_the_fields_inside_lead_to_those_they_were_made_from(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [*members_of(0), ("000001.png", b"x"), ("000001.graph.npz", b"x")])
+    with pytest.raises(InputError, match=r"0\.tar has no sidecar there; `export --layout inline`(.|\n)*made from"):
+        graph_webdataset(f"{tmp_path}/*.tar", batch_size=4)
+    write_tar(tmp_path / "0.tar", members_of(0))
+    with pytest.raises(InputError) as caught:
+        graph_webdataset(f"{tmp_path}/*.tar", batch_size=4)
+    assert "inline" not in str(caught.value)
+
+
 def test_a_tar_named_twice_is_refused(store: Path) -> None:
     with pytest.raises(ConfigError, match=r"00001\.tar is named twice"):
         graph_webdataset([f"{store}/*.tar", f"{store}/00001.tar"], batch_size=4)
