@@ -7,6 +7,8 @@ About a minute on two cores for 3,000 scenes.
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -59,10 +61,20 @@ def run_demo(url: str, *, scenes: int, workers: int | None, address: str | None)
         f"""
 outputs   {folder}/shards/{{00000..{shards - 1:05d}}}.tar with .graph.parquet beside each
           samples/, nodes/, graph/, manifest.json, recipe.yaml: docs/format.md says what is what
-try       graphbuild neighbors {url} --text "two red stars on grass"
+{_activate()}try       graphbuild neighbors {url} --text "two red stars on grass"
           graphbuild verify {url}
           python training/train.py {url} --labels kind,colour,count,background"""
     )
+
+
+def _activate() -> str:
+    """The line to begin with where a shell does not find what this interpreter's environment holds."""
+    script = Path(sys.prefix) / "bin/activate"
+    on_path = [Path(folder).absolute() for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
+    if script.parent in on_path or not script.exists():
+        return ""
+    near = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
+    return f"first     source {near}\n"
 
 
 def plan_demo(url: str, *, scenes: int, workers: int | None) -> Iterator[str]:
