@@ -7,10 +7,11 @@ import re
 from graphbuild.fetch import REFUSED
 from graphbuild.fetched import fetch_failed, fetch_refused, refused
 from graphbuild.store import Json, Store
+from graphbuild.terminal import counted
 
-NEXT = {"download": "embed", "embed": "index", "index": "export"}
+NEXT = {"download": "embed", "embed": "index", "index": "export", "export": "verify", "run": "verify"}
 NOT_OF_AGE = rf"{REFUSED}|Connection refused|HTTP Error (429|5\d\d)"  # failures of neither an old list nor of DNS
-EXPORTED = {"export": "sidecars, in shards/", "inline": "tars, in inline/", "cluster": "tars, in clustered/"}
+EXPORTED = {"export": ("sidecar", "shards/"), "inline": ("tar", "inline/"), "cluster": ("tar", "clustered/")}
 
 
 def summary(verb: str, manifest: Json, store: Store) -> str:
@@ -103,10 +104,10 @@ def _index(manifest: Json) -> list[str]:
 
 def _export(manifest: Json) -> list[str]:
     lines = []
-    for stage, what in EXPORTED.items():
+    for stage, (file, folder) in EXPORTED.items():
         if stage in manifest["stages"]:
             tasks, counts = (manifest["stages"][stage][name] for name in ("tasks", "counts"))
-            lines.append(f"export    {counts['samples']:,} samples in {tasks:,} {what}")
+            lines.append(f"export    {counted(counts['samples'], 'sample')} in {counted(tasks, file)}, in {folder}")
     if counts["without_node"]:
         lines.append(f"          {counts['without_node']:6,} samples without a usable caption: loaders leave them out")
     return lines

@@ -16,6 +16,11 @@ def harmless(text: str) -> str:
     return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def counted(count: int, noun: str) -> str:
+    """A count with its noun: 1 tar, 1,200 tars."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def echo(text: str, *, err: bool = False) -> None:
     typer.echo(harmless(text), err=err)
 

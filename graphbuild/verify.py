@@ -22,6 +22,7 @@ from graphbuild.source import is_there
 from graphbuild.stage import ORDER, records
 from graphbuild.store import Json, Store, stream_sha256
 from graphbuild.tars import open_tar, tar_stem
+from graphbuild.terminal import counted
 
 FRESH_SEED = 104_729  # another draw of nodes than the build's certificate
 
@@ -51,7 +52,8 @@ class Report:
             else ""
         )
         state = f"{len(self.problems)} problem(s)" if self.problems else "no problems"
-        return f"verify    {state}: {self.files:,} files ({self.bytes / 1e6:,.1f} MB), {self.shards:,} shards{recall}"
+        size = f"{counted(self.files, 'file')} ({self.bytes / 1e6:,.1f} MB)"
+        return f"verify    {state}: {size}, {counted(self.shards, 'shard')}{recall}"
 
 
 def verify_store(store: Store) -> Report:

@@ -2,15 +2,64 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from graphbuild.demo.run import _activate
+from tests.e2e.test_bad_input import captioned, graphbuild, succeeded, write_tar
 
 CAPTIONS = ["a dog", "a cat", "a  dog", "a red car"]
 NUMBERS = "all are numbers"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A graph over three captions of four samples in one tar, without sidecars."""
+    folder = tmp_path_factory.mktemp("next")
+    path = write_tar(folder / "a.tar", captioned(CAPTIONS))
+    succeeded(graphbuild("embed", folder / "store", "--shards", path, "--workers", 0))
+    succeeded(graphbuild("index", folder / "store", "--k", 2, "--workers", 0))
+    return folder / "store"
+
+
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vectors")
+    np.save(folder / "v.npy", np.random.default_rng(3).normal(size=(12, 8)))
+    succeeded(graphbuild("embed", folder / "store", "--vectors", folder / "v.npy", "--workers", 0))
+    succeeded(graphbuild("index", folder / "store", "--k", 2, "--workers", 0))
+    return folder / "store"
+
+
+def test_the_version_is_told() -> None:
+    assert succeeded(graphbuild("--version")) == f"graphbuild {version('graphbuild')}\n"
+
+
+def test_a_refused_choice_is_told_in_the_words_of_the_command_line(store: Path) -> None:
+    outcome = graphbuild("mine", store, "--what", "dups")
+    assert outcome.code == 2
+    assert "Invalid value for '--what': 'dups' is not one of 'duplicates'" in outcome.err
+
+
+def test_each_verb_names_the_next_until_the_store_is_verified(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", captioned(CAPTIONS))
+    said = succeeded(graphbuild("embed", tmp_path / "store", "--shards", path, "--workers", 0))
+    verbs = []
+    while found := re.search(r"^next +graphbuild (.*)$", said, re.M):
+        words = shlex.split(found[1])
+        verbs.append(words[0])
+        said = succeeded(graphbuild(*words, *{"index": ["--k", 2]}.get(words[0], [])))
+        if words[0] == "export":
+            assert "4 samples in 1 sidecar, in shards/" in said
+    assert verbs == ["index", "export", "verify"]
+    assert "no problems" in said
+    assert ", 1 shard;" in said
 
 
 # -- the demo's environment
