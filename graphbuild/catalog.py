@@ -85,11 +85,11 @@ class Catalog:
         if not found:
             raise InputError(
                 f"no sample of {self.store.url} has the key {key!r}",
-                "keys are listed in samples/*.parquet; or search by --text",
+                f"keys are listed in {self.store.display('samples/')}*.parquet; or ask by {self._others}",
             )
         if len(found) > 1:
-            rows = ", ".join(f"row {sample.row}" for sample in found[:5])
-            raise InputError(f"{len(found)} samples have the key {key!r} ({rows})", "search by --text instead")
+            rows = ", ".join(f"row {sample.row}: node {sample.node}" for sample in found[:5])
+            raise InputError(f"{len(found)} samples have the key {key!r} ({rows})", f"ask by {self._others}")
         return found[0]
 
     def samples(self, key: str) -> list[Sample]:
@@ -160,7 +160,16 @@ class Catalog:
     def ask(
         self, count: int, *, key: str | None = None, text: str | None = None, node: int | None = None
     ) -> tuple[Sample | None, list[Neighbor]]:
-        """Neighbours of one of a key, a text or a node, and its sample, if it is one."""
+        """Neighbours of a key, a text or a node, and its sample, if it is one; ConfigError unless just one is given."""
+        if sum(given is not None for given in (key, text, node)) != 1:
+            if not self.has_samples:
+                raise ConfigError(
+                    "give --node: ready vectors have neither keys nor texts", "node i is row i of the file"
+                )
+            raise ConfigError(
+                f"give {'a KEY, --text' if self.searchable else 'a KEY'} or --node, one of them",
+                f"keys are listed in {self.store.display('samples/')}*.parquet",
+            )
         if text is not None:
             return None, self.search(text, count)
         sample = self.sample(key) if key is not None else None
@@ -172,6 +181,11 @@ class Catalog:
         return sample or self.sample_of(node), self.neighbors(node, count)
 
     # -- how
+
+    @cached_property
+    def _others(self) -> str:
+        """What to ask by where a key does not do."""
+        return "--node or --text" if self.searchable else "--node"
 
     @cached_property
     def _recipe(self) -> Recipe:
@@ -187,7 +201,7 @@ class Catalog:
         if not self.searchable:
             raise ConfigError(
                 f"{self.store.url} was built from ready vectors or a matrix, so there is no encoder for a text",
-                "ask by KEY, or by node (--node)",
+                "ask by KEY, or by node (--node)" if self.has_samples else "ask by node (--node)",
             )
         return open_model(find_encoder(embed.encoder), "cpu", embed.precision, embed.prompt, embed.dim)
 

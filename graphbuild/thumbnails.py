@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from graphbuild.catalog import Catalog, Neighbor, Sample, printable
 from graphbuild.errors import GraphbuildError
-from graphbuild.terminal import echo
+from graphbuild.terminal import counted, echo
 
 PIXELS = 160
 ROWS = 5  # terminal rows of an image
@@ -21,13 +21,31 @@ ROWS = 5  # terminal rows of an image
 def show_neighbors(catalog: Catalog, asked: Sample | None, found: Sequence[Neighbor], *, images: bool) -> None:
     """Print the asked sample, if it is one, and neighbours, best first."""
     heads = [f"{printable(asked.key)}  node {asked.node}  {printable(asked.caption)}"] if asked else []
-    lines = [f"{n.similarity:.3f}  node {n.node:>9}  x{n.samples:<4} {printable(n.text)}" for n in found]
+    firsts = [catalog.sample_of(neighbor.node) for neighbor in found]
+    nodes = _aligned([f"node {neighbor.node}" for neighbor in found])
+    samples = _aligned([_samples(neighbor, first) for neighbor, first in zip(found, firsts, strict=True)])
+    lines = [
+        "  ".join(part for part in (f"{neighbor.similarity:.3f}", node, keys, printable(neighbor.text)) if part)
+        for neighbor, node, keys in zip(found, nodes, samples, strict=True)
+    ]
     if not (images and sys.stdout.isatty()):
         for line in heads + [f"  {line}" for line in lines]:
             echo(line)
         return
-    samples = ([asked] if asked else []) + [catalog.sample_of(neighbor.node) for neighbor in found]
-    _show([(_image(catalog, sample), line) for sample, line in zip(samples, heads + lines, strict=True)])
+    shown = ([asked] if asked else []) + firsts
+    _show([(_image(catalog, sample), line) for sample, line in zip(shown, heads + lines, strict=True)])
+
+
+def _samples(neighbor: Neighbor, first: Sample | None) -> str:
+    """How many samples a node has, and the key of the first; nothing of ready vectors."""
+    if first is None:
+        return ""
+    return f"{counted(neighbor.samples, 'sample')}: {printable(first.key, 40)}{', ...' * (neighbor.samples > 1)}"
+
+
+def _aligned(texts: Sequence[str]) -> list[str]:
+    width = max(map(len, texts), default=0)
+    return [text.ljust(width) for text in texts]
 
 
 def _image(catalog: Catalog, sample: Sample | None) -> bytes | str:

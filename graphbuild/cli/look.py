@@ -44,15 +44,9 @@ def neighbors(
 ) -> None:
     """The nearest neighbours of a sample, or of any text."""
     from graphbuild.catalog import Catalog
-    from graphbuild.errors import ConfigError
     from graphbuild.thumbnails import show_neighbors
 
-    opened = open_store(store)
-    if sum(given is not None for given in (key, text, node)) != 1:
-        raise ConfigError(
-            "give a KEY, --text or --node, one of them", f"keys are listed in {opened.display('samples/')}*.parquet"
-        )
-    catalog = Catalog(opened)
+    catalog = Catalog(open_store(store))
     sample, found = catalog.ask(count, key=key, text=text, node=node)
     show_neighbors(catalog, sample, found, images=images)
 

@@ -640,7 +640,7 @@ def test_a_question_that_has_no_answer_is_refused(half_captioned: Path, argument
 
 def test_a_text_finds_the_node_it_normalises_to(half_captioned: Path) -> None:
     found = succeeded(graphbuild("neighbors", half_captioned, "--text", "  a\tred\ncar ", "--count", 1))
-    assert found.split() == ["1.000", "node", "2", "x1", "a", "red", "car"]
+    assert found.split() == ["1.000", "node", "2", "1", "sample:", "000006", "a", "red", "car"]
 
 
 def test_a_key_of_several_samples_is_told(tmp_path: Path, store: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from graphbuild.demo.run import _activate
-from tests.e2e.test_bad_input import captioned, graphbuild, succeeded, write_tar
+from tests.e2e.test_bad_input import captioned, graphbuild, refused, succeeded, write_list, write_tar
 
 CAPTIONS = ["a dog", "a cat", "a  dog", "a red car"]
 NUMBERS = "all are numbers"
@@ -60,6 +60,42 @@ def test_each_verb_names_the_next_until_the_store_is_verified(tmp_path: Path) ->
     assert verbs == ["index", "export", "verify"]
     assert "no problems" in said
     assert ", 1 shard;" in said
+
+
+# -- neighbors
+
+
+def test_a_neighbour_is_told_with_the_number_of_its_samples_and_a_key_to_ask_by(store: Path) -> None:
+    asked, *lines = succeeded(graphbuild("neighbors", store, "000001")).splitlines()
+    assert asked == "000001  node 1  a cat"
+    found = [re.split(" {2,}", line.strip())[1:] for line in lines]
+    assert sorted(found) == [
+        ["node 0", "2 samples: 000000, ...", "a dog"],
+        ["node 2", "1 sample: 000003", "a red car"],
+    ]
+    assert succeeded(graphbuild("neighbors", store, "000003")).startswith("000003  node 2  a red car\n")
+
+
+def test_a_key_of_several_rows_can_be_asked_for_by_node(tmp_path: Path) -> None:
+    path = write_list(tmp_path / "a.csv", "caption,id\na dog,x\na cat,x\na cow,y\n")
+    succeeded(graphbuild("embed", tmp_path / "store", "--captions", path, "--key-column", "id", "--workers", 0))
+    succeeded(graphbuild("index", tmp_path / "store", "--k", 1, "--workers", 0))
+    outcome = graphbuild("neighbors", tmp_path / "store", "x")
+    refused(outcome, "row 0: node 0, row 1: node 1", "--node")
+    assert "a cat" in succeeded(graphbuild("neighbors", tmp_path / "store", "--node", 1)).splitlines()[0]
+
+
+@pytest.mark.parametrize("question", [[], ["3", "--node", "3"], ["--text", "a dog"], ["3"]])
+def test_ready_vectors_are_asked_by_node_alone(vectors: Path, question: list[str]) -> None:
+    outcome = graphbuild("neighbors", vectors, *question)
+    refused(outcome, "--node")
+    assert "KEY" not in outcome.err
+    assert "--text" not in outcome.err
+
+
+def test_ready_vectors_have_no_samples_to_tell_of(vectors: Path) -> None:
+    for line in succeeded(graphbuild("neighbors", vectors, "--node", 3)).splitlines()[-2:]:
+        assert re.fullmatch(r"  -?\d\.\d{3}  node \d+ *  \(no text\)", line), line
 
 
 # -- the demo's environment
