@@ -98,6 +98,12 @@ def fill_template(template: str, caption: str | None) -> str | None:
     return template.replace("{}", caption) if caption and caption.strip() else caption
 
 
+def is_number(caption: str | None, template: str) -> bool:
+    """Whether a caption is a whole number, or a number in the template: a class number, most likely."""
+    before, place, behind = template.partition("{}")
+    return caption is not None and place != "" and caption.removeprefix(before).removesuffix(behind).strip().isdecimal()
+
+
 def template_fields(template: str) -> list[str]:
     """The columns or JSON fields that a template names, as in "{title}. {description}"; none where it has {}."""
     return [] if "{}" in template else list(dict.fromkeys(FIELD.findall(template)))

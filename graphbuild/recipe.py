@@ -185,10 +185,10 @@ def _validate(values: Mapping[str, Any], where: str = "", options: Sequence[str]
             names = [name for name in options if name == field or len(fault["loc"]) == 1]
             name = ", ".join(f"--{name.replace('_', '-')}" for name in names) or ".".join(map(str, fault["loc"]))
             known = fault["type"] != "extra_forbidden"
-            lines.append(f"{name}: {fault['msg'].removeprefix('Value error, ') if known else 'no such setting'}")
+            lines.append(f"{name}: {fault['msg'].removeprefix('Value error, ') if known else _no_such(fault['loc'])}")
         raise ConfigError(
             (f"{where}: " if where else "") + "; ".join(lines),
-            "see docs/recipe.md, or the command's --help, for what is allowed",
+            "correct it; what is allowed say the verb's --help, and docs/recipe.md of the sources",
         ) from None
     values = recipe.model_dump()
     for section, key in (
@@ -206,6 +206,13 @@ def _validate(values: Mapping[str, Any], where: str = "", options: Sequence[str]
     elif is_folder(encoder):
         values["embed"]["encoder"] = absolute(encoder)
     return Recipe.model_validate(values)
+
+
+def _no_such(place: Sequence[int | str]) -> str:
+    """That there is no such section, or setting of a section, and which there are."""
+    if len(place) == 1:
+        return f"no such setting: a recipe has the sections {', '.join(Recipe.model_fields)}"
+    return f"no such setting: {place[0]} has {', '.join(type(getattr(Recipe(), str(place[0]))).model_fields)}"
 
 
 def is_folder(name: str) -> bool:

@@ -9,6 +9,7 @@ input; memory: one shard's captions.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,12 +20,13 @@ from graphbuild.captions import (
     CONTENT_CHARACTERS,
     fill_fields,
     fill_template,
+    is_number,
     read_class_names,
     sample_caption,
     template_fields,
 )
 from graphbuild.download import downloaded_tars
-from graphbuild.errors import InputError
+from graphbuild.errors import ConfigError, InputError
 from graphbuild.recipe import Recipe
 from graphbuild.source import file_identity, local_file
 from graphbuild.stage import Stage, Task, records
@@ -32,6 +34,8 @@ from graphbuild.store import Json, Store, Writer, file_sha256
 from graphbuild.tables import FIELD_ROLE, TableSpec, read_chunks
 from graphbuild.tars import expand_shards, open_tar, tar_stem
 from graphbuild.text import hashes, usable_text
+
+logger = logging.getLogger(__name__)
 
 MEMBER = pa.struct([("extension", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 SCHEMA = pa.schema(
@@ -69,6 +73,12 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
             Task(stage="scan", name=name, settings=settings, inputs={"tar": identities[url]}, hints={"url": url})
             for url, name in sorted(numbers.items(), key=lambda item: item[1])
         ]
+    if "download" not in store.manifest()["stages"]:
+        raise ConfigError(
+            f"{store.url} has no captions to embed: no source is named, and no download is finished there",
+            "name the source by --shards, --captions or --vectors (in a recipe, embed.shards and so on), "
+            f"or run `graphbuild download {store.url} URLS` first",
+        )
     return [
         Task(stage="scan", name=tar_stem(url), settings=settings, built={"tar": sha256}, hints={"url": url})
         for url, sha256 in downloaded_tars(store).items()
@@ -86,6 +96,14 @@ def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     for record in done:
         for reason, count in record["facts"]["reasons"].items():
             reasons[reason] = reasons.get(reason, 0) + count
+    captions = sum(record["facts"]["counts"]["captions"] for record in done)
+    numbers = sum(record["facts"].get("numbers", 0) for record in done)
+    if captions and captions == numbers and recipe.embed.class_names is None:
+        logger.warning(
+            "%-9s all are numbers, and embedded as such: class numbers? Then %s, and embed with --force",
+            "captions",
+            "name the classes by --class-names" if recipe.embed.captions is None else "list the classes' names instead",
+        )
     return {"rejected": dict(sorted(reasons.items()))}
 
 
@@ -132,6 +150,7 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
     counts = {"samples": len(samples), "captions": len(samples) - len(rejected), "rejected": len(rejected)}
     return {
         "counts": counts,
+        "numbers": sum(is_number(caption, settings["template"]) for caption in captions),
         "reasons": _reasons(rejected),
         "shards": {shard: {"samples": len(samples), "tar": identity}},
     }
@@ -149,7 +168,7 @@ def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
     spec = _spec(url, settings)
     shards: dict[str, Json] = {}
     reasons: dict[str, int] = {}
-    rejected_rows = 0
+    rejected_rows = numbers = 0
     keys: list[str] = []
     captions: list[str | None] = []
     texts: list[str] = []
@@ -173,6 +192,7 @@ def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
                 keys.append(key)
                 captions.append(caption)
                 texts.append(text)
+                numbers += is_number(caption, settings["template"])
         while len(keys) >= settings["shard_size"]:
             cut(settings["shard_size"])
         _write_rejected(shard_name(number), rejected, writer)
@@ -186,7 +206,7 @@ def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
         why = "; ".join(f"{count:,} rejected: {reason}" for reason, count in reasons.items())
         raise InputError(f"{url}: no row has a caption ({why})", "check --caption-column")
     counts = {"samples": samples, "captions": samples, "rejected": rejected_rows}
-    return {"counts": counts, "reasons": reasons, "shards": shards}
+    return {"counts": counts, "numbers": numbers, "reasons": reasons, "shards": shards}
 
 
 def _filled(rows: pa.Table, template: str) -> Iterator[tuple[str | None, str | None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shlex
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from graphbuild.demo.run import _activate
+from graphbuild.recipe import Embed, Recipe
 from tests.e2e.test_bad_input import captioned, graphbuild, refused, succeeded, write_list, write_tar
 
 CAPTIONS = ["a dog", "a cat", "a  dog", "a red car"]
@@ -62,6 +64,19 @@ def test_each_verb_names_the_next_until_the_store_is_verified(tmp_path: Path) ->
     assert ", 1 shard;" in said
 
 
+def test_a_store_without_captions_is_told_every_source(tmp_path: Path) -> None:
+    sources = ("--shards", "--captions", "--vectors", "graphbuild download")
+    refused(graphbuild("embed", tmp_path / "store"), tmp_path / "store", *sources)
+    refused(graphbuild("embed", tmp_path / "store", "--dry-run"), *sources)
+
+
+def test_an_unknown_setting_is_told_which_there_are(tmp_path: Path) -> None:
+    recipe = write_list(tmp_path / "job.yaml", "source: {shards: x}\n")
+    refused(graphbuild("run", recipe, tmp_path / "store"), "source: no such setting", *Recipe.model_fields)
+    write_list(recipe, "embed: {shardz: x}\n")
+    refused(graphbuild("run", recipe, tmp_path / "store"), "embed.shardz: no such setting", *Embed.model_fields)
+
+
 # -- neighbors
 
 
@@ -96,6 +111,46 @@ def test_ready_vectors_are_asked_by_node_alone(vectors: Path, question: list[str
 def test_ready_vectors_have_no_samples_to_tell_of(vectors: Path) -> None:
     for line in succeeded(graphbuild("neighbors", vectors, "--node", 3)).splitlines()[-2:]:
         assert re.fullmatch(r"  -?\d\.\d{3}  node \d+ *  \(no text\)", line), line
+
+
+# -- class numbers
+
+
+def labelled(path: Path, labels: list[str]) -> Path:
+    return write_tar(path, [(f"{n}.cls", label.encode()) for n, label in enumerate(labels)])
+
+
+@pytest.mark.parametrize("options", [[], ["--template", "a photo of a {}"]])
+def test_class_numbers_without_names_are_warned_of(
+    tmp_path: Path, options: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = labelled(tmp_path / "a.tar", ["0", "1\n", "12"])
+    embed = ["embed", tmp_path / "store", "--shards", path, "--caption-member", "cls", "--workers", 0, *options]
+    with caplog.at_level(logging.WARNING, "graphbuild"):
+        succeeded(graphbuild(*embed))
+    assert f"captions  {NUMBERS}" in caplog.text
+    assert "--class-names" in caplog.text
+    caplog.clear()
+    names = write_list(tmp_path / "names.txt", "".join(f"{n}\n" for n in range(13)))
+    succeeded(graphbuild(*embed, "--class-names", names, "--force"))  # the next step that the warning names
+    assert NUMBERS not in caplog.text
+
+
+def test_numbers_in_a_list_are_warned_of_without_an_option_that_lists_do_not_have(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_list(tmp_path / "a.csv", "caption\n3\n4\n")
+    succeeded(graphbuild("embed", tmp_path / "store", "--captions", path, "--workers", 0))
+    assert NUMBERS in caplog.text
+    assert "--class-names" not in caplog.text
+
+
+def test_a_caption_that_is_no_number_among_numbers_keeps_the_warning_away(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = labelled(tmp_path / "a.tar", ["0", "1", "a dog"])
+    succeeded(graphbuild("embed", tmp_path / "s", "--shards", path, "--caption-member", "cls", "--workers", 0))
+    assert NUMBERS not in caplog.text
 
 
 # -- the demo's environment
