@@ -231,15 +231,9 @@ class Sidecar:
         return unit_rows(self.embedding)
 
     def _check_values(self, columns: dict[str, pa.Array]) -> None:
-        """Keys unique; where a node is named nothing is missing and the embedding is usable."""
-        _, first = np.unique(self.key.astype(str), return_index=True)
-        if len(first) != len(self.key):
-            again = int(np.setdiff1d(np.arange(len(self.key)), first)[0])
-            earlier = int(np.flatnonzero(self.key == self.key[again])[0])
-            raise ShardError(
-                f"{self.url}: key {self.key[again]!r} stands at row {earlier} and again at row {again}",
-                "write the tar with each key once and its members side by side, then embed and export again",
-            )
+        """Keys of a tar unique, of a list not; where a node is named nothing is missing and the embedding is usable."""
+        if self.header.tar is not None:
+            self._check_keys()
         named = self.node >= 0
         for name, column in columns.items():
             if name in MAY_BE_NULL or column.null_count == 0:
@@ -253,6 +247,16 @@ class Sidecar:
             if (named & ~usable).any():
                 row = (named & ~usable).argmax()
                 raise ShardError(f"{self.url}: the embedding of row {row} is zero or not finite", EXPORT)
+
+    def _check_keys(self) -> None:
+        _, first = np.unique(self.key.astype(str), return_index=True)
+        if len(first) != len(self.key):
+            again = int(np.setdiff1d(np.arange(len(self.key)), first)[0])
+            earlier = int(np.flatnonzero(self.key == self.key[again])[0])
+            raise ShardError(
+                f"{self.url}: key {self.key[again]!r} stands at row {earlier} and again at row {again}",
+                "write the tar with each key once and its members side by side, then embed and export again",
+            )
 
 
 def read_header(url: str) -> tuple[SidecarHeader, int]:

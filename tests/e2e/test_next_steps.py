@@ -172,3 +172,13 @@ def test_an_environment_that_the_shell_does_not_know_is_to_be_activated_first(
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     script.unlink()
     assert _activate() == ""
+
+
+def test_a_list_with_several_captions_a_key_passes_its_verification(tmp_path: Path) -> None:
+    rows = "\n".join(f"{number // 2},{caption} {number}" for number, caption in enumerate(CAPTIONS * 2))
+    (tmp_path / "list.csv").write_text(f"image,caption\n{rows}\n")
+    options = ("--captions", tmp_path / "list.csv", "--key-column", "image", "--workers", 0)
+    succeeded(graphbuild("embed", tmp_path / "store", *options))
+    succeeded(graphbuild("index", tmp_path / "store", "--k", 2, "--workers", 0))
+    succeeded(graphbuild("export", tmp_path / "store", "--workers", 0))
+    assert "no problems" in succeeded(graphbuild("verify", tmp_path / "store"))
