@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import chain, groupby, islice
 from typing import Any
@@ -24,19 +23,12 @@ from torch.utils.data import IterableDataset
 from webdataset.utils import pytorch_worker_info
 
 from graphbuild.errors import ConfigError
-from graphbuild.sidecar import ShardError, SidecarHeader, unit_rows
+from graphbuild.sidecar import SidecarHeader, unit_rows
 from graphbuild.sketch import unpack
+from graphbuild.torch.epochs import Epochs, Position
 from graphbuild.torch.images import ImageDecoder
-from graphbuild.torch.shards import (
-    READERS,
-    JoinedSample,
-    Shard,
-    count_joined,
-    find_shards,
-    joined_samples,
-    member_value,
-    read_columns,
-)
+from graphbuild.torch.ranks import live_rank
+from graphbuild.torch.shards import JoinedSample, Shard, find_shards, joined_samples, member_value
 
 BATCH_FIELDS = (
     "image",
@@ -63,6 +55,7 @@ def graph_webdataset(
     transform: Callable[[Any], Any] | None = None,
     extra: Sequence[str] = (),
     partial: bool = True,
+    equal_ranks: bool = False,
     split_by_rank: bool = True,
 ) -> GraphWebDataset:
     """Batches of images with captions, embeddings and neighbours, from tars and the sidecars beside them.
@@ -86,6 +79,9 @@ def graph_webdataset(
         extra: further members of each sample by extension, such as "json" (parsed); "txt" gives str, others
             bytes.
         partial: also deliver a worker's last, smaller batch. Pass False for training.
+        equal_ranks: end every rank's epoch after as many batches as the rank that has fewest gives, as DDP needs;
+            what the others leave is another part each epoch. Costs one small read a sidecar, here (a pass over a
+            compressed tar).
         split_by_rank: False gives every rank all shards, as an evaluation on one rank needs.
 
     Returns:
@@ -115,6 +111,7 @@ def graph_webdataset(
         seed=seed,
         extra=tuple(extra),
         partial=partial,
+        equal_ranks=equal_ranks,
         split_by_rank=split_by_rank,
     )
 
@@ -132,6 +129,7 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
         seed: int,
         extra: tuple[str, ...],
         partial: bool,
+        equal_ranks: bool,
         split_by_rank: bool,
     ) -> None:
         self.shards = shards
@@ -142,10 +140,16 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
         self._extra = extra
         self._partial = partial
         self._split_by_rank = split_by_rank
-        # Epoch and batches to skip. Shared memory: workers that live on (persistent_workers) see set_epoch too.
-        self._start = torch.zeros(2, dtype=torch.int64)
-        self._start.share_memory_()  # type: ignore[no-untyped-call]
-        self._node: tuple[int, int] | None = None
+        self._epochs = Epochs(
+            shards,
+            batch_size=batch_size,
+            shuffled=shuffle > 0,
+            seed=seed,
+            partial=partial,
+            equal_ranks=equal_ranks,
+        )
+        self._position = Position()
+        self._known_rank: tuple[int, int] | None = None
 
     def set_epoch(self, epoch: int, skip_batches: int = 0) -> None:
         """Choose the order of shards and samples for iterations that start now; alike on all ranks.
@@ -154,74 +158,66 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
         taken from its DataLoader. What follows is what an epoch without interruption gives, sample by sample, if the
         tars, all options, the ranks and the workers are the same, and the DataLoader delivers in order (its default).
         The stream is replayed without decoding an image: that costs a pass over the tars read so far, and one small
-        read a sidecar.
+        read a sidecar. It holds for every iteration until the next set_epoch: call that before each epoch.
 
         Raises:
             ConfigError: a negative number. Too many batches are a ShardError while iterating.
         """
         if epoch < 0 or skip_batches < 0:
             raise ConfigError(f"epoch = {epoch}, skip_batches = {skip_batches}", "both start at 0")
-        self._start.copy_(torch.tensor([epoch, skip_batches]))
+        self._position.set(epoch, skip_batches)
+
+    def batches_per_epoch(self, workers: int) -> int:
+        """This rank's batches in the epoch last set, with a DataLoader's num_workers; with equal_ranks every rank's.
+
+        One small read a sidecar, once a process.
+
+        Raises:
+            ConfigError: workers below 0, or with equal_ranks a rank without a batch.
+            ShardError: as `graph_webdataset`.
+        """
+        if workers < 0:
+            raise ConfigError(f"workers = {workers}", "pass the DataLoader's num_workers, 0 or more")
+        return sum(self._epochs.batches(self._position.get()[0], *self._rank_and_ranks(), max(workers, 1)))
 
     def count_samples(self) -> int:
-        """Samples with a node in all shards, before any split: one small read a shard."""
-        nodes = (read_columns(shard, ["node"])[1].column("node") for shard in self.shards)
-        return sum(len(node) - node.null_count for node in nodes)
+        """Samples that an epoch delivers, of all ranks together: those with a node and an image, before batches.
 
-    @cached_property
+        One small read a sidecar, once a process.
+        """
+        return self._epochs.count_samples()
+
+    @property
     def header(self) -> SidecarHeader:
         """The first shard's header; all shards must share its encoder, d, k, embeddings and graph."""
-        return read_columns(self.shards[0], [])[0]
+        return self._epochs.header
 
     @cached_property
     def _sketch_steps(self) -> NDArray[np.float32]:
         return np.array(self.header.sketch_steps, np.float32)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        rank, ranks = self._rank_and_ranks() if self._split_by_rank else (0, 1)
+        rank, ranks = self._rank_and_ranks()
         _, _, worker, workers = pytorch_worker_info()
-        if ranks > len(self.shards):
-            raise ShardError(
-                f"{len(self.shards)} tar(s) for {ranks} ranks: rank {len(self.shards)} would get none",
-                "write smaller shards, at least one for each rank and worker, or use fewer ranks",
-            )
-        epoch, skip = self._start.tolist()
-        shards = list(self.shards)
-        if self._shuffle:
-            random.Random(f"shards {self._seed} {epoch}").shuffle(shards)
-        shards = shards[rank::ranks]
-        taken = 0
-        if skip:
-            batches = [self._count_batches(shards[w::workers]) for w in range(workers)]
-            if skip > sum(batches):
-                raise ShardError(
-                    f"skip_batches = {skip}: with {workers} worker(s) epoch {epoch} of rank {rank} has {sum(batches)}",
-                    "resume with the tars, batch_size, ranks and workers that the run had",
-                )
-            turn, taken_from = resume_point(batches, skip)
-            worker = (worker + turn) % workers  # the new DataLoader begins with its worker 0
-            taken = int(taken_from[worker])
+        epoch, skip, _, _ = self._position.get()
+        part = self._epochs.part(epoch, skip, rank, ranks, worker, workers)
         yield from wds.DataPipeline(
-            lambda: iter(shards[worker::workers]),
+            lambda: iter(part.shards),
             self._join,
-            *self._shuffled(random.Random(f"samples {self._seed} {epoch} {rank} {worker}")),
+            *self._shuffled(random.Random(f"samples {self._seed} {epoch} {rank} {part.stream}")),
             wds.batched(self._batch_size, collation_fn=None, partial=self._partial),
-            lambda batches: map(self._collate, islice(batches, taken, None)),
+            lambda batches: map(self._collate, islice(batches, part.first, part.last)),
         )
 
-    def _count_batches(self, shards: list[Shard]) -> int:
-        """The batches that one worker gives of these shards."""
-        header = self.header
-        with ThreadPoolExecutor(READERS) as pool:
-            samples = sum(pool.map(lambda shard: count_joined(shard, expected=header), shards))
-        return samples // self._batch_size if not self._partial else -(-samples // self._batch_size)
-
     def __getstate__(self) -> dict[str, Any]:
-        """A worker that is started afresh (spawn) knows no process group: it takes its rank along."""
-        return {**self.__dict__, "_node": self._rank_and_ranks()}
+        """A worker that is started afresh (spawn) knows no process group: it takes its rank along, where it has one."""
+        return {**self.__dict__, "_known_rank": live_rank() or self._known_rank}
 
     def _rank_and_ranks(self) -> tuple[int, int]:
-        return self._node or pytorch_worker_info()[:2]
+        """By which the stream is split. What this process knows goes before what came along."""
+        if not self._split_by_rank:
+            return 0, 1
+        return live_rank() or self._known_rank or (0, 1)
 
     def _join(self, shards: Iterator[Shard]) -> Iterator[JoinedSample]:
         for shard in shards:
@@ -263,19 +259,6 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
         for name in self._extra:
             batch[name] = [member_value(sample, name) for sample in samples]
         return batch
-
-
-def resume_point(batches: Sequence[int], taken: int) -> tuple[int, NDArray[np.int64]]:
-    """Where a DataLoader's epoch stands after `taken` batches: the worker whose turn it is, and what each has given.
-
-    batches: what each worker gives in the whole epoch. A DataLoader that delivers in order takes one batch of each
-    worker in turn and passes over those that have run out. Returns a worker, and int64 [workers].
-    """
-    worker = np.repeat(np.arange(len(batches)), batches)
-    turn = np.concatenate([np.arange(count) for count in batches])
-    order = worker[np.lexsort((worker, turn))]
-    following = int(order[taken]) if taken < len(order) else 0
-    return following, np.bincount(order[:taken], minlength=len(batches))
 
 
 def _column(values: list[Any], dtype: type[np.generic]) -> torch.Tensor:

@@ -229,17 +229,9 @@ def test_samples_without_a_node_are_left_out_and_counted(tmp_path: Path, caplog:
 def test_a_sample_that_never_had_an_image_is_left_out(tmp_path: Path) -> None:
     imageless = lambda row: members_of(row)[1:] if row == 3 else members_of(row)  # noqa: E731
     write_shard(tmp_path, 0, imageless)
-    assert rows_of(graph_webdataset(f"{tmp_path}/*.tar", batch_size=4, shuffle=0)) == [
-        0,
-        1,
-        2,
-        4,
-        5,
-        6,
-        7,
-        8,
-        9,
-    ]
+    dataset = graph_webdataset(f"{tmp_path}/*.tar", batch_size=4, shuffle=0)
+    assert rows_of(dataset) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert dataset.count_samples() == 9
 
 
 def test_partial_false_drops_the_last_smaller_batch(store: Path) -> None:

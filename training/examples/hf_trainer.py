@@ -51,7 +51,7 @@ def main(tars: str, steps: int, batch_size: int = 64) -> nn.Module:
         report_to="none",
         disable_tqdm=True,
     )
-    dataset = graph_webdataset(tars, batch_size=batch_size, transform=two_views, partial=False)
+    dataset = graph_webdataset(tars, batch_size=batch_size, transform=two_views, partial=False, equal_ranks=True)
     trainer = XSampleTrainer(model, arguments, train_dataset=dataset)
     trainer.train()
     for entry in trainer.state.log_history:

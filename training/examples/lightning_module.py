@@ -1,8 +1,8 @@
 """X-Sample training as a LightningModule.
 
 `pip install lightning`, then `python training/examples/lightning_module.py 'demo/shards/*.tar' --steps 20`.
-graphbuild splits the tars over ranks and its losses gather over them: `devices=8, strategy="ddp"` needs nothing more.
-With tars of different sizes one rank may run out of batches before the others (docs/training.md, The loader).
+graphbuild splits the tars over ranks, and its losses gather over them. DDP waits for a rank that is out of batches,
+so `equal_ranks` gives every rank equally many (docs/training.md, Loaders): add `devices=8, strategy="ddp"` and no more.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(tars: str, steps: int, batch_size: int = 64) -> nn.Module:
     """Train for some steps, print the loss of each, and return the encoder."""
     lightning.seed_everything(0)
     module = XSample()
-    dataset = graph_webdataset(tars, batch_size=batch_size, transform=two_views, partial=False)
+    dataset = graph_webdataset(tars, batch_size=batch_size, transform=two_views, partial=False, equal_ranks=True)
     trainer = lightning.Trainer(
         max_steps=steps,
         max_epochs=-1,

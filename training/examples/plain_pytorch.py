@@ -37,7 +37,7 @@ def main(tars: str, steps: int, batch_size: int = 64) -> nn.Module:
 
 def batches(tars: str, batch_size: int, epochs: int) -> Iterator[dict[str, Any]]:
     """The batches of some epochs, each in an order of its own."""
-    dataset = graph_webdataset(tars, batch_size=batch_size, transform=two_views, partial=False)
+    dataset = graph_webdataset(tars, batch_size=batch_size, transform=two_views, partial=False, equal_ranks=True)
     loader = DataLoader(dataset, batch_size=None)  # batches come ready; num_workers is up to you
     for epoch in range(epochs):
         dataset.set_epoch(epoch)

@@ -1,0 +1,167 @@
+"""The epochs of a stream: which shards each rank and worker reads, how many batches they give, where one goes on.
+
+All follows from seed, epoch, ranks and workers, so that every rank knows the others' part too. Counting costs one small
+read a sidecar (a pass over a compressed tar), once a process.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from graphbuild.errors import ConfigError
+from graphbuild.sidecar import ShardError, SidecarHeader
+from graphbuild.torch.shards import READERS, Shard, count_joined, read_columns
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a worker reads of an epoch: of the batches that these shards give, those from `first` on, before `last`.
+
+    stream: the number of the worker that reads this part in an epoch without interruption.
+    """
+
+    stream: int
+    shards: list[Shard]
+    first: int = 0
+    last: int | None = None
+
+
+class Epochs:
+    """The epochs of some shards. batch_size to equal_ranks: as for `graph_webdataset`.
+
+    equal_ranks counts at once: workers then have the counts from this process.
+    """
+
+    def __init__(
+        self, shards: list[Shard], *, batch_size: int, shuffled: bool, seed: int, partial: bool, equal_ranks: bool
+    ) -> None:
+        self.shards = shards
+        self._batch_size = batch_size
+        self._shuffled = shuffled
+        self._seed = seed
+        self._partial = partial
+        self._equal_ranks = equal_ranks
+        self._samples: dict[str, int] = {}  # by tar
+        if equal_ranks:
+            self._count(shards)
+
+    @cached_property
+    def header(self) -> SidecarHeader:
+        """The first shard's."""
+        return read_columns(self.shards[0], [])[0]
+
+    def count_samples(self) -> int:
+        """The samples that all shards give in an epoch."""
+        return sum(self._count(self.shards))
+
+    def batches(self, epoch: int, rank: int, ranks: int, workers: int) -> list[int]:
+        """How many batches each worker of a rank gives in an epoch, [workers].
+
+        Raises:
+            ShardError: a shard cannot be counted, or there are fewer shards than ranks.
+            ConfigError: with equal_ranks, where a rank has no batch.
+        """
+        own = self._whole(epoch, rank, ranks, workers)
+        if not self._equal_ranks:
+            return own
+        every = [sum(self._whole(epoch, other, ranks, workers)) for other in range(ranks)]
+        if min(every) == 0:
+            raise ConfigError(
+                f"equal_ranks: with {workers} worker(s) rank {every.index(0)} has no batch of {self._batch_size}"
+                f" in epoch {epoch}",
+                "use fewer workers, smaller batches, or more and smaller shards",
+            )
+        taken: list[int] = resume_point(own, min(every))[1].tolist()
+        return taken
+
+    def part(self, epoch: int, skip: int, rank: int, ranks: int, worker: int, workers: int) -> Part:
+        """What worker `worker` of a rank reads of an epoch, of which the rank has taken `skip` batches.
+
+        Raises:
+            ShardError, ConfigError: as `batches`; a ShardError too where the epoch has fewer batches.
+        """
+        shards = self._dealt(epoch, rank, ranks)
+        if not skip and not self._equal_ranks:
+            return Part(worker, shards[worker::workers])
+        batches = self.batches(epoch, rank, ranks, workers)
+        if skip > sum(batches):
+            raise ShardError(
+                f"skip_batches = {skip}: with {workers} worker(s) epoch {epoch} of rank {rank} has {sum(batches)}",
+                "resume with the tars, batch_size, ranks and workers that the run had",
+            )
+        turn, taken = resume_point(batches, skip)
+        stream = (worker + turn) % workers  # the new DataLoader begins with its worker 0
+        last = batches[stream] if self._equal_ranks else None
+        return Part(stream, shards[stream::workers], int(taken[stream]), last)
+
+    def _dealt(self, epoch: int, rank: int, ranks: int) -> list[Shard]:
+        """A rank's shards, in the epoch's order; those of worker w of n are [w::n]."""
+        if ranks > len(self.shards):
+            raise ShardError(
+                f"{len(self.shards)} tar(s) for {ranks} ranks: rank {len(self.shards)} would get none",
+                "write smaller shards, at least one for each rank and worker, or use fewer ranks",
+            )
+        shards = list(self.shards)
+        if self._shuffled:
+            random.Random(f"shards {self._seed} {epoch}").shuffle(shards)
+        return shards[rank::ranks]
+
+    def _whole(self, epoch: int, rank: int, ranks: int, workers: int) -> list[int]:
+        """The batches of each worker, [workers], to the end of its shards."""
+        samples = self._count(self._dealt(epoch, rank, ranks))
+        size = self._batch_size
+        return [(sum(samples[w::workers]) + (size - 1 if self._partial else 0)) // size for w in range(workers)]
+
+    def _count(self, shards: Sequence[Shard]) -> list[int]:
+        """The samples that each shard gives, [n]."""
+        new = [shard for shard in shards if shard.tar not in self._samples]
+        if new:
+            header = self.header
+            with ThreadPoolExecutor(READERS) as pool:
+                counts = pool.map(lambda shard: count_joined(shard, expected=header), new)
+                self._samples.update(zip((shard.tar for shard in new), counts, strict=True))
+        return [self._samples[shard.tar] for shard in shards]
+
+
+class Position:
+    """Where a stream's next iteration begins: epoch, batches to skip, and the ranks and workers of these (0: any).
+
+    In shared memory, also in a copy: workers that live on (persistent_workers) see it change.
+    """
+
+    def __init__(self) -> None:
+        self._numbers = torch.zeros(4, dtype=torch.int64)
+        self._numbers.share_memory_()  # type: ignore[no-untyped-call]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._numbers.share_memory_()  # type: ignore[no-untyped-call]
+
+    def set(self, epoch: int, skip: int = 0, ranks: int = 0, workers: int = 0) -> None:
+        self._numbers.copy_(torch.tensor([epoch, skip, ranks, workers]))
+
+    def get(self) -> tuple[int, int, int, int]:
+        epoch, skip, ranks, workers = self._numbers.tolist()
+        return epoch, skip, ranks, workers
+
+
+def resume_point(batches: Sequence[int], taken: int) -> tuple[int, NDArray[np.int64]]:
+    """Where a DataLoader's epoch stands after `taken` batches: the worker whose turn it is, and what each has given.
+
+    batches: what each worker gives in the whole epoch. A DataLoader that delivers in order takes one batch of each
+    worker in turn and passes over those that have run out. Returns a worker, and int64 [workers].
+    """
+    worker = np.repeat(np.arange(len(batches)), batches)
+    turn = np.concatenate([np.arange(count) for count in batches])
+    order = worker[np.lexsort((worker, turn))]
+    following = int(order[taken]) if taken < len(order) else 0
+    return following, np.bincount(order[:taken], minlength=len(batches))
