@@ -85,7 +85,7 @@ def plain_webdataset(tars: list[str], batch_size: int, decoder: ImageDecoder) ->
     def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         keys = [sample["__key__"] for sample in samples]
         return {
-            "image": decoder.collate(decoder.decode([sample["jpg"] for sample in samples], keys)),
+            "image": decoder.collate(decoder.decode([sample["jpg"] for sample in samples], keys)[0]),
             "caption": [sample["txt"].decode() for sample in samples],
             "key": keys,
         }

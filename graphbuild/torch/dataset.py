@@ -24,7 +24,7 @@ from graphbuild.ranges import TarRanges, member_behind
 from graphbuild.sidecar import ShardError, SidecarHeader
 from graphbuild.tars import IMAGE_EXTENSIONS
 from graphbuild.torch.fields import Fields, SidecarFields, StoreFields
-from graphbuild.torch.images import ImageDecoder
+from graphbuild.torch.images import BadImages, ImageDecoder
 from graphbuild.torch.shards import READERS, Shard, check_same_graph, check_tar_size, find_shards, read_columns
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class GraphDataset(Dataset[dict[str, Any]]):
     the sample's image; and with `graph`, whose files are memory-mapped, some pages a sample.
 
     Args:
-        urls, sidecars, image_pixels, transform: as for `graph_webdataset`. Tars must not be compressed.
+        urls, sidecars, image_pixels, transform, bad_images: as for `graph_webdataset`. Tars must not be compressed.
         graph: the store that the sidecars were exported from, to take the fields from. Embeddings are then the store's
             float16 ones, whatever the sidecars hold.
 
@@ -103,8 +103,9 @@ class GraphDataset(Dataset[dict[str, Any]]):
         sidecars: str | os.PathLike[str] | None = None,
         image_pixels: int | None = None,
         transform: Callable[[Any], Any] | None = None,
+        bad_images: BadImages = "raise",
     ) -> None:
-        self._decoder = ImageDecoder(image_pixels, transform)
+        self._decoder = ImageDecoder(image_pixels, transform, bad_images)
         self.shards = find_shards(urls, sidecars)
         with ThreadPoolExecutor(READERS) as pool:
             parts = list(pool.map(read_samples, self.shards))
@@ -145,11 +146,13 @@ class GraphDataset(Dataset[dict[str, Any]]):
             f"{self.shards[tar].tar}: sample {position}, key {key!r}"
             for tar, position, (key, _) in zip(tars.tolist(), self._position[items].tolist(), texts, strict=True)
         ]
+        pictures, places = self._decoder.decode(images, names)
+        items, texts = items[places], [texts[place] for place in places]
         nodes = self.nodes[items]
         columns = {"row": self._row[items], "node": nodes, **self._fields.take(nodes)}
         return Samples(
             {
-                "image": self._decoder.decode(images, names),
+                "image": pictures,
                 "caption": [caption for _, caption in texts],
                 "key": [key for key, _ in texts],
                 **{name: torch.from_numpy(column) for name, column in columns.items()},

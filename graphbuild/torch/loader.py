@@ -26,7 +26,7 @@ from graphbuild.errors import ConfigError
 from graphbuild.sidecar import SidecarHeader, unit_rows
 from graphbuild.sketch import unpack
 from graphbuild.torch.epochs import Epochs, Position
-from graphbuild.torch.images import ImageDecoder
+from graphbuild.torch.images import BadImages, ImageDecoder
 from graphbuild.torch.ranks import live_rank
 from graphbuild.torch.shards import JoinedSample, Shard, find_shards, joined_samples, member_value
 
@@ -53,6 +53,7 @@ def graph_webdataset(
     seed: int = 0,
     image_pixels: int | None = None,
     transform: Callable[[Any], Any] | None = None,
+    bad_images: BadImages = "raise",
     extra: Sequence[str] = (),
     partial: bool = True,
     equal_ranks: bool = False,
@@ -76,6 +77,9 @@ def graph_webdataset(
         image_pixels: P: resize and centre-crop to P x P.
         transform: called with each image (PIL, RGB) in place of that; its results are collated as torch's
             `default_collate` does.
+        bad_images: "replace" puts another sample of the batch, whole, in the place of one whose image cannot be
+            decoded (it then stands there twice), and logs a warning with tar, sample and key. Batches keep their
+            sizes, and no other changes. "raise" ends with a ShardError, as a batch without any good image does.
         extra: further members of each sample by extension, such as "json" (parsed); "txt" gives str, others
             bytes.
         partial: also deliver a worker's last, smaller batch. Pass False for training.
@@ -105,7 +109,7 @@ def graph_webdataset(
         )
     return GraphWebDataset(
         find_shards(urls, sidecars),
-        ImageDecoder(image_pixels, transform),
+        ImageDecoder(image_pixels, transform, bad_images),
         batch_size=batch_size,
         shuffle=shuffle,
         seed=seed,
@@ -238,8 +242,9 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
         ]
 
     def _collate(self, samples: list[JoinedSample]) -> dict[str, Any]:
+        images, chosen = self._decoder.decode([sample.image for sample in samples], [sample.name for sample in samples])
+        samples = [samples[i] for i in chosen]
         places = [(sample.sidecar, sample.position) for sample in samples]
-        images = self._decoder.decode([sample.image for sample in samples], [sample.name for sample in samples])
         batch: dict[str, Any] = {
             "image": self._decoder.collate(images),
             "caption": [sidecar.caption[position] for sidecar, position in places],

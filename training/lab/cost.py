@@ -104,7 +104,7 @@ def plain(tars: list[str], batch_size: int, pixels: int) -> wds.DataPipeline:
 
 def images_alone(decoder: ImageDecoder, samples: list[dict[str, Any]]) -> dict[str, Any]:
     keys = [sample["__key__"] for sample in samples]
-    return {"image": decoder.collate(decoder.decode([sample["jpg"] for sample in samples], keys))}
+    return {"image": decoder.collate(decoder.decode([sample["jpg"] for sample in samples], keys)[0])}
 
 
 def endless(dataset: Any, workers: int) -> Iterator[dict[str, Tensor]]:

@@ -35,6 +35,6 @@ class LabelledImages:
 
 def decoded(pictures: Sequence[bytes], labels: dict[str, list[str]], pixels: int) -> LabelledImages:
     """Encoded images as the loaders of the training decode them."""
-    images = ImageDecoder(pixels, None).decode(pictures, [f"image {number}" for number in range(len(pictures))])
+    images, _ = ImageDecoder(pixels, None).decode(pictures, [f"image {number}" for number in range(len(pictures))])
     assert isinstance(images, Tensor)
     return LabelledImages(images.contiguous(), labels)
