@@ -76,7 +76,7 @@ def write_synthetic(folder: Path, nodes: int) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def compare(graph: StoredGraph, batch_size: int, group: int, epochs: int) -> None:
+def compare(graph: SampleGraph | FolderGraph, batch_size: int, group: int, epochs: int) -> None:
     """A Markdown table: random batches, then each way, of the last of the epochs; and the seconds of each plan.
 
     The first epoch's seconds include compiling, where numba has not yet cached it on this machine.
@@ -85,7 +85,9 @@ def compare(graph: StoredGraph, batch_size: int, group: int, epochs: int) -> Non
     print("| batches | edges per anchor | anchors with an edge | groups cut | plan seconds (CPU) by epoch | peak GB |")
     print("|---|---|---|---|---|---|")
     for way in WAYS:
-        sampler = NeighborBatchSampler(graph, batch_size, neighbors=way, group=group, rank=0, ranks=1)
+        sampler = NeighborBatchSampler(
+            graph, batch_size, nodes=graph.sample_nodes(), neighbors=way, group=group, rank=0, ranks=1
+        )
         seconds = []
         for epoch in range(epochs):
             sampler.set_epoch(epoch)
@@ -107,11 +109,12 @@ def compare(graph: StoredGraph, batch_size: int, group: int, epochs: int) -> Non
     print(f"| clustered tars, chunks of {CHUNK} | {per_anchor:.2f} | {share:.2%} | | | |", flush=True)
 
 
-def clustered(graph: StoredGraph, batch_size: int) -> tuple[float, float]:
+def clustered(graph: SampleGraph | FolderGraph, batch_size: int) -> tuple[float, float]:
     """Edges per anchor, and the share with one, in batches of random chunks of `export --layout clustered`."""
-    order = NeighborBatchSampler(graph, CHUNK, group=GROUP, rank=0, ranks=1).epoch_order()
+    sample_nodes = graph.sample_nodes()
+    order = NeighborBatchSampler(graph, CHUNK, nodes=sample_nodes, group=GROUP, rank=0, ranks=1).epoch_order()
     whole = order[: len(order) // CHUNK * CHUNK].reshape(-1, CHUNK)
-    nodes = graph.sample_nodes()[np.random.default_rng(0).permutation(whole).ravel()].astype(np.uint32)
+    nodes = sample_nodes[np.random.default_rng(0).permutation(whole).ravel()].astype(np.uint32)
     ends = np.arange(batch_size, len(nodes) + 1, batch_size)
     lists = NeighborLists(graph)
     edges, covered = edges_in_batches(nodes, ends - batch_size, ends, lists.window(0, graph.k), lists.nodes)

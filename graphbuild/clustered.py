@@ -75,8 +75,9 @@ def run_arrange(task: Task, store: Store, writer: Writer) -> Json:
 
     graph = SampleGraph.open(store.url)
     chunk, seed = task.settings["chunk"], task.settings["seed"]
-    sampler = NeighborBatchSampler(graph, chunk, group=min(GROUP, chunk), seed=seed, rank=0, ranks=1)
-    order = np.concatenate([sampler.epoch_order(), np.flatnonzero(graph.sample_nodes() < 0)])
+    nodes = graph.sample_nodes()
+    sampler = NeighborBatchSampler(graph, chunk, nodes=nodes, group=min(GROUP, chunk), seed=seed, rank=0, ranks=1)
+    order = np.concatenate([sampler.epoch_order(), np.flatnonzero(nodes < 0)])
     places = np.empty(len(order), np.int64)
     places[order] = np.arange(len(order))
     writer.array(PLACES, places, durable=False)

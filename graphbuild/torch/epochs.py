@@ -133,25 +133,25 @@ class Epochs:
 
 
 class Position:
-    """Where a stream's next iteration begins: epoch, batches to skip, and the ranks and workers of these (0: any).
+    """Where a stream's next iteration begins: epoch, and batches to skip.
 
     In shared memory, also in a copy: workers that live on (persistent_workers) see it change.
     """
 
     def __init__(self) -> None:
-        self._numbers = torch.zeros(4, dtype=torch.int64)
+        self._numbers = torch.zeros(2, dtype=torch.int64)
         self._numbers.share_memory_()  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._numbers.share_memory_()  # type: ignore[no-untyped-call]
 
-    def set(self, epoch: int, skip: int = 0, ranks: int = 0, workers: int = 0) -> None:
-        self._numbers.copy_(torch.tensor([epoch, skip, ranks, workers]))
+    def set(self, epoch: int, skip: int) -> None:
+        self._numbers.copy_(torch.tensor([epoch, skip]))
 
-    def get(self) -> tuple[int, int, int, int]:
-        epoch, skip, ranks, workers = self._numbers.tolist()
-        return epoch, skip, ranks, workers
+    def get(self) -> tuple[int, int]:
+        epoch, skip = self._numbers.tolist()
+        return epoch, skip
 
 
 def resume_point(batches: Sequence[int], taken: int) -> tuple[int, NDArray[np.int64]]:

@@ -8,6 +8,7 @@ memory.
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,8 @@ from graphbuild.torch.epochs import Epochs, Position
 from graphbuild.torch.images import BadImages, ImageDecoder
 from graphbuild.torch.ranks import live_rank
 from graphbuild.torch.shards import JoinedSample, Shard, find_shards, joined_samples, member_value
+
+logger = logging.getLogger(__name__)
 
 BATCH_FIELDS = (
     "image",
@@ -203,15 +206,24 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         rank, ranks = self._rank_and_ranks()
         _, _, worker, workers = pytorch_worker_info()
-        epoch, skip, _, _ = self._position.get()
+        epoch, skip = self._position.get()
         part = self._epochs.part(epoch, skip, rank, ranks, worker, workers)
-        yield from wds.DataPipeline(
+        given = 0
+        for batch in wds.DataPipeline(
             lambda: iter(part.shards),
             self._join,
             *self._shuffled(random.Random(f"samples {self._seed} {epoch} {rank} {part.stream}")),
             wds.batched(self._batch_size, collation_fn=None, partial=self._partial),
             lambda batches: map(self._collate, islice(batches, part.first, part.last)),
-        )
+        ):
+            yield batch
+            given += 1
+        if not given and not skip and not self._partial:
+            logger.warning(
+                f"rank {rank}, worker {worker} of {workers}: no batch. A batch does not span workers, and this one's"
+                f" {len(part.shards)} of {len(self.shards)} tars do not fill one of {self._batch_size} samples:"
+                " use fewer workers or a smaller batch_size"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """A worker that is started afresh (spawn) knows no process group: it takes its rank along, where it has one."""

@@ -14,12 +14,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
-from webdataset.utils import pytorch_worker_info
 
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.torch import groups
 from graphbuild.torch.batches import batch_bounds, edges_in_batches, pack
 from graphbuild.torch.groups import NeighborLists, StoredGraph
+from graphbuild.torch.ranks import live_rank
 
 Samples = NDArray[np.int32]
 MOST_ITEMS = 2**31 - 1
@@ -54,6 +54,8 @@ class NeighborBatchSampler(Sampler[list[int]]):
     Args:
         graph: the SampleGraph.
         batch_size: B, samples of a batch on each rank.
+        nodes: the node of each item of the dataset, int64 [n], such as GraphDataset's `nodes`; items of node -1 are
+            left out. `graph.sample_nodes()` is right where item i is the store's row i.
         neighbors: the way to choose them.
         group: samples of a group, 2..B.
         skip, width: use the neighbours of ranks skip..skip+width-1 of each list, 0 the nearest; by default all k.
@@ -62,18 +64,19 @@ class NeighborBatchSampler(Sampler[list[int]]):
         same_node: most samples of one node (one caption) that a group takes. 1 spreads them over groups. Soft targets
             are right either way; with many, a batch has fewer different captions.
         random_share: share of the batches that are plain random ones, of samples chosen at random each epoch.
-        nodes: the node of each item of the dataset, int64 [n]; items of node -1 are left out. By default
-            `graph.sample_nodes()`: item i is the store's row i.
         seed: with the epoch it determines all; the same on all ranks.
         drop_last: drop the samples that do not fill a batch on every rank (fewer than B x ranks; others each epoch;
             counted in the report). False deals them out evenly: each rank's last batch is smaller (its last two,
             where there are fewer such samples than ranks), sizes differ by at most 1 between ranks, and none comes
-            twice. Losses that compare views across ranks (XSampleLoss) need equal sizes: use True.
-        rank, ranks: which part of the epoch to yield; by default RANK and WORLD_SIZE, or torch.distributed. Step t of
-            rank r is batch t x ranks + r of the epoch, so full batches are the same for any number of ranks.
+            twice. By default True with several ranks, for losses that compare views across ranks (XSampleLoss) need
+            equal sizes, and False with one.
+        rank, ranks: which part of the epoch to yield; by default RANK and WORLD_SIZE, or torch.distributed, which
+            must be known here. Step t of rank r is batch t x ranks + r of the epoch, so full batches are the same for
+            any number of ranks.
 
     Raises:
-        ConfigError: an option out of range, or no batch for each rank.
+        ConfigError: an option out of range, no batch for each rank, or on planning an epoch, that rank or ranks were
+            not given and are others by now.
         InputError: an item's node is not in the graph.
     """
 
@@ -82,6 +85,7 @@ class NeighborBatchSampler(Sampler[list[int]]):
         graph: StoredGraph,
         batch_size: int,
         *,
+        nodes: ArrayLike,
         neighbors: Literal["window", "walk", "communities"] = "window",
         group: int = 8,
         skip: int = 0,
@@ -89,13 +93,12 @@ class NeighborBatchSampler(Sampler[list[int]]):
         restart: float = 0.15,
         same_node: int = 1,
         random_share: float = 0.0,
-        nodes: ArrayLike | None = None,
         seed: int = 0,
-        drop_last: bool = False,
+        drop_last: bool | None = None,
         rank: int | None = None,
         ranks: int | None = None,
     ) -> None:
-        known_rank, known_ranks = pytorch_worker_info()[:2]
+        known_rank, known_ranks = live_rank() or (0, 1)
         self.graph = graph
         self.batch_size = batch_size
         self.neighbors = neighbors
@@ -108,23 +111,39 @@ class NeighborBatchSampler(Sampler[list[int]]):
         self.seed = seed
         self.rank = known_rank if rank is None else rank
         self.ranks = known_ranks if ranks is None else ranks
+        self._given = rank is not None, ranks is not None
         self.epoch = 0
+        self._skip = 0
         self._check_options()
         self._items, self._nodes = _items_with_nodes(graph, nodes)
-        self._bounds = batch_bounds(len(self._items), batch_size, self.ranks, drop_last)
+        self._bounds = batch_bounds(
+            len(self._items), batch_size, self.ranks, self.ranks > 1 if drop_last is None else drop_last
+        )
         self._planned: Epoch | None = None
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the groups and batches of iterations that start now; call it alike on all ranks."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, skip_batches: int = 0) -> None:
+        """Choose the groups and batches of iterations that start now; call it alike on all ranks.
+
+        skip_batches goes on in the middle of an epoch: the number of its batches that each rank has taken. It holds
+        until the next set_epoch: call that before each epoch.
+
+        Raises:
+            ConfigError: a negative number, or more batches than an epoch has.
+        """
+        if epoch < 0 or not 0 <= skip_batches <= len(self):
+            raise ConfigError(
+                f"epoch = {epoch}, skip_batches = {skip_batches}; an epoch has {len(self)} batches a rank",
+                "both start at 0; resume with the nodes, batch_size, drop_last and ranks that the run had",
+            )
+        self.epoch, self._skip = epoch, skip_batches
 
     def __len__(self) -> int:
-        """Batches of this rank; the same on all ranks and in all epochs."""
+        """Batches of this rank in a whole epoch; the same on all ranks and in all epochs."""
         return (len(self._bounds) - 1) // self.ranks
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self._plan().order
-        for batch in range(self.rank, len(self._bounds) - 1, self.ranks):
+        for batch in range(self.rank + self._skip * self.ranks, len(self._bounds) - 1, self.ranks):
             yield self._items[order[self._bounds[batch] : self._bounds[batch + 1]]].tolist()
 
     def epoch_order(self) -> Samples:
@@ -163,6 +182,7 @@ class NeighborBatchSampler(Sampler[list[int]]):
         }
 
     def _plan(self) -> Epoch:
+        self._check_rank()
         if self._planned is None or self._planned.number != self.epoch:
             self._planned = None  # the old order goes before the new one comes
             self._planned = self._new_plan(self.epoch)
@@ -205,6 +225,15 @@ class NeighborBatchSampler(Sampler[list[int]]):
             groups.join_near(labels, count, nodes, starts, window, small, limit, least)
         return by_node, labels, count
 
+    def _check_rank(self) -> None:
+        """ConfigError where ranks became known, or others, after this was made: all would yield the same batches."""
+        live, own = live_rank() or (self.rank, self.ranks), (self.rank, self.ranks)
+        if any(now != then for now, then, given in zip(live, own, self._given, strict=True) if not given):
+            raise ConfigError(
+                f"the sampler was made as rank {own[0]} of {own[1]}, but this is rank {live[0]} of {live[1]}",
+                "make it after the process group (init_process_group), or pass rank= and ranks=",
+            )
+
     def _check_options(self) -> None:
         size, k = self.batch_size, self.graph.k
         for wrong, cause, fix in (
@@ -233,9 +262,9 @@ class NeighborBatchSampler(Sampler[list[int]]):
                 raise ConfigError(cause, fix)
 
 
-def _items_with_nodes(graph: StoredGraph, nodes: ArrayLike | None) -> tuple[Samples, NDArray[np.uint32]]:
+def _items_with_nodes(graph: StoredGraph, nodes: ArrayLike) -> tuple[Samples, NDArray[np.uint32]]:
     """The items that have a node, int32 [n], and their nodes, uint32 [n]."""
-    given = np.asarray(graph.sample_nodes() if nodes is None else nodes)
+    given = np.asarray(nodes)
     if given.ndim != 1 or (given.size and not np.issubdtype(given.dtype, np.integer)):
         raise InputError(f"nodes are {given.dtype} {list(given.shape)}", "pass one node id an item: int64 [n]")
     wrong = np.flatnonzero((given < -1) | (given >= len(graph)))

@@ -617,3 +617,14 @@ def test_more_batches_to_skip_than_the_epoch_has_are_refused(store: Path) -> Non
         list(dataset)
     with pytest.raises(ConfigError, match="skip_batches = -1"):
         dataset.set_epoch(0, skip_batches=-1)
+
+
+def test_a_worker_whose_tars_do_not_fill_a_batch_says_so(store: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Every tar has samples enough for one batch of 8, none for one of 500."""
+    assert list(graph_webdataset(f"{store}/*.tar", batch_size=500, partial=False)) == []
+    (record,) = caplog.records
+    assert "rank 0, worker 0 of 1: no batch" in record.message
+    assert "do not fill one of 500 samples: use fewer workers or a smaller batch_size" in record.message
+    caplog.clear()
+    assert list(graph_webdataset(f"{store}/*.tar", batch_size=8, partial=False))
+    assert not caplog.records

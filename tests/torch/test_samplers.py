@@ -24,6 +24,11 @@ CLIQUES, CLIQUE = 30, 10
 NODES = CLIQUES * CLIQUE
 
 
+def sampler_of(graph: Any, batch_size: int, **options: Any) -> NeighborBatchSampler:
+    """Over all samples of a store where `nodes` does not say otherwise."""
+    return NeighborBatchSampler(graph, batch_size, **{"nodes": graph.sample_nodes(), **options})
+
+
 @pytest.fixture(scope="module")
 def cliques(tmp_path_factory: pytest.TempPathFactory) -> SampleGraph:
     """Node i's neighbours are the 9 other nodes of clique i % 30: tight clusters, far apart, over five shards."""
@@ -44,7 +49,7 @@ def cloud(tmp_path_factory: pytest.TempPathFactory) -> SampleGraph:
 
 
 def all_ranks(graph: SampleGraph, batch_size: int, ranks: int, **options: Any) -> list[list[list[int]]]:
-    return [list(NeighborBatchSampler(graph, batch_size, rank=rank, ranks=ranks, **options)) for rank in range(ranks)]
+    return [list(sampler_of(graph, batch_size, rank=rank, ranks=ranks, **options)) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -84,23 +89,21 @@ def test_samples_that_share_nodes_come_exactly_once_and_those_without_a_node_nev
     cloud: SampleGraph, way: str, same_node: int, random_share: float
 ) -> None:
     nodes = (np.random.default_rng(2).pareto(0.5, 4_000) * 10).astype(np.int64) % 501 - 1  # 0 to 500 or -1
-    sampler = NeighborBatchSampler(
-        cloud, 50, neighbors=way, nodes=nodes, same_node=same_node, random_share=random_share, group=6
-    )
+    sampler = sampler_of(cloud, 50, neighbors=way, nodes=nodes, same_node=same_node, random_share=random_share, group=6)
     seen = np.concatenate(list(sampler))
     assert np.array_equal(np.sort(seen), np.flatnonzero(nodes >= 0))
 
 
 def test_all_samples_of_one_node_come_exactly_once(cloud: SampleGraph) -> None:
     for way in WAYS:
-        batches = list(NeighborBatchSampler(cloud, 8, neighbors=way, nodes=np.full(21, 7)))
+        batches = list(sampler_of(cloud, 8, neighbors=way, nodes=np.full(21, 7)))
         assert sorted(len(batch) for batch in batches) == [5, 8, 8]
         assert sorted(np.concatenate(batches)) == list(range(21))
 
 
 @pytest.mark.parametrize("way", ["window", "communities"])
 def test_cliques_fill_batches_in_whole_groups(cliques: SampleGraph, way: str) -> None:
-    sampler = NeighborBatchSampler(cliques, 20, neighbors=way, group=CLIQUE // 2, seed=3)
+    sampler = sampler_of(cliques, 20, neighbors=way, group=CLIQUE // 2, seed=3)
     for batch in sampler:
         of_clique = Counter(item % CLIQUES for item in batch)
         assert min(of_clique.values()) >= 5
@@ -116,7 +119,7 @@ def test_the_report_counts_edges_as_plain_loops_do(cloud: SampleGraph, way: str,
     neighbors, _ = cloud.neighbors(np.arange(500))
     lists = [set(row.tolist()) for row in neighbors]
     edges = [[sum(nodes[j] in lists[nodes[i]] for j in batch) for i in batch] for batch in batches]
-    report = NeighborBatchSampler(cloud, 30, rank=ranks - 1, ranks=ranks, **options).report()
+    report = sampler_of(cloud, 30, rank=ranks - 1, ranks=ranks, **options).report()
     assert report["edges_per_anchor"] == np.mean(edges)
     assert report["anchors_with_edge"] == np.mean(np.array(edges) > 0)
     assert (report["batches"], report["batches_measured"]) == (len(batches), len(batches))
@@ -125,7 +128,7 @@ def test_the_report_counts_edges_as_plain_loops_do(cloud: SampleGraph, way: str,
 
 def test_random_batches_have_the_edges_that_chance_gives(cloud: SampleGraph) -> None:
     expected = 12 * 49 / 499  # k (B - 1) / (N - 1)
-    sampler = NeighborBatchSampler(cloud, 50, random_share=1.0)
+    sampler = sampler_of(cloud, 50, random_share=1.0)
     found = []
     for epoch in range(20):
         sampler.set_epoch(epoch)
@@ -137,7 +140,7 @@ def test_random_batches_have_the_edges_that_chance_gives(cloud: SampleGraph) -> 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_nearly_all_anchors_have_an_edge_where_random_batches_have_few(cloud: SampleGraph, way: str) -> None:
-    report = NeighborBatchSampler(cloud, 10, neighbors=way, group=4).report()
+    report = sampler_of(cloud, 10, neighbors=way, group=4).report()
     assert report["anchors_with_edge"] > 0.9
     assert report["random_anchors_with_edge"] < 0.3
 
@@ -146,20 +149,20 @@ def test_nearly_all_anchors_have_an_edge_where_random_batches_have_few(cloud: Sa
 def test_a_share_of_the_batches_is_random(cliques: SampleGraph, random_share: float, plain: int) -> None:
     """Random batches of 10 hold about 9 cliques, grouped ones 2 or 3."""
     for seed in range(5):
-        batches = list(NeighborBatchSampler(cliques, 10, group=5, random_share=random_share, seed=seed))
+        batches = list(sampler_of(cliques, 10, group=5, random_share=random_share, seed=seed))
         of_cliques = np.array([len({item % CLIQUES for item in batch}) for batch in batches])
         assert np.sum(of_cliques >= 5) == plain
 
 
 def test_batches_depend_on_seed_and_epoch_alone_and_ranks_deal_them_out(cloud: SampleGraph) -> None:
-    sampler = NeighborBatchSampler(cloud, 16, seed=5)
+    sampler = sampler_of(cloud, 16, seed=5)
     first = list(sampler)
-    assert list(NeighborBatchSampler(cloud, 16, seed=5)) == first == list(sampler)
+    assert list(sampler_of(cloud, 16, seed=5)) == first == list(sampler)
     sampler.set_epoch(1)
     assert list(sampler) != first
     sampler.set_epoch(0)
     assert list(sampler) == first
-    assert list(NeighborBatchSampler(cloud, 16, seed=6)) != first
+    assert list(sampler_of(cloud, 16, seed=6)) != first
     for ranks in (2, 3):
         parts = all_ranks(cloud, 16, ranks, seed=5, drop_last=True)
         dealt = [batch for step in zip(*parts, strict=True) for batch in step]
@@ -167,7 +170,7 @@ def test_batches_depend_on_seed_and_epoch_alone_and_ranks_deal_them_out(cloud: S
 
 
 def test_the_groups_of_epochs_differ(cliques: SampleGraph) -> None:
-    sampler = NeighborBatchSampler(cliques, 5, group=5)
+    sampler = sampler_of(cliques, 5, group=5)
     epochs = []
     for epoch in range(2):
         sampler.set_epoch(epoch)
@@ -178,11 +181,11 @@ def test_the_groups_of_epochs_differ(cliques: SampleGraph) -> None:
 def test_ranks_come_from_the_environment(cloud: SampleGraph, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert list(NeighborBatchSampler(cloud, 16)) == list(NeighborBatchSampler(cloud, 16, rank=1, ranks=3))
+    assert list(sampler_of(cloud, 16)) == list(sampler_of(cloud, 16, rank=1, ranks=3))
 
 
 def test_a_data_loader_takes_it_and_a_copy_in_another_process_too(cloud: SampleGraph) -> None:
-    sampler = NeighborBatchSampler(cloud, 16)
+    sampler = sampler_of(cloud, 16)
     expected = list(sampler)
     loaded = [batch[0].tolist() for batch in DataLoader(TensorDataset(torch.arange(500)), batch_sampler=sampler)]
     assert loaded == expected
@@ -221,7 +224,7 @@ def test_samples_of_a_node_stay_together_when_chosen(cliques: SampleGraph) -> No
     nodes = np.repeat(np.arange(NODES), 4)
     mates = {}
     for same_node in (1, 4):
-        batches = list(NeighborBatchSampler(cliques, 16, nodes=nodes, group=8, same_node=same_node))
+        batches = list(sampler_of(cliques, 16, nodes=nodes, group=8, same_node=same_node))
         mates[same_node] = np.mean([Counter(nodes[batch])[nodes[item]] - 1 for batch in batches for item in batch])
     assert mates[1] < 0.5
     assert mates[4] > 2.5
@@ -335,7 +338,7 @@ def test_packing_leaves_groups_whole_where_two_sizes_fill_a_batch() -> None:
 )
 def test_an_option_out_of_range_is_named(cloud: SampleGraph, options: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        NeighborBatchSampler(cloud, **{"batch_size": 16, **options})
+        sampler_of(cloud, **{"batch_size": 16, **options})
 
 
 @pytest.mark.parametrize(
@@ -344,9 +347,45 @@ def test_an_option_out_of_range_is_named(cloud: SampleGraph, options: dict[str, 
 )
 def test_nodes_that_are_not_of_the_graph_are_named(cloud: SampleGraph, nodes: list[Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
-        NeighborBatchSampler(cloud, 16, nodes=nodes)
+        sampler_of(cloud, 16, nodes=nodes)
 
 
 def test_by_default_items_are_the_rows_of_the_store(cloud: SampleGraph) -> None:
     assert np.array_equal(cloud.sample_nodes(), np.arange(500))
-    assert sorted(np.concatenate(list(NeighborBatchSampler(cloud, 16)))) == list(range(500))
+    assert sorted(np.concatenate(list(sampler_of(cloud, 16)))) == list(range(500))
+
+
+# --- ranks and resumption --------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("taken", [0, 1, 4])
+def test_the_rest_of_an_epoch_is_that_of_one_without_interruption(cloud: SampleGraph, ranks: int, taken: int) -> None:
+    for rank in range(ranks):
+        whole, rest = (sampler_of(cloud, 16, rank=rank, ranks=ranks, seed=3) for _ in range(2))
+        whole.set_epoch(2)
+        rest.set_epoch(2, skip_batches=taken)
+        assert list(rest) == list(whole)[taken:]
+        rest.set_epoch(3)
+        whole.set_epoch(3)
+        assert list(rest) == list(whole)
+    with pytest.raises(ConfigError, match="resume with the nodes"):
+        rest.set_epoch(2, skip_batches=len(rest) + 1)
+
+
+def test_by_default_several_ranks_have_full_batches_and_one_has_every_sample(cloud: SampleGraph) -> None:
+    assert {len(batch) for rank in all_ranks(cloud, 16, 3) for batch in rank} == {16}
+    (alone,) = all_ranks(cloud, 16, 1)
+    assert sum(map(len, alone)) == len(cloud.sample_nodes())
+
+
+def test_a_sampler_made_before_its_rank_is_known_is_refused(
+    cloud: SampleGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    early, told = sampler_of(cloud, 16), sampler_of(cloud, 16, rank=0, ranks=1)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="made as rank 0 of 1, but this is rank 1 of 2"):
+        next(iter(early))
+    assert len(list(told)) == len(told)
+    assert list(sampler_of(cloud, 16)) == list(sampler_of(cloud, 16, rank=1, ranks=2))
