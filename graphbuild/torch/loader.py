@@ -2,8 +2,8 @@
 
 Every sample of every tar is delivered exactly once an epoch, whatever the ranks and workers, beside the
 sidecar row that was written for it: key by key, position by position, or a ShardError that names both. Costs
-one sequential pass over the tars, and in each worker one sidecar and `shuffle` still encoded samples of
-memory.
+one sequential pass over the tars, and in each worker the memory of `shuffle` still encoded samples and of the sidecars
+that these come from.
 """
 
 from __future__ import annotations
