@@ -16,8 +16,9 @@ from graphbuild.certify import certify_afresh, check_lists
 from graphbuild.checksums import check_files
 from graphbuild.errors import ConfigError, GraphbuildError, StorageError
 from graphbuild.index import node_count
+from graphbuild.quantized import quantize_int8
 from graphbuild.sharded import Array
-from graphbuild.sidecar import Sidecar, quantize_int8
+from graphbuild.sidecar import Sidecar
 from graphbuild.source import is_there
 from graphbuild.stage import ORDER, records
 from graphbuild.store import Json, Store, stream_sha256

@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from graphbuild.errors import GraphbuildError
-from graphbuild.sidecar import ShardError, Sidecar, SidecarHeader, TarIdentity, quantize_int8, sidecar_schema
+from graphbuild.quantized import quantize_int8
+from graphbuild.sidecar import ShardError, Sidecar, SidecarHeader, TarIdentity, sidecar_schema
 from graphbuild.tables import TableSpec, read_chunks
 from graphbuild.tars import open_tar
 from graphbuild.text import MAX_CAPTION_BYTES, usable_text

@@ -15,15 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from graphbuild.errors import ConfigError, InputError
-from graphbuild.sidecar import (
-    ShardError,
-    Sidecar,
-    SidecarHeader,
-    TarIdentity,
-    quantize_int8,
-    read_header,
-    sidecar_schema,
-)
+from graphbuild.quantized import quantize_int8
+from graphbuild.sidecar import ShardError, Sidecar, SidecarHeader, TarIdentity, read_header, sidecar_schema
 
 D, K, ROWS, WITHOUT_NODE = 6, 3, 5, 2
 

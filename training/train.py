@@ -195,9 +195,11 @@ def check_labels(config: Config, labels: Sequence[str]) -> None:
         raise ConfigError("--labels needs shards to test on", "set --held-out to 1 or more")
     _, held_out = split_shards(config)
     try:
-        batch = next(iter(labelled(config, held_out)))
+        batch = next(iter(labelled(config, held_out)), None)
     except ShardError as error:
         raise ConfigError(f"--labels: {error.cause}", "labels are fields of the samples' json members") from error
+    if batch is None:
+        raise ConfigError(f"--labels: no sample in {held_out[0]} or the other held-out shards", "set --held-out higher")
     for label in labels:
         values_of(batch, label)
 
@@ -301,12 +303,13 @@ def process_group() -> Iterator[Place]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, then probe where there are labels."""
-    signal.signal(signal.SIGTERM, lambda *_: ASKED_TO_END.set())
     try:
         config, run_dir, labels = read_command_line(arguments)
         check_labels(config, labels)
         with process_group() as place:
+            signal.signal(signal.SIGTERM, lambda *_: ASKED_TO_END.set())
             encoder = train(config, run_dir, place)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # probes have nothing to save
             if place.rank == 0:
                 print(f"trained model: {run_dir / 'checkpoint.pt'}")
         if labels and place.rank == 0:

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphbuild.errors import ConfigError
-from graphbuild.sidecar import SidecarHeader, unit_rows
+from graphbuild.quantized import unit_rows
+from graphbuild.sidecar import SidecarHeader
 from graphbuild.sketch import BYTES, unpack
 from graphbuild.store import Store
 from graphbuild.torch.shards import READERS, Shard, read_sidecar

@@ -24,7 +24,8 @@ from torch.utils.data import IterableDataset
 from webdataset.utils import pytorch_worker_info
 
 from graphbuild.errors import ConfigError
-from graphbuild.sidecar import SidecarHeader, unit_rows
+from graphbuild.quantized import unit_rows
+from graphbuild.sidecar import SidecarHeader
 from graphbuild.sketch import unpack
 from graphbuild.torch.epochs import Epochs, Position
 from graphbuild.torch.images import BadImages, ImageDecoder
