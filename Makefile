@@ -22,10 +22,8 @@ test: $(VENV)/.installed
 test-all: $(VENV)/.installed
 	$(MAKE) -j2 lint pytest MARKS="-m ''"
 
-# In two processes: one that had run all the other tests crashed where a DataLoader forked its workers.
 pytest: $(VENV)/.installed
-	$(BIN)/python -m pytest $(MARKS) --ignore=tests/torch --ignore=tests/training
-	$(BIN)/python -m pytest $(MARKS) tests/torch tests/training
+	$(BIN)/python -m pytest $(MARKS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

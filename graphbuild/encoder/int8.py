@@ -8,6 +8,7 @@ any batch (tests/encoder). Conversion takes seconds a process; OpenVINO's own to
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,6 @@ class Int8:
     """A transformer that takes token ids, rounded to 8 bits, and the pooling of its token vectors."""
 
     def __init__(self, transformer: nn.Module, pooling: str) -> None:
-        import openvino
-
         self.pooling = pooling
         settings = {
             "INFERENCE_NUM_THREADS": 1,
@@ -37,7 +36,7 @@ class Int8:
         }
         model = _converted(transformer)
         _round_weights(model)
-        self.request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+        self.request = _core().compile_model(model, "CPU", settings).create_infer_request()
 
     def pooled(self, tokens: Tokens) -> tuple[Tensor, int]:
         """Pooled token vectors, float32 [n, d]; and the tokens computed for them: none is padding."""
@@ -49,6 +48,15 @@ class Int8:
             order.append(chosen)
         pooled = torch.cat(parts)
         return pooled[np.argsort(np.concatenate(order))], len(tokens.ids)
+
+
+@cache
+def _core() -> Any:
+    """The one of this process. A Core gives its thread another stack for signals, and takes it back when it goes: after
+    two that do not go in the order last come, first gone the next signal ends the process."""
+    import openvino
+
+    return openvino.Core()
 
 
 class _Tokens(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -123,6 +125,25 @@ def test_int8_of_the_default_encoder_keeps_a_mean_cosine_of_0_995():
     found = default("int8").encode(captions(200))
     cosines = cosine(found.vectors, default("int8").reference(captions(200)))
     assert 0.995 < cosines.mean() < 0.99999  # else its products are not of 8 bits
+
+
+@pytest.mark.skipif(not find_spec("openvino"), reason="needs graphbuild[int8]")
+def test_signals_are_heard_after_int8_encoders_are_gone():
+    """As when a DataLoader's worker ends. In a process of its own, for the fault is its end."""
+    script = """
+import faulthandler, os, signal
+from transformers import BertConfig, BertModel
+from graphbuild.encoder.int8 import Int8
+faulthandler.enable()  # gives signals a stack of their own, as Ray does
+config = BertConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1, intermediate_size=8, vocab_size=30)
+models = [Int8(BertModel(config), "mean") for _ in range(2)]
+while models:
+    models.pop(0)
+signal.signal(signal.SIGCHLD, lambda *_: print("heard", flush=True))
+os.kill(os.getpid(), signal.SIGCHLD)
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "heard\n"), ran.stderr
 
 
 def test_int8_is_refused_where_it_cannot_run(tmp_path):
