@@ -6,11 +6,12 @@ Texts are not normalised here beyond what the encoder's own tokenizer does. Memo
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -79,7 +80,7 @@ class Model:
         """Unit-norm vectors of texts, in order. StageError when the encoder gives NaN; ConfigError when dim > d."""
         prompted = [self._prompt() + text for text in texts]
         tokenizer = self.whole.tokenizer
-        with torch_threads(1):
+        with torch_threads(1), attention_of_any_shape():
             if not hasattr(tokenizer, "backend_tokenizer"):  # none of the fast ones: told apart by characters
                 vectors, computed = self._encode_whole(prompted, np.array([len(text) for text in prompted]))
                 return Encoded(self._half(vectors, texts), computed, computed, 0)
@@ -109,7 +110,7 @@ class Model:
 
     def reference(self, texts: Sequence[str]) -> Single:
         """The same by sentence-transformers' own `encode` in float32: unit-norm vectors, float32 [n, d]."""
-        with torch_threads(1):
+        with torch_threads(1), attention_of_any_shape():
             vectors = _load(self.encoder.folder, self.device, "float32").encode(
                 list(texts), prompt=self._prompt(), batch_size=32, show_progress_bar=False, convert_to_tensor=True
             )
@@ -172,13 +173,24 @@ def _check_int8(model: Model) -> None:
 
 
 def fastest_precision(device: str) -> str:
-    """bfloat16 on a GPU and on a CPU that multiplies it in hardware (AVX-512 BF16, AMX, ARM's BF16), else float32."""
-    if device != "cpu":
-        return "bfloat16"
+    """bfloat16 where the hardware multiplies it (GPUs since Ampere; CPUs with AVX-512 BF16, AMX or ARM's BF16); else
+    float16 on a GPU, which would only emulate bfloat16, and float32 on a CPU."""
     import torch
 
+    if device != "cpu":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     able = torch.cpu.get_capabilities()
     return "bfloat16" if any(able[name] for name in able if name.endswith("bf16")) else "float32"
+
+
+@contextlib.contextmanager
+def attention_of_any_shape() -> Iterator[None]:
+    """Attention without cuDNN's kernels, torch's first choice since Hopper: it plans them anew, for up to a second, for
+    each number of texts and tokens, of which every batch has new ones."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        yield
 
 
 @lru_cache(maxsize=2)

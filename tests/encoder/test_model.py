@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from other_device import other_device
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import Dense, Normalize, Pooling, StaticEmbedding, Transformer
 from transformers import (
@@ -25,7 +26,8 @@ from transformers import (
 )
 
 from graphbuild.encoder import DEFAULT_ENCODER, Model, find_encoder, open_model
-from graphbuild.encoder.model import _packed
+from graphbuild.encoder.model import _packed, fastest_precision
+from graphbuild.encoder.packed import Packed
 from graphbuild.encoder.tokens import batches, equal_batches, tokenize
 from graphbuild.errors import ConfigError
 from graphbuild.fidelity import cosine
@@ -104,6 +106,44 @@ def test_vectors_are_those_of_sentence_transformers(tmp_path, family, pooling, i
     assert found.tokens <= found.computed
     low = open_model(find_encoder(str(folder)), "cpu", "bfloat16").encode(texts).vectors.astype(np.float64)
     assert ((low * expected).sum(1) / np.linalg.norm(low, axis=1)).mean() > 0.999
+
+
+@pytest.mark.parametrize(("bfloat16", "precision"), [(True, "bfloat16"), (False, "float16")])
+def test_a_gpu_that_only_emulates_bfloat16_multiplies_float16(monkeypatch, bfloat16, precision):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or bfloat16
+    )
+    assert fastest_precision("cuda") == precision
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_attention_never_asks_for_kernels_that_are_planned_for_each_shape(tmp_path, monkeypatch, family):
+    cudnn, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*arguments, **options):
+        cudnn.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*arguments, **options)
+
+    model = open_model(find_encoder(str(saved(tmp_path, family, "mean"))), "cpu", "float32")
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    model.encode(captions(5))
+    model.reference(captions(5))
+    assert cudnn
+    assert not any(cudnn)
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_packed_runs_on_another_device(tmp_path, family):
+    kind, config = FAMILIES[family]
+    torch.manual_seed(0)
+    whole = kind(config()).eval()
+    tokens = tokenize(AutoTokenizer.from_pretrained(find_encoder(DEFAULT_ENCODER).folder), captions(40), 32)
+    here, rows = Packed(whole, "mean", dtype=torch.float32, rows=256).pooled(tokens)
+    with other_device() as device:
+        there, rows_there = Packed(whole.to(device), "mean", dtype=torch.float32, rows=256).pooled(tokens)
+        assert there.device == device
+        torch.testing.assert_close(there.cpu(), here)
+    assert rows_there == rows
 
 
 @pytest.mark.skipif(not find_spec("openvino"), reason="needs graphbuild[int8]")
