@@ -71,7 +71,8 @@ class Embed(Section):
     dim: int | None = Field(None, ge=1, description="first coordinates kept, of Matryoshka encoders; default: all")
     precision: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto",
-        description="auto: bfloat16 where the hardware multiplies it, else float32; int8 needs graphbuild[int8]",
+        description="auto: bfloat16 where the hardware multiplies it, else float16 on GPUs and float32 on CPUs; int8"
+        " needs graphbuild[int8]",
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
