@@ -116,7 +116,7 @@ class Runner:
 
     def _results(self, stage: Stage, tasks: Sequence[Task], store: Store) -> Iterator[tuple[Task, Json | Failure]]:
         if self.workers == 0:
-            gpu = stage.on_device and _cuda_here()
+            gpu = self._on_gpus(stage, tasks[0])
             self.progress.running(1)
             for task in tasks:
                 result = attempt(stage, _placed(task, gpu=gpu), store)
@@ -129,10 +129,7 @@ class Runner:
     def _ray_results(self, stage: Stage, tasks: Sequence[Task], store: Store) -> Iterator[tuple[Task, Json | Failure]]:
         ray = self.start_ray()
         resources = ray.cluster_resources()
-        wants_gpu = stage.on_device and tasks[0].hints.get("device") != "cpu"
-        gpu = wants_gpu and resources.get("GPU", 0) >= 1
-        if wants_gpu and not gpu and tasks[0].hints.get("device") == "cuda":
-            raise ConfigError("no GPU in the Ray cluster", "use --device cpu, or an --address whose nodes have GPUs")
+        gpu = self._on_gpus(stage, tasks[0], resources)
         slots = int(resources["GPU"]) * stage.sharing if gpu else int(resources.get("CPU", 1))
         count = slots if self.workers is None else min(self.workers, slots) if gpu else self.workers
         pool = self._pool(1 / stage.sharing if gpu else 0)
@@ -180,6 +177,22 @@ class Runner:
                 if isinstance(result, Failure) and result.storage:
                     queue.clear()
             yield task, result
+
+    def _on_gpus(self, stage: Stage, task: Task, resources: Mapping[str, float] | None = None) -> bool:
+        """Whether a stage's tasks run on GPUs, where Ray has these resources; ConfigError where they cannot but must.
+
+        On this machine torch has to be able to use them: Ray counts GPUs by their driver alone.
+        """
+        device = task.hints.get("device", "auto") if stage.on_device else "cpu"
+        if device == "cpu":
+            return False
+        here = resources is None or (self._started_ray and not self.address)
+        found = (resources is None or resources.get("GPU", 0) >= 1) and (not here or _cuda_here())
+        if device == "cuda" and not found:
+            if here:
+                raise ConfigError("torch can use no GPU here", "use --device cpu, or see `graphbuild doctor`")
+            raise ConfigError("no GPU in the Ray cluster", "use --device cpu, or an --address whose nodes have GPUs")
+        return found
 
     def _pool(self, share: float) -> Pool:
         """The workers with that share of a GPU. Those with another one must not keep it from them."""

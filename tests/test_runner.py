@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 
 from graphbuild.errors import ConfigError, InputError, StageError
 from graphbuild.recipe import Index, Recipe
@@ -111,6 +112,29 @@ def test_a_task_that_kills_every_worker_fails_alone(store: Store) -> None:
     with Runner(workers=2) as runner, pytest.raises(StageError, match="00003: its worker died 3 times"):
         runner.run(stage(die_always), Recipe(), store)
     assert set(records(store, "search")) == {"00000", "00001", "00002"}
+
+
+def on_cuda(recipe: Recipe, store: Store) -> list[Task]:
+    return [dataclasses.replace(task, hints={"device": "cuda"}) for task in stage(write).plan(recipe, store)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_gpu_that_is_asked_for_and_cannot_be_used_is_an_error_and_no_reason_to_take_the_cpu(
+    store: Store, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    one = dataclasses.replace(stage(write), on_device=True, plan=on_cuda)
+    with Runner(workers=workers) as runner, pytest.raises(ConfigError, match="torch can use no GPU here"):
+        runner.run(one, Recipe(), store)
+
+
+def test_gpus_of_this_machine_that_ray_counts_and_torch_cannot_use_are_left_alone(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0, "GPU": 1.0})
+    with Runner(workers=1) as runner:  # none of whose workers could start, with a share of a GPU that is not there
+        assert runner.run(dataclasses.replace(stage(write), on_device=True), Recipe(), store)["tasks"] == 4
 
 
 def test_workers_that_a_cluster_has_no_cpu_for_hold_nothing_up(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -231,13 +230,22 @@ def choose(index: Index, nodes: int, width: int) -> tuple[Engine, str]:
         return Partition(index.recall, index.seed), "asked for"
     operations = float(nodes) ** 2 * width
     sizes = f"{nodes:,} nodes x {width}: {operations:.1g} int8 operations"
-    if index.device == "cuda" or (index.device == "auto" and Path("/proc/driver/nvidia/version").exists()):
+    if index.device == "cuda":
         return Exact(index.seed), f"{sizes}, on a GPU"
     if operations <= EXACT_OPERATIONS:
         return Exact(index.seed), f"{sizes}, at most {EXACT_OPERATIONS:.0g}"
+    if index.device == "auto" and _gpu_here():
+        return Exact(index.seed), f"{sizes}, on a GPU"
     return Partition(
         index.recall, index.seed
     ), f"{sizes}, more than {EXACT_OPERATIONS:.0g} on a CPU; recall {index.recall}"
+
+
+def _gpu_here() -> bool:
+    """Whether torch can use one: a driver alone may be too old for it, or hidden from it."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def nodes_at_once(engine: Engine, index: Index, nodes: int, width: int) -> int:

@@ -365,13 +365,16 @@ def test_faiss_on_a_gpu_that_is_not_there_is_refused_not_run_on_the_cpu(tmp_path
         (50_000, "auto", "exact"),
         (2_900_000, "cpu", "partition"),
         (2_900_000, "cuda", "exact"),
-        (2_900_000, "auto", None),
+        (2_900_000, "auto", "partition"),
+        (2_900_000, "auto, with a GPU", "exact"),
     ],
 )
-def test_auto_takes_exact_where_it_is_affordable_and_says_why(nodes: int, device: str, name: str | None) -> None:
-    gpu = Path("/proc/driver/nvidia/version").exists()
-    chosen, reason = engine.choose(Index(device=device), nodes, 384)  # type: ignore[arg-type]
-    assert chosen.name == (name or ("exact" if gpu else "partition"))
+def test_auto_takes_exact_where_it_is_affordable_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, nodes: int, device: str, name: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "GPU" in device)
+    chosen, reason = engine.choose(Index(device=device.split(",")[0]), nodes, 384)  # type: ignore[arg-type]
+    assert chosen.name == name
     assert f"{nodes:,}" in reason
 
 
