@@ -59,7 +59,7 @@ def build(vectors: ShardedArray, factory: str, k: int, recall: float, seed: int,
     except RuntimeError as error:
         raise ConfigError(
             f"--engine faiss:{factory} cannot hold {len(vectors):,} vectors of {vectors.width} numbers "
-            f"({str(error).strip().splitlines()[-1][:200]})",
+            f"({_last_line(error)})",
             "use fewer lists, another factory, or --engine partition",
         ) from None
     ids = sample.draw(len(vectors), seed)
@@ -102,7 +102,13 @@ def open_index(path: Path, version: str, knob: str | None, effort: int | None, d
         flat.add(probe)
         if not (flat.search(probe, 1)[1][:, 0] == np.arange(64)).all():
             raise ConfigError("faiss finds the wrong neighbours on this GPU", "use --engine exact, or --device cpu")
-        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+        try:
+            index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"--engine faiss: this index cannot be on a GPU ({_last_line(error)})",
+                "say --device cpu, or take Flat, IVF...,Flat or --engine exact",
+            ) from None
         if knob:
             faiss.GpuParameterSpace().set_index_parameter(index, knob, effort)
     elif knob:
@@ -112,7 +118,13 @@ def open_index(path: Path, version: str, knob: str | None, effort: int | None, d
 
 def search(index: Any, queries: Array, ids: Array, length: int) -> tuple[Array, Array]:
     """Similarities float32 and ids int64 [n, length] of the neighbours of nodes `ids`, not themselves; -1: none."""
-    scores, found = index.search(queries, length + 1)
+    try:
+        scores, found = index.search(queries, length + 1)
+    except RuntimeError as error:  # on a GPU a list is of 2,048 at most
+        raise ConfigError(
+            f"--engine faiss finds no {length + 1} neighbours ({_last_line(error)})",
+            "use a smaller --k, --device cpu or --engine exact",
+        ) from None
     own = found == ids[:, None]
     own[~own.any(axis=1), -1] = True  # one too many where it did not find itself
     return scores[~own].reshape(len(ids), length), found[~own].reshape(len(ids), length)
@@ -126,6 +138,10 @@ def _knob(faiss: Any, index: Any) -> str | None:
             continue
         return name
     return None
+
+
+def _last_line(error: RuntimeError) -> str:
+    return str(error).strip().splitlines()[-1][:200]
 
 
 def unit(raw: Array) -> Array:

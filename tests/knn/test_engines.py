@@ -356,6 +356,33 @@ def test_faiss_on_a_gpu_that_is_not_there_is_refused_not_run_on_the_cpu(tmp_path
         faiss_index.open_index(path, "1", None, None, "cuda")
 
 
+def test_what_faiss_cannot_do_on_a_gpu_is_refused_with_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for the GPU build, which refuses what that one does."""
+    import faiss
+
+    def to_gpu(resources: object, number: int, index: Any) -> Any:
+        if isinstance(index, faiss.IndexHNSW):
+            raise RuntimeError("Error in clone_Index:\nThis index type is not implemented on GPU.")
+        return index
+
+    def no_more(*arguments: object) -> None:
+        raise RuntimeError("GPU index only supports min/max-K selection up to 2048 (requested 2309)")
+
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", to_gpu, raising=False)
+    for factory in ("Flat", "HNSW8"):
+        faiss.write_index(faiss.index_factory(4, factory, faiss.METRIC_INNER_PRODUCT), str(tmp_path / factory))
+    with pytest.raises(ConfigError, match="not implemented on GPU"):
+        faiss_index.open_index(tmp_path / "HNSW8", "1", "efSearch", 16, "cuda")
+    flat = faiss_index.open_index(tmp_path / "Flat", "2", None, None, "cuda")
+    monkeypatch.setattr(flat, "search", no_more)
+    with pytest.raises(ConfigError, match=r"finds no 2309 neighbours .*2048"):
+        faiss_index.search(flat, np.zeros((1, 4), np.float32), np.arange(1), 2_308)
+
+
 # -- choice, memory, scratch
 
 
