@@ -27,6 +27,7 @@ from graphbuild.store import Store
 
 State = Literal["ok", "warning", "FAIL"]
 DISK_BYTES, MEMORY_BYTES = 5 << 30, 4 << 30  # that the demo's packages and jobs need at ease
+DRIVER = Path("/proc/driver/nvidia/version")
 VECTORS, QUERIES, WIDTH = 50_000, 200, 384
 
 
@@ -76,7 +77,17 @@ def _gpu() -> tuple[State, str, str]:
     import torch
 
     if not torch.cuda.is_available():
-        return "ok", "none: everything runs on the CPU", ""
+        if not DRIVER.exists():
+            return "ok", "none: everything runs on the CPU", ""
+        version = torch.version.cuda
+        says = f"torch can use none, though there is a driver: {DRIVER.read_text().splitlines()[0]}"
+        if version is None:
+            return "warning", says, "install a torch with CUDA: this one is for CPUs"
+        return (
+            "warning",
+            says,
+            f"a driver for CUDA {version} or newer, or a torch with an older CUDA; in a container --gpus all",
+        )
     found = []
     for number in range(torch.cuda.device_count()):
         memory = torch.cuda.get_device_properties(number).total_memory / 2**30
@@ -93,7 +104,7 @@ def _rate(torch: Any, device: str, dtype: Any, size: int) -> float:
         begin = time.perf_counter()
         product = a @ a
         if device != "cpu":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - begin)
     if not bool((product == size / 4).all()):
         raise ConfigError(f"a matrix product on {device} is wrong", "install torch anew, or say --device cpu")

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -99,3 +100,27 @@ def test_a_wrong_product_or_search_fails(monkeypatch: pytest.MonkeyPatch) -> Non
     found = {finding.check: finding for finding in [doctor._finding("torch", doctor._torch)]}
     assert found["torch"].state == "FAIL"
     assert "is wrong" in found["torch"].says
+
+
+def test_the_time_of_a_product_ends_when_its_own_gpu_has_made_it() -> None:
+    waited: list[str] = []
+    cuda = SimpleNamespace(synchronize=lambda device=None: waited.append(device))
+    gpu = SimpleNamespace(full=lambda size, value, device, dtype: np.full(size, value, dtype), cuda=cuda)
+    doctor._rate(gpu, "cuda:1", np.float32, 8)
+    assert waited == ["cuda:1"] * 5
+
+
+@pytest.mark.parametrize(("cuda", "fix"), [(None, "this one is for CPUs"), ("13.0", "CUDA 13.0 or newer")])
+def test_a_gpu_that_torch_cannot_use_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: str | None, fix: str
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(doctor, "DRIVER", tmp_path / "version")
+    assert doctor._gpu()[:2] == ("ok", "none: everything runs on the CPU")
+    doctor.DRIVER.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15\nGCC version: 12\n")
+    state, says, what_to_do = doctor._gpu()
+    assert (state, says.endswith("Module  550.54.15")) == ("warning", True)
+    assert fix in what_to_do
