@@ -118,9 +118,10 @@ class Targets:
             _check_rows(usable, "embeddings are zero or not finite", fix)
             block = own @ every.T
         elif self.labels is not None:
-            every = ranks.concatenate(self.labels)
+            labels = self.labels.long()  # some integers no backend gathers: NCCL and gloo no int16
+            every = ranks.concatenate(labels)
             _check_rows(every >= 0, "labels are negative", "skip samples without a class or node")
-            block = (self.labels[:, None] == every).float()
+            block = (labels[:, None] == every).float()
         elif self.edges is not None:
             block = self.edges.block(ranks)
         elif self.similarities is not None:

@@ -79,6 +79,13 @@ def learn_without_gathering(rank: int, folder: str) -> None:
     torch.save(gradients, f"{folder}/scale{rank}.pt")
 
 
+def integers_that_no_backend_gathers(rank: int, folder: str) -> None:
+    z1, z2 = views(rank)
+    integers = (torch.int64, torch.int16)
+    losses = [SupConLoss()(z1, z2, Targets(labels=torch.arange(IMAGES, dtype=dtype) + rank)) for dtype in integers]
+    assert len(set(map(float, losses))) == 1
+
+
 def gather_and_differentiate(rank: int, folder: str) -> None:
     """sum over ranks r of (r + 1) x sum of (the joint tensor)^3: each part's gradient is 3 x 3 part^2."""
     for dim in (0, 1, 2):
@@ -93,7 +100,10 @@ def gather_and_differentiate(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    jobs = [dtypes_that_differ, refusals_of_one_rank, gather_and_differentiate, learn_without_gathering]
+    jobs = [
+        *(dtypes_that_differ, refusals_of_one_rank, integers_that_no_backend_gathers),
+        *(gather_and_differentiate, learn_without_gathering),
+    ]
     mp.spawn(on_rank, (jobs, str(folder)), nprocs=2)
     return folder
 

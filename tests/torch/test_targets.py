@@ -140,7 +140,7 @@ def test_targets_are_one_block_of_similarities_whatever_they_are_given_as(texts:
     np.testing.assert_allclose(Targets(embeddings=torch.from_numpy(texts)).block(), unit @ unit.T, atol=1e-13)
     labels = [3, 0, 3, 1, 1, 3]
     same = [[float(a == b) for b in labels] for a in labels]
-    for dtype in (torch.int64, torch.int32, torch.uint8):
+    for dtype in (torch.int64, torch.int32, torch.int16, torch.uint16, torch.uint8):
         assert Targets(labels=torch.tensor(labels, dtype=dtype)).block().tolist() == same
     known = torch.tensor(same) > 0
     known.fill_diagonal_(False)
