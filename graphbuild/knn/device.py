@@ -75,7 +75,7 @@ def offer(
         top, where = tile.topk(min(length, tile.shape[1]), dim=1)
         new, new_ids = top, where + first
     else:
-        row, column = torch.nonzero(tile >= worst[:, None], as_tuple=True)
+        row, column = torch.nonzero(tile > worst[:, None], as_tuple=True)
         if not len(row):
             return best, best_ids
         passed = torch.bincount(row, minlength=count)
@@ -86,3 +86,10 @@ def offer(
         new_ids[row, slot] = column + first
     best, kept = torch.cat([best, new], dim=1).topk(length, dim=1)
     return best, torch.cat([best_ids, new_ids], dim=1).gather(1, kept)
+
+
+def keys(scores: Tensor, ids: Tensor) -> Tensor:
+    """Keys int64 [n, c] of lists, as `graphbuild.knn.lists` packs them, in descending order."""
+    bits = scores.view(torch.int32).long()
+    packed = (torch.where(bits < 0, bits ^ NO_NODE, bits) << 32) | (NO_NODE - ids)
+    return packed.sort(dim=1, descending=True).values

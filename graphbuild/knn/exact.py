@@ -94,12 +94,12 @@ def join_on_device(
         )
         for first, count in groups
     ]
-    found = [
-        part for own, others in zip(sides, sides[::-1], strict=True) for part in device.search(own, others, length)
+    keys = [
+        device.keys(*part).cpu().numpy()
+        for own, others in zip(sides, sides[::-1], strict=True)
+        for part in device.search(own, others, length)
     ]
-    ids = np.concatenate([np.arange(first, first + count) for first, count in groups])
-    keys = np.concatenate([lists.pack(scores.cpu().numpy(), near.cpu().numpy()) for scores, near in found])
-    return ids, np.sort(keys, axis=1)[:, ::-1]
+    return np.concatenate([np.arange(first, first + count) for first, count in groups]), np.concatenate(keys)
 
 
 def slack(rests: Array, largest_rest: float) -> Array:

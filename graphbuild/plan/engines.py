@@ -79,7 +79,6 @@ def join_of(case: Case) -> Join:
         both = share * nodes**2 / tasks  # a GPU compares each pair from both sides
         cost = replace(
             cost,
-            core_seconds=filled * length * rates.merge_entry,  # sorting
             on_gpu=True,
             gpu_seconds=both * (2.0 * job.d / card.int8 + PAIR_BYTES / card.bytes_second),
             vram=held_nodes * (job.d + 8.0) + 3 * 4.0 * device.ROWS * device.COLUMNS + 0.5e9,

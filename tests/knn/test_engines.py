@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from other_device import other_device
 
 from graphbuild.errors import ConfigError, GraphbuildError
-from graphbuild.knn import codes, device, engine, exact, faiss_index, leaders, partition, products
+from graphbuild.knn import codes, device, engine, exact, faiss_index, leaders, lists, partition, products
 from graphbuild.pipeline import run_verb
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner import Runner
@@ -144,6 +144,16 @@ def test_exact_on_torch_alone_as_on_a_gpu_gives_the_same_graph(tmp_path: Path, m
 
     monkeypatch.setattr(exact, "join", join)
     assert_exact(build(tmp_path, x, engine="exact", k=9), x, 9)
+
+
+def test_a_gpu_packs_lists_as_the_cpu_does() -> None:
+    random = np.random.default_rng(0)
+    scores = random.choice(np.array([-np.inf, -1.5, -0.0, 0.0, 0.25, 1.0], np.float32), (50, 40))
+    ids = random.integers(0, device.NO_NODE, scores.shape)
+    ids[scores == -np.inf] = device.NO_NODE
+    packed = device.keys(torch.from_numpy(scores), torch.from_numpy(ids)).numpy()
+    np.testing.assert_array_equal(packed, np.sort(lists.pack(scores, ids), axis=1)[:, ::-1])
+    assert (packed == lists.EMPTY).any()
 
 
 @pytest.mark.parametrize("width", [24, 1_100])
