@@ -6,6 +6,7 @@ published peak rates, without sparsity, and what is computed from them says so.
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,16 +69,26 @@ class Machine:
 
 
 def here(rates: Rates, store: Store | None, workers: int | None) -> Machine:
-    """This machine, and the disk that the store is on; GPUs are those that torch would see, by their driver."""
+    """This machine, and the disk that the store is on; its GPUs where torch can use them and GPUS knows them."""
     disk = None
     if store is None or store.is_local:
         place = Path(store.root if store else ".")
         place = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
         disk = float(shutil.disk_usage(place).free)
     memory = float(psutil.virtual_memory().total)
-    return Machine(
-        f"{_count(rates.cores, 'core')} here", 1, rates.cores, memory, 1e9 / 8, disk_bytes=disk, workers=workers
-    )
+    gpus, gpu = gpus_here()
+    name = f"{_count(rates.cores, 'core')}{f' + {gpus} {gpu.upper()}' if gpu else ''} here"
+    return Machine(name, 1, rates.cores, memory, 1e9 / 8, gpus, gpu, disk, workers)
+
+
+def gpus_here() -> tuple[int, str | None]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0, None
+    words = re.split(r"[\W_]+", torch.cuda.get_device_name().lower())  # as in NVIDIA A100-SXM4-80GB
+    gpu = next((known for known in GPUS if known in words), None)
+    return (torch.cuda.device_count(), gpu) if gpu else (0, None)
 
 
 def standard(rates: Rates, workers: int | None, store: Store | None) -> list[Machine]:

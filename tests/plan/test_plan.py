@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.knn import engine
@@ -20,6 +21,7 @@ from graphbuild.pipeline import run_verb
 from graphbuild.plan import lists, machine
 from graphbuild.plan.calibration import Rates
 from graphbuild.plan.case import Cost
+from graphbuild.plan.engines import why_engine
 from graphbuild.plan.job import Job, job_of
 from graphbuild.plan.show import cases, tell
 from graphbuild.recipe import Download, Embed, Index, Recipe, read_recipe
@@ -53,6 +55,22 @@ def test_cc3m_cc12m_and_400m_are_planned_in_under_5_seconds(made_up_cache: dict[
         for column in ("2 cores", "1 H200*", "32 x 32 cores", "computed, not measured", "WARNING"):
             assert column in done.stdout, done.stdout
         assert seconds < 5 or os.getloadavg()[0] > (os.cpu_count() or 1), f"{seconds:.1f} s"
+
+
+@pytest.mark.parametrize(
+    ("card", "gpus", "engine"),
+    [("NVIDIA A100-SXM4-80GB", 2, "exact"), ("NVIDIA L40S", 0, "partition"), ("", 0, "partition")],
+)
+def test_a_plan_for_this_machine_has_its_gpus(
+    monkeypatch: pytest.MonkeyPatch, made_up: Rates, card: str, gpus: int, engine: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(card))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: card)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    one = machine.here(made_up, None, None)
+    assert (one.gpus, one.name.endswith(" + 2 A100 here")) == (gpus, gpus == 2)
+    recipe = Recipe(embed=Embed(captions="cc3m.tsv", preset="cc3m"))
+    assert why_engine(recipe, job_of("run", recipe, None, 2_900_000), one).startswith(engine)
 
 
 def test_figures_of_a_gpu_are_its_published_peaks_and_say_so(made_up: Rates) -> None:
