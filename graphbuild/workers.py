@@ -18,6 +18,8 @@ from graphbuild.store import Json, Store
 logger = logging.getLogger(__name__)
 ATTEMPTS = 3  # of a task whose worker dies
 STARTS_IN_VAIN = 10  # one after the other, before none is tried any more
+UNKNOWN = "rerun the same command; if it fails again, its traceback lies in the failed.json named above"
+GPU_IS_FULL = "use --workers 1, so that no two tasks share the GPU, one with more memory, or --device cpu; then rerun"
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,9 @@ def attempt(stage: Stage, task: Task, store: Store) -> Json | Failure:
     except GraphbuildError as error:
         failure = Failure(error.cause, error.fix, "", error.exit_code, isinstance(error, StorageError))
     except Exception as error:  # noqa: BLE001 the one place where a task's unknown fault must not stop the others
-        failure = Failure(
-            f"{type(error).__name__}: {error}",
-            "rerun the same command; if it fails again, its traceback lies in the failed.json named above",
-            traceback.format_exc(),
-            1,
-        )
+        name = type(error).__name__
+        fix = GPU_IS_FULL if name == "OutOfMemoryError" else UNKNOWN  # torch's, which is not imported for it
+        failure = Failure(f"{name}: {error}", fix, traceback.format_exc(), 1)
     record_failure(store, task, failure)
     return failure
 

@@ -47,6 +47,10 @@ def refuse_one(task: Task, store: Store, writer: Writer) -> Json:
     return write(task, store, writer)
 
 
+def fill_the_gpu(task: Task, store: Store, writer: Writer) -> Json:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
 def die_once(task: Task, store: Store, writer: Writer) -> Json:
     mark = Path(store.url) / f"died-{task.name}"
     if task.name == "00001" and not mark.exists():
@@ -100,6 +104,12 @@ def test_a_refused_input_asks_for_exit_code_2(store: Store) -> None:
     with Runner(workers=0) as runner, pytest.raises(InputError, match=r"two\.tar is no tar") as error:
         runner.run(stage(refuse_one), Recipe(), store)
     assert "fetch it again" in str(error.value)
+
+
+def test_a_full_gpu_says_what_leaves_it_room(store: Store) -> None:
+    with Runner(workers=0) as runner, pytest.raises(StageError, match="CUDA out of memory") as error:
+        runner.run(stage(fill_the_gpu), Recipe(), store)
+    assert "--workers 1" in error.value.fix
 
 
 def test_a_worker_that_dies_has_its_task_run_again(store: Store) -> None:
