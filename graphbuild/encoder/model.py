@@ -185,8 +185,8 @@ def fastest_precision(device: str) -> str:
 
 @contextlib.contextmanager
 def attention_of_any_shape() -> Iterator[None]:
-    """Attention without cuDNN's kernels, torch's first choice since Hopper: it plans them anew, for up to a second, for
-    each number of texts and tokens, of which every batch has new ones."""
+    """Attention without cuDNN's kernels, torch's first choice on Hopper and Blackwell: it plans them anew, for tens of
+    milliseconds or more, for each number of texts and tokens, of which every batch has new ones."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):

@@ -51,4 +51,7 @@ def _has_int8(device: str) -> bool:
     if device == "cpu" and not any(able.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")):
         return False
     extreme = torch.full((32, 64), -127, dtype=torch.int8, device=device)
-    return bool((torch._int_mm(extreme, -extreme.T) == -(127**2) * 64).all())
+    try:
+        return bool((torch._int_mm(extreme, -extreme.T) == -(127**2) * 64).all())
+    except RuntimeError:  # cuBLAS has none for GPUs without int8 tensor cores
+        return False

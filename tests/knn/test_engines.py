@@ -165,6 +165,15 @@ def test_exact_without_int8_instructions_gives_the_same_graph(
     assert_exact(build(tmp_path, x, engine="exact", k=9), x, 9)
 
 
+def test_a_device_that_refuses_int8_products_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLtMatmul")
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
+    monkeypatch.setattr(torch, "_int_mm", refused)
+    assert not products._has_int8.__wrapped__("cpu")
+
+
 def test_lists_that_the_error_bound_does_not_prove_are_searched_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
