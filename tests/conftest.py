@@ -1,8 +1,11 @@
 """Fixtures that several test files share."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # they say what CPUs do, also on a machine with a GPU
 
 
 @pytest.fixture(scope="session")

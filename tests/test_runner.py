@@ -181,6 +181,7 @@ def test_two_workers_share_a_gpu_in_one_stage_and_one_has_it_alone_in_the_next(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     ray.init(address="local", num_cpus=1, num_gpus=1, include_dashboard=False)  # to Ray a GPU is a number
     try:
         with Runner() as runner:
