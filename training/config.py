@@ -22,6 +22,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "held_out": (0, math.inf),
     "samples": (0, math.inf),
     "random_share": (0, 1),
+    "view_weight": (0, math.inf),
     "width": (2, math.inf),
     "pixels": (8, math.inf),
     "area_min": (0, 1),
@@ -61,6 +62,7 @@ class Config:
         " values; or 1 for equal nodes, 0 for others",
     ] = "dense"
     permute_graph: Annotated[bool, "control: every node gets another node's similarities and neighbours"] = False
+    view_weight: Annotated[float, "adds so much of SimCLR's loss, of a head of its own, to the method's"] = 0.0
     tau: Annotated[float, "temperature of the model; where the learned one of clip starts"] = 0.1
     tau_s: Annotated[float, "temperature of the target"] = 0.1
     text: Annotated[

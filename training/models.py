@@ -27,27 +27,39 @@ class Model(nn.Module):
     """The encoder, whose features are kept, and the projections that only the loss, and zero-shot, use.
 
     image_projection: features [B, f] to [B, 128], SimCLR's two-layer head. text_projection: for methods with texts,
-    what `text_inputs` gives of captions to [B, 128]; otherwise None.
+    what `GraphReader.texts` gives of captions to [B, 128]; otherwise None. view_projection: another such head as the
+    image's, for the loss that view_weight adds; otherwise None.
     """
 
     def __init__(self, config: Config, text_width: int = 0) -> None:
         super().__init__()
         self.encoder = new_encoder(config)
-        hidden = min(4 * self.encoder.features, 2048)
-        self.image_projection = nn.Sequential(
-            nn.Linear(self.encoder.features, hidden, bias=False),
-            nn.BatchNorm1d(hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, PROJECTION, bias=False),
-        )
+        self.image_projection = projection_head(self.encoder.features)
         self.text_projection: nn.Module | None = None
         if config.reads_texts:
             self.text_projection = TextTower() if config.text == "tower" else nn.Linear(text_width, PROJECTION)
+        self.view_projection = projection_head(self.encoder.features) if config.view_weight else None
 
     def forward(self, view1: Tensor, view2: Tensor, *texts: Tensor) -> tuple[Tensor, ...]:
-        """Projections [B, 128] of both views [B, 3, P, P], which are normalised together, and of the texts if any."""
-        views = self.image_projection(self.encoder(torch.cat([view1, view2]))).chunk(2)
-        return *views, *(self.text_projection(text) for text in texts)  # type: ignore[misc]
+        """Projections [B, 128] of both views [B, 3, P, P], which are normalised together; of the texts if any; and
+        of both views by view_projection."""
+        features = self.encoder(torch.cat([view1, view2]))
+        projected = [*self.image_projection(features).chunk(2)]
+        projected += [self.text_projection(text) for text in texts]  # type: ignore[misc]
+        if self.view_projection is not None:
+            projected += self.view_projection(features).chunk(2)
+        return tuple(projected)
+
+
+def projection_head(features: int) -> nn.Module:
+    """SimCLR's two-layer head, [B, features] to [B, 128]."""
+    hidden = min(4 * features, 2048)
+    return nn.Sequential(
+        nn.Linear(features, hidden, bias=False),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, PROJECTION, bias=False),
+    )
 
 
 def new_encoder(config: Config) -> Any:

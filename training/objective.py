@@ -1,7 +1,8 @@
 """What a method learns from: its loss, and what the loss is told of a batch by the graph.
 
 SimCLR, SupCon and X-Sample compare the two views of an image; CLIP compares each of the two with the text, and has the
-mean of both losses: so every method sees the same images. The temperature of CLIP is learned, as published.
+mean of both losses: so every method sees the same images. The temperature of CLIP is learned, as published. With a
+view_weight SimCLR's loss of another head is added, as SLIP does it for CLIP (Mu et al., arXiv 2112.12750).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ PERMUTATION_SEED = 0
 
 
 class Objective(nn.Module):
-    """The loss of a method, a scalar, from what Model returns: two views, and texts [B, 128] where it has them."""
+    """The loss of a method, a scalar, from what Model returns."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -40,11 +41,16 @@ class Objective(nn.Module):
                 self.loss = CLIPLoss(config.tau, learnable=True)
             case "clip_soft":
                 self.loss = CLIPLoss(config.tau, config.tau_s, learnable=True)
+        self.reads_texts, self.view_weight = config.reads_texts, config.view_weight
+        self.of_views = NTXentLoss(config.tau)
 
-    def forward(self, view1: Tensor, view2: Tensor, *texts: Tensor, targets: Targets) -> Tensor:
-        if not texts:
-            return self.loss(view1, view2, targets)
-        return (self.loss(view1, *texts, targets) + self.loss(view2, *texts, targets)) / 2
+    def forward(self, view1: Tensor, view2: Tensor, *others: Tensor, targets: Targets) -> Tensor:
+        if self.reads_texts:
+            text, *others = others
+            loss = (self.loss(view1, text, targets) + self.loss(view2, text, targets)) / 2
+        else:
+            loss = self.loss(view1, view2, targets)
+        return loss + self.view_weight * self.of_views(*others) if self.view_weight else loss
 
     def learned(self) -> dict[str, float]:
         """The temperature, where it is learned."""

@@ -465,7 +465,7 @@ def test_the_summary_has_mean_deviation_and_number_of_seeds_and_marks_what_is_mi
         ([0.61, 0.70, 0.82], "+31.0 (+28.5 to +33.5), 3.0 standard deviations, 3 seeds: **holds**"),
         ([0.55, 0.40, 0.52], "+9.0 (-25.5 to +43.5), 1.0 standard deviations, 3 seeds: **open**"),
         ([0.25, 0.34, 0.45], "-5.3 (-6.8 to -3.9), -0.5 standard deviations, 3 seeds: **does not hold**"),
-        ([0.35], "**open**, 1 seeds are finished"),
+        ([0.35], "**open**, seeds finished: 1"),
     ],
 )
 def test_a_claim_holds_by_the_differences_of_its_seeds_and_its_deviations(

@@ -46,6 +46,7 @@ def test_every_parameter_of_a_model_gets_a_gradient() -> None:
         {"method": "xsample"},
         {"method": "clip"},
         {"method": "clip", "text": "tower"},
+        {"method": "clip_soft", "view_weight": 1.0},
         {"backbone": "resnet50"},
         {"backbone": "vit"},
     ):
@@ -55,9 +56,19 @@ def test_every_parameter_of_a_model_gets_a_gradient() -> None:
         if config.reads_texts:
             text = [word_numbers(["a cat", "two dogs run"]) if config.text == "tower" else torch.randn(2, 20)]
         outputs = model(*torch.randn(2, 2, 3, 32, 32), *text)
-        assert [output.shape for output in outputs] == [(2, 128)] * (2 + len(text))
+        assert [output.shape for output in outputs] == [(2, 128)] * (2 + len(text) + 2 * (config.view_weight > 0))
         sum((output * torch.randn_like(output)).sum() for output in outputs).backward()
         assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+
+
+def test_a_further_head_leaves_the_other_initial_weights_as_they_are() -> None:
+    states = []
+    for weight in (0.0, 1.0):
+        torch.manual_seed(0)
+        states.append(Model(Config(store="", method="clip", view_weight=weight), text_width=20).state_dict())
+    plain, more = states
+    assert all(torch.equal(plain[name], more[name]) for name in plain)
+    assert {name.split(".")[0] for name in more.keys() - plain.keys()} == {"view_projection"}
 
 
 def test_a_text_does_not_depend_on_longer_ones_in_its_batch() -> None:

@@ -122,20 +122,24 @@ def cross_entropy(target: Array, logits: Array, slots: Array) -> float:
     return float(-(target * np.where(slots, log_p, 0)).sum(axis=1).mean())
 
 
+@pytest.mark.parametrize("view_weight", [0.0, 0.7])
 @pytest.mark.parametrize("method", ["simclr", "supcon", "xsample", "clip", "clip_soft"])
-def test_each_method_has_its_published_loss(method: Any) -> None:
+def test_each_method_has_its_published_loss(method: Any, view_weight: float) -> None:
     tau, tau_s, count = 0.2, 0.3, 9
     rng = np.random.default_rng(0)
-    z = rng.normal(size=(3, count, 8))
+    z = rng.normal(size=(5, count, 8))
     z /= np.linalg.norm(z, axis=2, keepdims=True)
     vectors = rng.normal(size=(count, 5))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     labels = np.array([0, 1, 2, 0, 1, 3, 4, 5, 6])
     similar, views = vectors @ vectors.T, z[:2].reshape(2 * count, 8)
     others = ~np.eye(2 * count, dtype=bool)
+
+    def simclr(views: Array) -> float:
+        return cross_entropy(np.tile(np.eye(count), (2, 2)) * others, views @ views.T / tau, others)
+
     if method == "simclr":
-        target = np.tile(np.eye(count), (2, 2)) * others
-        expected = cross_entropy(target, views @ views.T / tau, others)
+        expected = simclr(views)
     elif method == "supcon":
         target = np.tile(labels[:, None] == labels, (2, 2)) * others
         expected = cross_entropy(target / target.sum(axis=1, keepdims=True), views @ views.T / tau, others)
@@ -148,8 +152,10 @@ def test_each_method_has_its_published_loss(method: Any) -> None:
         both = np.ones((count, count), bool)
         logits = [view @ z[2].T / tau for view in z[:2]]
         expected = np.mean([cross_entropy(target, each, both) for pair in logits for each in (pair, pair.T)])
-    objective = Objective(Config(store="", method=method, tau=tau, tau_s=tau_s)).double()
-    given = [torch.from_numpy(each) for each in (z if method.startswith("clip") else z[:2])]
+    expected += view_weight * simclr(z[3:].reshape(2 * count, 8))
+    config = Config(store="", method=method, tau=tau, tau_s=tau_s, view_weight=view_weight)
+    objective = Objective(config).double()
+    given = [torch.from_numpy(each) for each in (*z[: 2 + config.reads_texts], *(z[3:] if view_weight else ()))]
     if method == "supcon":
         targets = Targets(labels=torch.from_numpy(labels))
     else:

@@ -146,7 +146,7 @@ def verdict(claim: Claim, groups: dict[str, dict[str, list[Line | None]]]) -> st
     if claim.deviations:
         wanted += f" and {claim.deviations:g} standard deviations"
     if len(pairs) < 2:
-        return f"{name}: **open**, {len(pairs)} seeds are finished ({wanted})"
+        return f"{name}: **open**, seeds finished: {len(pairs)} ({wanted})"
     better, worse = (values_of(side, claim.measure) for side in zip(*pairs, strict=True))
     mean, low, high = interval([one - other for one, other in zip(better, worse, strict=True)])
     apart = mean / max(((statistics.variance(better) + statistics.variance(worse)) / 2) ** 0.5, 1e-9)
