@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import sys
@@ -28,10 +29,13 @@ S3_RETRIES = {
     "mode": "legacy",
     "max_attempts": 6,
 }  # waits of 0.5, 1, 2, ... 16 seconds on average; throttled ones for longer
+S3_CONNECTIONS = 64  # botocore's own 10 make ten thousand small files a matter of minutes
 S3_VARIABLES = {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"}  # by which users choose their own
 CACHE_BYTES = 100 * 10**9
 CACHE_SECONDS = 24 * 3600  # copies not used for so long go
 SAFE_SECONDS = 3600  # copies used since then stay whatever their size: a process may be about to open them
+PRUNE_LOOKS = 64
+_until_pruned = 0  # copies that this process will fetch before it prunes again
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LOST = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
@@ -47,8 +51,9 @@ def file_system(url: str, **options: Any) -> tuple[fsspec.AbstractFileSystem, st
     """
     if url.startswith(S3):
         given = fsspec.config.conf.get("s3", {}).keys() | os.environ.keys()
-        if not given & {"config_kwargs", *S3_VARIABLES}:
-            options["config_kwargs"] = {"retries": S3_RETRIES}
+        if "config_kwargs" not in given:
+            retries = {} if given & S3_VARIABLES else {"retries": S3_RETRIES}
+            options["config_kwargs"] = {"max_pool_connections": S3_CONNECTIONS, **retries}
     try:
         found: tuple[fsspec.AbstractFileSystem, str] = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
@@ -104,25 +109,50 @@ def cache_folder() -> Path:
 
 
 def cached_copy(fs: fsspec.AbstractFileSystem, path: str, identity: str) -> Path:
-    """A copy of a remote file in this user's cache folder, for as long as it has that identity."""
+    """A copy of a remote file in this user's cache folder, for as long as it has that identity.
+
+    Of a machine's workers that want it, one fetches it and the others wait.
+    """
     folder = cache_folder()
     copy = folder / hashlib.sha256(identity.encode()).hexdigest()
-    try:
-        os.utime(copy)  # used now
-    except FileNotFoundError:
-        partial = copy.with_suffix(f".{uuid.uuid4().hex}")
+    if _used(copy):
+        return copy
+    partial, lock = copy.with_suffix(f".{uuid.uuid4().hex}"), copy.with_suffix(".lock")
+    with lock.open("w") as held:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(held, fcntl.LOCK_EX)
         try:
-            fs.get_file(path, str(partial))
-            os.utime(partial)
-            partial.rename(copy)
+            if not _used(copy):
+                fs.get_file(path, str(partial))
+                os.utime(partial)
+                partial.rename(copy)
         finally:
             partial.unlink(missing_ok=True)
-        prune(folder)
+            lock.unlink(missing_ok=True)
+    _prune_in_turn(folder)
     return copy
 
 
-def prune(folder: Path) -> None:
+def _used(copy: Path) -> bool:
+    """Whether a copy is there; notes its use."""
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(copy)
+        return True
+    return False
+
+
+def _prune_in_turn(folder: Path) -> None:
+    """`prune`, which looks at every copy, once in so many new ones that each costs a look at PRUNE_LOOKS others."""
+    global _until_pruned
+    _until_pruned -= 1
+    if _until_pruned <= 0:
+        _until_pruned = prune(folder) // PRUNE_LOOKS
+
+
+def prune(folder: Path) -> int:
     """Remove copies that were not used for CACHE_SECONDS and, the longest unused first, what exceeds CACHE_BYTES.
+
+    Returns how many were looked at.
 
     A process that has mapped a copy keeps it; on disk it ends when that process does.
     """
@@ -137,3 +167,4 @@ def prune(folder: Path) -> None:
         if idle > CACHE_SECONDS or (kept > CACHE_BYTES and idle > SAFE_SECONDS):
             path.unlink(missing_ok=True)
             kept -= size
+    return len(copies)

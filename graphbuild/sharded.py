@@ -1,11 +1,13 @@
 """One logical array over a store's shard files: rows 0..N-1, memory-mapped, read by block or gathered by id.
 
-Opening costs one file open a shard; nothing is copied until read.
+A shard's file is opened (of an object store: copied to this machine) when its rows are first asked for, so a task pays
+for the shards that it reads, not for all. `table` opens them all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,36 +16,54 @@ from graphbuild.errors import InputError, StageError
 from graphbuild.store import Json, Store
 
 Array = np.ndarray[Any, np.dtype[Any]]
+READERS = 32  # files of an object store that are fetched at once
 
 
 class ShardedArray:
     """Shards' .npy files [n_s, width] behind each other. `len()` is the number of rows."""
 
     def __init__(self, store: Store, names: Sequence[str], lengths: Sequence[int]) -> None:
-        self._parts = [store.array(name) for name in names]
-        for name, part, length in zip(names, self._parts, lengths, strict=True):
+        self._store, self._names = store, names
+        self._opened: dict[int, Array] = {}
+        self.starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        self.width = self._part(0).shape[1]
+        self.dtype = self._part(0).dtype
+
+    def _part(self, number: int) -> Array:
+        if number not in self._opened:
+            name, length = self._names[number], int(self.starts[number + 1] - self.starts[number])
+            part = self._store.array(name)
             if len(part) != length:
                 raise StageError(
-                    f"{store.display(name)} has {len(part):,} rows; the manifest says {length:,}",
-                    f"run `graphbuild verify {store.url}`",
+                    f"{self._store.display(name)} has {len(part):,} rows; the manifest says {length:,}",
+                    f"run `graphbuild verify {self._store.url}`",
                 )
-        self.starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        self.width = self._parts[0].shape[1]
-        self.dtype = self._parts[0].dtype
+            self._opened[number] = part
+        return self._opened[number]
+
+    def _parts(self, numbers: Iterable[int]) -> list[Array]:
+        """Some shards' arrays, those of an object store fetched side by side."""
+        wanted = list(numbers)
+        if self._store.is_local or len(wanted) < 2:
+            return [self._part(number) for number in wanted]
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(self._part, wanted))
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def blocks(self, rows: int) -> Iterator[tuple[int, Array]]:
         """(id of the first row, array [<= rows, width]) in order of id, never across a shard's end."""
-        for start, part in zip(self.starts, self._parts, strict=False):
-            for begin in range(0, len(part), rows):
-                yield int(start) + begin, part[begin : begin + rows]
+        for first in range(0, len(self._names), READERS):
+            some = range(first, min(first + READERS, len(self._names)))
+            for number, part in zip(some, self._parts(some), strict=True):
+                for begin in range(0, len(part), rows):
+                    yield int(self.starts[number]) + begin, part[begin : begin + rows]
 
     def table(self) -> tuple[Array, Array, Array, int]:
         """What a compiled loop finds row `id` by: address and first id of each shard, the shard of each 256th id, and
         the bytes of a row. Valid as long as this object lives."""
-        addresses = np.array([part.ctypes.data for part in self._parts], np.int64)
+        addresses = np.array([part.ctypes.data for part in self._parts(range(len(self._names)))], np.int64)
         every = np.arange(0, len(self), 256)
         guess = (np.searchsorted(self.starts, every, side="right") - 1).astype(np.int32)
         return addresses, self.starts, guess, self.width * self.dtype.itemsize
@@ -55,7 +75,8 @@ class ShardedArray:
             int(np.searchsorted(self.starts, first + count, side="left")),
         )
         parts = [
-            self._parts[s][max(first - int(self.starts[s]), 0) : first + count - int(self.starts[s])] for s in shards
+            part[max(first - int(self.starts[s]), 0) : first + count - int(self.starts[s])]
+            for s, part in zip(shards, self._parts(shards), strict=True)
         ]
         return np.concatenate(parts) if parts else np.empty((0, self.width), self.dtype)
 
@@ -68,10 +89,11 @@ class ShardedArray:
         result = np.empty((flat.size, self.width), self.dtype)
         shard = np.searchsorted(self.starts, flat, side="right") - 1
         order = np.argsort(shard, kind="stable")
-        bounds = np.searchsorted(shard[order], np.arange(len(self._parts) + 1))
-        for index in np.unique(shard):
-            mine = order[bounds[index] : bounds[index + 1]]
-            result[mine] = self._parts[index][flat[mine] - self.starts[index]]
+        numbers, begins = np.unique(shard[order], return_index=True)
+        ends = [*begins[1:], len(order)]
+        for number, part, begin, end in zip(numbers, self._parts(numbers.tolist()), begins, ends, strict=False):
+            mine = order[begin:end]
+            result[mine] = part[flat[mine] - self.starts[number]]
         return result.reshape(*np.shape(ids), self.width)
 
 

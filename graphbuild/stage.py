@@ -139,9 +139,9 @@ def state_path(stage: str, task: str, state: str = "done") -> str:
 def records(store: Store, stage: str, state: str = "done") -> dict[str, Json]:
     """Task name -> record, of all tasks of a stage in that state, in order of name."""
     suffix = f".{state}.json"
-    names = sorted(name for name in store.sizes(f"_state/{stage}") if name.endswith(suffix))
+    sizes = {name: size for name, size in sorted(store.sizes(f"_state/{stage}").items()) if name.endswith(suffix)}
     found = {}
-    for name, record in zip(names, store.read_jsons(names), strict=True):
+    for name, record in zip(sizes, store.read_jsons(sizes), strict=True):
         if record is None:
             logger.warning("%s is damaged; its task counts as not done", store.display(name))
         else:

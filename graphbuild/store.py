@@ -111,14 +111,18 @@ class Store:
             ) from error
         return value
 
-    def read_jsons(self, names: list[str]) -> list[Json | None]:
-        """Many JSON objects at once (an object store fetches them concurrently); None for one that is damaged."""
+    def read_jsons(self, sizes: Mapping[str, int]) -> list[Json | None]:
+        """Many JSON objects, files of these sizes, at once; None for one that is damaged.
+
+        An object store fetches them side by side: a request each, as their sizes are known.
+        """
+        names = list(sizes)
         if self.is_local or not names:
             contents = [Path(self.path(name)).read_bytes() for name in names]
         else:
             with reaching(self.display(names[0])):
-                fetched = self.fs.cat([self.path(name) for name in names])
-            contents = [fetched[self.path(name)] for name in names]
+                paths = [self.path(name) for name in names]
+                contents = self.fs.cat_ranges(paths, [0] * len(paths), list(sizes.values()), on_error="raise")
         values: list[Json | None] = []
         for content in contents:
             try:

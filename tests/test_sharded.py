@@ -1,0 +1,119 @@
+"""Arrays in many files: what they give, and that a task pays for the files it reads alone."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from graphbuild import remote
+from graphbuild.errors import StageError
+from graphbuild.sharded import ShardedArray
+from graphbuild.store import Store
+
+LENGTHS = [7, 1, 300, 40, 5, 512, 3] * 10
+
+
+@pytest.fixture(params=["disk", "memory://sharded"])
+def stored(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Store, list[str], np.ndarray[Any, Any]]:
+    """A store, its files' names, and all their rows in one array."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    store = Store(str(tmp_path / "store") if request.param == "disk" else f"{request.param}/{tmp_path.name}")
+    values = np.random.default_rng(0).standard_normal((sum(LENGTHS), 6)).astype(np.float16)
+    names = [f"x/{number:05d}.npy" for number in range(len(LENGTHS))]
+    for name, part in zip(names, np.split(values, np.cumsum(LENGTHS)[:-1]), strict=True):
+        with store.staged(name) as path, path.open("wb") as file:
+            np.save(file, part)
+    return store, names, values
+
+
+def test_rows_are_those_of_the_files_joined(stored: tuple[Store, list[str], np.ndarray[Any, Any]]) -> None:
+    store, names, values = stored
+    array = ShardedArray(store, names, LENGTHS)
+    ids = np.random.default_rng(1).integers(0, len(values), (50, 3))
+    np.testing.assert_array_equal(array.take(ids), values[ids])
+    assert array.take(np.empty(0, np.int64)).shape == (0, 6)
+    for first, count in ((0, len(values)), (5, 400), (8, 0), (len(values) - 2, 2)):
+        np.testing.assert_array_equal(array.span(first, count), values[first : first + count])
+    blocks = list(array.blocks(100))
+    np.testing.assert_array_equal(np.concatenate([block for _, block in blocks]), values)
+    assert [first for first, _ in blocks] == np.cumsum([0, *(len(block) for _, block in blocks)])[:-1].tolist()
+    addresses, starts, guess, row_bytes = ShardedArray(store, names, LENGTHS).table()
+    assert len(addresses) == len(names)
+    assert starts[-1] == len(values)
+    assert len(guess) == -(-len(values) // 256)
+    assert row_bytes == 12
+
+
+def test_only_files_whose_rows_are_asked_for_are_opened(
+    stored: tuple[Store, list[str], np.ndarray[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, names, values = stored
+    opened = []
+    read = Store.array
+    monkeypatch.setattr(Store, "array", lambda self, name: opened.append(name) or read(self, name))
+    array = ShardedArray(store, names, LENGTHS)
+    starts = np.cumsum([0, *LENGTHS])
+    ids = np.array([starts[30], starts[62], starts[30]])
+    np.testing.assert_array_equal(array.take(ids), values[ids])
+    array.span(int(starts[62]), 1)
+    assert sorted(opened) == [names[0], names[30], names[62]]
+
+
+def test_a_file_of_other_length_is_named_when_it_is_read(
+    stored: tuple[Store, list[str], np.ndarray[Any, Any]],
+) -> None:
+    store, names, _ = stored
+    array = ShardedArray(store, names, [*LENGTHS[:-1], 4])
+    with pytest.raises(StageError, match=r"x/00069.npy has 3 rows; the manifest says 4"):
+        array.span(len(array) - 1, 1)
+
+
+# ---- copies of remote files
+
+
+def test_workers_that_want_one_file_fetch_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    store = Store(f"memory://herd/{tmp_path.name}")
+    store.write_bytes("x.bin", b"content")
+    fetched = []
+    get = type(store.fs).get_file
+
+    def slow(self: Any, path: str, target: str, **options: Any) -> None:
+        fetched.append(path)
+        time.sleep(0.2)
+        get(self, path, target, **options)
+
+    monkeypatch.setattr(type(store.fs), "get_file", slow)
+    copies: list[Path] = []
+    threads = [threading.Thread(target=lambda: copies.append(store.local_copy("x.bin"))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(fetched) == 1
+    assert len(set(copies)) == 1
+    assert copies[0].read_bytes() == b"content"
+    assert list(copies[0].parent.iterdir()) == [copies[0]]
+
+
+def test_looking_for_old_copies_costs_each_new_one_the_same_however_many_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(remote, "_until_pruned", 0)
+    store, looks = Store(f"memory://many/{tmp_path.name}"), []
+    prune = remote.prune
+    monkeypatch.setattr(remote, "prune", lambda folder: looks.append(prune(folder)) or looks[-1])
+    for number in range(1_000):
+        store.write_bytes(f"{number}.bin", b"x")
+        store.local_copy(f"{number}.bin")
+    assert sum(looks) < 1_000 * 2 * remote.PRUNE_LOOKS
+    assert len(list(remote.cache_folder().iterdir())) == 1_000
