@@ -8,6 +8,7 @@ shard, which keeps its lists in scratch: the search stage removes the old files.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
@@ -24,13 +25,16 @@ FIRST = 4.0  # added to the similarities of lists that must stay whole: more tha
 
 def plan(recipe: Recipe, store: Store) -> list[Task]:
     """A task a shard of the old graph; none where there is no graph that can be added to."""
-    from graphbuild.index import index_task, nodes_entry
+    from graphbuild.index import engine_of, index_task, nodes_entry
 
     manifest = nodes_entry(store)
     begun = list(records(store, "base").values())
     shards = [shard for shard in manifest["shards"] if shard["nodes"]]
+    engine, _ = engine_of(recipe.index, manifest)
     tasks = [
-        index_task(recipe, manifest, "base", s["shard"], vectors=vectors_of(manifest, s), nodes=s["nodes"])
+        index_task(
+            recipe.index, engine, manifest, "base", s["shard"], vectors=vectors_of(manifest, s), nodes=s["nodes"]
+        )
         for s in shards
     ]
     known = {(record["task"], record["fingerprint"]) for record in begun}
@@ -41,16 +45,19 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
     kept = [task for task in tasks if task.name in old]
     finished = manifest.get("graph", {}).get("fingerprint") == graph_fingerprint(list(old.values()))
     whole = finished and kept == tasks[: len(kept)] and len(kept) == len(old) < len(tasks)
-    return kept if whole and all(_still_holds(task, old[task.name], store) for task in kept) else []
+    if not whole:
+        return []
+    files = store.sizes("graph")
+    return kept if all(_still_holds(task, old[task.name], files) for task in kept) else []
 
 
-def _still_holds(task: Task, old: Json, store: Store) -> bool:
+def _still_holds(task: Task, old: Json, files: Container[str]) -> bool:
     """Whether a shard's lists are there, of the same vectors and k, and good enough for the engine."""
     same = old["settings"] == task.settings or (old["settings"]["engine"], old["settings"]["k"]) == (
         "exact",
         task.settings["k"],
     )
-    there = all(store.exists(output["path"]) for output in old["outputs"])
+    there = all(output["path"] in files for output in old["outputs"])
     engine = task.settings["engine"]
     vectors = task.built["vectors"]
     return same and there and not engine.startswith("faiss:") and old["built"].get("vectors") == vectors is not None

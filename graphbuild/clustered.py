@@ -12,8 +12,6 @@ clustered/<tar>.tar with its sidecar. Memory: a tar's sidecar and `tarwriter.BAT
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 
@@ -47,18 +45,13 @@ def shards_with_tars(store: Store, layout: str) -> list[Json]:
     return shards
 
 
-def _task(recipe: Recipe, store: Store, stage: str, name: str, **built: Any) -> Task:
-    manifest = store.manifest()
-    return Task(
-        stage=stage,
-        name=name,
-        settings={"chunk": recipe.export.chunk, "seed": recipe.index.seed},
-        built={
-            "graph": manifest["graph"]["fingerprint"],
-            "samples": digest(outputs(require(store, "assign", "embed"), "samples/")),
-            **built,
-        },
-    )
+def _of_all(recipe: Recipe, store: Store) -> tuple[Json, Json]:
+    """The settings of these stages, and what each of their tasks reads of the store."""
+    built = {
+        "graph": store.manifest()["graph"]["fingerprint"],
+        "samples": digest(outputs(require(store, "assign", "embed"), "samples/")),
+    }
+    return {"chunk": recipe.export.chunk, "seed": recipe.index.seed}, built
 
 
 # -- arrange: the order of all samples
@@ -66,7 +59,8 @@ def _task(recipe: Recipe, store: Store, stage: str, name: str, **built: Any) -> 
 
 def plan_arrange(recipe: Recipe, store: Store) -> list[Task]:
     shards_with_tars(store, "clustered")
-    return [_task(recipe, store, "arrange", "all")]
+    settings, built = _of_all(recipe, store)
+    return [Task(stage="arrange", name="all", settings=settings, built=built)]
 
 
 def run_arrange(task: Task, store: Store, writer: Writer) -> Json:
@@ -89,8 +83,15 @@ def run_arrange(task: Task, store: Store, writer: Writer) -> Json:
 
 def plan_scatter(recipe: Recipe, store: Store) -> list[Task]:
     shards = shards_with_tars(store, "clustered")
+    settings, built = _of_all(recipe, store)
     return [
-        _task(recipe, store, "scatter", shard["shard"], rows=[shard["first_row"], shard["samples"]]) for shard in shards
+        Task(
+            stage="scatter",
+            name=shard["shard"],
+            settings=settings,
+            built={**built, "rows": [shard["first_row"], shard["samples"]]},
+        )
+        for shard in shards
     ]
 
 
@@ -117,15 +118,18 @@ def plan_cluster(recipe: Recipe, store: Store) -> list[Task]:
     total = sum(shard["samples"] for shard in shards)
     chunk = recipe.export.chunk
     size = -(-recipe.export.shard_size // chunk) * chunk
-    tasks = []
-    for number, first in enumerate(range(0, total, size)):
-        rows = [first, min(size, total - first)]
-        task = _task(
-            recipe, store, "cluster", f"{number:05d}", places=rows, tars=digest([s["tar"]["sha256"] for s in shards])
+    settings, built = _of_all(recipe, store)
+    settings |= {"shard_size": size, "embeddings": recipe.export.embeddings}
+    built["tars"] = digest([shard["tar"]["sha256"] for shard in shards])
+    return [
+        Task(
+            stage="cluster",
+            name=f"{number:05d}",
+            settings=settings,
+            built={**built, "places": [first, min(size, total - first)]},
         )
-        settings = {**task.settings, "shard_size": size, "embeddings": recipe.export.embeddings}
-        tasks.append(Task(stage=task.stage, name=task.name, settings=settings, built=task.built))
-    return tasks
+        for number, first in enumerate(range(0, total, size))
+    ]
 
 
 def run_cluster(task: Task, store: Store, writer: Writer) -> Json:

@@ -18,7 +18,7 @@ import numpy as np
 from graphbuild import base, moments
 from graphbuild.base import base_lists, first_new_node, graph_fingerprint, vectors_of
 from graphbuild.errors import ConfigError
-from graphbuild.recipe import Recipe
+from graphbuild.recipe import Index, Recipe
 from graphbuild.stage import Stage, Task, records
 from graphbuild.store import Json, Store, Writer
 from graphbuild.threads import torch_threads
@@ -41,11 +41,11 @@ def node_count(manifest: Json) -> int:
     return sum(shard["nodes"] for shard in manifest["shards"])
 
 
-def engine_of(recipe: Recipe, manifest: Json) -> tuple[Any, str]:
+def engine_of(index: Index, manifest: Json) -> tuple[Any, str]:
     """The engine of this build, and why it was taken."""
     from graphbuild.knn.engine import choose
 
-    return choose(recipe.index, node_count(manifest), manifest["embeddings"]["d"])
+    return choose(index, node_count(manifest), manifest["embeddings"]["d"])
 
 
 def forecast(recipe: Recipe, store: Store) -> str:
@@ -57,24 +57,19 @@ def forecast(recipe: Recipe, store: Store) -> str:
     return engine.forecast(recipe.index, node_count(manifest), manifest["embeddings"]["d"], old)
 
 
-def index_task(recipe: Recipe, manifest: Json, stage: str, name: str, **built: Any) -> Task:
+def index_task(index: Index, engine: Any, manifest: Json, stage: str, name: str, **built: Any) -> Task:
     """A task of these stages: its settings are k and the engine's."""
-    engine, _ = engine_of(recipe, manifest)
     return Task(
         stage=stage,
         name=name,
-        settings={"k": recipe.index.k, "engine": engine.name, **engine.settings()},
+        settings={"k": index.k, "engine": engine.name, **engine.settings()},
         built={"embeddings": manifest["embeddings"]["fingerprint"], **built},
-        hints={"device": recipe.index.device if engine.on_device else "cpu", "index": recipe.index.model_dump()},
+        hints={"device": index.device if engine.on_device else "cpu", "index": index.model_dump()},
     )
 
 
 def _engine(task: Task, manifest: Json) -> Any:
-    from graphbuild.knn.engine import choose
-    from graphbuild.recipe import Index
-
-    index = Index.model_validate({**task.hints["index"], "engine": task.settings["engine"]})
-    return choose(index, node_count(manifest), manifest["embeddings"]["d"])[0]
+    return engine_of(Index.model_validate({**task.hints["index"], "engine": task.settings["engine"]}), manifest)[0]
 
 
 # -- prepare: what needs all nodes at once
@@ -88,7 +83,8 @@ def plan_prepare(recipe: Recipe, store: Store) -> list[Task]:
             f"--k {recipe.index.k}: the store has {nodes:,} nodes, so a node has {nodes - 1:,} possible neighbours",
             f"use --k {max(nodes - 1, 1)} or fewer" if nodes > 1 else "give at least two different captions",
         )
-    return [index_task(recipe, manifest, "prepare", "all")]
+    engine, _ = engine_of(recipe.index, manifest)
+    return [index_task(recipe.index, engine, manifest, "prepare", "all")]
 
 
 def run_prepare(task: Task, store: Store, writer: Writer) -> Json:
@@ -105,9 +101,10 @@ def run_prepare(task: Task, store: Store, writer: Writer) -> Json:
 
 def plan_codes(recipe: Recipe, store: Store) -> list[Task]:
     manifest = nodes_entry(store)
+    engine, _ = engine_of(recipe.index, manifest)
     prepared = manifest["stages"].get("prepare", {}).get("fingerprint")
     return [
-        index_task(recipe, manifest, "codes", shard["shard"], prepared=prepared, nodes=shard["nodes"])
+        index_task(recipe.index, engine, manifest, "codes", shard["shard"], prepared=prepared, nodes=shard["nodes"])
         for shard in manifest["shards"]
         if shard["nodes"]
     ]
@@ -149,12 +146,12 @@ def plan_join(recipe: Recipe, store: Store) -> list[Task]:
     from graphbuild.knn.engine import nodes_at_once
 
     manifest = nodes_entry(store)
-    engine, _ = engine_of(recipe, manifest)
+    engine, _ = engine_of(recipe.index, manifest)
     nodes = node_count(manifest)
     at_once = nodes_at_once(engine, recipe.index, nodes, manifest["embeddings"]["d"])
     codes = manifest["stages"]["codes"]["fingerprint"]
     return [
-        index_task(recipe, manifest, "join", f"{number:05}", codes=codes, argument=argument)
+        index_task(recipe.index, engine, manifest, "join", f"{number:05}", codes=codes, argument=argument)
         for number, argument in enumerate(engine.joins(nodes, at_once, first_new_node(manifest)))
     ]
 
@@ -179,10 +176,12 @@ def run_join(task: Task, store: Store, writer: Writer) -> Json:
 
 def plan_merge(recipe: Recipe, store: Store) -> list[Task]:
     manifest = nodes_entry(store)
+    engine, _ = engine_of(recipe.index, manifest)
     joined = manifest["stages"]["join"]["fingerprint"]
     return [
         index_task(
-            recipe,
+            recipe.index,
+            engine,
             manifest,
             "merge",
             shard["shard"],
@@ -219,9 +218,11 @@ def run_merge(task: Task, store: Store, writer: Writer) -> Json:
 
 def plan_search(recipe: Recipe, store: Store) -> list[Task]:
     manifest = nodes_entry(store)
+    engine, _ = engine_of(recipe.index, manifest)
     return [
         index_task(
-            recipe,
+            recipe.index,
+            engine,
             manifest,
             "search",
             shard["shard"],
@@ -255,7 +256,7 @@ def run_search(task: Task, store: Store, writer: Writer) -> Json:
 
 
 def finish_search(recipe: Recipe, store: Store, done: list[Json]) -> Json:
-    engine, reason = engine_of(recipe, store.manifest())
+    engine, reason = engine_of(recipe.index, store.manifest())
     prepared = records(store, "prepare").get("all", {}).get("facts", {})
     entry = {
         "k": recipe.index.k,

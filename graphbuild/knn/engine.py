@@ -74,10 +74,10 @@ class Exact:
         return {}
 
     def prepare(self, inputs: Inputs, k: int, writer: Writer) -> Json:
-        from graphbuild.knn.inputs import LEADERS
-        from graphbuild.knn.leaders import draw_leaders
+        from graphbuild.knn.inputs import write_leaders
+        from graphbuild.knn.leaders import Leaders, draw_leaders
 
-        writer.array(LEADERS, draw_leaders(inputs.vectors, self.seed)[1], durable=False)
+        write_leaders(Leaders.of(draw_leaders(inputs.vectors, self.seed)[1]), writer)
         return {}
 
     def describe(self, inputs: Inputs, codes: Codes, k: int) -> dict[str, Array]:
@@ -121,12 +121,13 @@ class Partition:
 
     def prepare(self, inputs: Inputs, k: int, writer: Writer) -> Json:
         from graphbuild.knn import partition
-        from graphbuild.knn.inputs import LEADER_NODES, LEADERS
+        from graphbuild.knn.inputs import LEADER_NODES, write_leaders
         from graphbuild.knn.leaders import Leaders, draw_leaders
 
         nodes, drawn = draw_leaders(inputs.vectors, self.seed)
-        fan, promised = partition.calibrate(inputs.vectors, Leaders(drawn), k, self.recall, self.seed)
-        writer.array(LEADERS, drawn, durable=False)
+        leaders = Leaders.of(drawn)
+        fan, promised = partition.calibrate(inputs.vectors, leaders, k, self.recall, self.seed)
+        write_leaders(leaders, writer)
         writer.array(LEADER_NODES, nodes, durable=False)
         writer.array(FAN, np.array([fan]), durable=False)
         return {"leaders": len(drawn), "fan": fan, "promised_recall": round(promised, 4)}

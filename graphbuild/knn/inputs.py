@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import cached_property, lru_cache
-
-import numpy as np
 
 from graphbuild.index import SCRATCH, VECTORS
 from graphbuild.knn.leaders import Leaders
 from graphbuild.sharded import ShardedArray, node_array
-from graphbuild.store import Store
+from graphbuild.store import Store, Writer
 
-LEADERS, LEADER_NODES = f"{SCRATCH}/leaders.npy", f"{SCRATCH}/leader_nodes.npy"
+LEADERS, LEADER_NODES = f"{SCRATCH}/leaders/{{}}.npy", f"{SCRATCH}/leader_nodes.npy"
 
 
 class Inputs:
@@ -30,9 +29,9 @@ class Inputs:
     def vectors(self) -> ShardedArray:
         return _opened(self.store, VECTORS, str(self.manifest["embeddings"]["fingerprint"]))
 
-    @cached_property
+    @property
     def leaders(self) -> Leaders:
-        return Leaders(np.array(self.store.array(LEADERS)))
+        return _leaders(self.store, str(self.manifest["stages"]["prepare"]["fingerprint"]))
 
     @cached_property
     def floors(self) -> ShardedArray:
@@ -45,6 +44,17 @@ class Inputs:
     @cached_property
     def scales(self) -> ShardedArray:
         return self.of("scales")
+
+
+def write_leaders(leaders: Leaders, writer: Writer) -> None:
+    for part in fields(leaders):
+        writer.array(LEADERS.format(part.name), getattr(leaders, part.name), durable=False)
+
+
+@lru_cache(maxsize=1)
+def _leaders(store: Store, version: str) -> Leaders:
+    """As `_opened`."""
+    return Leaders(**{part.name: store.array(LEADERS.format(part.name)) for part in fields(Leaders)})
 
 
 @lru_cache(maxsize=8)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -43,18 +44,28 @@ def floor_leader(k: int) -> int:
     return rank + 1
 
 
+@dataclass(frozen=True)
 class Leaders:
-    """codes int8 [L, d] and scales [L] of the leaders, near ones behind each other; and the mean codes of their groups,
-    which end at `bounds`."""
+    """codes int8 [L, d] and scales float32 [L, 2] of the leaders, near ones behind each other, and those of the means
+    of their groups [G, d]. Made once a build; workers map the files."""
 
-    def __init__(self, vectors: Array) -> None:
-        """vectors float16 [L, d], as `draw_leaders` orders them."""
-        self.codes, self.scales = encode(vectors)
+    codes: Array
+    scales: Array
+    group_codes: Array
+    group_scales: Array
+
+    @classmethod
+    def of(cls, vectors: Array) -> Leaders:
+        """vectors float16 [L, d], as `draw_leaders` orders them. Memory: 10 bytes a number."""
         count = 2 ** max(0, math.ceil(math.log2(len(vectors) / GROUP_LEADERS)))
-        self.bounds = np.linspace(0, len(vectors), count + 1).astype(int)
         exact = unit(torch.from_numpy(vectors), torch.float32)
-        means = torch.stack([exact[a:b].mean(dim=0) for a, b in itertools.pairwise(self.bounds)])
-        self.group_codes, self.group_scales = encode(means.half().numpy())
+        means = [exact[a:b].mean(dim=0) for a, b in itertools.pairwise(_bounds(len(vectors), count))]
+        return cls(*encode(vectors), *encode(torch.stack(means).half().numpy()))
+
+    @property
+    def bounds(self) -> Array:
+        """Where the groups begin and end, int64 [G + 1]."""
+        return _bounds(len(self.codes), len(self.group_codes))
 
     def leaves(self, codes: Array, fan: int, floor_at: int) -> tuple[Array, Array]:
         """The `fan` nearest leaders of each of these nodes, nearest first: int32 [n, fan]; and a floor float32 [n, 1].
@@ -65,20 +76,25 @@ class Leaders:
         Searched in the PROBED_GROUPS nearest groups only, so the cost grows with the root of the number of leaders.
         """
         code = torch.from_numpy(codes)
+        bounds = self.bounds
         keys = np.full((len(codes), max(fan, floor_at)), lists.EMPTY, np.int64)
-        if len(self.bounds) <= FLAT_GROUPS:  # choosing groups would cost more
+        if len(bounds) <= FLAT_GROUPS:  # choosing groups would cost more
             _search(code, np.arange(len(code)), self.codes, self.scales, 0, keys)
         else:
             near = np.full((len(codes), PROBED_GROUPS), lists.EMPTY, np.int64)
             _search(code, np.arange(len(code)), self.group_codes, self.group_scales, 0, near)
-            probed = lists.unpack(near)[1].reshape(-1).astype(np.uint16)
+            probed = lists.unpack(near)[1].reshape(-1).astype(np.min_scalar_type(len(bounds)))
             rows_of = np.argsort(probed, kind="stable")
-            ends = np.searchsorted(probed[rows_of], np.arange(len(self.bounds)))
-            for group, (a, b) in enumerate(itertools.pairwise(self.bounds)):
+            ends = np.searchsorted(probed[rows_of], np.arange(len(bounds)))
+            for group, (a, b) in enumerate(itertools.pairwise(bounds)):
                 rows = rows_of[ends[group] : ends[group + 1]] // PROBED_GROUPS
                 _search(code, rows, self.codes[a:b], self.scales[a:b], a, keys)
         scores, leaves = lists.unpack(keys)
         return leaves[:, :fan].astype(np.int32), scores[:, floor_at - 1 : floor_at]
+
+
+def _bounds(leaders: int, groups: int) -> Array:
+    return np.linspace(0, leaders, groups + 1).astype(int)
 
 
 def _search(code: Tensor, rows: Array, leader_codes: Array, scales: Array, first: int, keys: Array) -> None:
@@ -88,7 +104,7 @@ def _search(code: Tensor, rows: Array, leader_codes: Array, scales: Array, first
         some = rows[at : at + TILE_ROWS]
         own = code.index_select(0, torch.from_numpy(some))
         for a in range(0, len(leader_codes), TILE_ROWS):
-            tile = products(own, torch.from_numpy(leader_codes[a : a + TILE_ROWS]), memory)
+            tile = products(own, torch.from_numpy(leader_codes[a : a + TILE_ROWS].copy()), memory)
             kernels.search_tile(tile.numpy(), some, first + a, scales[a : a + TILE_ROWS, 0].copy(), keys)
 
 

@@ -97,7 +97,7 @@ class Rates(BaseModel):
     refine_node: float  # the search of partition, a node
     far: float  # how many times slower than from a cache
     cache_bytes: float  # of that cache
-    leader: float  # opened by a task
+    leader: float  # encoded
     hash_byte: float  # of sha256
     certify_mac: float  # a multiply-add
     image: float  # a web photograph

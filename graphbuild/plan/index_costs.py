@@ -26,14 +26,14 @@ def prepare(case: Case) -> Cost:
     engine = chosen_engine(case.recipe, job, case.machine)
     if engine.name == "partition":
         flop += 2.0 * 400 * job.nodes * job.d
-    seconds = flop * rates.prepare_flop / case.machine.cores
+    seconds = flop * rates.prepare_flop / case.machine.cores + leaders * rates.leader * case.width
     return Cost(
         "prepare",
         "prepare",
         1,
         seconds,
         2.0 * job.nodes * job.d if engine.name == "partition" else 2.0 * leaders * job.d,
-        2.0 * leaders * job.d,
+        1.0 * leaders * job.d,
         held=14.0 * leaders * job.d,
         mapped=2.0 * job.nodes * job.d,
     )
@@ -41,13 +41,11 @@ def prepare(case: Case) -> Cost:
 
 def codes(case: Case) -> Cost:
     """int8 codes and moments of a shard's nodes, and their nearest leaders: L / 128 + 12 x 128 products a node (all L
-    where they are few). A task opens the leaders anew: their codes and float32 copy in every worker."""
+    where they are few)."""
     job, rates = case.job, case.rates
     leaders = leader_count(job.nodes)
     more = max(leader_products(job.nodes) - leader_products(CALIBRATED.nodes), 0)
-    seconds = (
-        case.shard_nodes * (rates.code_node + more * rates.pair) * case.width + leaders * rates.leader * case.width
-    )
+    seconds = case.shard_nodes * (rates.code_node + more * rates.pair) * case.width
     return Cost(
         "codes",
         "codes",
@@ -55,7 +53,8 @@ def codes(case: Case) -> Cost:
         seconds,
         2.0 * job.nodes * job.d,
         job.nodes * (job.d + 24.0),
-        held=7.0 * leaders * job.d + case.shard_nodes * job.d * 5.0,
+        held=case.shard_nodes * job.d * 5.0,
+        mapped=1.0 * leaders * job.d,
     )
 
 

@@ -101,7 +101,7 @@ def _leader() -> float:
     from graphbuild.knn.leaders import Leaders
 
     some = mixture(8_192)
-    return _best(lambda: Leaders(some)) / len(some)
+    return _best(lambda: Leaders.of(some)) / len(some)
 
 
 def cache_bytes() -> float:

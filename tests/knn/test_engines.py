@@ -327,7 +327,7 @@ def test_lists_that_a_floor_has_emptied_are_completed_without_a_full_search(
 
 def test_leaves_are_those_of_the_nearest_leaders_and_floors_their_scores() -> None:
     x, drawn = random_vectors(200, 16), random_vectors(90, 16, seed=1)
-    found, floors = leaders.Leaders(drawn).leaves(codes.encode(x).codes, 5, 3)
+    found, floors = leaders.Leaders.of(drawn).leaves(codes.encode(x).codes, 5, 3)
     a, b = (v.astype(np.float64) / np.linalg.norm(v.astype(np.float64), axis=1, keepdims=True) for v in (x, drawn))
     scores = a @ b.T
     expected = np.sort(scores, axis=1)[:, ::-1][:, :5]
