@@ -9,6 +9,7 @@ Two different texts with one hash would become one node: at 1e9 texts the chance
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import pyarrow as pa
 
 from graphbuild.errors import InputError
 from graphbuild.recipe import Recipe
+from graphbuild.remote import READERS
 from graphbuild.stage import Stage, Task, digest, outputs
 from graphbuild.state import require
 from graphbuild.store import Json, Store, Writer
@@ -33,7 +35,8 @@ def plan_number(recipe: Recipe, store: Store) -> list[Task]:
 def run_number(task: Task, store: Store, writer: Writer) -> Json:
     names = [path.rsplit("/", 1)[-1].removesuffix(".parquet") for path in task.built]
     columns = ["hash_high", "hash_low"]
-    tables = [store.table(path, columns) for path in task.built]
+    with ThreadPoolExecutor(READERS) as pool:
+        tables = list(pool.map(lambda path: store.table(path, columns), task.built))
     sizes = [table.num_rows for table in tables]
     nodes, counts = number_nodes(pl.from_arrow(pa.concat_tables(tables)))  # type: ignore[arg-type]
     if not len(counts):

@@ -30,6 +30,7 @@ S3_RETRIES = {
     "max_attempts": 6,
 }  # waits of 0.5, 1, 2, ... 16 seconds on average; throttled ones for longer
 S3_CONNECTIONS = 64  # botocore's own 10 make ten thousand small files a matter of minutes
+READERS = 32  # small files that a process asks for at once
 S3_VARIABLES = {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"}  # by which users choose their own
 CACHE_BYTES = 100 * 10**9
 CACHE_SECONDS = 24 * 3600  # copies not used for so long go

@@ -28,7 +28,7 @@ from graphbuild.captions import (
 from graphbuild.download import downloaded_tars
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.recipe import Recipe
-from graphbuild.source import file_identity, local_file
+from graphbuild.source import file_identities, file_identity
 from graphbuild.stage import Stage, Task, records
 from graphbuild.store import Json, Store, Writer, file_sha256
 from graphbuild.tables import FIELD_ROLE, TableSpec, read_chunks
@@ -67,7 +67,7 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
     if embed.class_names is not None:
         settings["class_names"] = read_class_names(embed.class_names)
     if embed.shards is not None:
-        identities = {url: file_identity(url) for url in expand_shards(embed.shards)}
+        identities = file_identities(expand_shards(embed.shards))
         numbers = _shard_numbers(list(identities), store)
         return [
             Task(stage="scan", name=name, settings=settings, inputs={"tar": identities[url]}, hints={"url": url})
@@ -118,6 +118,12 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
         found = [sample_caption(tar, sample, settings) for sample in samples]
         images = [None if tar.compressed else sample.image for sample in samples]
         members = [[] if tar.compressed else [vars(member) for member in sample.members] for sample in samples]
+        identity = {
+            "url": url,
+            "name": url.rsplit("/", 1)[-1],
+            "bytes": tar.source.stat().st_size,
+            "sha256": file_sha256(tar.source),
+        }
     captions = [content if reason is None else None for content, reason in found]
     usable = [usable_text(content) if reason is None else (None, reason) for content, reason in found]
     texts = [text for text, _ in usable]
@@ -140,13 +146,6 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
     }
     _write_shard(shard, keys, captions, texts, places, writer)
     _write_rejected(shard, rejected, writer)
-    with local_file(full_url) as path:
-        identity = {
-            "url": url,
-            "name": url.rsplit("/", 1)[-1],
-            "bytes": path.stat().st_size,
-            "sha256": file_sha256(path),
-        }
     counts = {"samples": len(samples), "captions": len(samples) - len(rejected), "rejected": len(rejected)}
     return {
         "counts": counts,

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from graphbuild.errors import InputError, StageError
+from graphbuild.remote import READERS
 from graphbuild.store import Json, Store
 
 Array = np.ndarray[Any, np.dtype[Any]]
-READERS = 32  # files of an object store that are fetched at once
 
 
 class ShardedArray:

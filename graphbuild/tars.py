@@ -53,10 +53,11 @@ class TarSample:
 
 
 class Tar:
-    """An open, uncompressed tar on local disk. `url` is the name to print."""
+    """An open, uncompressed tar on local disk. url: the name to print; source: the file there, maybe compressed."""
 
-    def __init__(self, path: Path, url: str, file: IO[bytes], *, compressed: bool) -> None:
+    def __init__(self, path: Path, url: str, file: IO[bytes], source: Path, *, compressed: bool) -> None:
         self.path = path
+        self.source = source
         self.url = url
         self.file = file
         self.compressed = compressed  # offsets then have no meaning in the file at `url`
@@ -153,18 +154,19 @@ def _is_unicode(name: str) -> bool:
 @contextlib.contextmanager
 def open_tar(url: str) -> Iterator[Tar]:
     """Open a tar at any URL; a gzip-compressed one is unpacked to a temporary file first."""
-    with local_file(url) as path, contextlib.ExitStack() as stack:
+    with local_file(url) as source, contextlib.ExitStack() as stack:
+        path = source
         with path.open("rb") as probe:
             compressed = probe.read(2) == b"\x1f\x8b"
         if compressed:
             unpacked = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "unpacked.tar"
             try:
-                with gzip.open(path, "rb") as source, unpacked.open("wb") as target:
-                    shutil.copyfileobj(source, target)
+                with gzip.open(source, "rb") as content, unpacked.open("wb") as target:
+                    shutil.copyfileobj(content, target)
             except (OSError, EOFError, zlib.error) as error:
                 raise InputError(f"{url} cannot be unpacked ({error})", "fetch or write it again") from error
             path = unpacked
-        yield Tar(path, url, stack.enter_context(_WholeReads(io.FileIO(path))), compressed=compressed)
+        yield Tar(path, url, stack.enter_context(_WholeReads(io.FileIO(path))), source, compressed=compressed)
 
 
 def expand_shards(pattern: str) -> list[str]:

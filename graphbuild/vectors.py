@@ -1,13 +1,16 @@
 """Stage vectors: ready vectors as nodes, one a row in order, instead of captions and an encoder.
 
 Writes each shard's samples/, nodes/*.parquet and nodes/*.npy: float16, scaled to unit norm, and checked; a NaN, an
-infinity or a zero vector is refused with its row. Memory: one shard.
+infinity or a zero vector is refused with its row. A task reads
+its own rows of the file. Memory: one shard.
 """
 
 from __future__ import annotations
 
+import io
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +22,7 @@ from graphbuild.errors import InputError
 from graphbuild.number import SAMPLES
 from graphbuild.recipe import Recipe
 from graphbuild.scan import SCHEMA, shard_name
-from graphbuild.source import file_identity, local_file
+from graphbuild.source import file_identity, open_parts
 from graphbuild.stage import Stage, Task
 from graphbuild.store import Json, Store, Writer
 
@@ -29,11 +32,11 @@ EMPTY_NORM = 1e-6
 def plan(recipe: Recipe, store: Store) -> list[Task]:
     embed = recipe.embed
     assert embed.vectors is not None
-    with local_file(embed.vectors) as path:
+    with open_parts(embed.vectors) as file:
         rows = (
-            len(_open_npy(path, embed.vectors))
+            npy_header(file, embed.vectors)[0][0]
             if embed.vectors.endswith(".npy")
-            else _open_parquet(path, embed).metadata.num_rows
+            else _open_parquet(file, embed).metadata.num_rows
         )
     if rows == 0:
         raise InputError(f"{embed.vectors} holds no vectors", "give a file with at least two rows")
@@ -56,11 +59,8 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
 
 def run(task: Task, store: Store, writer: Writer) -> Json:
     url, first, count = task.hints["url"], task.settings["first_row"], task.settings["rows"]
-    with local_file(url) as path:
-        if url.endswith(".npy"):
-            values = np.asarray(_open_npy(path, url)[first : first + count])
-        else:
-            values = _parquet_rows(path, url, task.settings)
+    with open_parts(url) as file:
+        values = _npy_rows(file, url, first, count) if url.endswith(".npy") else _parquet_rows(file, url, task.settings)
     vectors = unit_vectors(values, first_row=first, source=url)
     rows = np.arange(first, first + count)
     empty = {field.name: pa.nulls(count, field.type) for field in SCHEMA}
@@ -103,23 +103,42 @@ def unit_vectors(values: np.ndarray[Any, Any], *, first_row: int, source: str) -
     return unit
 
 
-def _open_npy(path: Any, url: str) -> np.ndarray[Any, Any]:
+def npy_header(file: IO[bytes], url: str) -> tuple[tuple[int, int], bool, np.dtype[Any], int]:
+    """Shape, whether columns lie behind each other, type, and where the numbers begin; InputError when it is cut."""
     try:
-        values: np.ndarray[Any, Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        begin = file.tell()
+        if dtype.hasobject:
+            raise ValueError("it holds pickled objects")
+        if file.seek(0, io.SEEK_END) - begin < math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"it is cut: {file.tell():,} bytes for {dtype} {list(shape)}")
+    except (ValueError, EOFError) as error:
         raise InputError(
             f"{url} is not a whole .npy file ({error})", "write it with numpy.save, as a float array [n, d]"
         ) from None
-    if values.ndim != 2 or not np.issubdtype(values.dtype, np.floating) or values.shape[1] == 0:
-        raise InputError(
-            f"{url} holds {values.dtype} {list(values.shape)}", "give a float array [n, d], one vector a row"
-        )
-    return values
+    if len(shape) != 2 or not np.issubdtype(dtype, np.floating) or shape[1] == 0:
+        raise InputError(f"{url} holds {dtype} {list(shape)}", "give a float array [n, d], one vector a row")
+    return shape, fortran, dtype, begin
 
 
-def _open_parquet(path: Any, embed: Any) -> pq.ParquetFile:
+def _npy_rows(file: IO[bytes], url: str, first: int, count: int) -> np.ndarray[Any, Any]:
+    """Rows first..first+count-1, [count, d]; no other bytes are read."""
+    (rows, width), fortran, dtype, begin = npy_header(file, url)
+
+    def numbers(at: int, length: int) -> np.ndarray[Any, Any]:
+        file.seek(begin + at * dtype.itemsize)
+        return np.frombuffer(file.read(length * dtype.itemsize), dtype)
+
+    if fortran:
+        return np.stack([numbers(column * rows + first, count) for column in range(width)], axis=1)
+    return numbers(first * width, count * width).reshape(count, width)
+
+
+def _open_parquet(source: IO[bytes], embed: Any) -> pq.ParquetFile:
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(source, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise InputError(
             f"{embed.vectors} is neither .npy nor parquet ({error})", "give --vectors a .npy or parquet file"
@@ -139,10 +158,10 @@ def _open_parquet(path: Any, embed: Any) -> pq.ParquetFile:
     return file
 
 
-def _parquet_rows(path: Any, url: str, settings: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+def _parquet_rows(source: IO[bytes], url: str, settings: Mapping[str, Any]) -> np.ndarray[Any, Any]:
     """Rows [first_row, first_row + rows) of a list column, reading only the row groups that hold them."""
     first, count = settings["first_row"], settings["rows"]
-    file = pq.ParquetFile(path)
+    file = pq.ParquetFile(source, pre_buffer=False)
     begin, parts = 0, []
     try:
         for group in range(file.metadata.num_row_groups):

@@ -6,8 +6,10 @@ manifest. Nothing is read whole. What cannot be known before the job has run is 
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,8 +21,8 @@ from graphbuild.index import nodes_entry
 from graphbuild.plan import lists
 from graphbuild.plan.encoder_facts import NO_ENCODER, EncoderFacts, encoder_facts
 from graphbuild.recipe import Recipe
-from graphbuild.remote import file_system, reaching
-from graphbuild.source import local_file
+from graphbuild.remote import READERS, file_system, reaching
+from graphbuild.source import open_parts
 from graphbuild.state import require
 from graphbuild.store import Store
 from graphbuild.tars import expand_shards, open_tar
@@ -126,21 +128,21 @@ def _of_list(source: str, known: lists.Known, samples: int, shard_size: int, enc
 
 
 def _of_vectors(recipe: Recipe, rows: int | None) -> Job:
-    import numpy as np
     import pyarrow.parquet as pq
+
+    from graphbuild.vectors import npy_header
 
     url = recipe.embed.vectors
     assert url is not None
     try:
-        with local_file(url) as path:
+        with open_parts(url) as file:
             if url.endswith(".npy"):
-                array = np.load(path, mmap_mode="r", allow_pickle=False)
-                found, width = len(array), array.shape[1]
+                found, width = npy_header(file, url)[0]
             else:
-                file = pq.ParquetFile(path)
-                found = file.metadata.num_rows
-                width = len(next(file.iter_batches(1, columns=[recipe.embed.vector_column]))[0][0])
-            row_bytes = path.stat().st_size / max(found, 1)
+                parquet = pq.ParquetFile(file, pre_buffer=False)
+                found = parquet.metadata.num_rows
+                width = len(next(parquet.iter_batches(1, columns=[recipe.embed.vector_column]))[0][0])
+            row_bytes = file.seek(0, io.SEEK_END) / max(found, 1)
     except (OSError, ValueError, IndexError) as error:
         raise InputError(f"{url} cannot be read ({error})", "check --vectors") from None
     rows = found if rows is None else rows
@@ -152,7 +154,8 @@ def _of_vectors(recipe: Recipe, rows: int | None) -> Job:
 def _of_tars(recipe: Recipe, rows: int | None) -> Job:
     assert recipe.embed.shards is not None
     urls = expand_shards(recipe.embed.shards)
-    sizes = [_bytes(url) for url in urls]
+    with ThreadPoolExecutor(READERS) as pool:
+        sizes = list(pool.map(_bytes, urls))
     with open_tar(urls[0]) as tar:
         first = len(tar.samples())
     samples = rows if rows is not None else round(first * sum(sizes) / max(sizes[0], 1))
