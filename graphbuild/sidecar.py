@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -29,6 +29,7 @@ from graphbuild.store import FORMAT_VERSION
 
 METADATA_KEY = b"graphbuild"
 MAY_BE_NULL = ("caption", "image_offset", "image_size")  # where a sample has a node
+BLOCK_BYTES = 1 << 18  # of a remote sidecar, fetched at once where single columns are read
 EXPORT = "run `graphbuild export` again"
 
 EmbeddingKind = Literal["int8", "float16", "sketch:64", "none"]
@@ -223,18 +224,27 @@ class Sidecar:
             )
 
 
-def read_header(url: str) -> tuple[SidecarHeader, int]:
-    """The header of a sidecar and how many of its rows have a node; reads little else.
+def read_columns(url: str, names: Sequence[str]) -> tuple[SidecarHeader, pa.Table]:
+    """The header and some columns of a sidecar; of a remote one little else is fetched.
 
     Raises:
-        ShardError: the file is missing or not a sidecar.
+        ShardError: the file is missing or not a sidecar, a column is absent or of another type, or rows are missing.
     """
     files, path = file_system(url)
-    with readable(url), files.open(path, "rb") as stream:
-        footer = pq.ParquetFile(stream, pre_buffer=False, page_checksum_verification=True)
-        header = _parse_header(url, footer.schema_arrow.metadata)
-        node = footer.read(columns=["node"], use_threads=False).column("node")
-        return header, len(node) - node.null_count
+    with readable(url), files.open(path, "rb", block_size=BLOCK_BYTES) as stream:
+        parquet = pq.ParquetFile(stream, pre_buffer=False, page_checksum_verification=True)
+        header = _parse_header(url, parquet.schema_arrow.metadata)
+        table = parquet.read(columns=list(names), use_threads=False)
+    types = dict(zip(table.schema.names, table.schema.types, strict=True))
+    schema = sidecar_schema(header.d, header.k, header.embeddings)
+    for name in names:
+        if types.get(name) != schema.field(name).type:
+            raise ShardError(
+                f"{url}: column {name} is {types.get(name, 'absent')}, expected {schema.field(name).type}", EXPORT
+            )
+    if table.num_rows != header.rows:
+        raise ShardError(f"{url}: {table.num_rows} rows, its header says {header.rows}", EXPORT)
+    return header, table
 
 
 @contextlib.contextmanager

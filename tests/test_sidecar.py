@@ -16,7 +16,7 @@ from hypothesis.extra.numpy import arrays
 
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.quantized import quantize_int8
-from graphbuild.sidecar import ShardError, Sidecar, SidecarHeader, TarIdentity, read_header, sidecar_schema
+from graphbuild.sidecar import ShardError, Sidecar, SidecarHeader, TarIdentity, read_columns, sidecar_schema
 
 D, K, ROWS, WITHOUT_NODE = 6, 3, 5, 2
 
@@ -49,6 +49,12 @@ def columns(embeddings: str = "int8") -> dict[str, list[Any]]:
     ):
         data[name][WITHOUT_NODE] = None
     return data
+
+
+def read_header(url: str) -> tuple[SidecarHeader, int]:
+    """The header, and how many rows have a node."""
+    found, table = read_columns(url, ["node"])
+    return found, len(table) - table["node"].null_count
 
 
 def header(**changes: Any) -> SidecarHeader:

@@ -21,11 +21,12 @@ from torch.utils.data import Dataset
 from webdataset.tariterators import base_plus_ext
 
 from graphbuild.ranges import TarRanges, member_behind
-from graphbuild.sidecar import ShardError, SidecarHeader
+from graphbuild.remote import READERS
+from graphbuild.sidecar import ShardError, SidecarHeader, read_columns
 from graphbuild.tars import IMAGE_EXTENSIONS
 from graphbuild.torch.fields import Fields, SidecarFields, StoreFields
 from graphbuild.torch.images import BadImages, ImageDecoder
-from graphbuild.torch.shards import READERS, Shard, check_same_graph, check_tar_size, find_shards, read_columns
+from graphbuild.torch.shards import Shard, check_same_graph, check_tar_size, find_shards
 
 if TYPE_CHECKING:
     from graphbuild.graph import SampleGraph
@@ -245,7 +246,7 @@ def read_samples(shard: Shard) -> ShardSamples:
     Raises:
         ShardError: it does not, or a tar is compressed.
     """
-    header, table = read_columns(shard, ["row", "key", "node", "caption", "image_offset", "image_size"])
+    header, table = read_columns(shard.sidecar, ["row", "key", "node", "caption", "image_offset", "image_size"])
     check_tar_size(shard, header)
     row = table.column("row").to_numpy()
     if header.chunk is None and len(row) and not np.array_equal(row, row[0] + np.arange(len(row))):

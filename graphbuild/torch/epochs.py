@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from graphbuild.errors import ConfigError
-from graphbuild.sidecar import ShardError, SidecarHeader
-from graphbuild.torch.shards import READERS, Shard, count_joined, read_columns
+from graphbuild.remote import READERS
+from graphbuild.sidecar import ShardError, SidecarHeader, read_columns
+from graphbuild.torch.shards import Shard, count_joined
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Epochs:
     @cached_property
     def header(self) -> SidecarHeader:
         """The first shard's."""
-        return read_columns(self.shards[0], [])[0]
+        return read_columns(self.shards[0].sidecar, [])[0]
 
     def count_samples(self) -> int:
         """The samples that all shards give in an epoch."""

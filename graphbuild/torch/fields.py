@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from graphbuild.errors import ConfigError
 from graphbuild.quantized import unit_rows
+from graphbuild.remote import READERS
 from graphbuild.sidecar import SidecarHeader
 from graphbuild.sketch import BYTES, unpack
 from graphbuild.store import Store
-from graphbuild.torch.shards import READERS, Shard, read_sidecar
+from graphbuild.torch.shards import Shard, read_sidecar
 
 if TYPE_CHECKING:
     from graphbuild.graph import SampleGraph

@@ -17,22 +17,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from graphbuild.errors import ConfigError
 from graphbuild.remote import file_system, reaching
-from graphbuild.sidecar import ShardError, Sidecar, SidecarHeader, read_header, readable, sidecar_schema
+from graphbuild.sidecar import ShardError, Sidecar, SidecarHeader, read_columns
 from graphbuild.tars import IMAGE_EXTENSIONS, tar_stem
 
 logger = logging.getLogger(__name__)
 
 EXPORT = "run `graphbuild export` again"
 ELSEWHERE = "check the path; tars that graphbuild downloaded lie in the store's shards/"
-READERS = 8  # threads that read sidecars at once
 SHARED_BY_SHARDS = ("encoder", "d", "k", "embeddings", "graph", "chunk")
 
 
@@ -92,26 +89,6 @@ def read_sidecar(shard: Shard, expected: SidecarHeader) -> Sidecar:
     return sidecar
 
 
-def read_columns(shard: Shard, names: Sequence[str]) -> tuple[SidecarHeader, pa.Table]:
-    """The header and some columns of a shard's sidecar; ShardError as `Sidecar.read`."""
-    url = shard.sidecar
-    header, _ = read_header(url)
-    files, path = file_system(url)
-    with readable(url), files.open(path, "rb") as stream:
-        parquet = pq.ParquetFile(stream, pre_buffer=False, page_checksum_verification=True)
-        table = parquet.read(columns=list(names), use_threads=False)
-        types = dict(zip(table.schema.names, table.schema.types, strict=True))
-    schema = sidecar_schema(header.d, header.k, header.embeddings)
-    for name in names:
-        if types.get(name) != schema.field(name).type:
-            raise ShardError(
-                f"{url}: column {name} is {types.get(name, 'absent')}, expected {schema.field(name).type}", EXPORT
-            )
-    if table.num_rows != header.rows:
-        raise ShardError(f"{url}: {table.num_rows} rows, its header says {header.rows}", EXPORT)
-    return header, table
-
-
 def check_tar_size(shard: Shard, header: SidecarHeader) -> None:
     """Raise a ShardError unless the tar has as many bytes as the one that the sidecar was written for."""
     files, path = file_system(shard.tar)
@@ -129,7 +106,7 @@ def check_tar_size(shard: Shard, header: SidecarHeader) -> None:
 
 def count_joined(shard: Shard, *, expected: SidecarHeader) -> int:
     """How many samples `joined_samples` gives: from the sidecar, or from a pass over a tar that is compressed."""
-    _, table = read_columns(shard, ["node", "image_offset"])
+    _, table = read_columns(shard.sidecar, ["node", "image_offset"])
     named, placed = (table.column(name).is_valid().to_numpy() for name in ("node", "image_offset"))
     if named.any() and not placed.any():  # a compressed tar's sidecar does not tell which samples have images
         return sum(1 for _ in joined_samples(shard, expected=expected, extra=()))

@@ -50,6 +50,7 @@ class S3Proxy(ThreadingHTTPServer):
         self.outage: str | None = None
         self.outage_at: tuple[str, str] | None = None  # part of the path, kind
         self.requests: Counter[str] = Counter()  # by method
+        self.bytes = 0  # of answers
         self.faults: Counter[str] = Counter()  # by kind
         self._random = random.Random(seed)
         self._lock = threading.Lock()
@@ -110,6 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "lost answer":
             self._reset()
             return
+        self.server.bytes += len(body)
         headers = {name: value for name, value in answer.getheaders() if name.lower() not in HOP}
         if self.command == "HEAD":
             headers["Content-Length"] = answer.getheader("Content-Length", "0")

@@ -5,6 +5,7 @@ What a job leaves is compared byte by byte with the files that it makes on a dis
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -17,10 +18,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from graphbuild import remote
 from graphbuild.errors import StorageError
+from graphbuild.sidecar import SidecarHeader, read_columns, sidecar_schema
 from graphbuild.store import Store
 from tests.e2e.s3_proxy import KINDS, S3Proxy
 from tests.e2e.test_runs import digest, members, s3_server
@@ -183,6 +188,34 @@ def test_loaders_on_a_faulty_network_give_every_sample_once(s3: S3, built: Path,
     streamed, drawn = json.loads(run.stdout)
     assert sorted(streamed) == sorted(drawn) == [f"{number:04d}" for number in range(TARS * SAMPLES)]
     assert sum(proxy.faults.values()) >= 10, proxy.faults
+
+
+def test_a_count_of_samples_fetches_little_of_a_large_sidecar(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, rows, d, k = np.random.default_rng(0), 4_000, 384, 64
+    header = SidecarHeader(encoder="e", d=d, k=k, embeddings="int8", graph="g", shard="0", tar=None, rows=rows)
+    values = {
+        "row": np.arange(rows),
+        "key": [f"{row:09d}" for row in range(rows)],
+        "node": rng.permutation(rows),
+        "caption": [rng.bytes(20).hex() for _ in range(rows)],
+        "embedding": list(rng.integers(-127, 127, (rows, d), np.int8)),
+        "embedding_scale": rng.random(rows, np.float32),
+        "neighbors": list(rng.integers(0, rows, (rows, k), np.uint32)),
+        "similarities": list(rng.random((rows, k)).astype(np.float16)),
+    }
+    schema = sidecar_schema(d, k, "int8").with_metadata(header.metadata())
+    table = pa.table([pa.array(values.get(n, np.arange(rows)), schema.field(n).type) for n in schema.names], schema)
+    stream = io.BytesIO()
+    pq.write_table(table, stream, compression="zstd")
+    s3.client.put_object(Bucket="jobs", Key="large.graph.parquet", Body=stream.getvalue())
+    with S3Proxy(s3.url) as proxy:
+        for name, value in proxy.environment(s3.environment).items():
+            monkeypatch.setenv(name, value)
+        found, columns = read_columns("s3://jobs/large.graph.parquet", ["node", "image_offset"])
+    assert found == header
+    assert columns["node"].to_pylist() == values["node"].tolist()
+    assert proxy.bytes < len(stream.getvalue()) / 4
+    assert sum(proxy.requests.values()) <= 4
 
 
 @pytest.mark.slow
