@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from graphbuild import clustered, export, inline, mined
 from graphbuild.errors import ConfigError, GraphbuildError
 from graphbuild.recipe import resolve
-from graphbuild.remote import reaching
+from graphbuild.remote import READERS, reaching
 from graphbuild.sidecar import METADATA_KEY
 from graphbuild.stage import ORDER, digest, fingerprint, sealed, state_path
 from graphbuild.state import sealed_text
@@ -87,8 +87,10 @@ def _recipe(store: Store, manifest: Json) -> Iterator[str]:
 def _records(store: Store, stage: str, manifest: Json, checked: Checked) -> dict[str, Json]:
     """The sound records of a stage's finished tasks by their names; they and their files are checked."""
     problems, done = [], {}
-    for path in sorted(path for path in store.sizes(f"_state/{stage}") if path.endswith(".json")):
-        problem, record = _sealed_json(store, path)
+    paths = sorted(path for path in store.sizes(f"_state/{stage}") if path.endswith(".json"))
+    with ThreadPoolExecutor(READERS) as threads:
+        read = list(threads.map(lambda path: _sealed_json(store, path), paths))
+    for path, (problem, record) in zip(paths, read, strict=True):
         task = path.rsplit("/", 1)[-1].removesuffix(".done.json")
         if not problem and path.endswith(".done.json"):
             decided = (task, record["settings"], record["inputs"], record["built"])
@@ -101,7 +103,7 @@ def _records(store: Store, stage: str, manifest: Json, checked: Checked) -> dict
     if entry is not None and not problems:
         problems += _completeness(stage, entry, done, manifest)
     named = [(output, state_path(stage, task)) for task, record in done.items() for output in record["outputs"]]
-    with ThreadPoolExecutor(8) as threads:  # hashing leaves the interpreter free
+    with ThreadPoolExecutor(8 if store.is_local else READERS) as threads:  # hashing leaves the interpreter free
         problems += filter(None, threads.map(lambda pair: _file(store, *pair), named))
     checked.files += len(named)
     checked.bytes += sum(output["bytes"] for output, _ in named)

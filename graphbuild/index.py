@@ -18,6 +18,7 @@ import numpy as np
 from graphbuild import base, moments
 from graphbuild.base import base_lists, first_new_node, graph_fingerprint, vectors_of
 from graphbuild.errors import ConfigError
+from graphbuild.mapped import check_mappings
 from graphbuild.recipe import Index, Recipe
 from graphbuild.stage import Stage, Task, records
 from graphbuild.store import Json, Store, Writer
@@ -25,6 +26,7 @@ from graphbuild.threads import torch_threads
 
 VECTORS = "nodes/{}.npy"
 SCRATCH = "_work"
+MAPPED = {"exact": 4, "partition": 6}  # files a shard that a worker keeps mapped: vectors, codes, scales, floors, ...
 
 
 def nodes_entry(store: Store) -> Json:
@@ -84,6 +86,7 @@ def plan_prepare(recipe: Recipe, store: Store) -> list[Task]:
             f"use --k {max(nodes - 1, 1)} or fewer" if nodes > 1 else "give at least two different captions",
         )
     engine, _ = engine_of(recipe.index, manifest)
+    check_mappings(MAPPED.get(engine.name, 1) * sum(shard["nodes"] > 0 for shard in manifest["shards"]))
     return [index_task(recipe.index, engine, manifest, "prepare", "all")]
 
 

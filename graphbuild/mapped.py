@@ -1,12 +1,14 @@
 """Arrays in files, mapped read-only and without a descriptor kept open, as a store has thousands of them.
 
 `numpy.load(..., mmap_mode="r")` keeps one a file (Python's mmap duplicates it), and 1,024 are all that most systems
-allow a process. Cost: one mapping a file; nothing is read before it is used.
+allow a process. Cost: one mapping a file, of which Linux allows a process 65,530 unless told otherwise
+(vm.max_map_count); nothing is read before it is used.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import math
 import mmap
 import os
@@ -16,6 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from graphbuild.errors import ConfigError, StorageError
+
+MOST = Path("/proc/sys/vm/max_map_count")
+OTHERS = 2_000  # mappings of libraries and memory
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
@@ -28,6 +34,7 @@ def map_array(path: Path) -> np.ndarray[Any, Any]:
 
     Raises:
         OSError or ValueError: the file cannot be read, is no .npy file, or is cut.
+        StorageError: the process may not map another file.
     """
     with path.open("rb") as file:
         version = np.lib.format.read_magic(file)
@@ -35,10 +42,29 @@ def map_array(path: Path) -> np.ndarray[Any, Any]:
         shape, fortran, dtype = read(file)
         if dtype.hasobject:
             raise ValueError("it holds pickled objects")
-        content, begin = _map_bytes(file.fileno()), file.tell()
+        try:
+            content, begin = _map_bytes(file.fileno()), file.tell()
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            most = MOST.read_text().strip() if MOST.exists() else "its limit"
+            raise StorageError(
+                f"{path} cannot be mapped: no address space, or this process has {most} mappings already",
+                "raise vm.max_map_count (and `ulimit -v`) on every node, then run the same command again",
+            ) from None
         if len(content) - begin < math.prod(shape) * dtype.itemsize:
             raise ValueError(f"it is cut: {len(content):,} bytes for {dtype} {list(shape)}")
         return np.ndarray(shape, dtype, content, begin, order="F" if fortran else "C")
+
+
+def check_mappings(files: int) -> None:
+    """ConfigError when a process may not map so many files; workers on other nodes find out for themselves."""
+    if MOST.exists() and files + OTHERS > int(MOST.read_text()):
+        raise ConfigError(
+            f"a worker will map {files:,} files, and vm.max_map_count is {int(MOST.read_text()):,} here",
+            f"`sysctl -w vm.max_map_count={2 * files + OTHERS}` on every node, or embed larger shards "
+            "(10,000 samples or more a tar)",
+        )
 
 
 def _map_bytes(descriptor: int) -> memoryview:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -11,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graphbuild import remote
-from graphbuild.errors import StageError
+from graphbuild import mapped, remote
+from graphbuild.errors import ConfigError, StageError
+from graphbuild.index import plan_prepare
+from graphbuild.recipe import Index, Recipe
 from graphbuild.sharded import ShardedArray
 from graphbuild.store import Store
 
@@ -74,6 +78,46 @@ def test_a_file_of_other_length_is_named_when_it_is_read(
     array = ShardedArray(store, names, [*LENGTHS[:-1], 4])
     with pytest.raises(StageError, match=r"x/00069.npy has 3 rows; the manifest says 4"):
         array.span(len(array) - 1, 1)
+
+
+def test_a_process_that_may_map_no_more_files_says_so(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.zeros(4))
+    program = (
+        "import resource, sys\nfrom graphbuild.store import Store\n"
+        "store = Store(sys.argv[1])\nstore.array('x.npy')\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (1, 1))\nstore.array('x.npy')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=False)
+    assert "StorageError" in done.stderr
+    assert "x.npy cannot be mapped" in done.stderr
+    assert "raise vm.max_map_count" in done.stderr
+
+
+def test_an_index_of_more_shards_than_a_process_may_map_is_refused_before_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = tmp_path / "max_map_count"
+    monkeypatch.setattr(mapped, "MOST", most)
+    shards = [
+        {"shard": f"{i:05d}", "first_node": 50 * i, "nodes": 50, "samples": 50, "tar": None} for i in range(11_000)
+    ]
+    manifest = {
+        "format_version": 1,
+        "stages": {"encode": {}},
+        "embeddings": {"d": 8, "fingerprint": "e", "files": {}},
+        "shards": shards,
+    }
+    store = Store(str(tmp_path / "store"))
+    store.write_json("manifest.json", manifest)
+    for engine, files in (("exact", 44_000), ("partition", 66_000)):
+        recipe = Recipe(index=Index(engine=engine))
+        most.write_text(f"{files + mapped.OTHERS}\n")
+        assert [task.name for task in plan_prepare(recipe, store)] == ["all"]
+        most.write_text(f"{files + mapped.OTHERS - 1}\n")
+        with pytest.raises(
+            ConfigError, match=rf"will map {files:,} files.*\n.*sysctl -w vm.max_map_count={2 * files + 2000}"
+        ):
+            plan_prepare(recipe, store)
 
 
 # ---- copies of remote files
