@@ -100,7 +100,7 @@ def run_scatter(task: Task, store: Store, writer: Writer) -> Json:
     samples = store.table(f"samples/{task.name}.parquet")
     tar = next(shard["tar"] for shard in store.manifest()["shards"] if shard["shard"] == task.name)
     check_members(samples, store.resolve(tar["url"]))
-    samples = samples.append_column("place", pa.array(store.array(PLACES)[first : first + count])).sort_by("place")
+    samples = samples.append_column("place", pa.array(store.rows(PLACES, first, first + count))).sort_by("place")
     with (
         writer.file(f"{SCRATCH}/{task.name}.arrow", durable=False) as path,
         pa.OSFile(str(path), "wb") as file,

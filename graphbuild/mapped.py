@@ -14,7 +14,7 @@ import mmap
 import os
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -37,11 +37,7 @@ def map_array(path: Path) -> np.ndarray[Any, Any]:
         StorageError: the process may not map another file.
     """
     with path.open("rb") as file:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
-        if dtype.hasobject:
-            raise ValueError("it holds pickled objects")
+        shape, fortran, dtype = read_header(file)
         try:
             content, begin = _map_bytes(file.fileno()), file.tell()
         except OSError as error:
@@ -55,6 +51,16 @@ def map_array(path: Path) -> np.ndarray[Any, Any]:
         if len(content) - begin < math.prod(shape) * dtype.itemsize:
             raise ValueError(f"it is cut: {len(content):,} bytes for {dtype} {list(shape)}")
         return np.ndarray(shape, dtype, content, begin, order="F" if fortran else "C")
+
+
+def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether columns lie behind each other, and type of a .npy file, whose numbers come next; or ValueError."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if dtype.hasobject:
+        raise ValueError("it holds pickled objects")
+    return shape, fortran, dtype
 
 
 def check_mappings(files: int) -> None:

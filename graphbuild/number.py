@@ -91,14 +91,14 @@ def run_assign(task: Task, store: Store, writer: Writer) -> Json:
     shard = task.built
     rows = slice(shard["first_row"], shard["first_row"] + shard["samples"])
     first_node, new = shard["first_node"], shard["nodes"]
-    nodes = np.asarray(store.array("_state/number/nodes.npy")[rows])
+    nodes = store.rows("_state/number/nodes.npy", rows.start, rows.stop)
     scan = store.table(f"_state/scan/{task.name}.parquet")
     row = pa.array(np.arange(rows.start, rows.stop, dtype=np.int64))
     samples = scan.append_column("row", row).append_column("node", pa.array(nodes, mask=nodes == NO_NODE))
     writer.table(f"samples/{task.name}.parquet", samples.select(SAMPLES))
     ids, first = np.unique(nodes, return_index=True)
     texts = scan["text"].take(pa.array(first[ids >= first_node]))
-    counts = np.asarray(store.array("_state/number/counts.npy")[first_node : first_node + new])
+    counts = store.rows("_state/number/counts.npy", first_node, first_node + new)
     table = pa.table({"node": np.arange(first_node, first_node + new), "text": texts, "samples": counts})
     writer.table(f"nodes/{task.name}.parquet", table)
     return {"counts": {"samples": shard["samples"], "nodes": new}, "texts_sha256": digest(texts.to_pylist())}

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from graphbuild.embed import embeddings_entry
 from graphbuild.errors import InputError
+from graphbuild.mapped import read_header
 from graphbuild.number import SAMPLES
 from graphbuild.recipe import Recipe
 from graphbuild.scan import SCHEMA, shard_name
@@ -106,12 +107,8 @@ def unit_vectors(values: np.ndarray[Any, Any], *, first_row: int, source: str) -
 def npy_header(file: IO[bytes], url: str) -> tuple[tuple[int, int], bool, np.dtype[Any], int]:
     """Shape, whether columns lie behind each other, type, and where the numbers begin; InputError when it is cut."""
     try:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
+        shape, fortran, dtype = read_header(file)
         begin = file.tell()
-        if dtype.hasobject:
-            raise ValueError("it holds pickled objects")
         if file.seek(0, io.SEEK_END) - begin < math.prod(shape) * dtype.itemsize:
             raise ValueError(f"it is cut: {file.tell():,} bytes for {dtype} {list(shape)}")
     except (ValueError, EOFError) as error:

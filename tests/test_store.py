@@ -60,6 +60,19 @@ def test_memory_store_behaves_like_a_folder() -> None:
     assert not store.exists("graph/x.npy")
 
 
+@pytest.mark.parametrize("url", ["disk", "memory://rows"])
+def test_rows_of_an_array_are_read_alone(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(str(tmp_path) if url == "disk" else f"{url}/{tmp_path.name}")
+    for name, values in (("flat", np.arange(10_000)), ("wide", np.arange(60_000, dtype=np.float16).reshape(-1, 6))):
+        Writer(store).array(f"{name}.npy", values)
+        monkeypatch.setattr(type(store.fs), "get_file", lambda *_, **__: pytest.fail("copies the whole file"))
+        for begin, end in ((0, 3), (17, 17), (9_990, 10_000)):
+            np.testing.assert_array_equal(store.rows(f"{name}.npy", begin, end), values[begin:end])
+    if not store.is_local:
+        with pytest.raises(StageError, match=r"flat.npy ends before its row 10,001"):
+            store.rows("flat.npy", 9_000, 10_001)
+
+
 def test_a_rewritten_remote_array_is_not_served_from_the_cache() -> None:
     store = Store("memory://rewritten")
     for value in (1, 2):

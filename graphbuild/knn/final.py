@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from graphbuild.index import SCRATCH
 from graphbuild.knn import exact, kernels, partition
 from graphbuild.knn.inputs import LEADER_NODES, Inputs
 from graphbuild.knn.lists import EMPTY, pack, unpack
+from graphbuild.remote import READERS
 from graphbuild.sharded import Array
 from graphbuild.stage import records
 from graphbuild.store import Store
@@ -20,11 +22,16 @@ ENTRIES, WALK = 32, 64  # leaders that a walk begins at; nodes that it keeps
 
 def lists_of(store: Store, stage: str, first: int, count: int) -> Iterator[tuple[Array, Array]]:
     """What each task of a stage found of nodes first..first+count-1: their places among these, and keys [m, c]."""
-    for name in records(store, stage):
+
+    def of(name: str) -> tuple[Array, Array]:
         ids = store.array(f"{SCRATCH}/{stage}/{name}.ids.npy")
-        begin, end = np.searchsorted(ids, [first, first + count])
-        if begin < end:
-            yield ids[begin:end] - first, store.array(f"{SCRATCH}/{stage}/{name}.keys.npy")[begin:end]
+        begin, end = np.searchsorted(ids, [first, first + count]).tolist()
+        return ids[begin:end] - first, store.rows(f"{SCRATCH}/{stage}/{name}.keys.npy", begin, end)
+
+    names = list(records(store, stage))
+    with ThreadPoolExecutor(1 if store.is_local else READERS) as pool:
+        for at in range(0, len(names), READERS):
+            yield from pool.map(of, names[at : at + READERS])
 
 
 def exact_lists(inputs: Inputs, engine: str, shard: str, first: int, k: int) -> tuple[Array, int]:
