@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from graphbuild.errors import ConfigError
 from graphbuild.recipe import Recipe
+from graphbuild.remote import READERS
 from graphbuild.stage import ORDER, Stage, Task, records, state_path, write_manifest
 from graphbuild.store import Json, Store
 
@@ -44,10 +46,15 @@ def pending(
             + "".join(f"\n    {line}" for line in lines[:20]),
             "give the same settings and inputs again, use another STORE, or add --force to rebuild what differs",
         )
-    for name in [*other, *gone] if remove else ():
+
+    def take_away(name: str) -> None:
         for output in done[name]["outputs"]:
             store.remove(output["path"])
         store.remove(state_path(stage.name, name))
+
+    if remove:
+        with ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(take_away, [*other, *gone]))
     kept = {name: record["outputs"] for name, record in done.items() if name not in other and name not in gone}
     sizes: dict[str, int] = {}
     for folder in {output["path"].rsplit("/", 1)[0] for outputs in kept.values() for output in outputs}:
