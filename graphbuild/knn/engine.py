@@ -30,6 +30,7 @@ FAISS_TASK_NODES = 65_536
 BASE_BYTES = 1e9  # a worker with torch and numba loaded
 LEAST_NODES = 4_096
 EXACT_OPERATIONS = 2e14  # what `auto` spends on a CPU: about five minutes of one core with VNNI
+EXACT_ON_GPU = 4e17  # and on a GPU: 32 million nodes of d = 384, an hour or two of an H100 as `plan` reckons
 
 
 class Engine(Protocol):
@@ -230,16 +231,12 @@ def choose(index: Index, nodes: int, width: int) -> tuple[Engine, str]:
     if index.engine == "partition":
         return Partition(index.recall, index.seed), "asked for"
     operations = float(nodes) ** 2 * width
+    on_gpu = index.device == "cuda" or (index.device == "auto" and operations > EXACT_OPERATIONS and _gpu_here())
+    most, place = (EXACT_ON_GPU, "a GPU") if on_gpu else (EXACT_OPERATIONS, "a CPU")
     sizes = f"{nodes:,} nodes x {width}: {operations:.1g} int8 operations"
-    if index.device == "cuda":
-        return Exact(index.seed), f"{sizes}, on a GPU"
-    if operations <= EXACT_OPERATIONS:
-        return Exact(index.seed), f"{sizes}, at most {EXACT_OPERATIONS:.0g}"
-    if index.device == "auto" and _gpu_here():
-        return Exact(index.seed), f"{sizes}, on a GPU"
-    return Partition(
-        index.recall, index.seed
-    ), f"{sizes}, more than {EXACT_OPERATIONS:.0g} on a CPU; recall {index.recall}"
+    if operations <= most:
+        return Exact(index.seed), f"{sizes}, at most {most:.0g} on {place}"
+    return Partition(index.recall, index.seed), f"{sizes}, more than {most:.0g} on {place}; recall {index.recall}"
 
 
 def _gpu_here() -> bool:

@@ -413,6 +413,9 @@ def test_what_faiss_cannot_do_on_a_gpu_is_refused_with_its_words(
         (2_900_000, "cuda", "exact"),
         (2_900_000, "auto", "partition"),
         (2_900_000, "auto, with a GPU", "exact"),
+        (30_000_000, "cuda", "exact"),
+        (100_000_000, "cuda", "partition"),
+        (100_000_000, "auto, with a GPU", "partition"),
     ],
 )
 def test_auto_takes_exact_where_it_is_affordable_and_says_why(
