@@ -235,15 +235,7 @@ def read_columns(url: str, names: Sequence[str]) -> tuple[SidecarHeader, pa.Tabl
         parquet = pq.ParquetFile(stream, pre_buffer=False, page_checksum_verification=True)
         header = _parse_header(url, parquet.schema_arrow.metadata)
         table = parquet.read(columns=list(names), use_threads=False)
-    types = dict(zip(table.schema.names, table.schema.types, strict=True))
-    schema = sidecar_schema(header.d, header.k, header.embeddings)
-    for name in names:
-        if types.get(name) != schema.field(name).type:
-            raise ShardError(
-                f"{url}: column {name} is {types.get(name, 'absent')}, expected {schema.field(name).type}", EXPORT
-            )
-    if table.num_rows != header.rows:
-        raise ShardError(f"{url}: {table.num_rows} rows, its header says {header.rows}", EXPORT)
+    _check_columns(url, header, table, names)
     return header, table
 
 
@@ -288,9 +280,11 @@ def _parse_header(url: str, metadata: dict[bytes, bytes] | None) -> SidecarHeade
         raise ShardError(f"{url}: metadata field {name}: {problem['msg']}", EXPORT) from None
 
 
-def _check_columns(url: str, header: SidecarHeader, table: pa.Table) -> None:
+def _check_columns(url: str, header: SidecarHeader, table: pa.Table, names: Sequence[str] = ()) -> None:
+    """ShardError where columns `names`, or any, are absent or of another type, or rows are missing."""
     types = dict(zip(table.schema.names, table.schema.types, strict=True))
-    for field in sidecar_schema(header.d, header.k, header.embeddings):
+    schema = sidecar_schema(header.d, header.k, header.embeddings)
+    for field in map(schema.field, names or schema.names):
         found = types.get(field.name, "absent")
         if found != field.type:
             raise ShardError(f"{url}: column {field.name} is {found}, expected {field.type}", EXPORT)
