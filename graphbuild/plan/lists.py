@@ -83,8 +83,8 @@ def _sampled(spec: TableSpec, usual: Known, info: Mapping[str, Any], tokenizer: 
     texts, urls = (rows[name].to_pylist() if name in rows.column_names else [] for name in ("caption", "url"))
     changed = info.get("mtime") or info.get("LastModified")
     when = datetime.fromtimestamp(changed, UTC) if isinstance(changed, int | float) else changed or datetime.now(UTC)
-    headed = spec.preset is None and spec.path.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
-    count, year = _rows(spec.path, size) - headed, usual.year or when.year
+    headed = spec.preset is None and spec.name.removesuffix(".gz").endswith((".csv", ".tsv"))
+    count, year = _rows(spec, size) - headed, usual.year or when.year
     known = replace(usual, rows=count, year=year, bytes=size, urls=tuple(urls))
     if not texts:
         return replace(known, assumed=_usual_tokens(usual))
@@ -97,30 +97,36 @@ def _sampled(spec: TableSpec, usual: Known, info: Mapping[str, Any], tokenizer: 
     )
 
 
-def _rows(url: str, size: float) -> int:
-    """Rows of a list: by the footer of parquet; else bytes by the mean length of the lines at some places of it."""
+def _rows(spec: TableSpec, size: float) -> int:
+    """Rows of a list, a header too: by the footer of parquet; else lines, of which a long list has as many as its bytes
+    by their mean length at some places of it."""
     import pyarrow.parquet as pq
 
-    files, path = file_system(url)
-    with reaching(url), files.open(path, "rb") as file:
-        if url.lower().endswith(".parquet"):
+    files, path = file_system(spec.path)
+    with reaching(spec.path), files.open(path, "rb") as file:
+        if spec.name.endswith(".parquet"):
             return int(pq.ParquetFile(file, pre_buffer=False).metadata.num_rows)
-        if url.lower().endswith(".gz"):
+        if spec.name.endswith(".gz"):
             plain = gzip.GzipFile(fileobj=file).read(PLACES * SAMPLE_BYTES)
             packed = file.tell()
             if len(plain) < PLACES * SAMPLE_BYTES:
-                return plain.count(b"\n")
+                return _lines(plain)
             return int(size / packed * plain.count(b"\n"))
         if size <= PLACES * SAMPLE_BYTES:
-            return int(file.read().count(b"\n"))
+            return _lines(file.read())
         read = lines = 0
         for place in range(PLACES):
             file.seek(int(place * (size - SAMPLE_BYTES) / (PLACES - 1)))
             block = file.read(SAMPLE_BYTES)
             read, lines = read + len(block), lines + block.count(b"\n")
     if not lines:
-        raise InputError(f"{url} has no line end in {read:,} bytes read", "check the list's format")
+        raise InputError(f"{spec.path} has no line end in {read:,} bytes read", "check the list's format")
     return int(size * lines / read)
+
+
+def _lines(content: bytes) -> int:
+    """Of a whole list, whose last line may lack its end."""
+    return content.count(b"\n") + (not content.endswith(b"\n"))
 
 
 def tokens_of(texts: Sequence[str], folder: Path | None) -> float:

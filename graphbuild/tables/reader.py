@@ -16,7 +16,7 @@ from graphbuild.remote import file_system, reaching
 from graphbuild.tables.delimited import delimited_table
 from graphbuild.tables.jsonl import json_table
 from graphbuild.tables.parquet import parquet_chunks
-from graphbuild.tables.spec import Chunk, TableSpec, is_url
+from graphbuild.tables.spec import Chunk, TableSpec
 from graphbuild.tables.text import read_head, read_lines, text_chunks
 
 
@@ -55,9 +55,8 @@ def read_chunks(spec: TableSpec, *, keep_others: bool = False, chunk_rows: int =
 
 def _chunks(spec: TableSpec, keep_others: bool, chunk_rows: int) -> Iterator[Chunk]:
     with reaching(spec.path), _open(spec.path) as file:
-        name = (spec.path.partition("?")[0] if is_url(spec.path) else spec.path).lower()
-        suffix = name.removesuffix(".gz").rpartition(".")[2]
-        if suffix not in ("parquet", "csv", "tsv", "jsonl") or name.endswith(".parquet.gz"):
+        suffix = spec.name.removesuffix(".gz").rpartition(".")[2]
+        if suffix not in ("parquet", "csv", "tsv", "jsonl") or spec.name.endswith(".parquet.gz"):
             fix = "name it .parquet, .csv, .tsv or .jsonl; the text formats may end in .gz"
             raise InputError(f"{spec.path}: unknown extension", fix)
         if spec.preset and suffix != "tsv":
@@ -66,7 +65,7 @@ def _chunks(spec: TableSpec, keep_others: bool, chunk_rows: int) -> Iterator[Chu
         if suffix == "parquet":
             yield from parquet_chunks(spec, file, keep_others, chunk_rows)
             return
-        lines = read_lines(spec.path, gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file)
+        lines = read_lines(spec.path, gzip.GzipFile(fileobj=file) if spec.name.endswith(".gz") else file)
         head = read_head(spec.path, lines)
         if head:
             read = json_table if suffix == "jsonl" else partial(delimited_table, is_csv=suffix == "csv")

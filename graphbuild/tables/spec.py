@@ -40,6 +40,11 @@ class TableSpec:
         if self.preset is not None and self.preset not in PRESETS:
             raise ConfigError(f"there is no preset {self.preset!r}", f"--preset takes {' or '.join(PRESETS)}")
 
+    @property
+    def name(self) -> str:
+        """The path in lower case, without a URL's query: its end decides the format."""
+        return (self.path.partition("?")[0] if is_url(self.path) else self.path).lower()
+
 
 class Chunk(NamedTuple):
     """Consecutive rows of a list, both tables in the file's order.

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import gzip
 import os
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from aiohttp import web
 
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.knn import engine
@@ -147,6 +153,47 @@ def test_a_list_is_looked_at_not_read(tmp_path: Path, made_up: Rates) -> None:
     np.save(tmp_path / "v.npy", np.ones((123, 48), np.float16))
     job = job_of("run", Recipe(embed=Embed(vectors=str(tmp_path / "v.npy"))))
     assert (job.nodes, job.d, job.k) == (123, 48, 64)
+
+
+@pytest.fixture
+def web_folder(tmp_path: Path) -> Iterator[str]:
+    """The URL of a server that gives the files of tmp_path, by ranges too."""
+    application = web.Application()
+    application.router.add_static("/", tmp_path)
+    runner = web.AppRunner(application)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    def wait(step: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(step, loop).result()
+
+    wait(runner.setup())
+    wait(web.TCPSite(runner, "127.0.0.1", 0).start())
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    wait(runner.cleanup())
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+@pytest.mark.parametrize("name", ["list.parquet", "list.csv", "list.tsv.gz"])
+def test_a_list_at_a_url_with_a_query_has_its_own_format(tmp_path: Path, web_folder: str, name: str) -> None:
+    captions = [f"a dog\nand {number} cats" for number in range(1_000)]
+    if name == "list.parquet":
+        pq.write_table(pa.table({"caption": captions}), tmp_path / name)
+    else:
+        content = "\n".join(["caption", *(caption.replace("\n", " ") for caption in captions)]).encode()
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    job = job_of("run", Recipe(embed=Embed(captions=f"{web_folder}/{name}?download=true")))
+    assert job.rows == 1_000
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_last_line_without_an_end_is_a_row(tmp_path: Path, end: str) -> None:
+    for name, header in (("list.jsonl", ""), ("list.csv", "caption\n")):
+        (tmp_path / name).write_text(header + '{"caption": "a dog"}' + end)
+        assert job_of("run", Recipe(embed=Embed(captions=str(tmp_path / name)))).rows == 1
 
 
 def test_links_die_with_the_years_as_users_reported() -> None:
