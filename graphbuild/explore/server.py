@@ -69,12 +69,13 @@ class Explorer:
     def __init__(self, catalogs: Sequence[Catalog], host: str) -> None:
         self.catalogs = catalogs
         self.host = host
-        self.loopback = host == "localhost" or _is_loopback(host)
+        self.loopback = _is_loopback(host)
         self.token = "" if self.loopback else secrets.token_urlsafe(24)
         self._maps: dict[int, asyncio.Task[Json]] = {}
 
     def application(self) -> web.Application:
         application = web.Application(middlewares=[self._guard, _errors])
+        application.on_response_prepare.append(_add_headers)
         application.add_routes(
             [
                 web.get("/", _file("page.html", "text/html")),
@@ -107,18 +108,16 @@ class Explorer:
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         if self.loopback and not _is_loopback(request.url.host or ""):
-            return web.Response(status=403, text="open it by the address that graphbuild printed", headers=HEADERS)
+            return web.Response(status=403, text="open it by the address that graphbuild printed")
         if self.token:
             given = request.query.get("token", "")
             if request.path == "/" and secrets.compare_digest(given.encode(), self.token.encode()):
-                moved = web.Response(status=303, headers={**HEADERS, "Location": "/"})
+                moved = web.Response(status=303, headers={"Location": "/"})
                 moved.set_cookie(TOKEN, self.token, httponly=True, samesite="Strict")
                 return moved
             if not secrets.compare_digest(request.cookies.get(TOKEN, "").encode(), self.token.encode()):
-                return web.Response(status=403, text="open it by the address with the token", headers=HEADERS)
-        response = await handler(request)
-        response.headers.update(HEADERS)
-        return response
+                return web.Response(status=403, text="open it by the address with the token")
+        return await handler(request)
 
     def _catalog(self, request: web.Request) -> Catalog:
         number = int(request.match_info["store"])
@@ -168,9 +167,10 @@ class Explorer:
     async def _map(self, request: web.Request) -> web.Response:
         number = int(request.match_info["store"])
         catalog = self._catalog(request)
-        if number not in self._maps:
-            self._maps[number] = asyncio.create_task(asyncio.to_thread(node_map, catalog))
-        return web.json_response(await self._maps[number])
+        drawn = self._maps.get(number)
+        if drawn is None or (drawn.done() and drawn.exception()):  # what failed may do so no more
+            drawn = self._maps[number] = asyncio.create_task(asyncio.to_thread(node_map, catalog))
+        return web.json_response(await drawn)
 
     async def _image(self, request: web.Request) -> web.Response:
         content = await asyncio.to_thread(_image_of, self._catalog(request), int(request.match_info["node"]))
@@ -197,8 +197,7 @@ def _image_of(catalog: Catalog, node: int) -> bytes | None:
 
 
 def _public(sample: Sample) -> Json:
-    return {"row": sample.row, "key": sample.key, "node": sample.node, "caption": sample.caption,
-            "image": sample.image is not None}  # fmt: skip
+    return {**dataclasses.asdict(sample), "image": sample.image is not None}
 
 
 def _number(request: web.Request, name: str, default: int) -> int:
@@ -213,6 +212,10 @@ def _file(name: str, kind: str) -> Handler:
         return web.Response(text=own_text(__package__, name), content_type=kind)
 
     return handler
+
+
+async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers.update(HEADERS)
 
 
 async def _no_icon(request: web.Request) -> web.Response:

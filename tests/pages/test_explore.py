@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import subprocess
 import sys
@@ -9,16 +10,21 @@ import unicodedata
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from aiohttp.test_utils import TestClient, TestServer
 from browser import Tab
 
 from graphbuild.demo.scenes import encode_jpeg, make_scenes, render
 from graphbuild.encoder import find_encoder, open_model
+from graphbuild.errors import StorageError
+from graphbuild.explore import server
 from graphbuild.pipeline import run_verb
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner import Runner
@@ -253,7 +259,7 @@ def fetch(url: str, **headers: str) -> tuple[int, dict[str, str], str]:
 
 
 def test_strangers_and_bad_requests_are_refused(serve: Serve, address: str, store: Path) -> None:
-    for path in ("", "page.js", "page.css", "api/stores", "api/0/node/3", "api/0/node/999999", "image/0/1"):
+    for path in ("", "page.js", "page.css", "api/stores", "api/0/node/3", "api/0/node/999999", "image/0/1", "none"):
         _, headers, _ = fetch(address + path)
         assert headers["Content-Security-Policy"].startswith("default-src 'none'; script-src 'self'"), path
         assert headers["X-Content-Type-Options"] == "nosniff"
@@ -275,3 +281,26 @@ def test_strangers_and_bad_requests_are_refused(serve: Serve, address: str, stor
     assert len(token) >= 32
     assert fetch(base)[0] == fetch(f"{base}api/stores")[0] == fetch(f"{base}?token=wrong")[0] == 403
     assert fetch(f"{base}api/stores", Cookie=f"graphbuild_token={token}")[0] == 200
+
+
+def test_a_map_that_failed_is_drawn_when_asked_for_again_and_then_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[object] = []
+
+    def node_map(catalog: object) -> dict[str, int]:
+        drawn.append(catalog)
+        if len(drawn) == 1:
+            raise StorageError("the store cannot be reached", "try again")
+        return {"of": 7}
+
+    monkeypatch.setattr(server, "node_map", node_map)
+
+    async def asked() -> list[tuple[int, dict[str, Any]]]:
+        application = server.Explorer([SimpleNamespace()], "127.0.0.1").application()  # type: ignore[list-item]
+        async with TestClient(TestServer(application)) as client:
+            answers = [await client.get("/api/0/map") for _ in range(3)]
+            return [(answer.status, await answer.json()) for answer in answers]
+
+    failed, *later = ThreadPoolExecutor(1).submit(asyncio.run, asked()).result()  # playwright has a loop here
+    assert failed == (400, {"cause": "the store cannot be reached", "fix": "try again"})
+    assert later == [(200, {"of": 7})] * 2
+    assert len(drawn) == 2
