@@ -68,7 +68,7 @@ class Machine:
         return max(min(self.workers, most) if on_device and self.card else self.workers, 1)
 
 
-def here(rates: Rates, store: Store | None, workers: int | None) -> Machine:
+def here(rates: Rates, store: Store | None = None) -> Machine:
     """This machine, and the disk that the store is on; its GPUs where torch can use them and GPUS knows them."""
     disk = None
     if store is None or store.is_local:
@@ -78,7 +78,7 @@ def here(rates: Rates, store: Store | None, workers: int | None) -> Machine:
     memory = float(psutil.virtual_memory().total)
     gpus, gpu = gpus_here()
     name = f"{_count(rates.cores, 'core')}{f' + {gpus} {gpu.upper()}' if gpu else ''} here"
-    return Machine(name, 1, rates.cores, memory, 1e9 / 8, gpus, gpu, disk, workers)
+    return Machine(name, 1, rates.cores, memory, 1e9 / 8, gpus, gpu, disk)
 
 
 def gpus_here() -> tuple[int, str | None]:
@@ -91,10 +91,10 @@ def gpus_here() -> tuple[int, str | None]:
     return (torch.cuda.device_count(), gpu) if gpu else (0, None)
 
 
-def standard(rates: Rates, workers: int | None, store: Store | None) -> list[Machine]:
+def standard(rates: Rates, store: Store | None) -> list[Machine]:
     """What a plan shows when it is asked for nothing else: this machine (or two cores of its kind), one H200, and a
     cluster of 32 nodes."""
-    own = here(rates, store, workers)
+    own = here(rates, store)
     two = [] if rates.cores == 2 else [parse("cores=2,memory=16")]
     return [
         own,

@@ -37,8 +37,8 @@ def plan_recipe(
     described = [machine.parse(text) for text in on]
     yield headline(job)
     rates = rates_here(Progress())
-    machines = described or machine.standard(rates, workers, store)
-    yield tell(job, recipe, rates, [replace(one, workers=workers) if workers else one for one in machines])
+    machines = described or machine.standard(rates, store)
+    yield tell(job, recipe, rates, [replace(one, workers=workers) for one in machines])
 
 
 def plan_verb(
@@ -57,14 +57,12 @@ def plan_verb(
 def plan_job(job: Job, recipe: Recipe, store: Store, workers: int | None, progress: Progress) -> Iterator[str]:
     yield headline(job)
     rates = rates_here(progress)
-    yield tell(job, recipe, rates, [machine.here(rates, store, workers)])
+    yield tell(job, recipe, rates, [replace(machine.here(rates, store), workers=workers)])
 
 
 def cases(job: Job, recipe: Recipe, rates: Rates, machines: Sequence[machine.Machine]) -> list[tuple[Case, list[Cost]]]:
     """The costs of the job's stages on each machine."""
-    names = [stage.name for stage in stages_of(job.verb, recipe)]
-    if not job.first_new:
-        names.remove("base") if "base" in names else None
+    names = [stage.name for stage in stages_of(job.verb, recipe) if stage.name != "base" or job.first_new]
     made = [Case(job, recipe, one, rates) for one in machines]
     return [(case, costs(case, names)) for case in made]
 

@@ -118,7 +118,7 @@ def test_time_is_within_a_factor_of_2_and_memory_within_30_percent(
     read = read_recipe(str(recipe))
     job = job_of("run", read)
     assert job.nodes == pytest.approx(rows, rel=0.001)
-    ((_, found),) = cases(job, read, rates, [machine.here(rates, None, rates.cores)])
+    ((_, found),) = cases(job, read, rates, [machine.here(rates)])
     (least, most), peak = run(recipe, tmp_path / "out", rates.cores)
     forecast, ram = sum(cost.seconds for cost in found), max(cost.resident for cost in found)
     said = f"{rows:,} rows: {least:.1f} to {most:.1f} s, forecast {forecast:.1f}"

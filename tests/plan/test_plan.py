@@ -29,7 +29,7 @@ from graphbuild.plan.calibration import Rates
 from graphbuild.plan.case import Cost
 from graphbuild.plan.engines import why_engine
 from graphbuild.plan.job import Job, job_of
-from graphbuild.plan.show import cases, tell
+from graphbuild.plan.show import cases, plan_recipe, tell
 from graphbuild.recipe import Download, Embed, Index, Recipe, read_recipe
 from graphbuild.runner import Runner
 from graphbuild.store import Store
@@ -73,7 +73,7 @@ def test_a_plan_for_this_machine_has_its_gpus(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(card))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: card)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    one = machine.here(made_up, None, None)
+    one = machine.here(made_up)
     assert (one.gpus, one.name.endswith(" + 2 A100 here")) == (gpus, gpus == 2)
     recipe = Recipe(embed=Embed(captions="cc3m.tsv", preset="cc3m"))
     assert why_engine(recipe, job_of("run", recipe, None, 2_900_000), one).startswith(engine)
@@ -120,6 +120,14 @@ def test_more_nodes_of_a_cluster_shorten_what_has_many_tasks_and_nothing_else(ma
         assert many[name].seconds < one[name].seconds / 4, name
     for name in ("urls", "number", "moments"):
         assert many[name].core_seconds == one[name].core_seconds, name
+
+
+def test_without_worker_processes_every_machine_runs_a_task_at_a_time(made_up_cache: dict[str, str]) -> None:
+    recipe = read_recipe(str(PIPELINES / "cc3m.yaml"))
+    for on in ((), ("cores=16", "nodes=4,cores=8")):
+        none, one, all_ = (list(plan_recipe(recipe, None, rows=None, workers=n, on=on)) for n in (0, 1, None))
+        assert none == one
+        assert none != all_
 
 
 def test_what_will_hurt_is_said_with_what_to_do(made_up: Rates, tmp_path: Path) -> None:
