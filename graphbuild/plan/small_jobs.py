@@ -26,12 +26,9 @@ from graphbuild.recipe import Embed, Export, Index, Recipe
 from graphbuild.stage import records
 from graphbuild.store import Json, Store
 
-TARS, TAR_SAMPLES, LIST_ROWS = CALIBRATED.tars, CALIBRATED.tar_samples, CALIBRATED.list_rows
+TARS, TAR_SAMPLES = CALIBRATED.tars, CALIBRATED.tar_samples
 VECTORS, FEW_VECTORS, WIDTH, K = CALIBRATED.nodes, CALIBRATED.few_nodes, CALIBRATED.d, CALIBRATED.k
-FAR_VECTORS, FAR_NODES = 250_000, 400
-LATENT = 10
 LONG_ENOUGH = 0.5  # seconds, for a share of the processor to be told by a clock of 10 ms
-IMAGE_PIXELS = (1_600, 1_200)
 WORDS = """a the of in on with and two small large red blue old young man woman dog cat street house tree river mountain
 standing sitting running holding near under over table chair window light night morning city beach boat train car sky
 bicycle field flowers snow rain bird horse water road bridge market kitchen garden wall door sign photo"""
@@ -53,12 +50,11 @@ def measure() -> Rates:
         tars, many, less, parts = (job["tasks"] for job in (from_tars, exact, few, leaves))
         tokens, texts = (_mean(from_tars["counts"]["encode"], name) for name in ("computed_tokens", "embeddings"))
         length, pairs = CALIBRATED.exact_length, VECTORS**2 / 2
-        list_fill = _sum(less["join"]) / FEW_VECTORS
-        pair = max((_sum(many["join"]) - 2 * VECTORS * list_fill) / pairs, 1e-11)
+        list_fill = sum(less["join"]) / FEW_VECTORS
+        pair = max((sum(many["join"]) - 2 * VECTORS * list_fill) / pairs, 1e-11)
         list_fill -= pair * FEW_VECTORS / 2
         fan = leaves["manifest"]["graph"]["fan"]
         leaf_pairs = VECTORS * 32 * fan**2
-        per_text = own["text"]
         rates: dict[str, Any] = {
             **identity_here(),
             "import_torch": import_seconds,
@@ -66,28 +62,28 @@ def measure() -> Rates:
             "load_encoder": max(tars["encode"]) - _steady(tars["encode"]),
             "load_index": max(exact["tasks"]["codes"]) - _steady(exact["tasks"]["codes"]),
             "task": own["task"],
-            "stage": max(exact["walls"]["moments"] - _sum(exact["tasks"]["moments"]), 0.005),
+            "stage": max(exact["walls"]["moments"] - sum(exact["tasks"]["moments"]), 0.005),
             "list_row": own["list_row"],
             "tar_sample": _steady(tars["scan"]) / TAR_SAMPLES,
             "number_row": own["number_row"],
             "assign_row": _steady(tars["assign"]) / TAR_SAMPLES,
-            "text": per_text,
-            "token": max(_steady(tars["encode"]) - texts * per_text, 0) / tokens,
-            "fidelity_text": _sum(tars["fidelity"]) / from_tars["manifest"]["fidelity"]["texts"],
+            "text": own["text"],
+            "token": max(_steady(tars["encode"]) - texts * own["text"], 0) / tokens,
+            "fidelity_text": sum(tars["fidelity"]) / from_tars["manifest"]["fidelity"]["texts"],
             "vector_row": _steady(many["vectors"]) * len(many["vectors"]) / VECTORS,
             "code_node": _steady(many["codes"]) * len(many["codes"]) / VECTORS,
             "pair": pair,
             "list_fill": max(list_fill, 1e-7),
-            "leaf_row": max((_sum(parts["join"]) - leaf_pairs * pair) / (VECTORS * fan), 1e-8),
+            "leaf_row": max((sum(parts["join"]) - leaf_pairs * pair) / (VECTORS * fan), 1e-8),
             "prepare_flop": own["float32_flop"],
-            "merge_entry": _sum(many["merge"]) / (VECTORS * 2 * length),
-            "candidate": _sum(many["search"]) / (VECTORS * length),
-            "refine_node": _sum(parts["search"]) / VECTORS,
+            "merge_entry": sum(many["merge"]) / (VECTORS * 2 * length),
+            "candidate": sum(many["search"]) / (VECTORS * length),
+            "refine_node": sum(parts["search"]) / VECTORS,
             "far": own["far"],
             "cache_bytes": cache_bytes(),
             "leader": own["leader"],
             "hash_byte": own["hash_byte"],
-            "certify_mac": _sum(many["certify"]) / (min(CALIBRATED.recall_sample, VECTORS) * VECTORS * WIDTH),
+            "certify_mac": sum(many["certify"]) / (min(CALIBRATED.recall_sample, VECTORS) * VECTORS * WIDTH),
             "export_row": _steady(many["export"]) * len(many["export"]) / VECTORS,
             "image": own["image"],
             "disk_bytes_second": own["disk"],
@@ -188,10 +184,6 @@ def _per_task(job: Json) -> float:
 def _steady(seconds: list[float]) -> float:
     """Of a stage's tasks of one size, the lower median: a worker's first one loads what the others find loaded."""
     return float(statistics.median_low(sorted(seconds)[: max(len(seconds) - 2, 1)]))
-
-
-def _sum(seconds: list[float]) -> float:
-    return sum(seconds)
 
 
 def _mean(counts: list[Json], name: str) -> float:

@@ -57,7 +57,7 @@ def warnings(case: Case, found: Sequence[Cost]) -> list[str]:
         for cost in todo
         if card and cost.vram > 0.95 * card.bytes
     ]
-    need = disk_bytes(case, found)
+    need = sum(cost.written for cost in found)  # scratch of the index too
     if machine.disk_bytes is not None and need > machine.disk_bytes:
         lines.append(f"it writes {need / 1e9:,.0f} GB and {machine.disk_bytes / 1e9:,.0f} GB are free: another STORE")
     for cost in todo:
@@ -68,11 +68,6 @@ def warnings(case: Case, found: Sequence[Cost]) -> list[str]:
             more = "; --engine partition compares few pairs only" + (" (on CPUs: --device cpu)" if machine.card else "")
         lines.append(f"{cost.title} takes {cost.seconds / 86_400:.1f} days{more}")
     return lines
-
-
-def disk_bytes(case: Case, found: Sequence[Cost]) -> float:
-    """What the store takes at most: all that is written, scratch of the index too."""
-    return sum(cost.written for cost in found)
 
 
 def source_warnings(job: Job) -> list[str]:
