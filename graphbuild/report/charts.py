@@ -13,7 +13,7 @@ import numpy as np
 
 from graphbuild.store import Json
 
-BLUE, ORANGE, GREEN, PINK, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"
+BLUE, ORANGE, GREEN, SKY = "#0072b2", "#d55e00", "#009e73", "#56b4e9"
 TICKS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
 SCALE = ("#9b5fe0", "#5b7cf0", "#1788c9", "#12939a", "#2f9e44", "#c9850a", "#e0564a")
 LOG = {"type": "log", "dtick": 1, "tickformat": ","}  # a tick each power of ten
@@ -43,31 +43,21 @@ def _axis(title: str, **options: Any) -> Json:
     return {"title": {"text": title}, "automargin": True, **options}
 
 
+def _lying_bars(names: list[str], values: list[float], color: str, title: str, **options: Any) -> Json:
+    """One below the other, the first on top."""
+    bar = {"type": "bar", "orientation": "h", "y": names, "x": values, "marker": {"color": color}, **options}
+    return _figure([bar], _axis(title, rangemode="tozero"), _axis("", autorange="reversed"))
+
+
 def _funnel(steps: list[Json]) -> Json:
     names, counts = [step["name"] for step in steps], [step["count"] for step in steps]
-    bar = {
-        "type": "bar",
-        "orientation": "h",
-        "y": names,
-        "x": counts,
-        "text": [f"{count:,}" for count in counts],
-        "textposition": "auto",
-        "marker": {"color": BLUE},
-        "name": "count",
-    }
-    return _figure([bar], _axis("count", rangemode="tozero"), _axis("", autorange="reversed"))
+    shown = {"text": [f"{count:,}" for count in counts], "textposition": "auto"}
+    return _lying_bars(names, counts, BLUE, "count", name="count", **shown)
 
 
 def _stages(stages: list[Json]) -> Json:
-    bar = {
-        "type": "bar",
-        "orientation": "h",
-        "y": [row["stage"] for row in stages],
-        "x": [row["worker_seconds"] for row in stages],
-        "marker": {"color": SKY},
-        "name": "worker-seconds",
-    }
-    return _figure([bar], _axis("seconds of all workers together", rangemode="tozero"), _axis("", autorange="reversed"))
+    names, seconds = [row["stage"] for row in stages], [row["worker_seconds"] for row in stages]
+    return _lying_bars(names, seconds, SKY, "seconds of all workers together", name="worker-seconds")
 
 
 def _similarity(edges: Json) -> Json:
@@ -101,10 +91,14 @@ def _bins(bins: list[Json], x: str, y: str) -> Json:
     counts = [one["nodes"] for one in bins]
     bar = {"type": "bar", "x": names, "y": counts, "marker": {"color": BLUE}, "name": y}
     most = max(counts)
-    span = (
-        {**LOG, "range": [math.log10(0.7), math.log10(1.3 * most)]} if most > LINEAR_BELOW else {}
-    )  # a bar of 1 shows
+    span = {}
+    if most > LINEAR_BELOW:
+        span = {**LOG, "range": [math.log10(0.7), math.log10(1.3 * most)]}  # a bar of 1 shows
     return _figure([bar], _axis(x, type="category"), _axis(y, **span))
+
+
+def _tau_axis() -> Json:
+    return _axis("tau_s", type="log", tickvals=TICKS, ticktext=[str(tick) for tick in TICKS])
 
 
 def _spread(targets: list[Json]) -> Json:
@@ -119,11 +113,7 @@ def _spread(targets: list[Json]) -> Json:
         }
         for at, one in enumerate(targets)
     ]
-    return _figure(
-        data,
-        _axis("tau_s", type="log", tickvals=TICKS, ticktext=[str(tick) for tick in TICKS]),
-        _axis("exp(entropy)", **LOG),
-    )
+    return _figure(data, _tau_axis(), _axis("exp(entropy)", **LOG))
 
 
 def _mass(mass: Json) -> Json:
@@ -138,11 +128,7 @@ def _mass(mass: Json) -> Json:
         }
         for at, rank in enumerate(mass["ranks"])
     ]
-    return _figure(
-        data,
-        _axis("tau_s", type="log", tickvals=TICKS, ticktext=[str(tick) for tick in TICKS]),
-        _axis("share of mass", tickformat=".0%", rangemode="tozero"),
-    )
+    return _figure(data, _tau_axis(), _axis("share of mass", tickformat=".0%", rangemode="tozero"))
 
 
 def _batches(batches: list[Json]) -> Json:

@@ -7,6 +7,7 @@ all, or OTHERS drawn ones. Memory: 4 bytes a node, and a block of OTHERS vectors
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 
 import numpy as np
 import polars as pl
@@ -46,7 +47,7 @@ def numbers(store: Store) -> Json:
     if "download" in manifest["stages"]:
         found["placeholders"] = manifest["download"]["placeholders"]
         found["hosts"] = manifest["download"]["hosts"]
-        found["repeated_images"] = repeated_images(store, manifest)
+        found["repeated_images"] = repeated_images(store)
     if "certify" in manifest["stages"]:
         catalog = Catalog(store)
         graph = catalog.graph
@@ -96,10 +97,10 @@ def funnel(store: Store, manifest: Json) -> list[Json]:
 
 
 def _rejected(store: Store, stage: str) -> dict[str, int]:
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for name in sorted(store.sizes(f"rejected/{stage}")):
-        for reason in store.table(name, ["reason"])["reason"].to_pylist():
-            counts[reason] = counts.get(reason, 0) + 1
+        for one in store.table(name, ["reason"])["reason"].value_counts().to_pylist():
+            counts[one["values"]] += one["counts"]
     return counts
 
 
@@ -155,7 +156,7 @@ def _repeated_texts(store: Store, manifest: Json) -> Json:
     }
 
 
-def repeated_images(store: Store, manifest: Json) -> list[Json]:
+def repeated_images(store: Store) -> list[Json]:
     """The files that most URLs gave, byte for byte: URLs, sha256, one row's key and caption."""
     tables = []
     for name in sorted(store.sizes("shards")):
@@ -224,7 +225,7 @@ def edge_numbers(graph: SampleGraph, catalog: Catalog) -> Json:
 def degree_bins(indegree: Array) -> list[Json]:
     """Nodes by in-degree: 0, 1, 2, 3-4, 5-8, 9-16, ..."""
     edges = [0, 1, 2, *(2**power + 1 for power in range(1, 33))]
-    counts = np.histogram(indegree, [*edges[: int(np.searchsorted(edges, indegree.max(), side="right")) + 1]])[0]
+    counts = np.histogram(indegree, edges[: int(np.searchsorted(edges, indegree.max(), side="right")) + 1])[0]
     return [{"from": edges[i], "to": edges[i + 1] - 1, "nodes": int(count)} for i, count in enumerate(counts)]
 
 
