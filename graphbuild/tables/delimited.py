@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Iterator
-from functools import partial
 from itertools import chain, islice
 
 from graphbuild.errors import InputError
@@ -72,13 +71,16 @@ def _is_quoted_tsv(head: list[bytes]) -> bool:
     text = b"".join(head)
     if b'"' not in text:
         return False
-    rows = [[fields for _, fields in read(iter(head))] for read in (_literal_records, _quoted_tsv_records)]
-    literal, quoted = (sum(isinstance(row, str) or len(row) != len(all_[0]) for row in all_) for all_ in rows)
-    if literal != quoted:
-        return quoted < literal
-    return rows[0][0] != rows[1][0] or any(
-        b'""' in field or b"\r" in field for field in _QUOTED_TSV_FIELD.findall(text)
+    literal, quoted = (
+        [fields for _, fields in records]
+        for records in (_literal_records(iter(head)), _quoted_records(iter(head), b"\t"))
     )
+    bad_literal, bad_quoted = (
+        sum(isinstance(row, str) or len(row) != len(rows[0]) for row in rows) for rows in (literal, quoted)
+    )
+    if bad_literal != bad_quoted:
+        return bad_quoted < bad_literal
+    return literal[0] != quoted[0] or any(b'""' in field or b"\r" in field for field in _QUOTED_TSV_FIELD.findall(text))
 
 
 def _literal_records(lines: Iterator[bytes]) -> Iterator[Record]:
@@ -127,6 +129,3 @@ def _quoted_records(lines: Iterator[bytes], delimiter: bytes) -> Iterator[Record
             yield raw, fault
         else:
             yield chomp(b"".join([line, *(ahead.popleft() for _ in range(taken))])), fields
-
-
-_quoted_tsv_records = partial(_quoted_records, delimiter=b"\t")

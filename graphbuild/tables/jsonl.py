@@ -37,6 +37,8 @@ def json_table(spec: TableSpec, head: list[bytes], lines: Iterator[bytes], keep_
             kind = " or ".join(sorted({_JSON_TYPES[each] for each in types}))
             raise wrong_type(spec.path, role, column, kind)
 
+    known = set(names)
+
     def fields_of(line: bytes) -> list[bytes | None] | str:
         row = _json_object(line)
         if isinstance(row, str):
@@ -57,7 +59,6 @@ def json_table(spec: TableSpec, head: list[bytes], lines: Iterator[bytes], keep_
             fields.append(None if value is None else value.encode())
         return fields
 
-    known = set(names)
     records = ((chomp(line), fields_of(line)) for line in chain(head, lines))
     return [(name, index) for index, (name, _) in enumerate(selected)], len(selected), records
 
