@@ -23,6 +23,7 @@ import numpy as np
 
 from graphbuild.encoder import DEFAULT_ENCODER, find_encoder, open_model
 from graphbuild.errors import ConfigError, GraphbuildError
+from graphbuild.plan.calibration import cores_here
 from graphbuild.store import Store
 
 State = Literal["ok", "warning", "FAIL"]
@@ -58,7 +59,7 @@ def _finding(name: str, check: Callable[[], tuple[State, str, str]]) -> Finding:
 
 
 def _python() -> tuple[State, str, str]:
-    says = f"{platform.python_version()}, {sys.platform} {platform.machine()}, {_cores()} cores"
+    says = f"{platform.python_version()}, {sys.platform} {platform.machine()}, {cores_here()} cores"
     return ("ok", says, "") if sys.version_info >= (3, 11) else ("FAIL", says, "use Python 3.11 or later")
 
 
@@ -227,10 +228,6 @@ CHECKS: dict[str, Callable[[], tuple[State, str, str]]] = {
 
 def _process() -> int:
     return os.getpid()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _version(package: str) -> str | None:

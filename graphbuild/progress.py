@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 
@@ -94,12 +94,6 @@ class State:
         }
 
 
-class View(Protocol):
-    """Where a State is shown. `close` is told how it ended."""
-
-    def close(self) -> None: ...
-
-
 class Progress:
     """Shows one stage at a time; the runner tells it what happens.
 
@@ -110,7 +104,7 @@ class Progress:
     def __init__(self, mode: Mode = "auto") -> None:
         self.mode = mode if mode != "auto" else "live" if sys.stderr.isatty() else "plain"
         self.state = State()
-        self._view: View | None = None
+        self._view: _Live | _Ticker | None = None
 
     def begin(self, stage: str, *, total: int, done: int) -> None:
         self.state = State(stage, total, done, skipped=done)
