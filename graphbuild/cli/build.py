@@ -18,6 +18,7 @@ from graphbuild.cli.options import (
     Precision,
     PresetOption,
     ProgressOption,
+    RecipeArg,
     ResizeMode,
     StoreArg,
     Workers,
@@ -38,7 +39,7 @@ HOW = "workers address force progress dry_run"
 
 @app.command()
 def demo(
-    store: Annotated[str, typer.Argument(metavar="[STORE]", help="output folder")] = "demo",
+    store: Annotated[str, typer.Argument(metavar="STORE", help="output folder")] = "demo",
     scenes: Annotated[int, typer.Option(min=200, help="captioned scenes to make")] = 3000,
     workers: Workers = None,
     address: Address = None,
@@ -55,7 +56,7 @@ def demo(
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, see pipelines/", show_default=False)],
+    recipe: RecipeArg,
     store: StoreArg,
     workers: Workers = None,
     address: Address = None,
@@ -152,7 +153,7 @@ def embed(
 @app.command()
 def index(
     store: StoreArg,
-    k: Annotated[int | None, typer.Option("--k", help="neighbours a node  [default: 64]", show_default=False)] = None,
+    k: Annotated[int | None, option("neighbours a node  [default: 64]")] = None,
     engine: Annotated[str | None, option("auto, exact, partition or faiss:FACTORY  [default: auto]")] = None,
     recall: Annotated[float | None, option("recall@k to aim for, unless exact  [default: 0.99]")] = None,
     min_recall: Annotated[

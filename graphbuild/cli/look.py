@@ -7,15 +7,15 @@ from typing import Annotated
 import typer
 
 from graphbuild.cli.app import app
-from graphbuild.cli.options import DerivedList, DryRun, StoreArg, Workers, given, open_store, option
+from graphbuild.cli.options import DerivedList, DryRun, RecipeArg, StoreArg, Workers, given, open_store, option
 from graphbuild.terminal import echo
 
 
 @app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, see pipelines/", show_default=False)],
+    recipe: RecipeArg,
     store: Annotated[
-        str | None, typer.Argument(metavar="[STORE]", help="where it would go, for the disk", show_default=False)
+        str | None, typer.Argument(metavar="STORE", help="where it would go, for the disk", show_default=False)
     ] = None,
     rows: Annotated[int | None, typer.Option(min=2, help="of the source, instead of a look at it")] = None,
     workers: Workers = None,
@@ -115,7 +115,7 @@ def verify(store: StoreArg) -> None:
 
 @app.command()
 def doctor(
-    store: Annotated[str | None, typer.Argument(metavar="[STORE]", help="a store to try writing to")] = None,
+    store: Annotated[str | None, typer.Argument(metavar="STORE", help="a store to try writing to")] = None,
 ) -> None:
     """What this machine can do, tried out.
 
@@ -125,10 +125,9 @@ def doctor(
 
     failed = False
     for finding in examine(store):
-        echo(
-            f"{finding.check:<9} {finding.state:<8} {finding.says}"
-            + (f"\n{'':19}-> {finding.fix}" if finding.fix else "")
-        )
+        echo(f"{finding.check:<9} {finding.state:<8} {finding.says}")
+        if finding.fix:
+            echo(f"{'':19}-> {finding.fix}")
         failed |= finding.state == "FAIL"
     if failed:
         raise typer.Exit(1)

@@ -12,34 +12,30 @@ from graphbuild.errors import ConfigError
 if TYPE_CHECKING:
     from graphbuild.store import Store
 
-Preset = Literal["cc3m", "cc12m"]
-Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 ResizeMode = Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
 Embeddings = Literal["int8", "float16", "sketch:64", "none"]
 Layout = Literal["sidecars", "inline", "clustered"]
 DerivedList = Literal["duplicates", "hard-negatives", "false-negatives", "positives"]
+
+
+def option(help_: str, **limits: Any) -> Any:
+    """An option whose help says by itself what its absence means."""
+    return typer.Option(help=help_, show_default=False, **limits)
+
+
 StoreArg = Annotated[
     str,
     typer.Argument(
-        metavar="STORE",
-        help="the job's output folder, or any fsspec URL such as s3://...",
-        show_default=False,
+        metavar="STORE", help="the job's output folder, or any fsspec URL such as s3://...", show_default=False
     ),
 ]
+RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, see pipelines/", show_default=False)]
 Workers = Annotated[
-    int | None,
-    typer.Option(
-        min=0,
-        help="worker processes; 0: none, in this process  [default: one a CPU or GPU]",
-        show_default=False,
-    ),
+    int | None, option("worker processes; 0: none, in this process  [default: one a CPU or GPU]", min=0)
 ]
 Address = Annotated[
-    str | None,
-    typer.Option(
-        help="a Ray cluster: auto (on one of its nodes), or HOST:PORT  [default: this machine]", show_default=False
-    ),
+    str | None, option("a Ray cluster: auto (on one of its nodes), or HOST:PORT  [default: this machine]")
 ]
 Force = Annotated[bool, typer.Option("--force", help="rebuild what was built with other settings or inputs")]
 ProgressOption = Annotated[
@@ -47,12 +43,8 @@ ProgressOption = Annotated[
     typer.Option(help="how progress is shown; json: an object a line, on stderr"),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="only tell what it would take")]
-PresetOption = Annotated[Preset | None, typer.Option(help="a published headerless TSV", show_default=False)]
-DeviceOption = Annotated[Device | None, typer.Option(help="[default: auto]", show_default=False)]
-
-
-def option(help_: str, **kwargs: Any) -> Any:
-    return typer.Option(help=help_, show_default=False, **kwargs)
+PresetOption = Annotated[Literal["cc3m", "cc12m"] | None, option("a published headerless TSV")]
+DeviceOption = Annotated[Literal["auto", "cpu", "cuda"] | None, option("[default: auto]")]
 
 
 def given(values: dict[str, Any], names: str) -> dict[str, Any]:
