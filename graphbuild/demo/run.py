@@ -6,7 +6,6 @@ About a minute on two cores for 3,000 scenes.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -39,13 +38,17 @@ def run_demo(url: str, *, scenes: int, workers: int | None, address: str | None)
     folder, store, recipe = _job(url)
     store.check_writable()
     made = make_scenes(scenes)
-    urls = folder / LIST
-    with contextlib.ExitStack() as stack:
-        server = SceneServer(made, pixels=PIXELS, port=_known_port(urls, scenes))
-        stack.enter_context(server)
-        if not urls.exists() or _known_port(urls, scenes) == 0:
-            write_url_list(urls, made, server.url)
-        runner = stack.enter_context(Runner(workers=workers, address=address))
+    port = _known_port(folder / LIST, scenes)
+    try:
+        server = SceneServer(made, pixels=PIXELS, port=port)
+    except OSError as error:
+        raise ConfigError(
+            f"the demo's web server cannot have port {port}, which {folder / LIST} names ({error.strerror})",
+            "end what listens there, or name another STORE",
+        ) from error
+    with server, Runner(workers=workers, address=address) as runner:
+        if not port:
+            write_url_list(folder / LIST, made, server.url)
         manifest = run_verb("run", recipe, store, runner)
     typer.echo(summary("demo", manifest, store))
     typer.echo(f"          ({expected_images(assign_faults(scenes)):,} images expected: the server's faults are known)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import polars as pl
 import pytest
 
 from graphbuild.demo.scenes import make_scenes
-from graphbuild.demo.server import FAULTS, assign_faults, expected_images, image_url
+from graphbuild.demo.server import FAULTS, assign_faults, expected_images, image_url, write_url_list
 
 SCENES = 300
 GRAPHBUILD = Path(sys.executable).parent / "graphbuild"
@@ -67,3 +68,16 @@ def test_a_second_demo_does_nothing_and_is_quick(run: tuple[Path, subprocess.Com
     assert done.stderr.count("up to date") == 11
     assert {path: path.stat().st_mtime_ns for path in (run[0] / "demo").rglob("*") if path.is_file()} == before
     assert seconds < 10
+
+
+def test_a_port_that_another_program_has_taken_is_named(tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        write_url_list(tmp_path / "demo/scenes.parquet", make_scenes(SCENES), f"http://127.0.0.1:{port}")
+        done = demo(tmp_path)
+    assert done.returncode == 2
+    assert (
+        f"cannot have port {port}, which {tmp_path}/demo/scenes.parquet names (Address already in use)" in done.stderr
+    )
+    assert "Traceback" not in done.stderr
