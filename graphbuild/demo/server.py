@@ -36,30 +36,24 @@ class Fault:
     kind: str
     share: float
     kept: bool
-    reason: str
 
 
 FAULTS: dict[str, Fault] = {
     fault.kind: fault
     for fault in (
-        Fault("not_found", 0.025, False, "404: the page is gone, a retry is wasted"),
-        Fault("server_error", 0.007, False, "500 every time, retries do not help"),
-        Fault("unavailable_once", 0.012, True, "503 at first, fine on a retry"),
-        Fault("slow", 0.010, True, "a late answer is an answer"),
-        Fault("hang", 0.002, False, "no answer before any sensible time-out"),
-        Fault("moved_permanently", 0.008, True, "301 to the image: redirects are followed"),
-        Fault("moved_temporarily", 0.008, True, "302 to the image: redirects are followed"),
-        Fault("redirect_loop", 0.003, False, "302 to itself: the client gives up"),
-        Fault("html_page", 0.008, False, "status 200 with a web page: not an image"),
-        Fault("truncated", 0.006, False, "HTTP succeeds, but half of the JPEG is missing: it does not decode"),
-        Fault("wrong_type", 0.006, True, "a good image sent as text/plain: the bytes decide, not the header"),
-        Fault(
-            "placeholder",
-            0.015,
-            True,
-            "a valid image that says it is gone; only its many copies give it away",
-        ),
-        Fault("cut_off", 0.004, False, "the connection closes before Content-Length bytes came"),
+        Fault("not_found", 0.025, False),  # 404: the page is gone, a retry is wasted
+        Fault("server_error", 0.007, False),  # 500 every time, retries do not help
+        Fault("unavailable_once", 0.012, True),  # 503 at first, fine on a retry
+        Fault("slow", 0.010, True),  # a late answer is an answer
+        Fault("hang", 0.002, False),  # no answer before any sensible time-out
+        Fault("moved_permanently", 0.008, True),  # 301 to the image: redirects are followed
+        Fault("moved_temporarily", 0.008, True),  # 302 to the image: redirects are followed
+        Fault("redirect_loop", 0.003, False),  # 302 to itself: the client gives up
+        Fault("html_page", 0.008, False),  # status 200 with a web page: not an image
+        Fault("truncated", 0.006, False),  # HTTP succeeds, but half of the JPEG is missing: it does not decode
+        Fault("wrong_type", 0.006, True),  # a good image sent as text/plain: the bytes decide, not the header
+        Fault("placeholder", 0.015, True),  # a valid image that says it is gone; only its many copies give it away
+        Fault("cut_off", 0.004, False),  # the connection closes before Content-Length bytes came
     )
 }
 
