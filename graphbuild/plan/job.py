@@ -11,25 +11,24 @@ import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from graphbuild import base
+from graphbuild.captions import read_class_names
 from graphbuild.certify import require_graph
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.fetched import require_images
 from graphbuild.index import nodes_entry
 from graphbuild.plan import lists
 from graphbuild.plan.encoder_facts import NO_ENCODER, EncoderFacts, encoder_facts
-from graphbuild.recipe import Recipe
+from graphbuild.recipe import Embed, Recipe
 from graphbuild.remote import READERS, file_system, reaching
-from graphbuild.source import open_parts
+from graphbuild.source import local_file, open_parts
 from graphbuild.state import require
 from graphbuild.store import Store
 from graphbuild.tars import expand_shards, open_tar
 
 IMAGE_BYTES = 30_000  # of a JPEG at 256 pixels: img2dataset's page on CC12M has 331 GB for 11M images
 JSON_BYTES = 600  # img2dataset's json and txt of a sample; and tar headers are 512 bytes a member
-ALL_DIFFER = "every caption differs (fewer nodes, where they repeat)"
 
 
 @dataclass(frozen=True)
@@ -159,13 +158,8 @@ def _of_tars(recipe: Recipe, rows: int | None) -> Job:
     with open_tar(urls[0]) as tar:
         first = len(tar.samples())
     samples = rows if rows is not None else round(first * sum(sizes) / max(sizes[0], 1))
-    nodes = samples
-    assumed = [] if len(urls) == 1 else [f"{samples:,} samples, by those of {urls[0].rsplit('/', 1)[-1]}"]
-    names = recipe.embed.class_names
-    if names is not None and Path(names).exists():
-        nodes = min(sum(bool(line.strip()) for line in Path(names).read_text().splitlines()), samples)
-    else:
-        assumed.append(ALL_DIFFER)
+    counted = () if len(urls) == 1 else (f"{samples:,} samples, by those of {urls[0].rsplit('/', 1)[-1]}",)
+    nodes, assumed = _nodes_of(recipe.embed, samples)
     return Job(
         "tars",
         samples,
@@ -174,8 +168,15 @@ def _of_tars(recipe: Recipe, rows: int | None) -> Job:
         len(urls),
         encoder_facts(recipe),
         tar_bytes=float(sum(sizes)),
-        assumed=tuple(assumed),
+        assumed=(*counted, *assumed),
     )
+
+
+def _nodes_of(embed: Embed, samples: int) -> tuple[int, tuple[str, ...]]:
+    """Nodes of so many samples of tars, and what is assumed of them."""
+    if embed.class_names is None:
+        return samples, ("every caption differs (fewer nodes, where they repeat)",)
+    return min(len(read_class_names(embed.class_names)), samples), ()
 
 
 def _bytes(url: str) -> int:
@@ -192,15 +193,16 @@ def _of_downloaded(recipe: Recipe, store: Store) -> Job:
     require_images(store)
     samples = store.manifest()["stages"]["download"]["counts"]["images"]
     sizes = [size for name, size in store.sizes("shards").items() if name.endswith(".tar")]
+    nodes, assumed = _nodes_of(recipe.embed, samples)
     return Job(
         "tars",
         samples,
         samples,
-        samples,
+        nodes,
         len(sizes),
         encoder_facts(recipe),
         tar_bytes=float(sum(sizes)),
-        assumed=(ALL_DIFFER,),
+        assumed=assumed,
     )
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import io
 import os
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Coroutine, Iterator
@@ -14,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -195,6 +198,21 @@ def test_a_list_at_a_url_with_a_query_has_its_own_format(tmp_path: Path, web_fol
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     job = job_of("run", Recipe(embed=Embed(captions=f"{web_folder}/{name}?download=true")))
     assert job.rows == 1_000
+
+
+def test_class_names_anywhere_tell_the_nodes_of_tars(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for number in range(50):
+            info = tarfile.TarInfo(f"{number}.cls")
+            info.size = 1
+            archive.addfile(info, io.BytesIO(b"%d" % (number % 3)))
+    with fsspec.open("memory://classes/names.txt", "w") as file:
+        file.write("cat\ndog\nbird\n")
+    embed = Embed(shards=f"{tmp_path}/*.tar", caption_member="cls", class_names="memory://classes/names.txt")
+    job = job_of("run", Recipe(embed=embed))
+    assert (job.samples, job.nodes, job.assumed) == (50, 3, ())
+    with pytest.raises(InputError, match=r"no\.txt does not exist"):
+        job_of("run", Recipe(embed=embed.model_copy(update={"class_names": f"{tmp_path}/no.txt"})))
 
 
 @pytest.mark.parametrize("end", ["", "\n"])
