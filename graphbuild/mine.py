@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from graphbuild.duplicates import near_duplicates
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.graph import SampleGraph
-from graphbuild.mined import Mined, Part, blocks, check_similarity, count_truncated, reaches, samples, slices, target
+from graphbuild.mined import Mined, Part, blocks, check_similarity, count_truncated, place_of, reaches, samples, slices
 from graphbuild.source import local_file
 from graphbuild.store import Json, Store
 
@@ -166,7 +166,7 @@ def mine_store(
         given["positive"] = _read_scores(given["positive"])
     graph = SampleGraph.open(store.url)
     mined = LISTS[what](graph, **given)
-    folder, name = target(store, what, out, dry_run=dry_run)
+    folder, name = place_of(store, what, out, dry_run=dry_run)
     if dry_run:
         replaced = ", in place of the list that is there" if folder.exists(name) else ""
         edges = f"{len(graph) * graph.k:,} edges of {len(graph):,} nodes"

@@ -108,7 +108,7 @@ class Mined:
         yield waiting
 
 
-def target(store: Store, what: str, out: str | None, *, dry_run: bool = False) -> tuple[Store, str]:
+def place_of(store: Store, what: str, out: str | None, *, dry_run: bool = False) -> tuple[Store, str]:
     """The folder, and the name in it, of a list's file: `out`, or STORE/mined/WHAT.parquet.
 
     Raises:
