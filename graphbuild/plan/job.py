@@ -22,7 +22,7 @@ from graphbuild.plan import lists
 from graphbuild.plan.encoder_facts import NO_ENCODER, EncoderFacts, encoder_facts
 from graphbuild.recipe import Embed, Recipe
 from graphbuild.remote import READERS, file_system, reaching
-from graphbuild.source import local_file, open_parts
+from graphbuild.source import open_parts
 from graphbuild.state import require
 from graphbuild.store import Store
 from graphbuild.tars import expand_shards, open_tar
