@@ -628,4 +628,4 @@ def test_a_worker_whose_tars_do_not_fill_a_batch_says_so(store: Path, caplog: py
     assert "do not fill one of 500 samples: use fewer workers or a smaller batch_size" in record.message
     caplog.clear()
     assert list(graph_webdataset(f"{store}/*.tar", batch_size=8, partial=False))
-    assert not caplog.records
+    assert "no batch" not in caplog.text
