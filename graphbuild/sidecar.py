@@ -280,11 +280,11 @@ def _parse_header(url: str, metadata: dict[bytes, bytes] | None) -> SidecarHeade
         raise ShardError(f"{url}: metadata field {name}: {problem['msg']}", EXPORT) from None
 
 
-def _check_columns(url: str, header: SidecarHeader, table: pa.Table, names: Sequence[str] = ()) -> None:
-    """ShardError where columns `names`, or any, are absent or of another type, or rows are missing."""
+def _check_columns(url: str, header: SidecarHeader, table: pa.Table, names: Sequence[str] | None = None) -> None:
+    """ShardError where columns (these, or any) are absent or of another type, or rows are missing."""
     types = dict(zip(table.schema.names, table.schema.types, strict=True))
     schema = sidecar_schema(header.d, header.k, header.embeddings)
-    for field in map(schema.field, names or schema.names):
+    for field in map(schema.field, schema.names if names is None else names):
         found = types.get(field.name, "absent")
         if found != field.type:
             raise ShardError(f"{url}: column {field.name} is {found}, expected {field.type}", EXPORT)
