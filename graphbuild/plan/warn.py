@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from graphbuild.errors import ConfigError
+from graphbuild.index import MAPPED
+from graphbuild.mapped import check_mappings
 from graphbuild.plan import lists
 from graphbuild.plan.case import Case, Cost
 from graphbuild.plan.embed_costs import FETCH_SECONDS
@@ -51,6 +54,11 @@ def warnings(case: Case, found: Sequence[Cost]) -> list[str]:
                 + (", or a smaller index.memory" if fit and cost.name == "join" else "")
             )
             break
+    if any(cost.name == "join" for cost in todo):
+        try:
+            check_mappings(MAPPED.get(chosen_engine(recipe, job, machine).name, 1) * job.shards)
+        except ConfigError as error:
+            lines.append(f"{error.cause}: {error.fix}")
     card = machine.card
     lines += [
         f"{cost.title} takes {cost.vram / 1e9:.0f} GB of the GPU's {card.bytes / 1e9:.0f} GB: a smaller index.memory"

@@ -24,6 +24,7 @@ import pytest
 import torch
 from aiohttp import web
 
+from graphbuild import mapped
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.knn import engine
 from graphbuild.pipeline import run_verb
@@ -133,16 +134,23 @@ def test_without_worker_processes_every_machine_runs_a_task_at_a_time(made_up_ca
         assert none != all_
 
 
-def test_what_will_hurt_is_said_with_what_to_do(made_up: Rates, tmp_path: Path) -> None:
+def test_what_will_hurt_is_said_with_what_to_do(
+    made_up: Rates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cc3m = read_recipe(str(PIPELINES / "cc3m.yaml"))
     assert "tasks for 2,048 workers" in words(made_up, cc3m, "nodes=32,cores=64,network=100")
     assert "shard_size of 500 would busy all" in words(made_up, cc3m, "nodes=32,cores=64,network=100")
     assert "expect images from 5" in words(made_up, cc3m, "cores=2")
     assert "on a node: use --workers" in words(made_up, cc3m, "cores=64,memory=16")
     assert "GB are free: another STORE" in words(made_up, cc3m, "cores=2,disk=10")
-    huge = words(made_up, cc3m, "cores=16,gpus=1,gpu=h200,memory=2000", rows=400_000_000)
+    exact = cc3m.model_copy(update={"index": cc3m.index.model_copy(update={"engine": "exact"})})
+    huge = words(made_up, exact, "cores=16,gpus=1,gpu=h200,memory=2000", rows=400_000_000)
     assert "join takes" in huge
     assert "--engine partition" in huge
+    monkeypatch.setattr(mapped, "MOST", tmp_path / "max_map_count")
+    for most, too_many in ((200_000, False), (40_000, True)):
+        mapped.MOST.write_text(f"{most}\n")
+        assert ("on every node" in words(made_up, cc3m, "cores=2", rows=100_000_000)) == too_many
     assert "numbering takes" in words(made_up, cc3m, "cores=2,memory=16", rows=400_000_000)
 
 
