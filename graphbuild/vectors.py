@@ -1,8 +1,7 @@
 """Stage vectors: ready vectors as nodes, one a row in order, instead of captions and an encoder.
 
 Writes each shard's samples/, nodes/*.parquet and nodes/*.npy: float16, scaled to unit norm, and checked; a NaN, an
-infinity or a zero vector is refused with its row. A task reads
-its own rows of the file. Memory: one shard.
+infinity or a zero vector is refused with its row. A task reads its own rows of the file. Memory: one shard.
 """
 
 from __future__ import annotations
