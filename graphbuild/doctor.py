@@ -6,7 +6,6 @@ A check gives one line; it warns where a job would work but badly, and fails whe
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -25,6 +24,7 @@ from graphbuild.encoder import DEFAULT_ENCODER, find_encoder, open_model
 from graphbuild.errors import ConfigError, GraphbuildError
 from graphbuild.plan.calibration import cores_here
 from graphbuild.store import Store
+from graphbuild.versions import version_of
 
 State = Literal["ok", "warning", "FAIL"]
 DISK_BYTES, MEMORY_BYTES = 5 << 30, 4 << 30  # that the demo's packages and jobs need at ease
@@ -167,17 +167,17 @@ def _ray() -> tuple[State, str, str]:
     if answer == os.getpid():
         return "FAIL", "a task did not run in a process of its own", "install ray anew"
     mode = os.environ.get("RAY_AUTH_MODE", "none")
-    return "ok", f"{_version('ray')}, started with a task in {time.perf_counter() - begin:.1f} s, auth: {mode}", ""
+    return "ok", f"{version_of('ray')}, started with a task in {time.perf_counter() - begin:.1f} s, auth: {mode}", ""
 
 
 def _download() -> tuple[State, str, str]:
-    missing = [name for name in ("img2dataset", "webdataset") if _version(name) is None]
+    missing = [name for name in ("img2dataset", "webdataset") if version_of(name) is None]
     if missing:
         fix = "pip install 'graphbuild[download]'; with tars or captions of your own it is not needed"
         return "FAIL", f"{missing[0]} is not installed", fix
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), 5):
         port = server.getsockname()[1]
-    return "ok", f"img2dataset {_version('img2dataset')}; loopback answers (port {port})", ""
+    return "ok", f"img2dataset {version_of('img2dataset')}; loopback answers (port {port})", ""
 
 
 def _memory() -> tuple[State, str, str]:
@@ -228,10 +228,3 @@ CHECKS: dict[str, Callable[[], tuple[State, str, str]]] = {
 
 def _process() -> int:
     return os.getpid()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 from graphbuild import certify, clustered, download, embed, export, fidelity, index, inline, number, scan, vectors
 from graphbuild.encoder import find_encoder
@@ -17,6 +16,7 @@ from graphbuild.runner import Runner
 from graphbuild.stage import Stage, write_manifest
 from graphbuild.state import remove_scratch, write_recipe
 from graphbuild.store import Json, Store
+from graphbuild.versions import version_of
 
 PACKAGES = (
     "graphbuild",
@@ -78,7 +78,7 @@ def run_verb(verb: str, recipe: Recipe, store: Store, runner: Runner, *, force: 
             remove_scratch(clustered.SCRATCH_STAGES, clustered.SCRATCH, store)
     write_recipe(recipe, store)
     manifest = store.manifest()
-    versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    versions = {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}}
     made_with = {"versions": versions, "recipe": hashlib.sha256(store.read_bytes("recipe.yaml")).hexdigest()}
     if manifest != {**manifest, **made_with}:
         manifest |= made_with
@@ -86,10 +86,3 @@ def run_verb(verb: str, recipe: Recipe, store: Store, runner: Runner, *, force: 
     if store.is_local:  # of workers that died meanwhile
         remove_leftovers(store.root)
     return manifest
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

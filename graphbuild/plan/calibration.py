@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from graphbuild.errors import StageError
 from graphbuild.progress import Progress
 from graphbuild.recipe import Embed, Recipe
 from graphbuild.stage import digest
+from graphbuild.versions import version_of
 
 logger = logging.getLogger(__name__)
 VERSION = 1  # of what is measured
@@ -178,17 +178,10 @@ def identity_here() -> dict[str, Any]:
         fields = dict(line.split(":", 1) for line in info.read_text().split("\n\n")[0].splitlines() if ":" in line)
         named = {key.strip(): value.strip() for key, value in fields.items()}
         model, flags = named.get("model name", model), named.get("flags", "")
-    versions = {name: _version(name) for name in PACKAGES}
+    versions = {name: version_of(name) for name in PACKAGES}
     key = digest([VERSION, platform.node(), model, flags, cores_here(), platform.python_version(), versions])[:16]
     return {"machine": model, "cores": cores_here(), "key": key}
 
 
 def cores_here() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

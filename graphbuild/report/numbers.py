@@ -149,8 +149,8 @@ def _repeated_texts(store: Store, manifest: Json) -> Json:
         best = heapq.nlargest(SHOWN, [*best, *zip(samples[top].tolist(), texts, strict=True)], key=lambda pair: pair[0])
     return {
         "samples_per_node": [
-            {"from": 2 ** (power - 1) + 1 if power else 1, "to": 2**power, "nodes": by_power[power]}
-            for power in sorted(by_power)
+            {"from": 2 ** (power - 1) + 1 if power else 1, "to": 2**power, "nodes": by_power.get(power, 0)}
+            for power in range(max(by_power, default=-1) + 1)
         ],
         "texts": [{"samples": count, "text": text} for count, text in best if count > 1 and text is not None],
     }

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from browser import Tab
 
 from graphbuild.report.charts import _mass
+from graphbuild.report.numbers import _repeated_texts
 from graphbuild.report.page import render, write_report
 from graphbuild.store import Store
 
@@ -132,3 +134,12 @@ def test_no_two_lines_of_a_chart_look_alike(k: int) -> None:
     mass = _mass({"ranks": ranks, "tau_s": [0.1], "share": [[0.5] * len(ranks)]})
     looks = [(line["line"]["color"], line["line"]["dash"]) for line in mass["data"]]
     assert len(set(looks)) == len(ranks)
+
+
+def test_a_number_of_samples_that_no_node_has_is_a_bar_of_none(tmp_path: Path) -> None:
+    (tmp_path / "nodes").mkdir()
+    pq.write_table(pa.table({"samples": [1, 1, 7], "text": ["a", "b", "c"]}), tmp_path / "nodes" / "00000.parquet")
+    found = _repeated_texts(Store(str(tmp_path)), {"shards": [{"shard": "00000", "nodes": 3}]})
+    bars = [(one["from"], one["to"], one["nodes"]) for one in found["samples_per_node"]]
+    assert bars == [(1, 1, 2), (2, 2, 0), (3, 4, 0), (5, 8, 1)]
+    assert found["texts"] == [{"samples": 7, "text": "c"}]
