@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from graphbuild.errors import ConfigError, GraphbuildError, InputError, StageError
+from graphbuild.gpus import gpu_here
 from graphbuild.progress import Progress
 from graphbuild.recipe import Recipe
 from graphbuild.stage import Stage, Task, digest, records, write_manifest
@@ -187,7 +188,7 @@ class Runner:
         if device == "cpu":
             return False
         here = resources is None or (self._started_ray and not self.address)
-        found = (resources is None or resources.get("GPU", 0) >= 1) and (not here or _cuda_here())
+        found = (resources is None or resources.get("GPU", 0) >= 1) and (not here or gpu_here())
         if device == "cuda" and not found:
             if here:
                 raise ConfigError("torch can use no GPU here", "use --device cpu, or see `graphbuild doctor`")
@@ -272,9 +273,3 @@ def failed(stage: Stage, failures: Mapping[str, Failure], store: Store) -> Graph
 def _placed(task: Task, *, gpu: bool) -> Task:
     device = "cuda" if gpu and task.hints.get("device") != "cpu" else "cpu"
     return dataclasses.replace(task, hints={**task.hints, "device": device})
-
-
-def _cuda_here() -> bool:
-    import torch
-
-    return torch.cuda.is_available()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from graphbuild.errors import ConfigError
+from graphbuild.gpus import gpu_here
 from graphbuild.index import SCRATCH
 from graphbuild.recipe import Index
 from graphbuild.sharded import Array
@@ -231,19 +232,12 @@ def choose(index: Index, nodes: int, width: int) -> tuple[Engine, str]:
     if index.engine == "partition":
         return Partition(index.recall, index.seed), "asked for"
     operations = float(nodes) ** 2 * width
-    on_gpu = index.device == "cuda" or (index.device == "auto" and operations > EXACT_OPERATIONS and _gpu_here())
+    on_gpu = index.device == "cuda" or (index.device == "auto" and operations > EXACT_OPERATIONS and gpu_here())
     most, place = (EXACT_ON_GPU, "a GPU") if on_gpu else (EXACT_OPERATIONS, "a CPU")
     sizes = f"{nodes:,} nodes x {width}: {operations:.1g} int8 operations"
     if operations <= most:
         return Exact(index.seed), f"{sizes}, at most {most:.0g} on {place}"
     return Partition(index.recall, index.seed), f"{sizes}, more than {most:.0g} on {place}; recall {index.recall}"
-
-
-def _gpu_here() -> bool:
-    """Whether torch can use one: a driver alone may be too old for it, or hidden from it."""
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def nodes_at_once(engine: Engine, index: Index, nodes: int, width: int) -> int:

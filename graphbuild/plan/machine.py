@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from graphbuild.errors import ConfigError
+from graphbuild.gpus import gpu_here
 from graphbuild.plan.calibration import Rates
 from graphbuild.store import Store
 
@@ -84,7 +85,7 @@ def here(rates: Rates, store: Store | None = None) -> Machine:
 def gpus_here() -> tuple[int, str | None]:
     import torch
 
-    if not torch.cuda.is_available():
+    if not gpu_here():
         return 0, None
     words = re.split(r"[\W_]+", torch.cuda.get_device_name().lower())  # as in NVIDIA A100-SXM4-80GB
     gpu = next((known for known in GPUS if known in words), None)
