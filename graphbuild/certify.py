@@ -106,7 +106,7 @@ def refuse_under_floor(store: Store, manifest: Json) -> None:
             raise under_floor(certificate, floor, store)
 
 
-STAGE = Stage(name="certify", title="recall", plan=plan, run=run, finish=finish)
+STAGE = Stage(name="certify", title="recall", plan=plan, run=run, finish=finish, entries=("recall",))
 
 
 def certify_afresh(store: Store, sample: int, seed: int) -> Json:

@@ -17,10 +17,11 @@ import pyarrow.parquet as pq
 
 from graphbuild import clustered, export, inline, mined
 from graphbuild.errors import ConfigError, GraphbuildError
+from graphbuild.pipeline import STEPS, Step
 from graphbuild.recipe import resolve
 from graphbuild.remote import READERS, reaching
 from graphbuild.sidecar import METADATA_KEY
-from graphbuild.stage import ORDER, digest, fingerprint, sealed, state_path
+from graphbuild.stage import digest, fingerprint, sealed, state_path
 from graphbuild.state import sealed_text
 from graphbuild.store import Json, Store, json_text, stream_sha256
 from graphbuild.tars import tar_stem
@@ -44,11 +45,11 @@ def check_files(store: Store, manifest: Json) -> Checked:
         return Checked(problems=[problem])
     checked = Checked(problems=list(_recipe(store, manifest)))
     done = {}
-    for stage in (*ORDER, mined.STAGE):
-        done[stage] = _records(store, stage, manifest, checked)
+    for step in STEPS:
+        done[step.name] = _records(store, step, manifest, checked)
     if not checked.problems:
         checked.problems += _sizes(store, manifest, done)
-        checked.problems += _lists(store, done[mined.STAGE])
+        checked.problems += _lists(store, done[mined.STAGE.name])
     return checked
 
 
@@ -84,9 +85,9 @@ def _recipe(store: Store, manifest: Json) -> Iterator[str]:
             yield "recipe.yaml: not the one that manifest.json was made with"
 
 
-def _records(store: Store, stage: str, manifest: Json, checked: Checked) -> dict[str, Json]:
-    """The sound records of a stage's finished tasks by their names; they and their files are checked."""
-    problems, done = [], {}
+def _records(store: Store, step: Step, manifest: Json, checked: Checked) -> dict[str, Json]:
+    """The sound records of a step's finished tasks by their names; they and their files are checked."""
+    stage, problems, done = step.name, [], {}
     paths = sorted(path for path in store.sizes(f"_state/{stage}") if path.endswith(".json"))
     with ThreadPoolExecutor(READERS) as threads:
         read = list(threads.map(lambda path: _sealed_json(store, path), paths))
@@ -118,31 +119,15 @@ def _completeness(stage: str, entry: Json, done: dict[str, Json], manifest: Json
         if record["built"].get("graph", graph) != graph:
             yield f"{state_path(stage, task)}: of another graph than the manifest's"
     if len(done) != entry["tasks"]:
-        missing = _missing(stage, entry["tasks"], done, manifest)
-        counted = f"{len(done)} tasks recorded as done, the manifest says {entry['tasks']}"
-        yield from (f"{state_path(stage, task)}: missing" for task in missing)
-        if not missing:
-            yield f"_state/{stage}/: {counted}"
+        numbered = {f"{number:05d}" for number in range(entry["tasks"])} - done.keys()
+        missing = [f"{state_path(stage, task)}: missing" for task in sorted(numbered)]
+        counted = f"_state/{stage}/: {len(done)} tasks recorded as done, the manifest says {entry['tasks']}"
+        yield from missing if done and len(missing) == entry["tasks"] - len(done) else [counted]
         return
     orders = (sorted(done), sorted(done, key=lambda name: (len(name), name)))
     if entry["fingerprint"] not in (digest([[name, done[name]["fingerprint"]] for name in order]) for order in orders):
         named = state_path(stage, *done) if len(done) == 1 else f"_state/{stage}/*.done.json"
         yield f"manifest.json: its stage {stage} was made from other records than {named}"
-
-
-def _missing(stage: str, tasks: int, done: dict[str, Json], manifest: Json) -> list[str]:
-    """The tasks without a record, as far as their names are known: of the whole, by number, or of shards."""
-    shards = manifest.get("shards", [])
-    whole = {"urls": ["list"], "number": ["all"], "moments": ["all"], "fidelity": ["all"]}
-    if stage in whole:
-        names = whole[stage]
-    elif stage in ("certify", "cluster"):
-        names = [f"{number:05d}" for number in range(tasks)]
-    elif stage == "scan" and tasks == 1 and shards and shards[0]["tar"] is None:
-        names = ["list"]
-    else:
-        names = [shard["shard"] for shard in shards if shard["nodes"] or stage != "search"]
-    return sorted(set(names) - done.keys())
 
 
 def _file(store: Store, output: Json, record: str) -> str | None:
@@ -189,4 +174,4 @@ def _lists(store: Store, done: dict[str, Json]) -> Iterator[str]:
             except (OSError, ValueError, GraphbuildError):
                 continue
             if METADATA_KEY in metadata:
-                yield f"{state_path(mined.STAGE, task)}: missing, though {path} is there"
+                yield f"{state_path(mined.STAGE.name, task)}: missing, though {path} is there"

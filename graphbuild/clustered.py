@@ -179,8 +179,7 @@ def tar_sizes(done: list[Json]) -> dict[str, int]:
     return {f"{record['task']}.tar": record["facts"]["counts"]["samples"] for record in done}
 
 
+ARRANGE = Stage(name="arrange", title="order", plan=plan_arrange, run=run_arrange, scratch=True)
+SCATTER = Stage(name="scatter", title="places", plan=plan_scatter, run=run_scatter, scratch=True)
 CLUSTER = Stage(name="cluster", title="tars", plan=plan_cluster, run=run_cluster, finish=finish_cluster)
-ARRANGE = Stage(name="arrange", title="order", plan=plan_arrange, run=run_arrange, serves=(CLUSTER,))
-SCATTER = Stage(name="scatter", title="places", plan=plan_scatter, run=run_scatter, serves=(CLUSTER,))
 STAGES = (ARRANGE, SCATTER, CLUSTER)
-SCRATCH_STAGES = (ARRANGE, SCATTER)

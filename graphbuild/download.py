@@ -264,5 +264,5 @@ DOWNLOAD = Stage(
     plan=plan_download,
     run=run_download,
     finish=finish_download,
-    counts=fetched.counts,
+    entries=("download",),
 )

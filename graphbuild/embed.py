@@ -110,4 +110,20 @@ def embeddings_entry(done: list[Json], encoder: Mapping[str, Any]) -> Json:
     return {"embeddings": {**encoder, **facts}}
 
 
-STAGE = Stage(name="encode", title="encoding", plan=plan, run=run, finish=finish, on_device=True, sharing=2)
+def check(recipe: Recipe) -> None:
+    """Raise ConfigError where there is no such encoder."""
+    if not matrix.is_matrix(recipe.embed.encoder):
+        find_encoder(recipe.embed.encoder)
+
+
+STAGE = Stage(
+    name="encode",
+    title="encoding",
+    plan=plan,
+    run=run,
+    finish=finish,
+    entries=("embeddings",),
+    check=check,
+    on_device=True,
+    sharing=2,
+)

@@ -64,7 +64,9 @@ def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     return {"fidelity": done[0]["facts"] if done else {}}
 
 
-STAGE = Stage(name="fidelity", title="fidelity", plan=plan, run=run, finish=finish, on_device=True)
+STAGE = Stage(
+    name="fidelity", title="fidelity", plan=plan, run=run, finish=finish, entries=("fidelity",), on_device=True
+)
 
 
 def sampled(store: Store) -> tuple[list[str], Array]:

@@ -272,13 +272,20 @@ def finish_search(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     return {"graph": entry | ({"kept_nodes": kept} if kept else {})}
 
 
-MOMENTS_STAGE = Stage(name="moments", title="moments", plan=plan_moments, run=moments.run)
-SEARCH = Stage(name="search", title="search", plan=plan_search, run=run_search, finish=finish_search)
-_SERVED = (MOMENTS_STAGE, SEARCH)
-BASE = Stage(name="base", title="old lists", plan=base.plan, run=base.run, serves=_SERVED)
-PREPARE = Stage(name="prepare", title="prepare", plan=plan_prepare, run=run_prepare, serves=_SERVED, note=forecast)
-CODES = Stage(name="codes", title="codes", plan=plan_codes, run=run_codes, finish=finish_codes, serves=_SERVED)
-JOIN = Stage(name="join", title="join", plan=plan_join, run=run_join, serves=_SERVED, on_device=True)
-MERGE = Stage(name="merge", title="merge", plan=plan_merge, run=run_merge, serves=_SERVED)
-STAGES = (BASE, PREPARE, CODES, MOMENTS_STAGE, JOIN, MERGE, SEARCH)
-SCRATCH_STAGES = (BASE, PREPARE, CODES, JOIN, MERGE)
+BASE = Stage(name="base", title="old lists", plan=base.plan, run=base.run, scratch=True)
+PREPARE = Stage(name="prepare", title="prepare", plan=plan_prepare, run=run_prepare, scratch=True, note=forecast)
+CODES = Stage(
+    name="codes",
+    title="codes",
+    plan=plan_codes,
+    run=run_codes,
+    finish=finish_codes,
+    entries=("largest_rest",),
+    scratch=True,
+)
+MOMENTS = Stage(name="moments", title="moments", plan=plan_moments, run=moments.run)
+JOIN = Stage(name="join", title="join", plan=plan_join, run=run_join, scratch=True, on_device=True)
+MERGE = Stage(name="merge", title="merge", plan=plan_merge, run=run_merge, scratch=True)
+SEARCH = Stage(
+    name="search", title="search", plan=plan_search, run=run_search, finish=finish_search, entries=("graph",)
+)

@@ -26,7 +26,7 @@ from graphbuild.store import FORMAT_VERSION, Json, Store, Writer
 BLOCK = 16_384  # nodes, samples or pairs at a time
 ROW_GROUP = 262_144  # rows
 METADATA_KEY = "graphbuild"
-FOLDER, STAGE = "mined", "mine"
+FOLDER = "mined"
 
 Part = tuple[pa.Table, dict[str, int]]  # some rows, and what was counted while they were made
 
@@ -73,21 +73,18 @@ class Mined:
         folder, _, stem = name.removesuffix(".parquet").rpartition("/")
         if folder != FOLDER:
             with store.staged(name) as path:
-                return self._write(path)
-
-        def run(task: Task, store: Store, writer: Writer) -> Json:
-            with writer.file(name) as path:
-                return {"counts": {"rows": self._write(path)}}
+                return self.write(path)
 
         options = json.loads(json.dumps(self.options, default=np.generic.item))
-        task = Task(stage=STAGE, name=stem, settings={"what": self.what, **options}, built={"graph": self._graph()})
-        stage = Stage(name=STAGE, title="mining", plan=lambda recipe, store: [task], run=run)
-        return int(perform(stage, task, store)["facts"]["counts"]["rows"])
+        settings, built = {"what": self.what, **options}, {"graph": self._graph()}
+        task = Task(stage=STAGE.name, name=stem, settings=settings, built=built, hints={"list": self})
+        return int(perform(STAGE, task, store)["facts"]["counts"]["rows"])
 
     def _graph(self) -> Any:
         return Store(self.url).manifest()["graph"]["fingerprint"]
 
-    def _write(self, path: Path) -> int:
+    def write(self, path: Path) -> int:
+        """Write the parquet file and return its rows."""
         about: Json = {"format_version": FORMAT_VERSION, "what": self.what, "options": self.options, "rows": 0}
         about["graph"] = self._graph()
         with pq.ParquetWriter(path, self.schema, compression="zstd", write_page_checksum=True) as writer:
@@ -106,6 +103,14 @@ class Mined:
                 yield waiting
                 waiting = self.schema.empty_table()
         yield waiting
+
+
+def _save(task: Task, store: Store, writer: Writer) -> Json:
+    with writer.file(f"{FOLDER}/{task.name}.parquet") as path:
+        return {"counts": {"rows": task.hints["list"].write(path)}}
+
+
+STAGE = Stage(name="mine", title="mining", plan=lambda recipe, store: [], run=_save)
 
 
 def place_of(store: Store, what: str, out: str | None, *, dry_run: bool = False) -> tuple[Store, str]:

@@ -120,4 +120,6 @@ def finish_assign(recipe: Recipe, store: Store, done: list[Json]) -> Json:
 
 
 NUMBER = Stage(name="number", title="numbering", plan=plan_number, run=run_number)
-ASSIGN = Stage(name="assign", title="nodes", plan=plan_assign, run=run_assign, finish=finish_assign)
+ASSIGN = Stage(
+    name="assign", title="nodes", plan=plan_assign, run=run_assign, finish=finish_assign, entries=("shards",)
+)

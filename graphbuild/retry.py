@@ -17,7 +17,7 @@ from graphbuild.download import DOWNLOAD, URLS, plan_urls
 from graphbuild.errors import ConfigError
 from graphbuild.fetch import may_pass_later
 from graphbuild.fetched import failed_urls, refused, require_images
-from graphbuild.pipeline import run_verb, stages_of
+from graphbuild.pipeline import run_step, run_verb, step_of, steps_of
 from graphbuild.recipe import Recipe, resolve
 from graphbuild.runner import Runner
 from graphbuild.stage import Task, digest, outputs, records
@@ -70,7 +70,7 @@ def _run_again(verb: str, recipe: Recipe, store: Store, runner: Runner) -> str:
 def failed_tasks(recipe: Recipe, store: Store) -> dict[str, list[Json]]:
     """Verb -> records of its failed tasks, of verbs that have any, in the order in which they run."""
     found = {
-        verb: [record for stage in stages_of(verb, recipe) for record in records(store, stage.name, "failed").values()]
+        verb: [record for step in steps_of(verb, recipe) for record in records(store, step.name, "failed").values()]
         for verb in VERBS
     }
     return {verb: tasks for verb, tasks in found.items() if tasks}
@@ -97,8 +97,8 @@ def _retry_urls(store: Store, recipe: Recipe, runner: Runner, wanted: Wanted) ->
             built=built,
         )
         stage = dataclasses.replace(URLS, plan=lambda recipe, store: [*plan_urls(recipe, store), task])
-        runner.run(stage, recipe, store)
-        runner.run(DOWNLOAD, recipe, store)
+        run_step(step_of(URLS), recipe, store, runner, stage=stage)
+        run_step(step_of(DOWNLOAD), recipe, store, runner)
     still = failed_urls(store)
     images = failed.height - still.height
     lines = [

@@ -21,8 +21,8 @@ from graphbuild.errors import ConfigError, GraphbuildError, InputError, StageErr
 from graphbuild.gpus import gpu_here
 from graphbuild.progress import Progress
 from graphbuild.recipe import Recipe
-from graphbuild.stage import Stage, Task, digest, records, write_manifest
-from graphbuild.state import invalidate, is_done, pending, write_recipe
+from graphbuild.stage import Stage, Task, digest, records, total_counts, write_manifest
+from graphbuild.state import invalidate, pending, write_recipe
 from graphbuild.store import Json, Store
 from graphbuild.workers import ATTEMPTS, Failure, Pool, attempt, record_failure
 
@@ -61,15 +61,17 @@ class Runner:
 
             ray.shutdown()
 
-    def run(self, stage: Stage, recipe: Recipe, store: Store, *, force: bool = False) -> Json:
+    def run(
+        self, stage: Stage, recipe: Recipe, store: Store, *, force: bool = False, stale: Sequence[str] = ()
+    ) -> Json:
         """Bring a stage up to date; returns its manifest entry.
+
+        stale: names of the stages that build on this one, which leave the manifest before its first task runs.
 
         Raises ConfigError when what is there was built with other settings or inputs and force is not given,
         InputError or StageError when tasks failed.
         """
         begin = time.monotonic()
-        if stage.serves and all(is_done(other, recipe, store, force=force) for other in stage.serves):
-            return {}
         tasks = stage.plan(recipe, store)
         done = records(store, stage.name)
         if not tasks and not done:
@@ -79,7 +81,7 @@ class Runner:
             logger.info("%-9s %s", "plan", stage.note(recipe, store))
         self.progress.begin(stage.title, total=len(tasks), done=len(tasks) - len(todo))
         if todo:
-            invalidate(store, stage.name)
+            invalidate(store, (stage.name, *stale))
             failures: dict[str, Failure] = {}
             accepted = False
             for task, result in self._results(stage, todo, store):
@@ -97,6 +99,10 @@ class Runner:
             if failures:
                 self.progress.end()
                 raise failed(stage, failures, store)
+        if not tasks:  # finished ones have been taken away
+            invalidate(store, (stage.name, *stale), stage.entries)
+            self.progress.end()
+            return {}
         entry = self._finish(stage, recipe, store, [done[task.name] for task in tasks])
         self.progress.end(entry["counts"])
         self.seconds[stage.name] = time.monotonic() - begin
@@ -107,7 +113,7 @@ class Runner:
         entry = {
             "fingerprint": digest([[record["task"], record["fingerprint"]] for record in done]),
             "tasks": len(done),
-            "counts": stage.counts(store, done),
+            "counts": total_counts(done),
         }
         if manifest["stages"].get(stage.name) != entry:
             manifest["stages"][stage.name] = entry

@@ -107,7 +107,7 @@ def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     return {"rejected": dict(sorted(reasons.items()))}
 
 
-STAGE = Stage(name="scan", title="captions", plan=plan, run=run, finish=finish)
+STAGE = Stage(name="scan", title="captions", plan=plan, run=run, finish=finish, entries=("rejected",))
 
 
 def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer) -> Json:

@@ -20,32 +20,6 @@ if TYPE_CHECKING:
     from graphbuild.recipe import Recipe
 
 
-ORDER = (
-    "urls",
-    "download",
-    "scan",
-    "number",
-    "assign",
-    "encode",
-    "fidelity",
-    "vectors",
-    "base",
-    "prepare",
-    "codes",
-    "moments",
-    "join",
-    "merge",
-    "search",
-    "certify",
-    "export",
-    "inline",
-    "arrange",
-    "scatter",
-    "cluster",
-)
-"""All stages, each before those that build on it."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One unit of work and of resume.
@@ -86,14 +60,14 @@ Run = Callable[[Task, Store, Writer], Json]
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A step of the pipeline. It knows nothing of parallelism; `graphbuild.runner` executes it.
+    """The work of a step of the job (graphbuild.pipeline). It knows nothing of parallelism; that is the runner's.
 
     plan lists the tasks, reading only small files. run does one and returns its facts: JSON, its integer `counts` are
-    summed over the tasks. finish turns the records of all tasks into entries of manifest.json; counts: the stage's own,
-    where they are not those sums. serves: the stages that its files are for; when those are done it is not run, and its
-    files are scratch that may be gone. note: a line to show before its first task: what was chosen, and what it will
-    take. on_device: a GPU serves it, if there is one. sharing: workers to a GPU: one computes while another reads,
-    prepares or writes.
+    summed over the tasks. finish turns the records of all tasks into the `entries`, top-level keys of manifest.json.
+    check: refuses settings before any step of the verb runs. scratch: its files serve later steps of the verb alone; a
+    crash of the machine may lose them, and they go when those steps are done. note: a line to show before its first
+    task: what was chosen, and what it will take. on_device: a GPU serves it, if there is one. sharing: workers to a
+    GPU: one computes while another reads, prepares or writes.
     """
 
     name: str
@@ -101,10 +75,11 @@ class Stage:
     plan: Callable[[Recipe, Store], list[Task]]
     run: Run
     finish: Callable[[Recipe, Store, list[Json]], Json] = lambda recipe, store, records: {}
-    counts: Callable[[Store, Sequence[Json]], dict[str, int]] = lambda store, records: total_counts(records)
+    entries: tuple[str, ...] = ()
+    check: Callable[[Recipe], object] = lambda recipe: None
+    scratch: bool = False
     on_device: bool = False
     sharing: int = 1
-    serves: tuple[Stage, ...] = ()
     note: Callable[[Recipe, Store], str] | None = None
 
 
@@ -127,7 +102,7 @@ def perform(stage: Stage, task: Task, store: Store) -> Json:
             "seconds": round(time.perf_counter() - begin, 3),
         }
     )
-    store.write_json(record, done, durable=not stage.serves)
+    store.write_json(record, done, durable=not stage.scratch)
     store.remove(state_path(stage.name, task.name, "failed"))
     return done
 

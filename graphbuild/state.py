@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from graphbuild.errors import ConfigError
 from graphbuild.recipe import Recipe
 from graphbuild.remote import READERS
-from graphbuild.stage import ORDER, Stage, Task, records, state_path, write_manifest
+from graphbuild.stage import Stage, Task, records, state_path, write_manifest
 from graphbuild.store import Json, Store
 
 logger = logging.getLogger(__name__)
@@ -75,15 +75,6 @@ def is_done(stage: Stage, recipe: Recipe, store: Store, *, force: bool) -> bool:
     return len(tasks) == len(done) and not pending(stage, tasks, done, store, force=force, remove=False)
 
 
-def remove_scratch(stages: Sequence[Stage], folder: str, store: Store) -> None:
-    """Take away the files of stages that served their end, and every trace of their tasks."""
-    for path in (folder, *(f"_state/{stage.name}" for stage in stages)):
-        store.remove_folder(path)
-    manifest = store.manifest()
-    if [name for stage in stages if (name := manifest["stages"].pop(stage.name, None)) is not None]:
-        write_manifest(store, manifest)
-
-
 def write_recipe(recipe: Recipe, store: Store) -> None:
     """The resolved recipe, beside what it made; written once its changes are accepted."""
     text = sealed_text(recipe.dump().encode())
@@ -100,12 +91,11 @@ def sealed_text(text: bytes) -> bytes:
     return text + f"# sha256 of the lines above: {hashlib.sha256(text).hexdigest()}\n".encode()
 
 
-def invalidate(store: Store, stage: str) -> None:
-    """Take a stage that is about to change, and all after it, out of the manifest: nothing may build on old results."""
+def invalidate(store: Store, stages: Sequence[str], keys: Sequence[str] = ()) -> None:
+    """Take stages out of the manifest, so that nothing builds on what they made, and top-level keys of theirs."""
     manifest = store.manifest()
-    after = (stage,) if stage in ("export", "inline") else ORDER[ORDER.index(stage) :]  # no layout builds on another
-    stale = [name for name in after if manifest["stages"].pop(name, None) is not None]
-    if stale:
+    stale = [manifest["stages"].pop(name, None) for name in stages] + [manifest.pop(key, None) for key in keys]
+    if any(entry is not None for entry in stale):
         write_manifest(store, manifest)
 
 

@@ -180,4 +180,4 @@ def _parquet_rows(source: IO[bytes], url: str, settings: Mapping[str, Any]) -> n
     return np.asarray(column.flatten()).reshape(count, -1)
 
 
-STAGE = Stage(name="vectors", title="vectors", plan=plan, run=run, finish=finish)
+STAGE = Stage(name="vectors", title="vectors", plan=plan, run=run, finish=finish, entries=("shards", "embeddings"))

@@ -17,11 +17,12 @@ from graphbuild.certify import certify_afresh, check_lists
 from graphbuild.checksums import check_files
 from graphbuild.errors import ConfigError, GraphbuildError, StorageError
 from graphbuild.index import node_count
+from graphbuild.pipeline import STEPS
 from graphbuild.quantized import quantize_int8
 from graphbuild.sharded import Array
 from graphbuild.sidecar import Sidecar
 from graphbuild.source import is_there
-from graphbuild.stage import ORDER, records
+from graphbuild.stage import records
 from graphbuild.store import Json, Store, stream_sha256
 from graphbuild.tars import open_tar, tar_stem
 from graphbuild.terminal import counted
@@ -62,7 +63,7 @@ class Report:
 def verify_store(store: Store) -> Report:
     """Check whatever stages are finished. Raises only when the store cannot be read at all."""
     manifest = store.manifest()
-    begun = [stage for stage in ORDER if any(".done." in name for name in store.sizes(f"_state/{stage}"))]
+    begun = [step for step in STEPS if step.finished(store)]
     if len(begun) > 1 and not store.exists("manifest.json"):  # of a first stage that is not finished there is none
         return Report(problems=["manifest.json: missing"])
     if not manifest.get("stages", True):

@@ -156,10 +156,10 @@ def _measured(progress: Progress) -> bytes:
 
 def _steps() -> int:
     """How often the small jobs print STEP: after each stage of a job from tars and three from vectors, and once."""
-    from graphbuild.pipeline import stages_of
+    from graphbuild.pipeline import steps_of
 
     from_tars, from_vectors = (
-        len(stages_of("run", Recipe(embed=embed))) for embed in (Embed(shards="*.tar"), Embed(vectors="vectors.npy"))
+        len(steps_of("run", Recipe(embed=embed))) for embed in (Embed(shards="*.tar"), Embed(vectors="vectors.npy"))
     )
     return from_tars + 3 * from_vectors + 1
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from graphbuild.embed import STAGE as ENCODE
-from graphbuild.encoder import find_encoder
-from graphbuild.matrix import is_matrix
-from graphbuild.pipeline import stages_of
+from graphbuild.pipeline import is_spared, replaced_by, steps_of
 from graphbuild.recipe import Recipe
 from graphbuild.stage import records
-from graphbuild.state import is_done, pending
+from graphbuild.state import pending
 from graphbuild.store import Store
 
 
@@ -17,12 +14,15 @@ def shares_done(verb: str, recipe: Recipe, store: Store, *, force: bool = False)
 
     Raises what the verb would raise before it runs anything: changed settings (unless force), a missing stage or input.
     """
-    stages = stages_of(verb, recipe)
-    if ENCODE in stages and not is_matrix(recipe.embed.encoder):
-        find_encoder(recipe.embed.encoder)
+    steps = steps_of(verb, recipe)
+    for step in steps:
+        step.stage.check(recipe)
+    if replaced_by(steps[0], recipe, store, force=force):
+        return {}
     shares: dict[str, float] = {}
-    for stage in stages:
-        if stage.serves and all(is_done(other, recipe, store, force=force) for other in stage.serves):
+    for step in steps:
+        stage = step.stage
+        if is_spared(step, recipe, store, force=force):
             shares[stage.name] = 1.0
             continue
         tasks = stage.plan(recipe, store)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from graphbuild.pipeline import stages_of
+from graphbuild.pipeline import steps_of
 from graphbuild.plan import machine, warn
 from graphbuild.plan.calibration import Rates, rates_here
 from graphbuild.plan.case import Case, Cost
@@ -62,7 +62,7 @@ def plan_job(job: Job, recipe: Recipe, store: Store, workers: int | None, progre
 
 def cases(job: Job, recipe: Recipe, rates: Rates, machines: Sequence[machine.Machine]) -> list[tuple[Case, list[Cost]]]:
     """The costs of the job's stages on each machine."""
-    names = [stage.name for stage in stages_of(job.verb, recipe) if stage.name != "base" or job.first_new]
+    names = [stage.name for stage in steps_of(job.verb, recipe) if stage.name != "base" or job.first_new]
     made = [Case(job, recipe, one, rates) for one in machines]
     return [(case, costs(case, names)) for case in made]
 

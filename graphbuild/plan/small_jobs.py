@@ -127,10 +127,10 @@ def _run(store: Store, recipe: Recipe, workers: int) -> Json:
     class Kept(Runner):
         """Takes a stage's records before the scratch is removed; seconds are those of a machine to oneself."""
 
-        def run(self, stage: Any, recipe: Recipe, store: Store, *, force: bool = False) -> Json:
+        def run(self, stage: Any, recipe: Recipe, store: Store, **options: Any) -> Json:
             own = Share()
             with WorkerMemory() as memory:
-                entry = super().run(stage, recipe, store, force=force)
+                entry = super().run(stage, recipe, store, **options)
             done = list(records(store, stage.name).values())
             seconds = self.seconds.get(stage.name, 0.0)
             left = (own if seconds > LONG_ENOUGH else share).left(max(min(workers, len(done)), 1))

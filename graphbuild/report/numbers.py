@@ -14,10 +14,11 @@ import polars as pl
 
 from graphbuild.catalog import Catalog
 from graphbuild.graph import SampleGraph
+from graphbuild.pipeline import STEPS
 from graphbuild.progress import UNITS
 from graphbuild.report.targets import batch_targets, neighbor_mass
 from graphbuild.sharded import Array
-from graphbuild.stage import ORDER, records
+from graphbuild.stage import records
 from graphbuild.store import Json, Store
 
 EDGE_NODES = 20_000  # nodes whose edges the similarity histogram counts
@@ -111,7 +112,7 @@ def _descending(counts: dict[str, int]) -> dict[str, int]:
 def stage_times(store: Store, manifest: Json) -> list[Json]:
     """By finished stage: tasks, worker-seconds (sum over tasks), what they worked on, and that a worker-second."""
     rows = []
-    for stage in (stage for stage in ORDER if stage in manifest["stages"]):
+    for stage in (step.name for step in STEPS if step.name in manifest["stages"]):
         entry = manifest["stages"][stage]
         seconds = sum(record["seconds"] for record in records(store, stage).values())
         unit = next((name for name in UNITS if entry["counts"].get(name)), "")

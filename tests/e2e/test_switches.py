@@ -1,0 +1,190 @@
+"""A store whose source is switched, in every order and back: refused with what would go, or, with --force, the bytes of
+a store made from nothing.
+
+The sources have as many samples and vectors of one width where they can, so that neither a count nor a file's size
+tells them apart. Every store begins with a finished download, which no switch may touch.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import shutil
+import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from graphbuild.errors import ConfigError
+from graphbuild.pipeline import run_verb
+from graphbuild.recipe import Recipe
+from graphbuild.runner import Runner
+from graphbuild.store import Store
+from graphbuild.verify import verify_store
+from tests.e2e.test_runs import digests
+
+SOURCES = ("tars", "list", "vectors", "matrix", "download")
+SAMPLES, SHARD, WIDTH, K = 12, 4, 384, 3
+ANIMALS = ["dog", "cat", "horse", "owl"]
+Picture = tuple[bytes, str]
+
+
+def captions(place: str) -> list[str]:
+    return [f"{count} {animal}s {place}" for animal in ANIMALS for count in (2, 3, 4)]
+
+
+def write_tars(folder: Path, texts: list[str], extension: str) -> str:
+    folder.mkdir()
+    for number in range(SAMPLES // SHARD):
+        with tarfile.open(folder / f"{number:05d}.tar", "w") as archive:
+            for row in range(number * SHARD, (number + 1) * SHARD):
+                info = tarfile.TarInfo(f"{row:04d}.{extension}")
+                info.size = len(texts[row])
+                archive.addfile(info, io.BytesIO(texts[row].encode()))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The settings of `embed`, by source."""
+    folder = tmp_path_factory.mktemp("sources")
+    (folder / "list.csv").write_text("caption\n" + "".join(f"{text}\n" for text in captions("by the sea")))
+    draw = np.random.default_rng(0)
+    np.save(folder / "vectors.npy", draw.standard_normal((SAMPLES, WIDTH)).astype(np.float32))
+    (folder / "names.txt").write_text("".join(f"{animal}\n" for animal in ANIMALS))
+    basis = np.linalg.qr(draw.standard_normal((4, 4)))[0] + 0.5
+    basis /= np.linalg.norm(basis, axis=1, keepdims=True)
+    np.save(folder / "matrix.npy", basis @ basis.T)
+    classes = write_tars(folder / "classes", [str(row % 4) for row in range(SAMPLES)], "cls")
+    matrix = {"caption_member": "cls", "class_names": str(folder / "names.txt")}
+    return {
+        "tars": {"shards": write_tars(folder / "tars", captions("in the snow"), "txt")},
+        "list": {"captions": str(folder / "list.csv"), "shard_size": SHARD},
+        "vectors": {"vectors": str(folder / "vectors.npy"), "shard_size": SHARD},
+        "matrix": {"shards": classes, "encoder": f"matrix:{folder / 'matrix.npy'}", **matrix},
+        "download": {},
+    }
+
+
+@pytest.fixture(scope="module")
+def downloaded(pictures: list[Picture], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A store with nothing but a finished download, and the settings of its recipe."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = pictures[int(self.path.strip("/"))][0]
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    folder = tmp_path_factory.mktemp("downloaded")
+    texts = captions("on a hill")
+    base = f"http://127.0.0.1:{server.server_address[1]}"
+    (folder / "urls.csv").write_text(
+        "url,caption\n" + "".join(f"{base}/{number},{text}\n" for number, text in enumerate(texts))
+    )
+    settings = {"urls": str(folder / "urls.csv"), "shard_size": SHARD, "allow_private_hosts": True, "resize_mode": "no"}
+    with Runner(workers=0) as runner:
+        run_verb("download", Recipe(download=settings), Store(str(folder / "store")), runner)
+    server.shutdown()
+    server.server_close()
+    return folder / "store", settings
+
+
+class Builder:
+    """Runs the verbs behind the download on a store, in this process."""
+
+    def __init__(self, download: dict[str, Any], recipes: dict[str, dict[str, Any]]) -> None:
+        self._recipes = {
+            name: Recipe.model_validate({"download": download, "embed": embed, "index": {"k": K}})
+            for name, embed in recipes.items()
+        }
+
+    def embed(self, store: Path, source: str, *, force: bool = False) -> None:
+        with Runner(workers=0) as runner:
+            run_verb("embed", self._recipe(source), Store(str(store)), runner, force=force)
+
+    def go_on(self, store: Path, source: str) -> None:
+        with Runner(workers=0) as runner:
+            for verb in ("index", "export"):
+                run_verb(verb, self._recipe(source), Store(str(store)), runner)
+
+    def _recipe(self, source: str) -> Recipe:
+        recipe = self._recipes[source]
+        few = {"k": 2} if source == "matrix" else {}  # its four classes are four nodes
+        return recipe.model_copy(update={"index": recipe.index.model_copy(update=few)})
+
+
+@pytest.fixture(scope="module")
+def builder(downloaded: tuple[Path, dict[str, Any]], recipes: dict[str, dict[str, Any]]) -> Builder:
+    return Builder(downloaded[1], recipes)
+
+
+@pytest.fixture(scope="module")
+def fresh(builder: Builder, downloaded: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A finished store of each source, made from the download alone."""
+    folder = tmp_path_factory.mktemp("fresh")
+    for source in SOURCES:
+        shutil.copytree(downloaded[0], folder / source)
+        builder.embed(folder / source, source)
+        builder.go_on(folder / source, source)
+        assert verify_store(Store(str(folder / source))).problems == []
+    return {source: folder / source for source in SOURCES}
+
+
+@pytest.mark.parametrize(("first", "second"), itertools.permutations(SOURCES, 2))
+def test_a_switch_of_source_is_refused_or_gives_the_bytes_of_a_store_made_from_nothing(
+    first: str, second: str, builder: Builder, fresh: dict[str, Path], tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(fresh[first], store)
+    for source, before in ((second, first), (first, second)):
+        with pytest.raises(ConfigError, match="--force"):
+            builder.embed(store, source)
+        assert digests(store) == digests(fresh[before])
+        builder.embed(store, source, force=True)
+        builder.go_on(store, source)
+        assert digests(store) == digests(fresh[source])
+    assert verify_store(Store(str(store))).problems == []
+
+
+def test_what_a_switch_would_replace_is_named(builder: Builder, fresh: dict[str, Path], tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(fresh["list"], store)
+    with pytest.raises(ConfigError) as refusal:
+        builder.embed(store, "vectors")
+    for name in ("samples/", "nodes/", "graph/", "shards/", "captions", "vectors", str(store)):
+        assert name in refusal.value.cause
+
+
+def test_a_list_over_a_finished_download_replaces_nothing_unasked(
+    builder: Builder, downloaded: tuple[Path, Any], fresh: dict[str, Path], tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(downloaded[0], store)
+    builder.embed(store, "download")
+    before = digests(store)
+    with pytest.raises(ConfigError, match="--force"):
+        builder.embed(store, "list")
+    assert digests(store) == before
+    builder.embed(store, "list", force=True)
+    assert digests(store / "shards").items() >= digests(downloaded[0] / "shards").items()
+
+
+def test_a_store_that_was_switched_has_no_problems_before_it_is_indexed_again(
+    builder: Builder, fresh: dict[str, Path], tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(fresh["list"], store)
+    builder.embed(store, "vectors", force=True)
+    assert verify_store(Store(str(store))).problems == []
