@@ -184,5 +184,5 @@ def write_manifest(store: Store, manifest: Mapping[str, Any]) -> None:
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else "not set" if value is None else json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
