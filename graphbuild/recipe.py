@@ -209,7 +209,7 @@ def resolve(store: Store, section: str, changes: Mapping[str, Any]) -> Recipe:
         return True
 
     for name in [name for part, name in marked("switch") if reset(part, name) and part == section]:
-        where, again = store.display("recipe.yaml"), f"give {_flag(name)} with each command that is to have it"
+        where, again = store.display("recipe.yaml"), f"give {flag(name)} with each command that is to have it"
         logger.warning("%s says %s, which is no longer remembered: %s", where, name, again)
     if section == "embed" and not changes.keys().isdisjoint(SOURCES):
         kind = next((name for name in SOURCES if changes.get(name) is not None), "")
@@ -243,7 +243,7 @@ def _validate(values: Mapping[str, Any], where: str = "", options: Sequence[str]
         for fault in error.errors():
             field = fault["loc"][-1]
             names = [name for name in options if name == field or len(fault["loc"]) == 1]
-            name = ", ".join(map(_flag, names)) or ".".join(map(str, fault["loc"]))
+            name = ", ".join(map(flag, names)) or ".".join(map(str, fault["loc"]))
             known = fault["type"] != "extra_forbidden"
             lines.append(f"{name}: {fault['msg'].removeprefix('Value error, ') if known else _no_such(fault['loc'])}")
         raise ConfigError(
@@ -269,7 +269,8 @@ def _no_such(place: Sequence[int | str]) -> str:
     return f"no such setting: {place[0]} has {', '.join(SECTIONS[str(place[0])].model_fields)}"
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """The option of a setting."""
     return f"--{name.replace('_', '-')}"
 
 

@@ -74,7 +74,7 @@ class Task:
         for kind, now in (("settings", self.settings), ("inputs", self.inputs)):
             before = done[kind]
             for key in sorted({*before, *now}):
-                old, new = before.get(key, "absent"), json.loads(json.dumps(now.get(key, "absent")))
+                old, new = before.get(key, "not set"), json.loads(json.dumps(now.get(key, "not set")))
                 if old != new:
                     lines.append(f"{key}: {_short(old)} -> {_short(new)}")
         return lines

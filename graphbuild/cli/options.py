@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from graphbuild.cli.app import app
 from graphbuild.errors import ConfigError
-from graphbuild.recipe import SECTIONS
+from graphbuild.recipe import SECTIONS, flag
 from graphbuild.terminal import ProgressMode
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def _read(name: str, field: FieldInfo, text: str | bool) -> Any:
         return TypeAdapter(_type(field)).validate_python(text)
     except ValidationError as error:
         message = f"{text!r}: {error.errors()[0]['msg']}".replace(": Input", ": input")
-        raise typer.BadParameter(message, param_hint=f"'--{name.replace('_', '-')}'") from None
+        raise typer.BadParameter(message, param_hint=f"'{flag(name)}'") from None
 
 
 def open_store(url: str) -> Store:
