@@ -16,9 +16,9 @@ from graphbuild.certify import require_graph
 from graphbuild.index import VECTORS
 from graphbuild.moments import BASIS
 from graphbuild.quantized import quantize_int8
-from graphbuild.recipe import Recipe
+from graphbuild.recipe import EmbeddingKind, Recipe
 from graphbuild.sharded import Array, node_array
-from graphbuild.sidecar import EmbeddingKind, SidecarHeader, TarIdentity, sidecar_schema
+from graphbuild.sidecar import SidecarHeader, TarIdentity, sidecar_schema
 from graphbuild.stage import Stage, Task, outputs
 from graphbuild.state import require
 from graphbuild.store import Json, Store, Writer

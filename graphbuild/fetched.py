@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from graphbuild.errors import StageError
 from graphbuild.fetch import REFUSED
-from graphbuild.recipe import resolve
 from graphbuild.stage import outputs, records, total_counts
 from graphbuild.store import Json, Store
 
@@ -106,10 +105,8 @@ def refused(failures: Mapping[str, int]) -> int:
 
 
 def fetch_refused(store: Store) -> str:
-    """The command that leads to the URLs that were refused."""
-    if resolve(store, "download", {}).download.allow_private_hosts:
-        return f"graphbuild retry {store.url} --reason refused"
-    return f"graphbuild download {store.url} --allow-private-hosts"
+    """The command that fetches the URLs that were refused."""
+    return f"graphbuild retry {store.url} --reason refused --allow-private-hosts"
 
 
 def fetch_failed(store: Store, failures: Mapping[str, int]) -> str:

@@ -20,6 +20,7 @@ from graphbuild.duplicates import near_duplicates
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.graph import SampleGraph
 from graphbuild.mined import Mined, Part, blocks, check_similarity, count_truncated, place_of, reaches, samples, slices
+from graphbuild.recipe import flag
 from graphbuild.source import local_file
 from graphbuild.store import Json, Store
 
@@ -157,7 +158,7 @@ def mine_store(
     takes = [name for name in inspect.signature(LISTS[what]).parameters if name != "graph"]
     for name in given:
         if name not in takes:
-            raise ConfigError(f"{_flag(name)} has no meaning for {what}", f"it takes {', '.join(map(_flag, takes))}")
+            raise ConfigError(f"{flag(name)} has no meaning for {what}", f"it takes {', '.join(map(flag, takes))}")
     if "threshold" in takes and "threshold" not in given:
         raise ConfigError(
             f"{what} needs --threshold", "give a similarity between -1 and 1; how to choose: docs/mining.md"
@@ -259,7 +260,3 @@ def _read_scores(text: str) -> float | NDArray[Any]:
             f"--positive {text} holds {scores.dtype} {list(scores.shape)}", "give a float array by row: [N]"
         )
     return scores
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -14,18 +14,17 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import psutil
 
 from graphbuild.store import Json
-from graphbuild.terminal import harmless
+from graphbuild.terminal import ProgressMode, harmless
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 logger = logging.getLogger(__name__)
-Mode = Literal["auto", "live", "plain", "json"]
 UNITS = ("urls", "embeddings", "samples", "nodes", "edges")  # a stage is told by the first that it counts
 EVERY_SECONDS = {"plain": 10.0, "json": 1.0}
 REASONS = 3
@@ -101,7 +100,7 @@ class Progress:
     beginning and end); auto: live on a terminal, else plain.
     """
 
-    def __init__(self, mode: Mode = "auto") -> None:
+    def __init__(self, mode: ProgressMode = "auto") -> None:
         self.mode = mode if mode != "auto" else "live" if sys.stderr.isatty() else "plain"
         self.state = State()
         self._view: _Live | _Ticker | None = None

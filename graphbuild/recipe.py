@@ -1,84 +1,103 @@
 """The recipe: every setting of a job, with its default and meaning, in one place.
 
-A job's resolved recipe lies in STORE/recipe.yaml, every default written out; options of the command line change it.
+A job's resolved recipe lies in STORE/recipe.yaml, every default written out. The options of the command line are made
+from the fields here and change it. Read wherever the CLI starts: fsspec and yaml wait until a recipe is read.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from graphbuild.errors import ConfigError
-from graphbuild.remote import file_system, reaching
-from graphbuild.store import Store
+
+if TYPE_CHECKING:
+    from graphbuild.store import Store
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+SOURCES = ("shards", "captions", "vectors")  # of embed; none of them: the store's own tars
 Preset = Literal["cc3m", "cc12m"]
+ResizeMode = Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
+Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+Device = Literal["auto", "cpu", "cuda"]
+EmbeddingKind = Literal["int8", "float16", "sketch:64", "none"]
+Layout = Literal["sidecars", "inline", "clustered"]
+Mark = Literal["path", "of source", "switch"]
+
+logger = logging.getLogger(__name__)
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+
+def setting(default: Any, description: str, *marks: Mark, unset: str = "", **limits: Any) -> Any:
+    """A field of a section.
+
+    unset: what happens while it is None. marks: "path": a local file, made absolute. "of source": it describes one kind
+    of source, and goes back to its default with another. "switch": of security; no store remembers it.
+    """
+    extra: Any = {"marks": marks, "unset": unset}
+    return Field(default, description=description, json_schema_extra=extra, **limits)
 
 
 class Download(Section):
     """URL list to tars, through img2dataset."""
 
-    urls: str | None = Field(None, min_length=1, description="list of URLs: parquet, CSV, TSV or JSONL")
-    preset: Preset | None = Field(None, description="a published headerless TSV: column order and names")
-    url_column: str = "url"
-    caption_column: str = "caption"
-    shard_size: int = Field(10_000, ge=1, le=1_000_000, description="URLs a shard")
-    image_size: int = Field(256, ge=1, description="pixels; what it bounds depends on resize_mode")
-    resize_mode: Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"] = "keep_ratio"
-    resize_only_if_bigger: bool = True
-    encode_quality: int = Field(95, ge=1, le=100, description="JPEG quality of resized images")
-    timeout_seconds: float = Field(10, gt=0, description="for connecting, and between two packets")
-    retries: int = Field(1, ge=0, description="of errors that may pass: time-outs, resets, busy servers")
-    max_bytes: int = Field(50_000_000, ge=1, description="a larger file is refused")
-    max_pixels: int = Field(100_000_000, ge=1, description="a larger image is refused before it is decoded")
-    host_connections: int = Field(8, ge=1, description="at a time to one host, of one worker")
-    allow_private_hosts: bool = Field(False, description="also fetch from addresses that are not public")
-    threads: int = Field(32, ge=1, description="concurrent requests of one worker")
+    urls: str | None = setting(None, "URL list: parquet, CSV, TSV or JSONL", "path", min_length=1)
+    preset: Preset | None = setting(None, "a published headerless TSV")
+    url_column: str = setting("url", "its column of URLs")
+    caption_column: str = setting("caption", "its column of captions")
+    shard_size: int = setting(10_000, "URLs a shard", ge=1, le=1_000_000)
+    image_size: int = setting(256, "pixels", ge=1)
+    resize_mode: ResizeMode = setting("keep_ratio", "what the size bounds")
+    resize_only_if_bigger: bool = setting(True, "never enlarge")
+    encode_quality: int = setting(95, "JPEG quality of resized images", ge=1, le=100)
+    timeout_seconds: float = setting(10, "to connect, and between two packets", gt=0)
+    retries: int = setting(1, "of errors that may pass: time-outs, resets, busy servers", ge=0)
+    max_bytes: int = setting(50_000_000, "a larger file is refused", ge=1)
+    max_pixels: int = setting(100_000_000, "a larger image is refused before it is decoded", ge=1)
+    host_connections: int = setting(8, "at a time to one host, of one worker", ge=1)
+    allow_private_hosts: bool = setting(
+        False, "also fetch from addresses that are not public; not remembered by the store", "switch"
+    )
+    threads: int = setting(32, "requests at a time, a worker", ge=1)
 
 
 class Embed(Section):
     """Captions to nodes. The source is the store's own tars unless shards, captions or vectors is given."""
 
-    shards: str | None = Field(None, min_length=1, description="tars made elsewhere: a path with *, ? or {0000..0331}")
-    captions: str | None = Field(None, min_length=1, description="a caption list: parquet, CSV, TSV or JSONL")
-    vectors: str | None = Field(None, min_length=1, description="ready vectors: .npy [n, d] or parquet; one node a row")
-    preset: Preset | None = None
-    caption_column: str = "caption"
-    key_column: str | None = Field(None, description="names the samples of a list; default: the row number")
-    vector_column: str = "embedding"
-    caption_member: str = Field(
-        "auto", description="tar member with the caption: txt, cls, json:FIELD; auto: txt, then json:caption"
+    shards: str | None = setting(
+        None, "tars made elsewhere: a folder, or 'cc3m/{0000..0331}.tar', 'cc3m/*.tar'", "path", min_length=1
     )
-    class_names: str | None = Field(
-        None, min_length=1, description="text file, a name a line, for members that hold a class number"
+    captions: str | None = setting(None, "a caption list: parquet, CSV, TSV or JSONL", "path", min_length=1)
+    vectors: str | None = setting(None, "ready vectors, one node a row: .npy [n, d] or parquet", "path", min_length=1)
+    preset: Preset | None = setting(None, "a published headerless TSV", "of source")
+    caption_column: str = setting("caption", "of --captions", "of source")
+    key_column: str | None = setting(None, "of --captions", "of source", unset="the row number")
+    vector_column: str = setting("embedding", "of parquet --vectors", "of source")
+    caption_member: str = setting("auto", "in tars: txt, cls, json:FIELD; auto: txt, then json:caption", "of source")
+    class_names: str | None = setting(
+        None, "text file, one name a line, if the member is a class number", "path", "of source", min_length=1
     )
-    template: str = Field("{}", description='text around a caption, "a photo of a {}", or fields, "{title}. {text}"')
-    shard_size: int = Field(10_000, ge=1, le=1_000_000, description="rows a shard of a list or of vectors")
-    encoder: str = Field(
-        DEFAULT_ENCODER, min_length=1, description="a sentence-transformers model: name or folder; or matrix:FILE.npy"
+    template: str = setting(
+        "{}", "text around it, 'a photo of a {}', or several fields, '{title}. {text}'", "of source"
     )
-    prompt: str | None = Field(None, description="put before each text for the encoder; default: the encoder's own")
-    dim: int | None = Field(None, ge=1, description="first coordinates kept, of Matryoshka encoders; default: all")
-    precision: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
-        "auto",
-        description="auto: bfloat16 where the hardware multiplies it, else float16 on GPUs and float32 on CPUs; int8"
-        " needs graphbuild[int8]",
-    )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    shard_size: int = setting(10_000, "rows a shard of a list or of vectors", ge=1, le=1_000_000)
+    encoder: str = setting(DEFAULT_ENCODER, "sentence-transformers name or folder, or matrix:FILE.npy", min_length=1)
+    prompt: str | None = setting(None, "put before each text, for the encoder", unset="its own")
+    dim: int | None = setting(None, "first coordinates kept, of Matryoshka encoders", unset="all", ge=1)
+    precision: Precision = setting("auto", "of the encoder's arithmetic")
+    device: Device = setting("auto", "where to compute")
 
     @model_validator(mode="after")
     def _check(self) -> Embed:
-        given = [name for name in ("shards", "captions", "vectors") if getattr(self, name) is not None]
+        given = [name for name in SOURCES if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other: give one source")
         return self
@@ -90,20 +109,25 @@ class Embed(Section):
             raise ValueError(f"{template!r} must contain {{}} once, the caption's place, or {{fields}} by their names")
         return template
 
+    @property
+    def source(self) -> str:
+        """The kind of source: shards, captions, vectors, or "" for the store's own tars."""
+        return next((name for name in SOURCES if getattr(self, name) is not None), "")
+
 
 class Index(Section):
     """Nodes to the k-nearest-neighbour graph, with its recall certificate."""
 
-    k: int = Field(64, ge=1, le=2048, description="neighbours kept per node, itself excluded")
-    engine: str = Field("auto", description="auto, exact, partition or faiss:FACTORY, as in faiss:IVF1024,Flat")
-    recall: float = Field(0.99, gt=0, lt=1, description="recall@k that partition and faiss are set for, on a sample")
-    min_recall: float | None = Field(
-        None, ge=0, le=1, description="a build below this recall@k fails; default: 0.999 if exact, else recall - 0.01"
+    k: int = setting(64, "neighbours a node", ge=1, le=2048)
+    engine: str = setting("auto", "auto, exact, partition or faiss:FACTORY")
+    recall: float = setting(0.99, "recall@k to aim for, unless exact", gt=0, lt=1)
+    min_recall: float | None = setting(
+        None, "fail below this recall@k", unset="0.999 if exact, else --recall less 0.01", ge=0, le=1
     )
-    recall_sample: int = Field(10_000, ge=1, description="nodes searched again by brute force for the certificate")
-    memory: float = Field(4, gt=0, description="GB a worker may take; less makes more and smaller join tasks")
-    seed: int = Field(0, ge=0, description="draws leaders and samples")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    recall_sample: int = setting(10_000, "nodes searched again by brute force for the certificate", ge=1)
+    memory: float = setting(4, "GB a worker may take", gt=0)
+    seed: int = setting(0, "draws leaders and samples", ge=0)
+    device: Device = setting("auto", "where to compute")
 
     @field_validator("engine")
     @classmethod
@@ -116,27 +140,43 @@ class Index(Section):
 class Export(Section):
     """Graph to sidecars beside the tars, or to new tars."""
 
-    embeddings: Literal["int8", "float16", "sketch:64", "none"] = Field("int8", description="carried by the sidecars")
-    layout: Literal["sidecars", "inline", "clustered"] = Field(
-        "sidecars",
-        description="sidecars beside the tars; inline: new tars that hold the fields; clustered: in neighbour order",
+    embeddings: EmbeddingKind = setting("int8", "carried by the sidecars")
+    layout: Layout = setting(
+        "sidecars", "sidecars beside the tars; new tars with the fields inside; new tars in neighbour order"
     )
-    chunk: int = Field(32, ge=2, le=4096, description="of clustered: neighbouring samples that are shuffled as one")
-    shard_size: int = Field(10_000, ge=1, le=1_000_000, description="of clustered: samples a tar")
+    chunk: int = setting(32, "of clustered: neighbours shuffled as one", ge=2, le=4096)
+    shard_size: int = setting(10_000, "of clustered: samples a tar", ge=1, le=1_000_000)
 
 
 class Recipe(Section):
-    download: Download = Download()
-    embed: Embed = Embed()
-    index: Index = Index()
-    export: Export = Export()
+    download: Download = Field(default_factory=Download)
+    embed: Embed = Field(default_factory=Embed)
+    index: Index = Field(default_factory=Index)
+    export: Export = Field(default_factory=Export)
 
     def dump(self) -> str:
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        """The recipe as a store keeps it: every setting that is remembered, with its value."""
+        import yaml
+
+        values = self.model_dump()
+        for section, name in marked("switch"):
+            del values[section][name]
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Recipe.model_fields.items()}
+
+
+def marked(mark: Mark) -> list[tuple[str, str]]:
+    """Section and name of each setting that has the mark."""
+    fields = ((section, name, field) for section, cls in SECTIONS.items() for name, field in cls.model_fields.items())
+    return [(section, name) for section, name, field in fields if mark in field.json_schema_extra["marks"]]
 
 
 def read_recipe(path: str) -> Recipe:
     """A recipe file; relative paths in it are taken from the working folder."""
+    from graphbuild.remote import file_system, reaching
+
     try:
         fs, root = file_system(path)
         with reaching(path):
@@ -149,23 +189,42 @@ def read_recipe(path: str) -> Recipe:
 
 
 def resolve(store: Store, section: str, changes: Mapping[str, Any]) -> Recipe:
-    """The store's recipe with the changes that a command's options make to one section (None: not given)."""
+    """The store's recipe with the changes that a command makes to one section: setting -> value, None: its default.
+
+    One of SOURCES takes the place of the source before, None: the store's own tars. With a source of another kind, what
+    described the one before goes back to its default. Switches are as in `changes`: what a store of an older version
+    says of them is not obeyed, and told.
+    """
     store.manifest()  # another format version may have other recipes
-    recipe = (
-        _parse(store.read_bytes("recipe.yaml"), store.display("recipe.yaml"))
-        if store.exists("recipe.yaml")
-        else Recipe()
-    )
-    given = {key: value for key, value in changes.items() if value is not None}
-    values = recipe.model_dump()
-    sources = {"shards", "captions", "vectors"} & given.keys()
-    if section == "embed" and sources:
-        values["embed"].update(shards=None, captions=None, vectors=None)
-    values[section].update(given)
-    return _validate(values, options=list(given))
+    recipe = Recipe()
+    if store.exists("recipe.yaml"):
+        recipe = _parse(store.read_bytes("recipe.yaml"), store.display("recipe.yaml"))
+    values, defaults = recipe.model_dump(), Recipe().model_dump()
+
+    def reset(part: str, name: str) -> bool:
+        """Put a setting that the command does not name back to its default; whether that changes it."""
+        if (part == section and name in changes) or values[part][name] == defaults[part][name]:
+            return False
+        values[part][name] = defaults[part][name]
+        return True
+
+    for name in [name for part, name in marked("switch") if reset(part, name) and part == section]:
+        where, again = store.display("recipe.yaml"), f"give {flag(name)} with each command that is to have it"
+        logger.warning("%s says %s, which is no longer remembered: %s", where, name, again)
+    if section == "embed" and not changes.keys().isdisjoint(SOURCES):
+        kind = next((name for name in SOURCES if changes.get(name) is not None), "")
+        values["embed"].update(dict.fromkeys(SOURCES))
+        if kind != recipe.embed.source:
+            unset = [name for part, name in marked("of source") if reset(part, name)]
+            if unset:
+                logger.info("another kind of source: %s back to the default", ", ".join(unset))
+    values[section].update({n: defaults[section][n] if value is None else value for n, value in changes.items()})
+    return _validate(values, options=list(changes))
 
 
 def _parse(content: bytes, where: str) -> Recipe:
+    import yaml
+
     try:
         values = yaml.safe_load(content.decode()) or {}
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -184,7 +243,7 @@ def _validate(values: Mapping[str, Any], where: str = "", options: Sequence[str]
         for fault in error.errors():
             field = fault["loc"][-1]
             names = [name for name in options if name == field or len(fault["loc"]) == 1]
-            name = ", ".join(f"--{name.replace('_', '-')}" for name in names) or ".".join(map(str, fault["loc"]))
+            name = ", ".join(map(flag, names)) or ".".join(map(str, fault["loc"]))
             known = fault["type"] != "extra_forbidden"
             lines.append(f"{name}: {fault['msg'].removeprefix('Value error, ') if known else _no_such(fault['loc'])}")
         raise ConfigError(
@@ -192,13 +251,7 @@ def _validate(values: Mapping[str, Any], where: str = "", options: Sequence[str]
             "correct it; what is allowed say the verb's --help, and docs/recipe.md of the sources",
         ) from None
     values = recipe.model_dump()
-    for section, key in (
-        ("download", "urls"),
-        ("embed", "shards"),
-        ("embed", "captions"),
-        ("embed", "vectors"),
-        ("embed", "class_names"),
-    ):
+    for section, key in marked("path"):
         if values[section][key] is not None:
             values[section][key] = absolute(values[section][key])
     encoder = values["embed"]["encoder"]
@@ -213,7 +266,12 @@ def _no_such(place: Sequence[int | str]) -> str:
     """That there is no such section, or setting of a section, and which there are."""
     if len(place) == 1:
         return f"no such setting: a recipe has the sections {', '.join(Recipe.model_fields)}"
-    return f"no such setting: {place[0]} has {', '.join(type(getattr(Recipe(), str(place[0]))).model_fields)}"
+    return f"no such setting: {place[0]} has {', '.join(SECTIONS[str(place[0])].model_fields)}"
+
+
+def flag(name: str) -> str:
+    """The option of a setting."""
+    return f"--{name.replace('_', '-')}"
 
 
 def is_folder(name: str) -> bool:

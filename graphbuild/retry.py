@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import polars as pl
 
@@ -34,14 +35,16 @@ def wanted_urls(reasons: Sequence[str], *, everything: bool) -> Wanted:
     return "all" if everything else sorted(reasons) or "passing"
 
 
-def retry_store(store: Store, runner: Runner, wanted: Wanted = "passing") -> Iterator[str]:
+def retry_store(
+    store: Store, runner: Runner, wanted: Wanted = "passing", changes: Mapping[str, Any] | None = None
+) -> Iterator[str]:
     """Run failed tasks of the download again, then fetch the wanted URLs (`wanted_urls`), then run later failed tasks
-    again; yields what came of each.
+    again; yields what came of each. changes: of the download's settings, as in `resolve`.
 
     Raises:
         ConfigError: there is nothing to retry. InputError or StageError: tasks failed again, or still no image.
     """
-    recipe = resolve(store, "download", {})
+    recipe = resolve(store, "download", changes or {})
     verbs = list(failed_tasks(recipe, store))
     downloaded = "download" in store.manifest()["stages"]
     if not verbs and not downloaded:

@@ -12,7 +12,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from graphbuild import sketch
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.quantized import unit_rows
+from graphbuild.recipe import EmbeddingKind
 from graphbuild.remote import file_system, reaching
 from graphbuild.stage import sealed
 from graphbuild.store import FORMAT_VERSION
@@ -31,8 +32,6 @@ METADATA_KEY = b"graphbuild"
 MAY_BE_NULL = ("caption", "image_offset", "image_size")  # where a sample has a node
 BLOCK_BYTES = 1 << 18  # of a remote sidecar, fetched at once where single columns are read
 EXPORT = "run `graphbuild export` again"
-
-EmbeddingKind = Literal["int8", "float16", "sketch:64", "none"]
 
 
 class ShardError(InputError):

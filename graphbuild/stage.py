@@ -48,7 +48,7 @@ class Task:
         for kind, now in (("settings", self.settings), ("inputs", self.inputs)):
             before = done[kind]
             for key in sorted({*before, *now}):
-                old, new = before.get(key, "absent"), json.loads(json.dumps(now.get(key, "absent")))
+                old, new = before.get(key, "not set"), json.loads(json.dumps(now.get(key, "not set")))
                 if old != new:
                     lines.append(f"{key}: {_short(old)} -> {_short(new)}")
         return lines
@@ -159,5 +159,5 @@ def write_manifest(store: Store, manifest: Mapping[str, Any]) -> None:
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else "not set" if value is None else json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -32,8 +32,7 @@ def summary(verb: str, manifest: Json, store: Store) -> str:
 
 def refused_line(count: int, store: Store) -> str:
     """Where the URLs that were refused can be had, a line."""
-    command = fetch_refused(store)
-    return f"          {count:,} refused: `{command}`" + (" if the list may name them" if "--allow" in command else "")
+    return f"          {count:,} refused: `{fetch_refused(store)}` if the list may name them"
 
 
 def _has(verb: str, manifest: Json) -> bool:

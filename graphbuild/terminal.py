@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from typing import Literal
 
-import typer
+ProgressMode = Literal["auto", "live", "plain", "json"]
 
 
 def harmless(text: str) -> str:
@@ -22,7 +23,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def echo(text: str, *, err: bool = False) -> None:
-    typer.echo(harmless(text), err=err)
+    print(harmless(text), file=sys.stderr if err else sys.stdout, flush=True)
 
 
 class HarmlessFormatter(logging.Formatter):

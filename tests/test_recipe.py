@@ -10,6 +10,7 @@ import yaml
 
 from graphbuild.errors import ConfigError
 from graphbuild.recipe import Recipe, read_recipe, resolve
+from graphbuild.stage import Task
 from graphbuild.store import Store
 
 
@@ -24,7 +25,7 @@ def test_a_recipe_writes_every_default_out_and_reads_back_the_same(tmp_path: Pat
     assert read_recipe(write(tmp_path, dumped)) == Recipe()
     written = yaml.safe_load(dumped)
     assert {name: set(section) for name, section in written.items()} == {
-        name: set(field.annotation.model_fields)  # type: ignore[union-attr]
+        name: set(field.annotation.model_fields) - {"allow_private_hosts"}  # type: ignore[union-attr]
         for name, field in Recipe.model_fields.items()
     }
     assert (written["index"]["k"], written["export"]["embeddings"]) == (64, "int8")
@@ -50,13 +51,98 @@ def test_options_change_the_recipe_of_the_store_and_nothing_else(tmp_path: Path)
     assert resolve(Store(str(tmp_path / "new")), "index", {}) == Recipe()
 
 
-@pytest.mark.parametrize("source", ["shards", "captions", "vectors"])
-def test_another_source_takes_the_place_of_the_one_in_the_recipe(tmp_path: Path, source: str) -> None:
-    write(tmp_path, "embed: {captions: /data/list.csv, caption_column: text}\n")
-    embed = resolve(Store(str(tmp_path)), "embed", {source: "/data/x"}).embed
-    given = {name: getattr(embed, name) for name in ("shards", "captions", "vectors")}
-    assert given == {"shards": None, "captions": None, "vectors": None} | {source: "/data/x"}
-    assert embed.caption_column == "text"
+def test_a_setting_changed_to_none_goes_back_to_its_default(tmp_path: Path) -> None:
+    write(tmp_path, "embed: {dim: 64, precision: int8, prompt: 'query: '}\nindex: {memory: 9}\n")
+    store = Store(str(tmp_path))
+    embed = resolve(store, "embed", {"dim": None, "precision": None}).embed
+    assert (embed.dim, embed.precision, embed.prompt) == (None, "auto", "query: ")
+    assert resolve(store, "index", {"memory": None}).index == Recipe().index
+
+
+def test_what_is_unset_is_told_in_words_where_finished_work_differs() -> None:
+    task = Task(stage="encode", name="00000", settings={"dim": None, "prompt": "a"})
+    assert task.changes({"settings": {"dim": 64, "prompt": None}, "inputs": {}}) == [
+        "dim: 64 -> not set",
+        "prompt: not set -> a",
+    ]
+
+
+# -- the kind of source
+
+SOURCES = ("shards", "captions", "vectors")
+DESCRIBED = {  # for each kind of source, settings that only describe such a one
+    "": {"caption_member": "json:caption", "class_names": "/data/names.txt", "template": "a photo of a {}"},
+    "shards": {"caption_member": "cls", "class_names": "/data/names.txt", "template": "a photo of a {}"},
+    "captions": {"caption_column": "text", "key_column": "id", "template": "{title}. {text}"},
+    "vectors": {"vector_column": "v"},
+}
+KINDS = list(DESCRIBED)
+
+
+def naming(kind: str) -> dict[str, Any]:
+    """The options of a command that names a source of that kind."""
+    return {kind: "/data/x"} if kind else {"captions": None}
+
+
+@pytest.mark.parametrize("before", KINDS)
+@pytest.mark.parametrize("now", KINDS)
+def test_with_another_kind_of_source_the_recipe_is_that_of_a_store_made_from_nothing(
+    tmp_path: Path, before: str, now: str
+) -> None:
+    store = Store(str(tmp_path))
+    write(tmp_path, resolve(store, "embed", naming(before) | DESCRIBED[before]).dump())
+    command = naming(now) | {"template": "{}"}
+    changed = resolve(store, "embed", command)
+    assert {name: getattr(changed.embed, name) for name in SOURCES} == dict.fromkeys(SOURCES) | (
+        {now: "/data/x"} if now else {}
+    )
+    fresh = resolve(Store(str(tmp_path / "new")), "embed", command)
+    assert (changed.dump() == fresh.dump()) == (before != now)
+    if before == now:
+        kept = DESCRIBED[before] | {"template": "{}"}
+        assert changed.embed.model_dump(include=set(kept)) == kept
+
+
+def test_what_a_command_says_of_another_kind_of_source_is_kept_and_so_is_what_describes_none(tmp_path: Path) -> None:
+    write(tmp_path, "embed: {captions: /data/list.csv, preset: cc3m, template: 'a {}', encoder: e5, dim: 32}\n")
+    embed = resolve(Store(str(tmp_path)), "embed", {"shards": "/data/x", "template": "one {}"}).embed
+    assert (embed.template, embed.preset, embed.encoder, embed.dim) == ("one {}", None, "e5", 32)
+
+
+@pytest.mark.parametrize("named", SOURCES)
+@pytest.mark.parametrize("before", SOURCES)
+def test_no_source_of_any_kind_is_the_tars_of_the_store(tmp_path: Path, before: str, named: str) -> None:
+    write(tmp_path, f"embed: {{{before}: /data/x}}\n")
+    assert resolve(Store(str(tmp_path)), "embed", {named: None}) == Recipe()
+
+
+# -- switches of security
+
+
+def test_a_store_neither_keeps_nor_obeys_a_switch_and_says_so_where_it_matters(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path, "download: {allow_private_hosts: true, threads: 7}\n")
+    named = read_recipe(path)
+    assert named.download.allow_private_hosts, "a recipe that the user names is his word"
+    assert "allow_private_hosts" not in named.dump()
+    store = Store(str(tmp_path))
+    for section, changes, allowed, warnings in [
+        ("index", {}, False, 0),
+        ("download", {}, False, 1),
+        ("download", {"allow_private_hosts": False}, False, 0),
+        ("download", {"allow_private_hosts": True}, True, 0),
+    ]:
+        caplog.clear()
+        download = resolve(store, section, changes).download
+        assert (download.allow_private_hosts, download.threads) == (allowed, 7)
+        assert sum("--allow-private-hosts" in text for text in caplog.messages) == warnings
+
+
+def test_a_store_that_allows_nothing_private_is_not_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, "download: {allow_private_hosts: false}\n")
+    assert resolve(Store(str(tmp_path)), "download", {}) == Recipe()
+    assert not caplog.messages
 
 
 def test_relative_paths_become_absolute_and_urls_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from graphbuild.cli.app import app
-from graphbuild.cli.options import DerivedList, DryRun, RecipeArg, StoreArg, Workers, given, open_store, option
+from graphbuild.cli.options import DryRun, RecipeArg, StoreArg, Workers, open_store, option
 from graphbuild.terminal import echo
 
 
@@ -53,8 +53,9 @@ def neighbors(
 
 @app.command()
 def mine(
+    context: typer.Context,
     store: StoreArg,
-    what: Annotated[DerivedList, option("which list")],
+    what: Annotated[Literal["duplicates", "hard-negatives", "false-negatives", "positives"], option("which list")],
     threshold: Annotated[float | None, option("least similarity; of all but hard-negatives")] = None,
     count: Annotated[int | None, option("most an anchor; of hard-negatives and positives  [default: 10]")] = None,
     skip: Annotated[int | None, option("nearest ranks left out; this and all below of hard-negatives")] = None,
@@ -70,8 +71,8 @@ def mine(
     """Graph to lists for training and cleaning, without a search."""
     from graphbuild.mine import mine_store
 
-    names = "threshold count skip positive absolute_margin relative_margin min_similarity max_similarity mutual"
-    echo(mine_store(open_store(store), what, given(locals(), names), out, dry_run=dry_run))
+    rules = {name: value for name, value in context.params.items() if name not in ("store", "what", "out", "dry_run")}
+    echo(mine_store(open_store(store), what, rules, out, dry_run=dry_run))
 
 
 @app.command()

@@ -1,22 +1,32 @@
-"""What the verbs share: their common options, and how a STORE argument is opened."""
+"""What the verbs share: options made from the recipe's fields and of how to run, and how a STORE argument is opened."""
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
+from graphbuild.cli.app import app
 from graphbuild.errors import ConfigError
+from graphbuild.recipe import SECTIONS, flag
+from graphbuild.terminal import ProgressMode
 
 if TYPE_CHECKING:
     from graphbuild.store import Store
 
-Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
-ResizeMode = Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
-Embeddings = Literal["int8", "float16", "sketch:64", "none"]
-Layout = Literal["sidecars", "inline", "clustered"]
-DerivedList = Literal["duplicates", "hard-negatives", "false-negatives", "positives"]
+SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+EPILOG = (
+    "STORE/recipe.yaml keeps these settings for later commands. --NAME none puts one back to its default, but where"
+    " none is one of the choices; \\none is that word itself."
+)
 
 
 def option(help_: str, **limits: Any) -> Any:
@@ -34,21 +44,94 @@ RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, s
 Workers = Annotated[
     int | None, option("worker processes; 0: none, in this process  [default: one a CPU or GPU]", min=0)
 ]
-Address = Annotated[
-    str | None, option("a Ray cluster: auto (on one of its nodes), or HOST:PORT  [default: this machine]")
-]
-Force = Annotated[bool, typer.Option("--force", help="rebuild what was built with other settings or inputs")]
-ProgressOption = Annotated[
-    Literal["auto", "live", "plain", "json"],
-    typer.Option(help="how progress is shown; json: an object a line, on stderr"),
-]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="only tell what it would take")]
-PresetOption = Annotated[Literal["cc3m", "cc12m"] | None, option("a published headerless TSV")]
-DeviceOption = Annotated[Literal["auto", "cpu", "cuda"] | None, option("[default: auto]")]
 
 
-def given(values: dict[str, Any], names: str) -> dict[str, Any]:
-    return {name: values[name] for name in names.split()}
+@dataclass(frozen=True)
+class How:
+    """How a verb is run; each field is an option."""
+
+    workers: Workers = None
+    address: Annotated[
+        str | None, option("a Ray cluster: auto (on one of its nodes), or HOST:PORT  [default: this machine]")
+    ] = None
+    force: Annotated[bool, typer.Option("--force", help="rebuild what was built with other settings or inputs")] = False
+    progress: Annotated[ProgressMode, typer.Option(help="how progress is shown; json: an object a line, on stderr")] = (
+        "auto"
+    )
+    dry_run: DryRun = False
+
+
+Changes = dict[str, Any]
+Verb = Callable[..., None]
+
+
+def builds(
+    section: str = "", shown: str = "", *, positional: str = "", without: str = "", **registered: Any
+) -> Callable[[Verb], Verb]:
+    """Register a verb that builds: with an option for each `shown` setting of that section of the recipe, and for each
+    field of How that is not in `without`.
+
+    It is called with its own arguments, `how`, and `changes`: setting -> value of those given, None for its default.
+    positional: the setting that is an argument.
+    """
+    settings = {name: SECTIONS[section].model_fields[name] for name in f"{positional} {shown}".split()}
+    every = inspect.signature(How, eval_str=True).parameters
+    ways = {name: way for name, way in every.items() if name not in without.split()}
+
+    def register(verb: Verb) -> Verb:
+        def command(**values: Any) -> None:
+            how = How(**{name: values.pop(name) for name in ways})
+            given = {name: text for name in settings if (text := values.pop(name)) is not None}
+            changes = {name: _read(name, settings[name], text) for name, text in given.items()}
+            verb(**values, **({"changes": changes} if section else {}), how=how)
+
+        own = inspect.signature(verb, eval_str=True).parameters.values()
+        made = [_parameter(name, field, is_argument=name == positional) for name, field in settings.items()]
+        parameters = [*(p for p in own if p.name not in ("changes", "how")), *made, *ways.values()]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        epilog = EPILOG if section == verb.__name__ else None
+        app.command(verb.__name__, help=inspect.getdoc(verb), epilog=epilog, **registered)(command)
+        return verb
+
+    return register
+
+
+def _parameter(name: str, field: FieldInfo, *, is_argument: bool) -> inspect.Parameter:
+    """A setting as a parameter of a verb: text, but for a switch, that `_read` takes as the field's own type."""
+    extra, text = cast(dict[str, str], field.json_schema_extra), str(field.description)
+    default = extra["unset"] if field.default is None else field.default
+    limits = [
+        f"x{sign}{getattr(rule, key)}" for rule in field.metadata for key, sign in SIGNS.items() if hasattr(rule, key)
+    ]
+    notes = "; ".join([f"default: {default}"] * (default != "") + [", ".join(limits)] * bool(limits))
+    made: Any
+    if is_argument:
+        made = Annotated[str | None, typer.Argument(metavar=name.upper(), help=text, show_default=False)]
+    elif field.annotation is bool:
+        made = Annotated[bool | None, option(text)]
+    else:
+        kind = "|".join(get_args(_type(field))) or _type(field).__name__
+        made = Annotated[str | None, option(text + (f"  [{notes}]" if notes else ""), metavar=f"<{kind}>")]
+    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=made)
+
+
+def _type(field: FieldInfo) -> Any:
+    """The type of a setting that is set."""
+    return get_args(field.annotation)[0] if NoneType in get_args(field.annotation) else field.annotation
+
+
+def _read(name: str, field: FieldInfo, text: str | bool) -> Any:
+    """A setting's value, as its type; None for its default. Its bounds are the recipe's to check."""
+    if text == "none" and text not in get_args(_type(field)):
+        return None
+    if isinstance(text, str) and re.fullmatch(r"\\+none", text):
+        text = text[1:]
+    try:
+        return TypeAdapter(_type(field)).validate_python(text)
+    except ValidationError as error:
+        message = f"{text!r}: {error.errors()[0]['msg']}".replace(": Input", ": input")
+        raise typer.BadParameter(message, param_hint=f"'{flag(name)}'") from None
 
 
 def open_store(url: str) -> Store:

@@ -13,7 +13,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pyarrow.parquet as pq
-import typer
 
 from graphbuild.catalog import Catalog, printable
 from graphbuild.demo.scenes import make_scenes
@@ -25,6 +24,7 @@ from graphbuild.recipe import Download, Index, Recipe
 from graphbuild.runner import Runner
 from graphbuild.store import Json, Store
 from graphbuild.summary import summary
+from graphbuild.terminal import echo
 
 PIXELS = 96
 SHARD_SIZE = 500
@@ -50,17 +50,17 @@ def run_demo(url: str, *, scenes: int, workers: int | None, address: str | None)
         if not port:
             write_url_list(folder / LIST, made, server.url)
         manifest = run_verb("run", recipe, store, runner)
-    typer.echo(summary("demo", manifest, store))
-    typer.echo(f"          ({expected_images(assign_faults(scenes)):,} images expected: the server's faults are known)")
-    typer.echo("seconds   " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in runner.seconds.items()))
-    typer.echo("\nthree samples and their nearest neighbours")
+    echo(summary("demo", manifest, store))
+    echo(f"          ({expected_images(assign_faults(scenes)):,} images expected: the server's faults are known)")
+    echo("seconds   " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in runner.seconds.items()))
+    echo("\nthree samples and their nearest neighbours")
     catalog = Catalog(store)
     for sample in _some_samples(store, manifest):
-        typer.echo(f"  {sample['key']}  {printable(sample['caption'])}")
+        echo(f"  {sample['key']}  {printable(sample['caption'])}")
         for neighbor in catalog.neighbors(sample["node"], 3):
-            typer.echo(f"      {neighbor.similarity:.3f}  {printable(neighbor.text)}")
+            echo(f"      {neighbor.similarity:.3f}  {printable(neighbor.text)}")
     shards = len(manifest["shards"])
-    typer.echo(
+    echo(
         f"""
 outputs   {folder}/shards/{{00000..{shards - 1:05d}}}.tar with .graph.parquet beside each
           samples/, nodes/, graph/, manifest.json, recipe.yaml: docs/format.md says what is what

@@ -15,13 +15,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from graphbuild.encoder.find import Encoder
 from graphbuild.encoder.tokens import Ints, batches, tokenize
 from graphbuild.errors import ConfigError, StageError
+from graphbuild.recipe import Precision
 from graphbuild.threads import torch_threads
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from graphbuild.encoder.int8 import Int8
     from graphbuild.encoder.packed import Packed
 
-Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 CPU_TOKENS, GPU_TOKENS = 1024, 65_536  # a batch
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "mpnet")  # that run packed
 POOLINGS = ("cls", "mean", "max")

@@ -88,11 +88,11 @@ def test_a_download_from_a_server_that_is_down_leads_to_retry_and_retry_leads_on
     assert f"`graphbuild retry {store}`" in failed
     record_failure(Store(str(store)), Task(stage="number", name="all"), Failure("no sample has a caption", "", "", 2))
 
-    still = cli("retry", store, "--workers", 0, code=1)
+    still = cli("retry", store, "--allow-private-hosts", "--workers", 0, code=1)
     assert f"{URLS} of {URLS} failed URLs -> 0 images" in still.stdout
     assert "the download gave no image" in still.stderr
     with serving(pictures, port) as (_, hits):
-        said = cli("retry", store, "--workers", 0).stdout.splitlines()
+        said = cli("retry", store, "--allow-private-hosts", "--workers", 0).stdout.splitlines()
     assert sum(hits.values()) == URLS
     assert said == [
         f"retry     {URLS} of {URLS} failed URLs -> {URLS} images; 0 without one",
@@ -105,20 +105,52 @@ def test_a_download_from_a_server_that_is_down_leads_to_retry_and_retry_leads_on
 
 def test_refused_urls_name_the_command_that_fetches_them(pictures: list[Picture], cli: Cli, tmp_path: Path) -> None:
     store = tmp_path / "store"
+    command = f"graphbuild retry {store} --reason refused --allow-private-hosts"
     with serving(pictures) as (port, hits):
         urls = write_list(tmp_path / "list.tsv", pictures, port)
         done = cli("download", store, urls, "--workers", 0, code=1)
-        assert done.stdout.splitlines()[-1] == f"next      graphbuild download {store} --allow-private-hosts"
+        assert done.stdout.splitlines()[-1] == f"next      {command}"
+        assert f"`{command}`" in done.stderr
         assert GUESS not in done.stdout
-        done = cli("download", store, "--allow-private-hosts", "--workers", 0, code=1)
-        assert done.stdout.splitlines()[-1] == f"next      graphbuild retry {store} --reason refused"
-        assert f"`graphbuild retry {store} --reason refused`" in done.stderr
-        assert f"{URLS} refused: `graphbuild retry {store} --reason refused`" in cli("retry", store, code=1).stdout
+        assert f"{URLS} refused: `{command}` if the list may name them" in cli("retry", store, code=1).stdout
         assert not hits
-        said = cli("retry", store, "--reason", "refused", "--workers", 0).stdout
+        said = cli(*command.split()[1:], "--workers", 0).stdout
     assert f"-> {URLS} images; 0 without one" in said
     assert "refused:" not in said
     assert "refused:" not in cli("download", store).stdout
+
+
+def test_private_hosts_are_allowed_by_the_command_that_says_so_and_by_no_later_one(
+    pictures: list[Picture], cli: Cli, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    with serving(pictures, gone=GONE) as (port, hits):
+        urls = write_list(tmp_path / "list.tsv", pictures, port)
+        cli("download", store, urls, "--allow-private-hosts", "--workers", 0)
+        assert "allow_private_hosts" not in (store / "recipe.yaml").read_text()
+        hits.clear()
+        refused = cli("retry", store, "--all", "--workers", 0)
+        assert not hits
+        assert f"{GONE} refused: `graphbuild retry {store} --reason refused --allow-private-hosts`" in refused.stdout
+        cli("retry", store, "--reason", "refused", "--allow-private-hosts", "--workers", 0)
+        assert len(hits) == GONE
+
+
+def test_a_store_of_an_older_version_that_remembers_private_hosts_is_not_obeyed_and_says_so(
+    pictures: list[Picture], cli: Cli, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    with serving(pictures, gone=GONE) as (port, hits):
+        urls = write_list(tmp_path / "list.tsv", pictures, port)
+        cli("download", store, urls, "--allow-private-hosts", "--workers", 0)
+        recipe = store / "recipe.yaml"
+        recipe.write_text(recipe.read_text().replace("download:\n", "download:\n  allow_private_hosts: true\n"))
+        hits.clear()
+        commands = ["retry", store, "--all"], ["embed", store], ["download", store], ["download", store]
+        told = [cli(*command, "--workers", 0).stderr for command in commands]
+        warned = [text.count("says allow_private_hosts, which is no longer remembered") for text in told]
+        assert warned == [1, 0, 0, 0], "once, and embed has written the recipe without it"
+        assert not hits
 
 
 def test_refused_urls_beside_images_are_told_with_the_next_step(
@@ -130,11 +162,12 @@ def test_refused_urls_beside_images_are_told_with_the_next_step(
         urls = write_list(tmp_path / "list.tsv", pictures, port, ("127.0.0.1", "127.0.0.2"))
         manifest = run_verb("download", Recipe(download=Download(urls=str(urls))), store, runner)
         said = summary("download", manifest, store)
-        assert f"{URLS // 2} refused: `graphbuild download {store.url} --allow-private-hosts`" in said
+        told = f"{URLS // 2} refused: `graphbuild retry {store.url} --reason refused --allow-private-hosts` if"
+        assert told in said
         assert said.endswith(f"graphbuild embed {store.url}")
         allowed = Recipe(download=Download(urls=str(urls), allow_private_hosts=True))
         said = summary("download", run_verb("download", allowed, store, runner), store)
-    assert f"{URLS // 2} refused: `graphbuild retry {store.url} --reason refused`" in said
+    assert told in said, "what is finished is not fetched again"
 
 
 def test_a_url_tried_again_counts_once(pictures: list[Picture], cli: Cli, tmp_path: Path) -> None:
@@ -143,7 +176,7 @@ def test_a_url_tried_again_counts_once(pictures: list[Picture], cli: Cli, tmp_pa
         urls = write_list(tmp_path / "list.tsv", pictures, port)
         cli("download", store, urls, "--allow-private-hosts", "--workers", 0)
         for _ in range(2):
-            told = cli("retry", store, "--all", "--workers", 0).stderr
+            told = cli("retry", store, "--all", "--allow-private-hosts", "--workers", 0).stderr
             assert f": {GONE} failed, {URLS - GONE} images, {URLS} urls" in told
         said = cli("download", store).stdout
     assert f"{URLS} rows -> {URLS} URLs -> {URLS - GONE} images (75.0%)" in said

@@ -17,6 +17,7 @@ import pytest
 Picture = tuple[bytes, str]
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 URLS, SHARD = 90, 30
+PRIVATE = "--allow-private-hosts"
 
 
 class Site:
@@ -88,15 +89,18 @@ def test_failed_urls_are_fetched_again_by_reason_into_shards_of_their_own(
 
     served.well = True
     served.hits.clear()
-    said = cli("retry", store, "--workers", 1).stdout
+    said = cli("retry", store, PRIVATE, "--workers", 1).stdout
     assert set(served.hits) == busy, "only what may pass"
     assert f"{len(busy)} of {len(busy) + len(gone)} failed URLs -> {len(busy)} images; {len(gone)} without one" in said
     served.hits.clear()
-    assert f"0 of {len(gone)} failed URLs" in cli("retry", store, "--workers", 1).stdout
+    assert f"0 of {len(gone)} failed URLs" in cli("retry", store, PRIVATE, "--workers", 1).stdout
     assert not served.hits
     served.back = True
-    assert f"0 of {len(gone)} failed URLs" in cli("retry", store, "--reason", "HTTP Error 500", "--workers", 1).stdout
-    said = cli("retry", store, "--reason", "HTTP Error 404", "--workers", 1).stdout
+    assert (
+        f"0 of {len(gone)} failed URLs"
+        in cli("retry", store, PRIVATE, "--reason", "HTTP Error 500", "--workers", 1).stdout
+    )
+    said = cli("retry", store, PRIVATE, "--reason", "HTTP Error 404", "--workers", 1).stdout
     assert set(served.hits) == gone
     assert f"{len(gone)} failed URLs -> {len(gone)} images; 0 without one" in said
 
@@ -125,7 +129,7 @@ def test_a_lost_list_of_a_retry_is_cut_again_the_same(site: tuple[Site, str], cl
     store = tmp_path / "store"
     cli("download", store, tmp_path / "list.tsv", "--preset", "cc3m", "--allow-private-hosts", "--workers", 1)
     served.well = True
-    cli("retry", store, "--workers", 1)
+    cli("retry", store, PRIVATE, "--workers", 1)
     lost = store / "_state/urls/00001.parquet"
     content = lost.read_bytes()
     lost.unlink()
