@@ -97,7 +97,9 @@ class _Lock:
             with reaching(self.store.display(LOCK)):
                 while not self._is_mine(seen := self.read()):
                     if seen is not None and not self._has_died(seen, self.path):
-                        raise self._refusal(seen)
+                        if self.read() == seen:  # and not of one that has just followed a dead one
+                            raise self._refusal(seen)
+                        continue
                     if not self.swap(seen):  # another one was quicker, or is at it
                         time.sleep(0.02)
                     elif seen is not None:
@@ -112,7 +114,7 @@ class _Lock:
     def end(self) -> None:
         """Give the lock back. Raises StageError when it was lost before."""
         self._ending.set()
-        self._renewing.join(RENEW_SECONDS)
+        self._renewing.join(STALE_SECONDS)  # so long only where its server does not answer
         try:
             with reaching(self.store.display(LOCK)):
                 for attempt in range(3):
@@ -186,7 +188,7 @@ class _Lock:
                     break
                 self.mine["renewed"] += 1
                 self.swap(seen)
-        else:
+        if self._ending.is_set():  # and what was read last is what the end has left
             return
         ident = self._holder.ident or 0
         if self._holder is threading.main_thread() and callable(signal.getsignal(signal.SIGINT)):
