@@ -66,7 +66,6 @@ def test_of_two_commands_the_second_is_refused_and_the_first_leaves_what_it_leav
         assert f"{store} is being written by `graphbuild run` (process {first.pid} on " in second.stderr
         assert f"kill {first.pid}" in second.stderr
         assert "Traceback" not in second.stderr
-        cli("run", recipe, store, "--dry-run")
         first.send_signal(signal.SIGCONT)
         _, errors = first.communicate(timeout=120)
         assert first.returncode == 0, errors
@@ -105,7 +104,7 @@ def test_verbs_that_write_are_refused_and_change_nothing_and_verbs_that_read_are
         ["run", recipe, store],
         ["retry", store],
         ["demo", store],
-        ["mine", store, "duplicates", "--threshold", 0.9],
+        ["mine", store, "--what", "duplicates", "--threshold", 0.9],
     ]
     for arguments in writes:
         write_lock(store, ELSEWHERE, 0)
@@ -117,10 +116,8 @@ def test_verbs_that_write_are_refused_and_change_nothing_and_verbs_that_read_are
     write_lock(store, ELSEWHERE, 0)
     assert "no problems" in cli("verify", store).stdout
     cli("neighbors", store, "--node", 3)
-    cli("plan", recipe, store)
-    cli("index", store, "--k", 7, "--force", "--dry-run")
-    cli("mine", store, "duplicates", "--threshold", 0.9, "--dry-run")
-    cli("mine", store, "duplicates", "--threshold", 0.9, "--out", tmp_path / "elsewhere.parquet")
+    cli("mine", store, "--what", "duplicates", "--threshold", 0.9, "--dry-run")
+    cli("mine", store, "--what", "duplicates", "--threshold", 0.9, "--out", tmp_path / "elsewhere.parquet")
     cli("report", store)
     assert json.loads((store / LOCK).read_bytes()) == ELSEWHERE
 
