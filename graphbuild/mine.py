@@ -6,6 +6,7 @@ bytes; near-duplicates take more (graphbuild.duplicates). Columns, rules, what c
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import time
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from graphbuild.duplicates import near_duplicates
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.graph import SampleGraph
+from graphbuild.lock import writing
 from graphbuild.mined import Mined, Part, blocks, check_similarity, count_truncated, place_of, reaches, samples, slices
 from graphbuild.recipe import flag
 from graphbuild.source import local_file
@@ -153,7 +155,6 @@ def mine_store(
         ConfigError: an option that the list does not take, or lacks; a file that cannot be written.
         GraphbuildError: as the list's function.
     """
-    begin = time.monotonic()
     given = {name: value for name, value in options.items() if value is not None}
     takes = [name for name in inspect.signature(LISTS[what]).parameters if name != "graph"]
     for name in given:
@@ -165,6 +166,12 @@ def mine_store(
         )
     if isinstance(given.get("positive"), str):
         given["positive"] = _read_scores(given["positive"])
+    with contextlib.nullcontext() if dry_run or out is not None else writing(store, "mine"):
+        return _mine(store, what, given, out, dry_run=dry_run)
+
+
+def _mine(store: Store, what: str, given: Mapping[str, Any], out: str | None, *, dry_run: bool) -> str:
+    begin = time.monotonic()
     graph = SampleGraph.open(store.url)
     mined = LISTS[what](graph, **given)
     folder, name = place_of(store, what, out, dry_run=dry_run)

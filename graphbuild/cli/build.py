@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -38,7 +39,7 @@ def run(recipe: RecipeArg, store: StoreArg, how: How) -> None:
     """Every stage of a recipe, from its source to sidecars."""
     from graphbuild.recipe import read_recipe
 
-    _run_verb("run", read_recipe(recipe), open_store(store), how)
+    _run_verb("run", lambda: read_recipe(recipe), open_store(store), how)
 
 
 @builds(
@@ -100,7 +101,7 @@ def retry(
 
         _say(plan_retry(opened, wanted, how.workers, _progress(how.progress)))
         return
-    with _runner(how) as runner:
+    with _runner("retry", opened, how) as runner:
         _say(retry_store(opened, runner, wanted, changes))
 
 
@@ -108,21 +109,22 @@ def _run_section(section: str, url: str, changes: Changes, how: How) -> None:
     from graphbuild.recipe import resolve
 
     store = open_store(url)
-    _run_verb(section, resolve(store, section, changes), store, how)
+    _run_verb(section, lambda: resolve(store, section, changes), store, how)
 
 
-def _run_verb(verb: str, recipe: Recipe, store: Store, how: How) -> None:
+def _run_verb(verb: str, recipe: Callable[[], Recipe], store: Store, how: How) -> None:
+    """recipe: read under the lock, as it may lie in the store."""
     if how.dry_run:
         from graphbuild.plan.show import plan_verb
 
-        _say(plan_verb(verb, recipe, store, how.workers, _progress(how.progress), force=how.force))
+        _say(plan_verb(verb, recipe(), store, how.workers, _progress(how.progress), force=how.force))
         return
     from graphbuild.fetched import require_images
     from graphbuild.pipeline import run_verb
     from graphbuild.summary import summary
 
-    with _runner(how) as runner:
-        manifest = run_verb(verb, recipe, store, runner, force=how.force)
+    with _runner(verb, store, how) as runner:
+        manifest = run_verb(verb, recipe(), store, runner, force=how.force)
     echo(summary(verb, manifest, store))
     if verb == "download":
         require_images(store)
@@ -133,10 +135,15 @@ def _say(texts: Iterable[str]) -> None:
         echo(text)
 
 
-def _runner(how: How) -> Runner:
+@contextlib.contextmanager
+def _runner(verb: str, store: Store, how: How) -> Iterator[Runner]:
+    """A runner while no other command writes the store: its workers end before the lock is given back."""
+    from graphbuild.lock import writing
     from graphbuild.runner import Runner
 
-    return Runner(workers=how.workers, address=how.address, progress=_progress(how.progress))
+    progress = _progress(how.progress)
+    with writing(store, verb), Runner(workers=how.workers, address=how.address, progress=progress) as runner:
+        yield runner
 
 
 def _progress(mode: ProgressMode) -> Progress:

@@ -18,6 +18,7 @@ from graphbuild.catalog import Catalog, printable
 from graphbuild.demo.scenes import make_scenes
 from graphbuild.demo.server import SceneServer, assign_faults, expected_images, write_url_list
 from graphbuild.errors import ConfigError
+from graphbuild.lock import writing
 from graphbuild.pipeline import run_verb
 from graphbuild.progress import Progress
 from graphbuild.recipe import Download, Index, Recipe
@@ -36,7 +37,13 @@ LIST = "scenes.parquet"
 def run_demo(url: str, *, scenes: int, workers: int | None, address: str | None) -> None:
     """Make `scenes` scenes, serve them, and bring the store at the local folder `url` up to date with them."""
     folder, store, recipe = _job(url)
-    store.check_writable()
+    with writing(store, "demo"):
+        _run(url, folder, store, recipe, scenes, workers, address)
+
+
+def _run(
+    url: str, folder: Path, store: Store, recipe: Recipe, scenes: int, workers: int | None, address: str | None
+) -> None:
     made = make_scenes(scenes)
     port = _known_port(folder / LIST, scenes)
     try:
