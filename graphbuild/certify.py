@@ -19,7 +19,7 @@ from graphbuild.recipe import Recipe
 from graphbuild.sharded import Array, ShardedArray, node_array
 from graphbuild.stage import Stage, Task, records
 from graphbuild.state import require
-from graphbuild.store import Json, Store, Writer
+from graphbuild.store import Json, Store, Writer, shard_name
 
 TOLERANCE = 1e-6
 BLOCK_ROWS = 4_096
@@ -41,7 +41,7 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
     return [
         Task(
             stage="certify",
-            name=f"{number:05}",
+            name=shard_name(number),
             settings={"sample": index.recall_sample, "seed": index.seed},
             built={**built, "slice": [number, slices]},
         )

@@ -22,7 +22,7 @@ from graphbuild.remote import READERS, reaching
 from graphbuild.sidecar import METADATA_KEY
 from graphbuild.stage import ORDER, digest, fingerprint, sealed, state_path
 from graphbuild.state import sealed_text
-from graphbuild.store import Json, Store, json_text, stream_sha256
+from graphbuild.store import Json, Store, by_number, json_text, shard_name, stream_sha256
 from graphbuild.tars import tar_stem
 
 CHANGED = "its content has changed"
@@ -124,7 +124,7 @@ def _completeness(stage: str, entry: Json, done: dict[str, Json], manifest: Json
         if not missing:
             yield f"_state/{stage}/: {counted}"
         return
-    orders = (sorted(done), sorted(done, key=lambda name: (len(name), name)))
+    orders = (sorted(done), sorted(done, key=by_number))
     if entry["fingerprint"] not in (digest([[name, done[name]["fingerprint"]] for name in order]) for order in orders):
         named = state_path(stage, *done) if len(done) == 1 else f"_state/{stage}/*.done.json"
         yield f"manifest.json: its stage {stage} was made from other records than {named}"
@@ -137,7 +137,7 @@ def _missing(stage: str, tasks: int, done: dict[str, Json], manifest: Json) -> l
     if stage in whole:
         names = whole[stage]
     elif stage in ("certify", "cluster"):
-        names = [f"{number:05d}" for number in range(tasks)]
+        names = [shard_name(number) for number in range(tasks)]
     elif stage == "scan" and tasks == 1 and shards and shards[0]["tar"] is None:
         names = ["list"]
     else:

@@ -23,7 +23,7 @@ from graphbuild.sharded import Array
 from graphbuild.sidecar import TarIdentity
 from graphbuild.stage import Stage, Task, digest, outputs
 from graphbuild.state import require
-from graphbuild.store import Json, Store, Writer
+from graphbuild.store import Json, Store, Writer, shard_name
 from graphbuild.tarwriter import check_members, write_tar
 
 FOLDER = "clustered"
@@ -124,7 +124,7 @@ def plan_cluster(recipe: Recipe, store: Store) -> list[Task]:
     return [
         Task(
             stage="cluster",
-            name=f"{number:05d}",
+            name=shard_name(number),
             settings=settings,
             built={**built, "places": [first, min(size, total - first)]},
         )

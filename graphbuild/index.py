@@ -21,7 +21,7 @@ from graphbuild.errors import ConfigError
 from graphbuild.mapped import check_mappings
 from graphbuild.recipe import Index, Recipe
 from graphbuild.stage import Stage, Task, records
-from graphbuild.store import Json, Store, Writer
+from graphbuild.store import Json, Store, Writer, shard_name
 from graphbuild.threads import torch_threads
 
 VECTORS = "nodes/{}.npy"
@@ -154,7 +154,7 @@ def plan_join(recipe: Recipe, store: Store) -> list[Task]:
     at_once = nodes_at_once(engine, recipe.index, nodes, manifest["embeddings"]["d"])
     codes = manifest["stages"]["codes"]["fingerprint"]
     return [
-        index_task(recipe.index, engine, manifest, "join", f"{number:05}", codes=codes, argument=argument)
+        index_task(recipe.index, engine, manifest, "join", shard_name(number), codes=codes, argument=argument)
         for number, argument in enumerate(engine.joins(nodes, at_once, first_new_node(manifest)))
     ]
 

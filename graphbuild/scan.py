@@ -30,7 +30,7 @@ from graphbuild.errors import ConfigError, InputError
 from graphbuild.recipe import Recipe
 from graphbuild.source import file_identities, file_identity
 from graphbuild.stage import Stage, Task, records
-from graphbuild.store import Json, Store, Writer, file_sha256
+from graphbuild.store import Json, Store, Writer, by_number, file_sha256, shard_name
 from graphbuild.tables import FIELD_ROLE, TableSpec, read_chunks
 from graphbuild.tars import expand_shards, open_tar, tar_stem
 from graphbuild.text import hashes, usable_text
@@ -71,7 +71,7 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
         numbers = _shard_numbers(list(identities), store)
         return [
             Task(stage="scan", name=name, settings=settings, inputs={"tar": identities[url]}, hints={"url": url})
-            for url, name in sorted(numbers.items(), key=lambda item: item[1])
+            for url, name in sorted(numbers.items(), key=lambda item: by_number(item[1]))
         ]
     if "download" not in store.manifest()["stages"]:
         raise ConfigError(
@@ -218,10 +218,6 @@ def _filled(rows: pa.Table, template: str) -> Iterator[tuple[str | None, str | N
     columns = [rows[f"{FIELD_ROLE}{name}"].to_pylist() for name in fields]
     for values in zip(*columns, strict=True):
         yield fill_fields(template, dict(zip(fields, values, strict=True)))
-
-
-def shard_name(number: int) -> str:
-    return f"{number:05d}"
 
 
 def _write_shard(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from graphbuild.store import FORMAT_VERSION, Json, Store, Writer
+from graphbuild.store import FORMAT_VERSION, Json, Store, Writer, by_number
 
 if TYPE_CHECKING:
     from graphbuild.recipe import Recipe
@@ -137,9 +137,10 @@ def state_path(stage: str, task: str, state: str = "done") -> str:
 
 
 def records(store: Store, stage: str, state: str = "done") -> dict[str, Json]:
-    """Task name -> record, of all tasks of a stage in that state, in order of name."""
+    """Task name -> record, of all tasks of a stage in that state, in order of number (`store.by_number`)."""
     suffix = f".{state}.json"
-    sizes = {name: size for name, size in sorted(store.sizes(f"_state/{stage}").items()) if name.endswith(suffix)}
+    listed = store.sizes(f"_state/{stage}")
+    sizes = {name: listed[name] for name in sorted(listed, key=by_number) if name.endswith(suffix)}
     found = {}
     for name, record in zip(sizes, store.read_jsons(sizes), strict=True):
         if record is None:
@@ -150,9 +151,10 @@ def records(store: Store, stage: str, state: str = "done") -> dict[str, Json]:
 
 
 def outputs(records: Sequence[Json], prefix: str = "", suffix: str = "") -> dict[str, str]:
-    """Path -> sha256 of the files that those tasks wrote under `prefix` with that `suffix`, in order of path."""
+    """Path -> sha256 of the files that those tasks wrote under `prefix` with that `suffix`, in order of number."""
     found = {o["path"]: o["sha256"] for record in records for o in record["outputs"]}
-    return {path: found[path] for path in sorted(found) if path.startswith(prefix) and path.endswith(suffix)}
+    wanted = [path for path in found if path.startswith(prefix) and path.endswith(suffix)]
+    return {path: found[path] for path in sorted(wanted, key=by_number)}
 
 
 def fingerprint(stage: str, task: str, settings: Any, inputs: Any, built: Any) -> str:

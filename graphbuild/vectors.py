@@ -21,10 +21,10 @@ from graphbuild.errors import InputError
 from graphbuild.mapped import read_header
 from graphbuild.number import SAMPLES
 from graphbuild.recipe import Recipe
-from graphbuild.scan import SCHEMA, shard_name
+from graphbuild.scan import SCHEMA
 from graphbuild.source import file_identity, open_parts
 from graphbuild.stage import Stage, Task
-from graphbuild.store import Json, Store, Writer
+from graphbuild.store import Json, Store, Writer, shard_name
 
 EMPTY_NORM = 1e-6
 

@@ -18,7 +18,7 @@ from graphbuild.progress import UNITS
 from graphbuild.report.targets import batch_targets, neighbor_mass
 from graphbuild.sharded import Array
 from graphbuild.stage import ORDER, records
-from graphbuild.store import Json, Store
+from graphbuild.store import Json, Store, by_number
 
 EDGE_NODES = 20_000  # nodes whose edges the similarity histogram counts
 PAIRS = 200_000
@@ -159,7 +159,7 @@ def _repeated_texts(store: Store, manifest: Json) -> Json:
 def repeated_images(store: Store) -> list[Json]:
     """The files that most URLs gave, byte for byte: URLs, sha256, one row's key and caption."""
     tables = []
-    for name in sorted(store.sizes("shards")):
+    for name in sorted(store.sizes("shards"), key=by_number):
         if name.endswith(".parquet") and not name.endswith(".graph.parquet"):
             table = pl.from_arrow(store.table(name, ["key", "caption", "status", "sha256"]))
             assert isinstance(table, pl.DataFrame)
