@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pyarrow.parquet as pq
 
-from graphbuild import clustered, export, inline, mined
+from graphbuild import clustered, export, inline, mined, number, vectors
 from graphbuild.errors import ConfigError, GraphbuildError
 from graphbuild.recipe import resolve
 from graphbuild.remote import READERS, reaching
+from graphbuild.shards import Shard, shards_of
 from graphbuild.sidecar import METADATA_KEY
 from graphbuild.stage import ORDER, digest, fingerprint, sealed, state_path
 from graphbuild.state import sealed_text
@@ -43,11 +44,13 @@ def check_files(store: Store, manifest: Json) -> Checked:
     if problem:
         return Checked(problems=[problem])
     checked = Checked(problems=list(_recipe(store, manifest)))
+    shards = _table(store, manifest, checked)
     done = {}
     for stage in (*ORDER, mined.STAGE):
-        done[stage] = _records(store, stage, manifest, checked)
+        done[stage] = _records(store, stage, manifest, shards, checked)
     if not checked.problems:
-        checked.problems += _sizes(store, manifest, done)
+        checked.problems += _shards(manifest, shards, done)
+        checked.problems += _sizes(store, manifest, shards, done)
         checked.problems += _lists(store, done[mined.STAGE])
     return checked
 
@@ -64,6 +67,31 @@ def _sealed_json(store: Store, path: str) -> tuple[str, Json]:
     if value != sealed(value):
         return f"{path}: {CHANGED} (checksum differs)", {}
     return "" if json_text(value) == content else f"{path}: {CHANGED} (not as graphbuild writes JSON)", value
+
+
+def _table(store: Store, manifest: Json, checked: Checked) -> list[Shard]:
+    """The shards of finished samples, where the file that tells them is sound."""
+    if not {"assign", "vectors"} & manifest["stages"].keys():
+        return []
+    entry = manifest["shards"]
+    problem = _file(store, entry, "manifest.json") if isinstance(entry, dict) else None
+    if problem:
+        checked.problems.append(problem)
+        return []
+    return list(shards_of(store, manifest))
+
+
+def _shards(manifest: Json, shards: list[Shard], done: dict[str, dict[str, Json]]) -> Iterator[str]:
+    """Whether the records tell the same shards."""
+    if "vectors" in manifest["stages"]:
+        told = vectors.vector_shards(done["vectors"].values())
+    elif "assign" in manifest["stages"]:
+        told = number.assigned_shards(done["assign"].values(), done["scan"].values())
+    else:
+        return
+    if shards != told:
+        named = "manifest.json" if isinstance(manifest["shards"], list) else manifest["shards"]["path"]
+        yield f"{named}: not the shards that the records in _state/ tell"
 
 
 def _recipe(store: Store, manifest: Json) -> Iterator[str]:
@@ -84,7 +112,7 @@ def _recipe(store: Store, manifest: Json) -> Iterator[str]:
             yield "recipe.yaml: not the one that manifest.json was made with"
 
 
-def _records(store: Store, stage: str, manifest: Json, checked: Checked) -> dict[str, Json]:
+def _records(store: Store, stage: str, manifest: Json, shards: Sequence[Shard], checked: Checked) -> dict[str, Json]:
     """The sound records of a stage's finished tasks by their names; they and their files are checked."""
     problems, done = [], {}
     paths = sorted(path for path in store.sizes(f"_state/{stage}") if path.endswith(".json"))
@@ -101,7 +129,7 @@ def _records(store: Store, stage: str, manifest: Json, checked: Checked) -> dict
             problems.append(problem)
     entry = manifest["stages"].get(stage)
     if entry is not None and not problems:
-        problems += _completeness(stage, entry, done, manifest)
+        problems += _completeness(stage, entry, done, manifest, shards)
     named = [(output, state_path(stage, task)) for task, record in done.items() for output in record["outputs"]]
     with ThreadPoolExecutor(8 if store.is_local else READERS) as threads:  # hashing leaves the interpreter free
         problems += filter(None, threads.map(lambda pair: _file(store, *pair), named))
@@ -111,14 +139,16 @@ def _records(store: Store, stage: str, manifest: Json, checked: Checked) -> dict
     return done
 
 
-def _completeness(stage: str, entry: Json, done: dict[str, Json], manifest: Json) -> Iterator[str]:
+def _completeness(
+    stage: str, entry: Json, done: dict[str, Json], manifest: Json, shards: Sequence[Shard]
+) -> Iterator[str]:
     """Whether these are the records from which the manifest's entry of a stage was made."""
     graph = manifest.get("graph", {}).get("fingerprint")
     for task, record in done.items():
         if record["built"].get("graph", graph) != graph:
             yield f"{state_path(stage, task)}: of another graph than the manifest's"
     if len(done) != entry["tasks"]:
-        missing = _missing(stage, entry["tasks"], done, manifest)
+        missing = _missing(stage, entry["tasks"], done, shards)
         counted = f"{len(done)} tasks recorded as done, the manifest says {entry['tasks']}"
         yield from (f"{state_path(stage, task)}: missing" for task in missing)
         if not missing:
@@ -130,18 +160,17 @@ def _completeness(stage: str, entry: Json, done: dict[str, Json], manifest: Json
         yield f"manifest.json: its stage {stage} was made from other records than {named}"
 
 
-def _missing(stage: str, tasks: int, done: dict[str, Json], manifest: Json) -> list[str]:
+def _missing(stage: str, tasks: int, done: dict[str, Json], shards: Sequence[Shard]) -> list[str]:
     """The tasks without a record, as far as their names are known: of the whole, by number, or of shards."""
-    shards = manifest.get("shards", [])
     whole = {"urls": ["list"], "number": ["all"], "moments": ["all"], "fidelity": ["all"]}
     if stage in whole:
         names = whole[stage]
     elif stage in ("certify", "cluster"):
         names = [shard_name(number) for number in range(tasks)]
-    elif stage == "scan" and tasks == 1 and shards and shards[0]["tar"] is None:
+    elif stage == "scan" and tasks == 1 and shards and shards[0].tar is None:
         names = ["list"]
     else:
-        names = [shard["shard"] for shard in shards if shard["nodes"] or stage != "search"]
+        names = [shard.name for shard in shards if shard.nodes or stage != "search"]
     return sorted(set(names) - done.keys())
 
 
@@ -160,9 +189,9 @@ def _file(store: Store, output: Json, record: str) -> str | None:
     return None
 
 
-def _sizes(store: Store, manifest: Json, done: dict[str, dict[str, Json]]) -> Iterator[str]:
+def _sizes(store: Store, manifest: Json, shards: Sequence[Shard], done: dict[str, dict[str, Json]]) -> Iterator[str]:
     """Samples a tar, of every layout that is finished."""
-    tars = export.tar_sizes(manifest)
+    tars = export.tar_sizes(shards)
     layouts = {
         "export": (export.SIZES, tars),
         "inline": (f"{inline.FOLDER}/sizes.json", {f"{tar_stem(name)}.tar": n for name, n in (tars or {}).items()}),

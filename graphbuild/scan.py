@@ -28,6 +28,7 @@ from graphbuild.captions import (
 from graphbuild.download import downloaded_tars
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.recipe import Recipe
+from graphbuild.shards import latest_shards
 from graphbuild.source import file_identities, file_identity
 from graphbuild.stage import Stage, Task, records
 from graphbuild.store import Json, Store, Writer, by_number, file_sha256, shard_name
@@ -261,7 +262,7 @@ def _shard_numbers(urls: Sequence[str], store: Store) -> dict[str, str]:
     Numbers up to the last that has its rows are never given anew; behind it, those of tars whose scan failed or was
     stopped are free, so that a job ends with the same numbers whatever happened on the way.
     """
-    shards = [(shard["shard"], shard["tar"]) for shard in store.manifest().get("shards", [])]
+    shards = [(shard.name, shard.tar) for shard in latest_shards(store)]
     for record in records(store, "scan").values():
         shards += [(name, shard["tar"]) for name, shard in record["facts"]["shards"].items()]
     known = {tar["url"]: name for name, tar in shards if tar is not None}

@@ -89,7 +89,8 @@ class Stage:
     """A step of the pipeline. It knows nothing of parallelism; `graphbuild.runner` executes it.
 
     plan lists the tasks, reading only small files. run does one and returns its facts: JSON, its integer `counts` are
-    summed over the tasks. finish turns the records of all tasks into entries of manifest.json; counts: the stage's own,
+    summed over the tasks. finish turns the records of all tasks into entries of manifest.json; whole: whether a file
+    that it wrote beside is still there, or else it is run again. counts: the stage's own,
     where they are not those sums. serves: the stages that its files are for; when those are done it is not run, and its
     files are scratch that may be gone. note: a line to show before its first task: what was chosen, and what it will
     take. on_device: a GPU serves it, if there is one. sharing: workers to a GPU: one computes while another reads,
@@ -101,6 +102,7 @@ class Stage:
     plan: Callable[[Recipe, Store], list[Task]]
     run: Run
     finish: Callable[[Recipe, Store, list[Json]], Json] = lambda recipe, store, records: {}
+    whole: Callable[[Store, Json], bool] = lambda store, manifest: True
     counts: Callable[[Store, Sequence[Json]], dict[str, int]] = lambda store, records: total_counts(records)
     on_device: bool = False
     sharing: int = 1

@@ -17,6 +17,7 @@ from graphbuild.graph import SampleGraph
 from graphbuild.progress import UNITS
 from graphbuild.report.targets import batch_targets, neighbor_mass
 from graphbuild.sharded import Array
+from graphbuild.shards import shards_of
 from graphbuild.stage import ORDER, records
 from graphbuild.store import Json, Store, by_number
 
@@ -136,10 +137,8 @@ def _repeated_texts(store: Store, manifest: Json) -> Json:
     """Samples a node: how many nodes have 1, 2, 3-4, 5-8, ... samples, and the texts that most samples have."""
     by_power: dict[int, int] = {}
     best: list[tuple[int, str]] = []
-    for shard in manifest["shards"]:
-        if not shard.get("nodes"):
-            continue
-        table = store.table(f"nodes/{shard['shard']}.parquet", ["samples", "text"])
+    for name in shards_of(store, manifest).with_nodes.names:
+        table = store.table(f"nodes/{name}.parquet", ["samples", "text"])
         samples = table["samples"].to_numpy()
         powers, sizes = np.unique(np.ceil(np.log2(np.maximum(samples, 1))).astype(int), return_counts=True)
         for power, size in zip(powers.tolist(), sizes.tolist(), strict=True):
