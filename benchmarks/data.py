@@ -55,6 +55,7 @@ def graph(path: Path, k: int) -> np.ndarray:
     from graphbuild.recipe import resolve
     from graphbuild.runner import Runner
     from graphbuild.sharded import node_array
+    from graphbuild.shards import shards_of
     from graphbuild.store import Store
 
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, Runner(workers=2) as runner:
@@ -63,7 +64,7 @@ def graph(path: Path, k: int) -> np.ndarray:
         run_verb("index", resolve(store, "index", {"k": k, "engine": "partition", "recall": 0.95}), store, runner)
         manifest = store.manifest()
         nodes = manifest["stages"]["search"]["counts"]["nodes"]
-        return node_array(store, manifest, "graph/{}.neighbors.npy").span(0, nodes).astype(np.int64)
+        return node_array(store, shards_of(store, manifest), "graph/{}.neighbors.npy").span(0, nodes).astype(np.int64)
 
 
 def neighbors(vectors: np.ndarray, ids: np.ndarray, k: int) -> np.ndarray:

@@ -23,8 +23,9 @@ from urllib.request import urlopen
 
 import numpy as np
 import polars as pl
-from graph import LARGE, SHARD, empty_page_cache, make_store
+from graph import LARGE, empty_page_cache, make_store
 
+from graphbuild.shards import shards_of
 from graphbuild.store import Store
 
 REQUESTS = 50
@@ -39,18 +40,17 @@ def make_catalog(folder: Path, nodes: int) -> Store:
         return store
     (folder / "samples").mkdir(exist_ok=True)
     rng = np.random.default_rng(1)
-    for number, shard in enumerate(manifest["shards"]):
-        rows = np.arange(number * SHARD, number * SHARD + shard["nodes"])
+    for shard in shards_of(store, manifest):
+        rows = np.arange(shard.first_node, shard.first_node + shard.nodes)
         texts = [" ".join(words) for words in rng.choice(WORDS, (len(rows), 8))]
         texts = [f"{text} {row}" for text, row in zip(texts, rows.tolist(), strict=True)]
         none = pl.Series([None] * len(rows), dtype=pl.UInt64)
         keys = [f"{row:09}" for row in rows.tolist()]
         samples = {"row": rows, "key": keys, "node": rows, "caption": texts, "image_offset": none, "image_size": none}
-        pl.DataFrame(samples).write_parquet(folder / "samples" / f"{shard['shard']}.parquet")
+        pl.DataFrame(samples).write_parquet(folder / "samples" / f"{shard.name}.parquet")
         pl.DataFrame({"node": rows, "samples": np.ones(len(rows), np.uint32), "text": texts}).write_parquet(
-            folder / "nodes" / f"{shard['shard']}.parquet"
+            folder / "nodes" / f"{shard.name}.parquet"
         )
-        shard |= {"first_node": int(rows[0]), "samples": len(rows), "tar": None}
     store.write_json("manifest.json", manifest | {"stages": {"assign": {}, "certify": {}}})
     return store
 

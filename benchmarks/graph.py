@@ -25,8 +25,9 @@ import torch
 from graphbuild import SampleGraph
 from graphbuild.graph import Source
 from graphbuild.moments import BASIS
+from graphbuild.shards import Shard, write_shards
 from graphbuild.sketch import BYTES, DIMENSIONS
-from graphbuild.store import Store
+from graphbuild.store import Store, shard_name
 
 K, D, SHARD = 64, 384, 10_000
 LARGE, SMALL = 12_400_000, 160_000
@@ -53,7 +54,7 @@ def make_store(folder: Path, nodes: int, *, content: bool) -> Store:
         (folder / name).mkdir(parents=True, exist_ok=True)
     for number, first in enumerate(range(0, nodes, SHARD)):
         count = min(SHARD, nodes - first)
-        shards.append({"shard": f"{number:05}", "nodes": count})
+        shards.append(Shard(shard_name(number), first, count, first, count, None))
         stem = folder / "graph" / f"{number:05}"
         # One of the 64 equal spans of ids each: no list has a neighbour twice.
         steps = rng.integers(0, nodes // K, (count, K)) + np.arange(K) * (nodes // K)
@@ -75,7 +76,7 @@ def make_store(folder: Path, nodes: int, *, content: bool) -> Store:
             "graph": {"k": K},
             "embeddings": {"d": D, "encoder": "random"},
             "recall": {},
-            "shards": shards,
+            **write_shards(store, shards),
         },
     )
     return store

@@ -84,6 +84,7 @@ def run_own(name: str, path: str, k: int, settings: dict[str, Any]) -> dict[str,
     from graphbuild.recipe import resolve
     from graphbuild.runner import Runner
     from graphbuild.sharded import node_array
+    from graphbuild.shards import shards_of
     from graphbuild.store import Store
 
     folder = Path(tempfile.mkdtemp(prefix="knn-", dir=Path(path).parent))
@@ -102,7 +103,7 @@ def run_own(name: str, path: str, k: int, settings: dict[str, Any]) -> dict[str,
         manifest = large.manifest()
         x = unit(path)
         sample = sampled(len(x))
-        lists = node_array(large, manifest, "graph/{}.neighbors.npy").take(sample).astype(np.int64)
+        lists = node_array(large, shards_of(large, manifest), "graph/{}.neighbors.npy").take(sample).astype(np.int64)
         return {
             "seconds": sum(seconds for stage, seconds in stages.items() if stage != "certify"),
             "recall": recall(x, sample, lists, k, path),

@@ -9,14 +9,15 @@ shard, which keeps its lists in scratch: the search stage removes the old files.
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import Any
+from functools import lru_cache
 
 import numpy as np
 
 from graphbuild.knn.lists import EMPTY, pack
 from graphbuild.recipe import Recipe
 from graphbuild.sharded import Array
-from graphbuild.stage import Task, digest, records
+from graphbuild.shards import shards_of
+from graphbuild.stage import Task, digest, outputs, records
 from graphbuild.store import Json, Store, Writer
 
 FOLDER = "_work/base"
@@ -29,13 +30,11 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
 
     manifest = nodes_entry(store)
     begun = list(records(store, "base").values())
-    shards = [shard for shard in manifest["shards"] if shard["nodes"]]
     engine, _ = engine_of(recipe.index, manifest)
+    vectors = vectors_of(store, manifest)
     tasks = [
-        index_task(
-            recipe.index, engine, manifest, "base", s["shard"], vectors=vectors_of(manifest, s), nodes=s["nodes"]
-        )
-        for s in shards
+        index_task(recipe.index, engine, manifest, "base", name, vectors=vectors.get(f"nodes/{name}.npy"), nodes=nodes)
+        for name, _, _, _, nodes, _ in shards_of(store, manifest).with_nodes
     ]
     known = {(record["task"], record["fingerprint"]) for record in begun}
     kept = [task for task in tasks if (task.name, task.fingerprint) in known]
@@ -80,9 +79,17 @@ def first_new_node(manifest: Json) -> int:
     return int(manifest["stages"].get("base", {}).get("counts", {}).get("nodes", 0))
 
 
-def vectors_of(manifest: Json, shard: Json) -> Any:
-    """sha256 of a shard's vectors."""
-    return manifest["embeddings"].get("files", {}).get(f"nodes/{shard['shard']}.npy")
+def vectors_of(store: Store, manifest: Json) -> dict[str, str]:
+    """Path -> sha256 of each shard's vectors, from the records of the stage that wrote them: read once a process."""
+    return _vectors_of(
+        store, "vectors" if "vectors" in manifest["stages"] else "encode", manifest["embeddings"]["fingerprint"]
+    )
+
+
+@lru_cache(maxsize=1)
+def _vectors_of(store: Store, stage: str, fingerprint: str) -> dict[str, str]:
+    """fingerprint: of all the vectors, as the manifest has it; another one is read anew."""
+    return outputs(list(records(store, stage).values()), "nodes/", ".npy")
 
 
 def base_lists(store: Store, name: str, scales: Array, length: int, *, whole: bool) -> Array:

@@ -30,7 +30,8 @@ from graphbuild.matrix import is_matrix
 from graphbuild.ranges import TarRanges
 from graphbuild.recipe import Recipe, resolve
 from graphbuild.sharded import Array
-from graphbuild.store import Json, Store
+from graphbuild.shards import shards_of
+from graphbuild.store import Store
 from graphbuild.text import usable_text
 
 SHARDS = 32
@@ -70,9 +71,9 @@ class Catalog:
         require_graph(store)
         self.store = store
         self.graph = SampleGraph.open(store.url)
-        self._shards: list[Json] = store.manifest()["shards"]
-        self._with_nodes = [number for number, shard in enumerate(self._shards) if shard["nodes"]]
-        self._first_nodes = np.array([self._shards[number]["first_node"] for number in self._with_nodes])
+        self._shards = shards_of(store, store.manifest())
+        self._with_nodes = np.flatnonzero(self._shards.column("nodes"))
+        self._first_nodes = self._shards.column("first_node")[self._with_nodes]
         self._one_reads, self._one_encodes = threading.Lock(), threading.Lock()
         self._samples = functools.lru_cache(SHARDS)(self._read_samples)
         self._texts = functools.lru_cache(SHARDS)(self._read_texts)
@@ -135,7 +136,7 @@ class Catalog:
         found = []
         for node, similarity in zip(np.asarray(nodes).tolist(), np.asarray(similarities).tolist(), strict=True):
             number = self._shard_of(node)
-            table, at = self._texts(number), node - self._shards[number]["first_node"]
+            table, at = self._texts(number), node - self._shards[number].first_node
             found.append(Neighbor(node, similarity, table["samples"][at].as_py(), table["text"][at].as_py()))
         return found
 
@@ -216,7 +217,7 @@ class Catalog:
     @property
     def has_images(self) -> bool:
         """Whether there are tars; a caption list and ready vectors have none."""
-        return any(shard.get("tar") for shard in self._shards)
+        return bool(self._shards.table["tar_url"].null_count < len(self._shards))
 
     @cached_property
     def _key_ranges(self) -> list[tuple[str, str] | None]:
@@ -225,29 +226,28 @@ class Catalog:
                 f"{self.store.url} was built from ready vectors, which have no keys", "ask by node (--node)"
             )
         with ThreadPoolExecutor(8) as pool:
-            return list(pool.map(lambda shard: key_range(self.store, shard["shard"]), self._shards))
+            return list(pool.map(lambda name: key_range(self.store, name), self._shards.names))
 
     @cached_property
     def _tars(self) -> TarRanges:
-        return TarRanges(
-            [self.store.resolve(shard["tar"]["url"]) if shard.get("tar") else "" for shard in self._shards]
-        )
+        urls = self._shards.table["tar_url"].to_pylist()
+        return TarRanges([self.store.resolve(url) if url else "" for url in urls])
 
     def _shard_of(self, node: int) -> int:
         if not 0 <= node < len(self.graph):
             raise InputError(f"node id {node} is not in 0..{len(self.graph) - 1}", "use ids of this store's nodes")
-        return self._with_nodes[int(np.searchsorted(self._first_nodes, node, side="right")) - 1]
+        return int(self._with_nodes[int(np.searchsorted(self._first_nodes, node, side="right")) - 1])
 
     def _read_samples(self, number: int) -> pa.Table:
-        return self.store.table(f"samples/{self._shards[number]['shard']}.parquet", COLUMNS)
+        return self.store.table(f"samples/{self._shards.names[number]}.parquet", COLUMNS)
 
     def _read_texts(self, number: int) -> pa.Table:
-        return self.store.table(f"nodes/{self._shards[number]['shard']}.parquet", ["samples", "text"])
+        return self.store.table(f"nodes/{self._shards.names[number]}.parquet", ["samples", "text"])
 
     def _sample(self, number: int, at: int) -> Sample:
         values = self._samples(number).slice(at, 1).to_pylist()[0]
         offset, size = values.pop("image_offset"), values.pop("image_size")
-        has_image = offset is not None and self._shards[number].get("tar")
+        has_image = offset is not None and self._shards[number].tar
         return Sample(**values, image=(number, offset, size) if has_image else None)
 
 

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from graphbuild.errors import QualityError, StageError
-from graphbuild.index import VECTORS, node_count, nodes_entry
+from graphbuild.index import VECTORS, nodes_entry
 from graphbuild.recipe import Recipe
 from graphbuild.sharded import Array, ShardedArray, node_array
+from graphbuild.shards import node_count, shards_of
 from graphbuild.stage import Stage, Task, records
 from graphbuild.state import require
-from graphbuild.store import Json, Store, Writer
+from graphbuild.store import Json, Store, Writer, shard_name
 
 TOLERANCE = 1e-6
 BLOCK_ROWS = 4_096
@@ -41,7 +42,7 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
     return [
         Task(
             stage="certify",
-            name=f"{number:05}",
+            name=shard_name(number),
             settings={"sample": index.recall_sample, "seed": index.seed},
             built={**built, "slice": [number, slices]},
         )
@@ -58,11 +59,12 @@ def floor_of(recipe: Recipe, manifest: Json) -> float:
 def run(task: Task, store: Store, writer: Writer) -> Json:
     number, slices = task.built["slice"]
     manifest = store.manifest()
-    for shard in [shard for shard in manifest["shards"] if shard["nodes"]][number::slices]:
-        ids = np.arange(shard["first_node"], shard["first_node"] + shard["nodes"])
-        listed = np.array(store.array(f"graph/{shard['shard']}.neighbors.npy")).astype(np.int64)
+    shards = shards_of(store, manifest).with_nodes
+    for shard in (shards[place] for place in range(number, len(shards), slices)):
+        ids = np.arange(shard.first_node, shard.first_node + shard.nodes)
+        listed = np.array(store.array(f"graph/{shard.name}.neighbors.npy")).astype(np.int64)
         check_lists(ids, listed, node_count(manifest))
-        check_similarities(ids, np.array(store.array(f"graph/{shard['shard']}.similarities.npy")))
+        check_similarities(ids, np.array(store.array(f"graph/{shard.name}.similarities.npy")))
     ids = sampled(task.settings["sample"], task.settings["seed"], node_count(manifest))[number::slices]
     recalls, deficits = measure(store, manifest, ids)
     return facts_of(recalls, deficits)
@@ -146,9 +148,10 @@ def certificate_of(k: int, facts: list[Json]) -> Json:
 
 def measure(store: Store, manifest: Json, ids: Array) -> tuple[Array, Array]:
     """Recall and mean similarity deficit [n] of nodes `ids` [n]."""
-    listed = node_array(store, manifest, "graph/{}.neighbors.npy").take(ids).astype(np.int64)
+    shards = shards_of(store, manifest)
+    listed = node_array(store, shards, "graph/{}.neighbors.npy").take(ids).astype(np.int64)
     check_lists(ids, listed, node_count(manifest))
-    vectors = node_array(store, manifest, VECTORS)
+    vectors = node_array(store, shards, VECTORS)
     queries = _unit(vectors.take(ids), np.float32)
     rows = zip(listed, queries, strict=True)
     found = np.sort(np.stack([_unit(vectors.take(row), np.float32) @ query for row, query in rows]), axis=1)[:, ::-1]

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pyarrow.parquet as pq
 
-from graphbuild import clustered, export, inline, mined
+from graphbuild import clustered, export, inline, mined, number, vectors
 from graphbuild.errors import ConfigError, GraphbuildError
 from graphbuild.pipeline import STEPS, Step
 from graphbuild.recipe import resolve
 from graphbuild.remote import READERS, reaching
+from graphbuild.shards import Shard, shards_of
 from graphbuild.sidecar import METADATA_KEY
 from graphbuild.stage import digest, fingerprint, sealed, state_path
 from graphbuild.state import sealed_text
-from graphbuild.store import Json, Store, json_text, stream_sha256
+from graphbuild.store import Json, Store, by_number, json_text, shard_name, stream_sha256
 from graphbuild.tars import tar_stem
 
 CHANGED = "its content has changed"
@@ -44,11 +45,13 @@ def check_files(store: Store, manifest: Json) -> Checked:
     if problem:
         return Checked(problems=[problem])
     checked = Checked(problems=list(_recipe(store, manifest)))
+    shards = _table(store, manifest, checked)
     done = {}
     for step in STEPS:
         done[step.name] = _records(store, step, manifest, checked)
     if not checked.problems:
-        checked.problems += _sizes(store, manifest, done)
+        checked.problems += _shards(manifest, shards, done)
+        checked.problems += _sizes(store, manifest, shards, done)
         checked.problems += _lists(store, done[mined.STAGE.name])
     return checked
 
@@ -65,6 +68,31 @@ def _sealed_json(store: Store, path: str) -> tuple[str, Json]:
     if value != sealed(value):
         return f"{path}: {CHANGED} (checksum differs)", {}
     return "" if json_text(value) == content else f"{path}: {CHANGED} (not as graphbuild writes JSON)", value
+
+
+def _table(store: Store, manifest: Json, checked: Checked) -> list[Shard]:
+    """The shards of finished samples, where the file that tells them is sound."""
+    if not {"assign", "vectors"} & manifest["stages"].keys():
+        return []
+    entry = manifest["shards"]
+    problem = _file(store, entry, "manifest.json") if isinstance(entry, dict) else None
+    if problem:
+        checked.problems.append(problem)
+        return []
+    return list(shards_of(store, manifest))
+
+
+def _shards(manifest: Json, shards: list[Shard], done: dict[str, dict[str, Json]]) -> Iterator[str]:
+    """Whether the records tell the same shards."""
+    if "vectors" in manifest["stages"]:
+        told = vectors.vector_shards(done["vectors"].values())
+    elif "assign" in manifest["stages"]:
+        told = number.assigned_shards(done["assign"].values(), done["scan"].values())
+    else:
+        return
+    if shards != told:
+        named = "manifest.json" if isinstance(manifest["shards"], list) else manifest["shards"]["path"]
+        yield f"{named}: not the shards that the records in _state/ tell"
 
 
 def _recipe(store: Store, manifest: Json) -> Iterator[str]:
@@ -119,12 +147,12 @@ def _completeness(stage: str, entry: Json, done: dict[str, Json], manifest: Json
         if record["built"].get("graph", graph) != graph:
             yield f"{state_path(stage, task)}: of another graph than the manifest's"
     if len(done) != entry["tasks"]:
-        numbered = {f"{number:05d}" for number in range(entry["tasks"])} - done.keys()
+        numbered = {shard_name(number) for number in range(entry["tasks"])} - done.keys()
         missing = [f"{state_path(stage, task)}: missing" for task in sorted(numbered)]
         counted = f"_state/{stage}/: {len(done)} tasks recorded as done, the manifest says {entry['tasks']}"
         yield from missing if done and len(missing) == entry["tasks"] - len(done) else [counted]
         return
-    orders = (sorted(done), sorted(done, key=lambda name: (len(name), name)))
+    orders = (sorted(done), sorted(done, key=by_number))
     if entry["fingerprint"] not in (digest([[name, done[name]["fingerprint"]] for name in order]) for order in orders):
         named = state_path(stage, *done) if len(done) == 1 else f"_state/{stage}/*.done.json"
         yield f"manifest.json: its stage {stage} was made from other records than {named}"
@@ -145,9 +173,9 @@ def _file(store: Store, output: Json, record: str) -> str | None:
     return None
 
 
-def _sizes(store: Store, manifest: Json, done: dict[str, dict[str, Json]]) -> Iterator[str]:
+def _sizes(store: Store, manifest: Json, shards: Sequence[Shard], done: dict[str, dict[str, Json]]) -> Iterator[str]:
     """Samples a tar, of every layout that is finished."""
-    tars = export.tar_sizes(manifest)
+    tars = export.tar_sizes(shards)
     layouts = {
         "export": (export.SIZES, tars),
         "inline": (f"{inline.FOLDER}/sizes.json", {f"{tar_stem(name)}.tar": n for name, n in (tars or {}).items()}),

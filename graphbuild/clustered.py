@@ -20,10 +20,11 @@ from graphbuild.errors import ConfigError
 from graphbuild.export import sidecar_table
 from graphbuild.recipe import Recipe
 from graphbuild.sharded import Array
+from graphbuild.shards import Shards, shards_of
 from graphbuild.sidecar import TarIdentity
 from graphbuild.stage import Stage, Task, digest, outputs
 from graphbuild.state import require
-from graphbuild.store import Json, Store, Writer
+from graphbuild.store import Json, Store, Writer, shard_name
 from graphbuild.tarwriter import check_members, write_tar
 
 FOLDER = "clustered"
@@ -33,11 +34,11 @@ SIZES = f"{FOLDER}/sizes.json"
 GROUP = 8  # samples that NeighborBatchSampler groups, at most
 
 
-def shards_with_tars(store: Store, layout: str) -> list[Json]:
-    """The manifest's shards; ConfigError where the samples came from no tars."""
+def shards_with_tars(store: Store, layout: str) -> Shards:
+    """The store's shards; ConfigError where the samples came from no tars."""
     require_graph(store)
-    shards: list[Json] = store.manifest()["shards"]
-    if any(shard["tar"] is None for shard in shards):
+    shards = shards_of(store, store.manifest())
+    if shards.table["tar_url"].null_count:
         raise ConfigError(
             f"--layout {layout} copies images, and the samples of {store.url} came from no tars",
             "use the default layout, or embed tars (--shards)",
@@ -87,9 +88,10 @@ def plan_scatter(recipe: Recipe, store: Store) -> list[Task]:
     return [
         Task(
             stage="scatter",
-            name=shard["shard"],
+            name=shard.name,
             settings=settings,
-            built={**built, "rows": [shard["first_row"], shard["samples"]]},
+            built={**built, "rows": [shard.first_row, shard.samples]},
+            hints={"tar": shard.tar},
         )
         for shard in shards
     ]
@@ -98,8 +100,7 @@ def plan_scatter(recipe: Recipe, store: Store) -> list[Task]:
 def run_scatter(task: Task, store: Store, writer: Writer) -> Json:
     first, count = task.built["rows"]
     samples = store.table(f"samples/{task.name}.parquet")
-    tar = next(shard["tar"] for shard in store.manifest()["shards"] if shard["shard"] == task.name)
-    check_members(samples, store.resolve(tar["url"]))
+    check_members(samples, store.resolve(task.hints["tar"]["url"]))
     samples = samples.append_column("place", pa.array(store.rows(PLACES, first, first + count))).sort_by("place")
     with (
         writer.file(f"{SCRATCH}/{task.name}.arrow", durable=False) as path,
@@ -115,16 +116,16 @@ def run_scatter(task: Task, store: Store, writer: Writer) -> Json:
 
 def plan_cluster(recipe: Recipe, store: Store) -> list[Task]:
     shards = shards_with_tars(store, "clustered")
-    total = sum(shard["samples"] for shard in shards)
+    total = int(shards.column("samples").sum())
     chunk = recipe.export.chunk
     size = -(-recipe.export.shard_size // chunk) * chunk
     settings, built = _of_all(recipe, store)
     settings |= {"shard_size": size, "embeddings": recipe.export.embeddings}
-    built["tars"] = digest([shard["tar"]["sha256"] for shard in shards])
+    built["tars"] = digest(shards.table["tar_sha256"].to_pylist())
     return [
         Task(
             stage="cluster",
-            name=f"{number:05d}",
+            name=shard_name(number),
             settings=settings,
             built={**built, "places": [first, min(size, total - first)]},
         )
@@ -133,19 +134,21 @@ def plan_cluster(recipe: Recipe, store: Store) -> list[Task]:
 
 
 def run_cluster(task: Task, store: Store, writer: Writer) -> Json:
-    shards = store.manifest()["shards"]
-    samples, sources = _collect(store, [shard["shard"] for shard in shards], *task.built["places"])
+    manifest = store.manifest()
+    shards = shards_of(store, manifest)
+    samples, sources = _collect(store, shards.names, *task.built["places"])
     keys = [f"{row:012d}" for row in samples["row"].to_pylist()]
     name = f"{FOLDER}/{task.name}.tar"
+    urls = [store.resolve(url) for url in shards.table["tar_url"].to_pylist()]
     with writer.file(name) as path:
-        offsets, sizes = write_tar(path, samples, [store.resolve(s["tar"]["url"]) for s in shards], sources, keys)
+        offsets, sizes = write_tar(path, samples, urls, sources, keys)
     tar = writer.outputs[-1]
     identity = TarIdentity(name=f"{task.name}.tar", bytes=tar.bytes, sha256=tar.sha256)
     placed = samples.select(["row", "node", "caption"])
     for column, values in (("key", keys), ("image_offset", _positive(offsets)), ("image_size", _positive(sizes))):
         placed = placed.append_column(column, pa.array(values) if isinstance(values, list) else values)
     kind, chunk = task.settings["embeddings"], task.settings["chunk"]
-    table = sidecar_table(store, placed, kind, shard=task.name, tar=identity, chunk=chunk)
+    table = sidecar_table(store, manifest, placed, kind, shard=task.name, tar=identity, chunk=chunk)
     writer.table(f"{FOLDER}/{task.name}.graph.parquet", table)
     return {"counts": {"samples": len(samples), "without_node": samples["node"].null_count}}
 

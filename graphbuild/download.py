@@ -29,7 +29,7 @@ from graphbuild.recipe import Recipe
 from graphbuild.source import file_identity
 from graphbuild.stage import Stage, Task, outputs, records
 from graphbuild.state import require
-from graphbuild.store import Json, Store, Writer
+from graphbuild.store import Json, Store, Writer, shard_name
 from graphbuild.tables import TableSpec, read_chunks
 
 RESERVED = (
@@ -83,7 +83,7 @@ def run_urls(task: Task, store: Store, writer: Writer) -> Json:
     def cut(size: int) -> None:
         nonlocal waiting, shards
         table = pa.concat_tables(waiting)
-        writer.table(f"_state/urls/{shards:05d}.parquet", table.slice(0, size))
+        writer.table(f"_state/urls/{shard_name(shards)}.parquet", table.slice(0, size))
         waiting = [table.slice(size)] if size < len(table) else []
         shards += 1
 
@@ -91,7 +91,7 @@ def run_urls(task: Task, store: Store, writer: Writer) -> Json:
         waiting.append(_renamed(chunk.rows))
         rows += len(chunk.rows)
         if len(chunk.rejected):
-            writer.table(f"rejected/urls/{number:05d}.parquet", chunk.rejected)
+            writer.table(f"rejected/urls/{shard_name(number)}.parquet", chunk.rejected)
             rejected += len(chunk.rejected)
         while sum(map(len, waiting)) >= settings["shard_size"]:
             cut(settings["shard_size"])

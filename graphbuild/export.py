@@ -6,6 +6,7 @@ rows from the memory-mapped files of other shards too. Memory: the shard's rows,
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from graphbuild.moments import BASIS
 from graphbuild.quantized import quantize_int8
 from graphbuild.recipe import EmbeddingKind, Recipe
 from graphbuild.sharded import Array, node_array
+from graphbuild.shards import Shard, shards_of
 from graphbuild.sidecar import SidecarHeader, TarIdentity, sidecar_schema
 from graphbuild.stage import Stage, Task, outputs
 from graphbuild.state import require
@@ -36,11 +38,11 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
     return [
         Task(
             stage="export",
-            name=shard["shard"],
+            name=shard.name,
             settings={"embeddings": recipe.export.embeddings},
-            built={**built, "samples": samples[f"samples/{shard['shard']}.parquet"], "tar": shard["tar"]},
+            built={**built, "samples": samples[f"samples/{shard.name}.parquet"], "tar": shard.tar},
         )
-        for shard in manifest["shards"]
+        for shard in shards_of(store, manifest)
     ]
 
 
@@ -48,7 +50,7 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
     samples = store.table(f"samples/{task.name}.parquet")
     tar = task.built["tar"]
     identity = None if tar is None else TarIdentity(name=tar["name"], bytes=tar["bytes"], sha256=tar["sha256"])
-    table = sidecar_table(store, samples, task.settings["embeddings"], shard=task.name, tar=identity)
+    table = sidecar_table(store, store.manifest(), samples, task.settings["embeddings"], shard=task.name, tar=identity)
     name = task.name if tar is None else tar_stem(tar["name"])
     writer.table(f"shards/{name}.graph.parquet", table)
     return {"counts": {"samples": len(samples), "without_node": samples["node"].null_count}}
@@ -56,6 +58,7 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
 
 def sidecar_table(
     store: Store,
+    manifest: Json,
     samples: pa.Table,
     embeddings: EmbeddingKind,
     *,
@@ -64,7 +67,6 @@ def sidecar_table(
     chunk: int | None = None,
 ) -> pa.Table:
     """The sidecar of some samples, in their order; samples: row, key, node, caption, image_offset, image_size."""
-    manifest = store.manifest()
     header = SidecarHeader(
         encoder=manifest["embeddings"]["encoder"],
         d=manifest["embeddings"]["d"],
@@ -92,17 +94,18 @@ def sidecar_table(
 
 def graph_fields(store: Store, manifest: Json, nodes: Array, embeddings: EmbeddingKind) -> dict[str, Array]:
     """What a sidecar says of nodes [n], by the name of its column."""
-    background = node_array(store, manifest, "graph/{}.background.npy").take(nodes)
+    shards = shards_of(store, manifest)
+    background = node_array(store, shards, "graph/{}.background.npy").take(nodes)
     fields = {
-        "neighbors": node_array(store, manifest, "graph/{}.neighbors.npy").take(nodes),
-        "similarities": node_array(store, manifest, "graph/{}.similarities.npy").take(nodes),
+        "neighbors": node_array(store, shards, "graph/{}.neighbors.npy").take(nodes),
+        "similarities": node_array(store, shards, "graph/{}.similarities.npy").take(nodes),
         "background_mean": background[:, 0],
         "background_std": background[:, 1],
     }
     if embeddings == "sketch:64":
-        fields["sketch"] = node_array(store, manifest, "graph/{}.sketch.npy").take(nodes)
+        fields["sketch"] = node_array(store, shards, "graph/{}.sketch.npy").take(nodes)
     elif embeddings != "none":
-        embedded = node_array(store, manifest, VECTORS).take(nodes)
+        embedded = node_array(store, shards, VECTORS).take(nodes)
         if embeddings == "int8":
             fields["embedding"], fields["embedding_scale"] = quantize_int8(embedded)
         else:
@@ -112,15 +115,15 @@ def graph_fields(store: Store, manifest: Json, nodes: Array, embeddings: Embeddi
 
 def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     """shards/sizes.json, samples a tar, by which open_clip and others learn the data set's size."""
-    sizes = tar_sizes(store.manifest())
+    sizes = tar_sizes(shards_of(store, store.manifest()))
     if sizes is not None:
         store.write_json(SIZES, sizes)
     return {}
 
 
-def tar_sizes(manifest: Json) -> dict[str, int] | None:
+def tar_sizes(shards: Iterable[Shard]) -> dict[str, int] | None:
     """Samples a tar by its name; None for a store whose samples came from no tar."""
-    return {s["tar"]["name"]: s["samples"] for s in manifest["shards"] if s["tar"] is not None} or None
+    return {shard.tar["name"]: shard.samples for shard in shards if shard.tar is not None} or None
 
 
 STAGE = Stage(name="export", title="export", plan=plan, run=run, finish=finish)

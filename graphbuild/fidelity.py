@@ -16,6 +16,7 @@ from graphbuild.errors import QualityError
 from graphbuild.matrix import is_matrix
 from graphbuild.recipe import Recipe
 from graphbuild.sharded import Array
+from graphbuild.shards import node_count, shards_of
 from graphbuild.stage import Stage, Task
 from graphbuild.store import Json, Store, Writer
 
@@ -71,17 +72,17 @@ STAGE = Stage(
 
 def sampled(store: Store) -> tuple[list[str], Array]:
     """Texts and stored vectors [n, d] of SAMPLE nodes drawn evenly; of fewer than 4 SAMPLE nodes, of every fourth."""
-    shards = [shard for shard in store.manifest()["shards"] if shard["nodes"]]
-    total = shards[-1]["first_node"] + shards[-1]["nodes"]
+    manifest = store.manifest()
+    total = node_count(manifest)
     chosen = np.sort(np.random.default_rng(0).choice(total, size=min(SAMPLE, math.ceil(total / 4)), replace=False))
     texts: list[str] = []
     vectors = []
-    for shard in shards:
-        inside = chosen[(chosen >= shard["first_node"]) & (chosen < shard["first_node"] + shard["nodes"])]
+    for shard in shards_of(store, manifest).with_nodes:
+        inside = chosen[(chosen >= shard.first_node) & (chosen < shard.first_node + shard.nodes)]
         if len(inside):
-            rows = inside - shard["first_node"]
-            texts += store.table(f"nodes/{shard['shard']}.parquet", ["text"])["text"].take(rows).to_pylist()
-            vectors.append(np.asarray(store.array(f"nodes/{shard['shard']}.npy"))[rows])
+            rows = inside - shard.first_node
+            texts += store.table(f"nodes/{shard.name}.parquet", ["text"])["text"].take(rows).to_pylist()
+            vectors.append(np.asarray(store.array(f"nodes/{shard.name}.npy"))[rows])
     return texts, np.concatenate(vectors)
 
 

@@ -17,6 +17,7 @@ from graphbuild.errors import ConfigError, InputError
 from graphbuild.index import VECTORS
 from graphbuild.moments import BASIS
 from graphbuild.sharded import ShardedArray, node_array
+from graphbuild.shards import shards_of
 from graphbuild.store import Json, Store
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class SampleGraph:
         self.encoder: str = self._manifest["embeddings"]["encoder"]
         self.certificate: Json = self._manifest["recall"]
         self.fingerprint: str = self._manifest["graph"]["fingerprint"]
+        self._shards = shards_of(self._store, self._manifest)
         self._neighbors = self._array("graph/{}.neighbors.npy")
         self._similarities = self._array("graph/{}.similarities.npy")
 
@@ -66,7 +68,7 @@ class SampleGraph:
         return len(self._neighbors)
 
     def _array(self, pattern: str) -> ShardedArray:
-        return node_array(self._store, self._manifest, pattern)
+        return node_array(self._store, self._shards, pattern)
 
     @cached_property
     def _embeddings(self) -> ShardedArray:
@@ -120,8 +122,8 @@ class SampleGraph:
 
     @cached_property
     def _sample_nodes(self) -> Ids:
-        shards = [f"samples/{shard['shard']}.parquet" for shard in self._manifest["shards"]]
-        columns = [pl.from_arrow(self._store.table(name, ["node"])["node"]) for name in shards]
+        names = [f"samples/{name}.parquet" for name in self._shards.names]
+        columns = [pl.from_arrow(self._store.table(name, ["node"])["node"]) for name in names]
         return np.concatenate([pl.Series(column).fill_null(-1).to_numpy() for column in columns])
 
     @cached_property

@@ -20,8 +20,9 @@ from graphbuild.base import base_lists, first_new_node, graph_fingerprint, vecto
 from graphbuild.errors import ConfigError
 from graphbuild.mapped import check_mappings
 from graphbuild.recipe import Index, Recipe
+from graphbuild.shards import node_count, shards_of
 from graphbuild.stage import Stage, Task, records
-from graphbuild.store import Json, Store, Writer
+from graphbuild.store import Json, Store, Writer, shard_name
 from graphbuild.threads import torch_threads
 
 VECTORS = "nodes/{}.npy"
@@ -37,10 +38,6 @@ def nodes_entry(store: Store) -> Json:
             f"{store.url}: `graphbuild embed` is not finished", f"run `graphbuild embed {store.url}` first"
         )
     return manifest
-
-
-def node_count(manifest: Json) -> int:
-    return sum(shard["nodes"] for shard in manifest["shards"])
 
 
 def engine_of(index: Index, manifest: Json) -> tuple[Any, str]:
@@ -86,7 +83,7 @@ def plan_prepare(recipe: Recipe, store: Store) -> list[Task]:
             f"use --k {max(nodes - 1, 1)} or fewer" if nodes > 1 else "give at least two different captions",
         )
     engine, _ = engine_of(recipe.index, manifest)
-    check_mappings(MAPPED.get(engine.name, 1) * sum(shard["nodes"] > 0 for shard in manifest["shards"]))
+    check_mappings(MAPPED.get(engine.name, 1) * len(shards_of(store, manifest).with_nodes))
     return [index_task(recipe.index, engine, manifest, "prepare", "all")]
 
 
@@ -107,9 +104,8 @@ def plan_codes(recipe: Recipe, store: Store) -> list[Task]:
     engine, _ = engine_of(recipe.index, manifest)
     prepared = manifest["stages"].get("prepare", {}).get("fingerprint")
     return [
-        index_task(recipe.index, engine, manifest, "codes", shard["shard"], prepared=prepared, nodes=shard["nodes"])
-        for shard in manifest["shards"]
-        if shard["nodes"]
+        index_task(recipe.index, engine, manifest, "codes", shard.name, prepared=prepared, nodes=shard.nodes)
+        for shard in shards_of(store, manifest).with_nodes
     ]
 
 
@@ -154,7 +150,7 @@ def plan_join(recipe: Recipe, store: Store) -> list[Task]:
     at_once = nodes_at_once(engine, recipe.index, nodes, manifest["embeddings"]["d"])
     codes = manifest["stages"]["codes"]["fingerprint"]
     return [
-        index_task(recipe.index, engine, manifest, "join", f"{number:05}", codes=codes, argument=argument)
+        index_task(recipe.index, engine, manifest, "join", shard_name(number), codes=codes, argument=argument)
         for number, argument in enumerate(engine.joins(nodes, at_once, first_new_node(manifest)))
     ]
 
@@ -187,13 +183,12 @@ def plan_merge(recipe: Recipe, store: Store) -> list[Task]:
             engine,
             manifest,
             "merge",
-            shard["shard"],
+            shard.name,
             joined=joined,
-            first_node=shard["first_node"],
-            nodes=shard["nodes"],
+            first_node=shard.first_node,
+            nodes=shard.nodes,
         )
-        for shard in manifest["shards"]
-        if shard["nodes"]
+        for shard in shards_of(store, manifest).with_nodes
     ]
 
 
@@ -222,19 +217,19 @@ def run_merge(task: Task, store: Store, writer: Writer) -> Json:
 def plan_search(recipe: Recipe, store: Store) -> list[Task]:
     manifest = nodes_entry(store)
     engine, _ = engine_of(recipe.index, manifest)
+    vectors = vectors_of(store, manifest)
     return [
         index_task(
             recipe.index,
             engine,
             manifest,
             "search",
-            shard["shard"],
-            first_node=shard["first_node"],
-            nodes=shard["nodes"],
-            vectors=vectors_of(manifest, shard),
+            shard.name,
+            first_node=shard.first_node,
+            nodes=shard.nodes,
+            vectors=vectors.get(VECTORS.format(shard.name)),
         )
-        for shard in manifest["shards"]
-        if shard["nodes"]
+        for shard in shards_of(store, manifest).with_nodes
     ]
 
 
@@ -259,7 +254,8 @@ def run_search(task: Task, store: Store, writer: Writer) -> Json:
 
 
 def finish_search(recipe: Recipe, store: Store, done: list[Json]) -> Json:
-    engine, reason = engine_of(recipe.index, store.manifest())
+    manifest = store.manifest()
+    engine, reason = engine_of(recipe.index, manifest)
     prepared = records(store, "prepare").get("all", {}).get("facts", {})
     entry = {
         "k": recipe.index.k,
@@ -268,7 +264,7 @@ def finish_search(recipe: Recipe, store: Store, done: list[Json]) -> Json:
         **prepared,
         "fingerprint": graph_fingerprint(done),
     }
-    kept = first_new_node(store.manifest())
+    kept = first_new_node(manifest)
     return {"graph": entry | ({"kept_nodes": kept} if kept else {})}
 
 

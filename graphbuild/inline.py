@@ -17,6 +17,7 @@ from graphbuild.errors import ConfigError
 from graphbuild.export import graph_fields, tar_sizes
 from graphbuild.recipe import Recipe
 from graphbuild.sharded import Array
+from graphbuild.shards import shards_of
 from graphbuild.stage import Stage, Task, outputs
 from graphbuild.state import require
 from graphbuild.store import Json, Store, Writer
@@ -37,9 +38,9 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
     return [
         Task(
             stage="inline",
-            name=shard["shard"],
+            name=shard.name,
             settings={"embeddings": recipe.export.embeddings},
-            built={"graph": graph, "samples": samples[f"samples/{shard['shard']}.parquet"], "tar": shard["tar"]},
+            built={"graph": graph, "samples": samples[f"samples/{shard.name}.parquet"], "tar": shard.tar},
         )
         for shard in shards
     ]
@@ -79,7 +80,7 @@ def npz(arrays: Mapping[str, Array | np.generic]) -> bytes:
 
 def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     """inline/sizes.json, samples a tar."""
-    sizes = tar_sizes(store.manifest()) or {}
+    sizes = tar_sizes(shards_of(store, store.manifest())) or {}
     store.write_json(f"{FOLDER}/sizes.json", {f"{tar_stem(name)}.tar": count for name, count in sizes.items()})
     return {}
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from graphbuild.errors import ConfigError
 from graphbuild.graph import SampleGraph
 from graphbuild.remote import reaching
+from graphbuild.shards import shards_of
 from graphbuild.stage import Stage, Task, perform
 from graphbuild.store import FORMAT_VERSION, Json, Store, Writer
 
@@ -156,9 +157,9 @@ def blocks(graph: SampleGraph) -> Iterator[tuple[int, NDArray[np.uint32], NDArra
 def samples(graph: SampleGraph, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
     """Each shard's name and its samples that have a node; `node` must be one of the columns."""
     store = Store(graph.url)
-    for shard in store.manifest()["shards"]:
-        table = store.table(f"samples/{shard['shard']}.parquet", columns)
-        yield shard["shard"], table.filter(pc.is_valid(table["node"]))
+    for name in shards_of(store, store.manifest()).names:
+        table = store.table(f"samples/{name}.parquet", columns)
+        yield name, table.filter(pc.is_valid(table["node"]))
 
 
 def slices(count: int) -> Iterator[slice]:

@@ -15,6 +15,7 @@ import numpy as np
 from graphbuild import sketch
 from graphbuild.remote import READERS
 from graphbuild.sharded import Array
+from graphbuild.shards import node_count, shards_of
 from graphbuild.stage import Task
 from graphbuild.store import Json, Store, Writer
 from graphbuild.threads import torch_threads
@@ -42,15 +43,15 @@ def moments_of(raw: Array) -> Array:
 
 
 def run(task: Task, store: Store, writer: Writer) -> Json:
-    shards = [shard for shard in store.manifest()["shards"] if shard["nodes"]]
-    names = [PARTS.format(shard["shard"]) for shard in shards]
+    manifest = store.manifest()
+    names = [PARTS.format(name) for name in shards_of(store, manifest).with_nodes.names]
     total = np.zeros_like(store.array(names[0]))
     with ThreadPoolExecutor(READERS) as pool:  # fetches them side by side; the order of adding stays
         for begin in range(0, len(names), READERS):
             for part in pool.map(store.array, names[begin : begin + READERS]):
                 total += part
     writer.array(MOMENTS, total)
-    writer.array(BASIS, sketch.basis_of(total, sum(shard["nodes"] for shard in shards)))
+    writer.array(BASIS, sketch.basis_of(total, node_count(manifest)))
     return {}
 
 

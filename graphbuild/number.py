@@ -9,6 +9,7 @@ Two different texts with one hash would become one node: at 1e9 texts the chance
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,9 +20,10 @@ import pyarrow as pa
 from graphbuild.errors import InputError
 from graphbuild.recipe import Recipe
 from graphbuild.remote import READERS
+from graphbuild.shards import PLACES, Shard, is_whole, write_shards
 from graphbuild.stage import Stage, Task, digest, outputs
 from graphbuild.state import require
-from graphbuild.store import Json, Store, Writer
+from graphbuild.store import Json, Store, Writer, by_number
 
 NO_NODE = -1
 SAMPLES = ["row", "key", "node", "caption", "image_offset", "image_size", "members"]
@@ -105,21 +107,26 @@ def run_assign(task: Task, store: Store, writer: Writer) -> Json:
 
 
 def finish_assign(recipe: Recipe, store: Store, done: list[Json]) -> Json:
-    """The manifest's `shards`, in order: rows, nodes and tar of each; `shard` names its files in the other folders."""
-    tars = {
-        name: shard["tar"]
-        for record in require(store, "scan", "embed")
-        for name, shard in record["facts"]["shards"].items()
-    }
-    places = ("first_row", "samples", "first_node", "nodes")
-    return {
-        "shards": [
-            {"shard": r["task"], **{name: r["built"][name] for name in places}, "tar": tars[r["task"]]} for r in done
-        ]
-    }
+    return write_shards(store, assigned_shards(done, require(store, "scan", "embed")))
+
+
+def assigned_shards(assigned: Iterable[Json], scanned: Iterable[Json]) -> list[Shard]:
+    """The shards of the records of these stages, in order of row."""
+    tars = {name: shard["tar"] for record in scanned for name, shard in record["facts"]["shards"].items()}
+    found = [
+        Shard(name=record["task"], tar=tars[record["task"]], **{place: record["built"][place] for place in PLACES})
+        for record in assigned
+    ]
+    return sorted(found, key=lambda shard: (shard.first_row, by_number(shard.name)))
 
 
 NUMBER = Stage(name="number", title="numbering", plan=plan_number, run=run_number)
 ASSIGN = Stage(
-    name="assign", title="nodes", plan=plan_assign, run=run_assign, finish=finish_assign, entries=("shards",)
+    name="assign",
+    title="nodes",
+    plan=plan_assign,
+    run=run_assign,
+    finish=finish_assign,
+    entries=("shards",),
+    whole=is_whole,
 )

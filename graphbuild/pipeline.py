@@ -79,11 +79,12 @@ STEPS = (
     Step(scan.STAGE,        "embed",    "tars | list | shards/#.tar",    "_state/scan/#.parquet"
                                                                          " rejected/scan/#.parquet"),
     Step(number.NUMBER,     "embed",    "_state/scan/",                  "_state/number/"),
-    Step(number.ASSIGN,     "embed",    "_state/scan/ _state/number/",   "samples/#.parquet nodes/#.parquet"),
+    Step(number.ASSIGN,     "embed",    "_state/scan/ _state/number/",   "samples/#.parquet nodes/#.parquet"
+                                                                         " shards.parquet"),
     Step(embed.STAGE,       "embed",    "nodes/#.parquet",               "nodes/#.npy"),
     Step(fidelity.STAGE,    "embed",    "nodes/",                        ""),
     Step(vectors.STAGE,     "embed",    "vectors",                       "samples/#.parquet nodes/#.parquet"
-                                                                         " nodes/#.npy"),
+                                                                         " nodes/#.npy shards.parquet"),
     Step(index.BASE,        "index",    "nodes/#.npy",                   "_work/base/"),
     Step(index.PREPARE,     "index",    "nodes/#.npy",                   "_work/leaders/ _work/*"),
     Step(index.CODES,       "index",    "nodes/#.npy _work/leaders/",    "_work/codes/ _work/scales/ _work/floors/"
@@ -277,6 +278,8 @@ def remove_step(step: Step, store: Store) -> None:
         if not name:
             store.remove_folder(folder)
             made = {path for path in made if not path.startswith(pattern)}
+        elif not folder:
+            made.add(name)
         elif not name.startswith("*"):
             made |= {path for path in store.sizes(folder) if _pattern(pattern).fullmatch(path)}
     with ThreadPoolExecutor(READERS) as pool:

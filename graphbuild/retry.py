@@ -22,7 +22,7 @@ from graphbuild.pipeline import run_step, run_verb, step_of, steps_of
 from graphbuild.recipe import Recipe, resolve
 from graphbuild.runner import Runner
 from graphbuild.stage import Task, digest, outputs, records
-from graphbuild.store import Json, Store, Writer
+from graphbuild.store import Json, Store, Writer, shard_name
 from graphbuild.summary import NEXT, refused_line
 
 Wanted = str | list[str]
@@ -95,7 +95,7 @@ def _retry_urls(store: Store, recipe: Recipe, runner: Runner, wanted: Wanted) ->
         }
         task = Task(
             stage="urls",
-            name=f"retry-{len(lists):05d}",
+            name=f"retry-{shard_name(len(lists))}",
             settings={"reasons": wanted, "shard_size": recipe.download.shard_size, "first": len(lists)},
             built=built,
         )
@@ -126,7 +126,7 @@ def cut_retry(task: Task, store: Store, writer: Writer) -> Json:
     rows = every.with_row_index("place").join(chosen.select("place", "key"), on="place", maintain_order="left")
     rows = rows.with_columns(pl.col("key").alias("retry_of")).drop("place", "key")
     for number, part in enumerate(rows.iter_slices(task.settings["shard_size"])):
-        writer.table(f"_state/urls/{first + number:05d}.parquet", part.to_arrow())
+        writer.table(f"_state/urls/{shard_name(first + number)}.parquet", part.to_arrow())
     return {"retried": dict(Counter(chosen["reason"].to_list()))}
 
 

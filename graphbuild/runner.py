@@ -115,7 +115,7 @@ class Runner:
             "tasks": len(done),
             "counts": total_counts(done),
         }
-        if manifest["stages"].get(stage.name) != entry:
+        if manifest["stages"].get(stage.name) != entry or not stage.whole(store, manifest):
             manifest["stages"][stage.name] = entry
             manifest.update(stage.finish(recipe, store, done))
             write_manifest(store, manifest)

@@ -28,9 +28,10 @@ from graphbuild.captions import (
 from graphbuild.download import downloaded_tars
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.recipe import Recipe
+from graphbuild.shards import latest_shards
 from graphbuild.source import file_identities, file_identity
 from graphbuild.stage import Stage, Task, records
-from graphbuild.store import Json, Store, Writer, file_sha256
+from graphbuild.store import Json, Store, Writer, by_number, file_sha256, shard_name
 from graphbuild.tables import FIELD_ROLE, TableSpec, read_chunks
 from graphbuild.tars import expand_shards, open_tar, tar_stem
 from graphbuild.text import hashes, usable_text
@@ -71,7 +72,7 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
         numbers = _shard_numbers(list(identities), store)
         return [
             Task(stage="scan", name=name, settings=settings, inputs={"tar": identities[url]}, hints={"url": url})
-            for url, name in sorted(numbers.items(), key=lambda item: item[1])
+            for url, name in sorted(numbers.items(), key=lambda item: by_number(item[1]))
         ]
     if "download" not in store.manifest()["stages"]:
         raise ConfigError(
@@ -220,10 +221,6 @@ def _filled(rows: pa.Table, template: str) -> Iterator[tuple[str | None, str | N
         yield fill_fields(template, dict(zip(fields, values, strict=True)))
 
 
-def shard_name(number: int) -> str:
-    return f"{number:05d}"
-
-
 def _write_shard(
     shard: str,
     keys: Sequence[str],
@@ -265,7 +262,7 @@ def _shard_numbers(urls: Sequence[str], store: Store) -> dict[str, str]:
     Numbers up to the last that has its rows are never given anew; behind it, those of tars whose scan failed or was
     stopped are free, so that a job ends with the same numbers whatever happened on the way.
     """
-    shards = [(shard["shard"], shard["tar"]) for shard in store.manifest().get("shards", [])]
+    shards = [(shard.name, shard.tar) for shard in latest_shards(store)]
     for record in records(store, "scan").values():
         shards += [(name, shard["tar"]) for name, shard in record["facts"]["shards"].items()]
     known = {tar["url"]: name for name, tar in shards if tar is not None}

@@ -14,16 +14,17 @@ import numpy as np
 
 from graphbuild.errors import InputError, StageError
 from graphbuild.remote import READERS
-from graphbuild.store import Json, Store
+from graphbuild.shards import Shards
+from graphbuild.store import Store
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class ShardedArray:
-    """Shards' .npy files [n_s, width] behind each other. `len()` is the number of rows."""
+    """Files `pattern` of these names, .npy arrays [n_s, width] behind each other. `len()` is the number of rows."""
 
-    def __init__(self, store: Store, names: Sequence[str], lengths: Sequence[int]) -> None:
-        self._store, self._names = store, names
+    def __init__(self, store: Store, names: Sequence[str], lengths: Sequence[int] | Array, pattern: str = "{}") -> None:
+        self._store, self._names, self._pattern = store, names, pattern
         self._opened: dict[int, Array] = {}
         self.starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         self.width = self._part(0).shape[1]
@@ -31,7 +32,7 @@ class ShardedArray:
 
     def _part(self, number: int) -> Array:
         if number not in self._opened:
-            name, length = self._names[number], int(self.starts[number + 1] - self.starts[number])
+            name, length = self._pattern.format(self._names[number]), int(self.starts[number + 1] - self.starts[number])
             part = self._store.array(name)
             if len(part) != length:
                 raise StageError(
@@ -97,7 +98,6 @@ class ShardedArray:
         return result.reshape(*np.shape(ids), self.width)
 
 
-def node_array(store: Store, manifest: Json, pattern: str) -> ShardedArray:
+def node_array(store: Store, shards: Shards, pattern: str) -> ShardedArray:
     """The array of all nodes whose shard files are named by `pattern`, as in "graph/{}.neighbors.npy"."""
-    shards = [shard for shard in manifest["shards"] if shard["nodes"]]
-    return ShardedArray(store, [pattern.format(s["shard"]) for s in shards], [s["nodes"] for s in shards])
+    return ShardedArray(store, shards.with_nodes.names, shards.with_nodes.column("nodes"), pattern)

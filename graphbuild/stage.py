@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from graphbuild.store import FORMAT_VERSION, Json, Store, Writer
+from graphbuild.store import FORMAT_VERSION, Json, Store, Writer, by_number
 
 if TYPE_CHECKING:
     from graphbuild.recipe import Recipe
@@ -63,11 +63,12 @@ class Stage:
     """The work of a step of the job (graphbuild.pipeline). It knows nothing of parallelism; that is the runner's.
 
     plan lists the tasks, reading only small files. run does one and returns its facts: JSON, its integer `counts` are
-    summed over the tasks. finish turns the records of all tasks into the `entries`, top-level keys of manifest.json.
-    check: refuses settings before any step of the verb runs. scratch: its files serve later steps of the verb alone; a
-    crash of the machine may lose them, and they go when those steps are done. note: a line to show before its first
-    task: what was chosen, and what it will take. on_device: a GPU serves it, if there is one. sharing: workers to a
-    GPU: one computes while another reads, prepares or writes.
+    summed over the tasks. finish turns the records of all tasks into the `entries`, top-level keys of manifest.json;
+    whole: whether a file that it wrote beside is still there, or else it is run again. check: refuses settings before
+    any step of the verb runs. scratch: its files serve later steps of the verb alone; a crash of the machine may lose
+    them, and they go when those steps are done. note: a line to show before its first task: what was chosen, and what
+    it will take. on_device: a GPU serves it, if there is one. sharing: workers to a GPU: one computes while another
+    reads, prepares or writes.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Stage:
     run: Run
     finish: Callable[[Recipe, Store, list[Json]], Json] = lambda recipe, store, records: {}
     entries: tuple[str, ...] = ()
+    whole: Callable[[Store, Json], bool] = lambda store, manifest: True
     check: Callable[[Recipe], object] = lambda recipe: None
     scratch: bool = False
     on_device: bool = False
@@ -112,9 +114,10 @@ def state_path(stage: str, task: str, state: str = "done") -> str:
 
 
 def records(store: Store, stage: str, state: str = "done") -> dict[str, Json]:
-    """Task name -> record, of all tasks of a stage in that state, in order of name."""
+    """Task name -> record, of all tasks of a stage in that state, in order of number (`store.by_number`)."""
     suffix = f".{state}.json"
-    sizes = {name: size for name, size in sorted(store.sizes(f"_state/{stage}").items()) if name.endswith(suffix)}
+    listed = store.sizes(f"_state/{stage}")
+    sizes = {name: listed[name] for name in sorted(listed, key=by_number) if name.endswith(suffix)}
     found = {}
     for name, record in zip(sizes, store.read_jsons(sizes), strict=True):
         if record is None:
@@ -125,9 +128,10 @@ def records(store: Store, stage: str, state: str = "done") -> dict[str, Json]:
 
 
 def outputs(records: Sequence[Json], prefix: str = "", suffix: str = "") -> dict[str, str]:
-    """Path -> sha256 of the files that those tasks wrote under `prefix` with that `suffix`, in order of path."""
+    """Path -> sha256 of the files that those tasks wrote under `prefix` with that `suffix`, in order of number."""
     found = {o["path"]: o["sha256"] for record in records for o in record["outputs"]}
-    return {path: found[path] for path in sorted(found) if path.startswith(prefix) and path.endswith(suffix)}
+    wanted = [path for path in found if path.startswith(prefix) and path.endswith(suffix)]
+    return {path: found[path] for path in sorted(wanted, key=by_number)}
 
 
 def fingerprint(stage: str, task: str, settings: Any, inputs: Any, built: Any) -> str:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMAT_VERSION = 1
+TABLE_VERSION = 2  # of a manifest whose shards lie in a table (graphbuild.shards); older graphbuilds refuse it
 HEADER_BYTES = 128  # of a .npy file that `Writer.array` wrote
 Json = dict[str, Any]
 
@@ -250,17 +251,28 @@ class Store:
     # -- the manifest
 
     def manifest(self) -> Json:
-        """manifest.json, or an empty one of this format version; another version's store is refused."""
+        """manifest.json, or an empty one; ConfigError when this graphbuild does not know its format version."""
         found = self.read_json("manifest.json")
         if found is None:
             return {"format_version": FORMAT_VERSION, "stages": {}}
         version = found.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in (FORMAT_VERSION, TABLE_VERSION):
             raise ConfigError(
-                f"{self.display('manifest.json')} has format version {version}; this graphbuild reads {FORMAT_VERSION}",
+                f"{self.display('manifest.json')} has format version {version}; "
+                f"this graphbuild reads {FORMAT_VERSION} and {TABLE_VERSION}",
                 "use the graphbuild that wrote the store, or build into a new folder",
             )
         return found
+
+
+def shard_name(number: int) -> str:
+    """What the files of a shard, and of a task that has a number, are named by: five digits, from 100,000 on more."""
+    return f"{number:05d}"
+
+
+def by_number(name: str) -> tuple[int, str]:
+    """The key by which names of `shard_name`, or paths to them in one folder, sort as their numbers do."""
+    return len(name), name
 
 
 def json_text(value: Mapping[str, Any]) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import IO, Any
 
 import numpy as np
@@ -21,10 +21,11 @@ from graphbuild.errors import InputError
 from graphbuild.mapped import read_header
 from graphbuild.number import SAMPLES
 from graphbuild.recipe import Recipe
-from graphbuild.scan import SCHEMA, shard_name
+from graphbuild.scan import SCHEMA
+from graphbuild.shards import Shard, is_whole, write_shards
 from graphbuild.source import file_identity, open_parts
 from graphbuild.stage import Stage, Task
-from graphbuild.store import Json, Store, Writer
+from graphbuild.store import Json, Store, Writer, shard_name
 
 EMPTY_NORM = 1e-6
 
@@ -75,12 +76,15 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
 
 
 def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
-    shards = []
-    for record in done:
-        first, count = record["settings"]["first_row"], record["settings"]["rows"]
-        place = {"first_row": first, "samples": count, "first_node": first, "nodes": count}
-        shards.append({"shard": record["task"], **place, "tar": None})
-    return {"shards": shards, **embeddings_entry(done, {"encoder": "ready vectors", "weights_sha256": None})}
+    entry = embeddings_entry(done, {"encoder": "ready vectors", "weights_sha256": None})
+    return {**write_shards(store, vector_shards(done)), **entry}
+
+
+def vector_shards(done: Iterable[Json]) -> list[Shard]:
+    """The shards of this stage's records, in order of row."""
+    places = ((record["task"], record["settings"]["first_row"], record["settings"]["rows"]) for record in done)
+    found = [Shard(name, first, count, first, count, None) for name, first, count in places]
+    return sorted(found, key=lambda shard: shard.first_row)
 
 
 def unit_vectors(values: np.ndarray[Any, Any], *, first_row: int, source: str) -> np.ndarray[Any, np.dtype[np.float16]]:
@@ -180,4 +184,12 @@ def _parquet_rows(source: IO[bytes], url: str, settings: Mapping[str, Any]) -> n
     return np.asarray(column.flatten()).reshape(count, -1)
 
 
-STAGE = Stage(name="vectors", title="vectors", plan=plan, run=run, finish=finish, entries=("shards", "embeddings"))
+STAGE = Stage(
+    name="vectors",
+    title="vectors",
+    plan=plan,
+    run=run,
+    finish=finish,
+    entries=("shards", "embeddings"),
+    whole=is_whole,
+)

@@ -16,10 +16,10 @@ from graphbuild import clustered, sketch
 from graphbuild.certify import certify_afresh, check_lists
 from graphbuild.checksums import check_files
 from graphbuild.errors import ConfigError, GraphbuildError, StorageError
-from graphbuild.index import node_count
 from graphbuild.pipeline import STEPS
 from graphbuild.quantized import quantize_int8
 from graphbuild.sharded import Array
+from graphbuild.shards import Shard, node_count, shards_of
 from graphbuild.sidecar import Sidecar
 from graphbuild.source import is_there
 from graphbuild.stage import records
@@ -75,7 +75,7 @@ def verify_store(store: Store) -> Report:
     report = Report(files=checked.files, bytes=checked.bytes, problems=checked.problems)
     if report.problems:  # what does not even match its checksum is not worth comparing further
         return report
-    shards = manifest.get("shards", [])
+    shards = shards_of(store, manifest) if {"assign", "vectors"} & manifest["stages"].keys() else ()
     report.shards = len(shards)
     with ThreadPoolExecutor(THREADS) as threads:
         for missing, problems in threads.map(lambda shard: _checked_shard(store, manifest, shard), shards):
@@ -93,39 +93,39 @@ def verify_store(store: Store) -> Report:
     return report
 
 
-def _checked_shard(store: Store, manifest: Json, shard: Json) -> tuple[bool, list[str]]:
+def _checked_shard(store: Store, manifest: Json, shard: Shard) -> tuple[bool, list[str]]:
     """Whether a shard's tar is missing, and its problems."""
     try:
-        if shard["tar"] is not None and not is_there(store.resolve(shard["tar"]["url"])):
-            return True, [f"{store.resolve(shard['tar']['url'])}: missing (shard {shard['shard']})"]
+        if shard.tar is not None and not is_there(store.resolve(shard.tar["url"])):
+            return True, [f"{store.resolve(shard.tar['url'])}: missing (shard {shard.name})"]
         return False, list(_check_shard(store, manifest, shard))
     except StorageError:  # which says nothing of the shard
         raise
     except GraphbuildError as error:
-        return False, [f"shard {shard['shard']}: {error.cause}"]
+        return False, [f"shard {shard.name}: {error.cause}"]
 
 
-def _check_shard(store: Store, manifest: Json, shard: Json) -> Iterator[str] | list[str]:
-    name = shard["shard"]
+def _check_shard(store: Store, manifest: Json, shard: Shard) -> Iterator[str] | list[str]:
+    name = shard.name
     samples = store.table(f"samples/{name}.parquet")
     problems = []
-    if samples["row"].to_pylist() != list(range(shard["first_row"], shard["first_row"] + shard["samples"])):
+    if samples["row"].to_pylist() != list(range(shard.first_row, shard.first_row + shard.samples)):
         problems.append(
-            f"samples/{name}.parquet: rows are not {shard['first_row']} to {shard['first_row'] + shard['samples'] - 1}"
+            f"samples/{name}.parquet: rows are not {shard.first_row} to {shard.first_row + shard.samples - 1}"
         )
     nodes = store.table(f"nodes/{name}.parquet", ["node"])["node"].to_numpy()
-    ids = np.arange(shard["first_node"], shard["first_node"] + shard["nodes"])
+    ids = np.arange(shard.first_node, shard.first_node + shard.nodes)
     if not np.array_equal(nodes, ids):
         problems.append(
             f"nodes/{name}.parquet: nodes are not {ids[0]} to {ids[-1]}"
             if len(ids)
             else f"nodes/{name}.parquet: not empty"
         )
-    if shard["tar"] is not None:
-        problems += _check_tar(store, shard, samples)
+    if shard.tar is not None:
+        problems += _check_tar(store, shard.name, shard.tar, samples)
     if {"encode", "vectors"} & manifest["stages"].keys():
         vectors = store.array(f"nodes/{name}.npy")
-        if vectors.shape != (shard["nodes"], manifest["embeddings"]["d"]) or vectors.dtype != np.float16:
+        if vectors.shape != (shard.nodes, manifest["embeddings"]["d"]) or vectors.dtype != np.float16:
             problems.append(f"nodes/{name}.npy: {vectors.dtype} {list(vectors.shape)}")
         elif len(ids) and np.abs(np.linalg.norm(vectors.astype(np.float32), axis=1) - 1).max() > 2e-3:
             problems.append(f"nodes/{name}.npy: a vector is not of unit norm")
@@ -136,8 +136,7 @@ def _check_shard(store: Store, manifest: Json, shard: Json) -> Iterator[str] | l
     return problems
 
 
-def _check_tar(store: Store, shard: Json, samples: pa.Table) -> list[str]:
-    tar = shard["tar"]
+def _check_tar(store: Store, shard: str, tar: Json, samples: pa.Table) -> list[str]:
     with open_tar(store.resolve(tar["url"])) as opened:
         found = opened.samples()
         opened.file.seek(0)
@@ -145,11 +144,9 @@ def _check_tar(store: Store, shard: Json, samples: pa.Table) -> list[str]:
         images = [None if opened.compressed or s.image is None else s.image.offset for s in found]
     keys = [sample.key for sample in found]
     if keys != samples["key"].to_pylist():
-        return [
-            f"{tar['name']}: its {len(keys)} keys are not those of samples/{shard['shard']}.parquet ({len(samples)})"
-        ]
+        return [f"{tar['name']}: its {len(keys)} keys are not those of samples/{shard}.parquet ({len(samples)})"]
     if images != samples["image_offset"].to_pylist():
-        return [f"{tar['name']}: images do not lie where samples/{shard['shard']}.parquet says"]
+        return [f"{tar['name']}: images do not lie where samples/{shard}.parquet says"]
     return [] if same else [f"{tar['name']}: its content has changed (sha256 differs)"]
 
 
@@ -176,8 +173,8 @@ def _check_graph(store: Store, manifest: Json, name: str, ids: Array) -> list[st
     return problems
 
 
-def _check_sidecar(store: Store, manifest: Json, shard: Json, samples: pa.Table) -> list[str]:
-    name = shard["shard"] if shard["tar"] is None else tar_stem(shard["tar"]["name"])
+def _check_sidecar(store: Store, manifest: Json, shard: Shard, samples: pa.Table) -> list[str]:
+    name = shard.name if shard.tar is None else tar_stem(shard.tar["name"])
     path = f"shards/{name}.graph.parquet"
     sidecar = Sidecar.read(store.display(path))
     if sidecar.header.graph != manifest["graph"]["fingerprint"]:
@@ -185,29 +182,29 @@ def _check_sidecar(store: Store, manifest: Json, shard: Json, samples: pa.Table)
     node = samples["node"].fill_null(-1).to_numpy() if samples["node"].null_count else samples["node"].to_numpy()
     for column, values in (("key", sidecar.key.tolist()), ("row", sidecar.row.tolist())):
         if values != samples[column].to_pylist():
-            return [f"{path}: column {column} differs from samples/{shard['shard']}.parquet"]
+            return [f"{path}: column {column} differs from samples/{shard.name}.parquet"]
     if not np.array_equal(sidecar.node, node):
-        return [f"{path}: column node differs from samples/{shard['shard']}.parquet"]
-    own = np.flatnonzero((node >= shard["first_node"]) & (node < shard["first_node"] + shard["nodes"]))
-    at = node[own] - shard["first_node"]
+        return [f"{path}: column node differs from samples/{shard.name}.parquet"]
+    own = np.flatnonzero((node >= shard.first_node) & (node < shard.first_node + shard.nodes))
+    at = node[own] - shard.first_node
     problems = []
     if len(own):
-        if not np.array_equal(sidecar.neighbors[own], store.array(f"graph/{shard['shard']}.neighbors.npy")[at]):
-            problems.append(f"{path}: column neighbors differs from graph/{shard['shard']}.neighbors.npy")
-        vectors = store.array(f"nodes/{shard['shard']}.npy")[at]
+        if not np.array_equal(sidecar.neighbors[own], store.array(f"graph/{shard.name}.neighbors.npy")[at]):
+            problems.append(f"{path}: column neighbors differs from graph/{shard.name}.neighbors.npy")
+        vectors = store.array(f"nodes/{shard.name}.npy")[at]
         expected = quantize_int8(vectors)[0] if sidecar.header.embeddings == "int8" else vectors
         if sidecar.embedding is not None and not np.array_equal(sidecar.embedding[own], expected):
-            problems.append(f"{path}: column embedding differs from nodes/{shard['shard']}.npy")
-        sketches = store.array(f"graph/{shard['shard']}.sketch.npy")[at]
+            problems.append(f"{path}: column embedding differs from nodes/{shard.name}.npy")
+        sketches = store.array(f"graph/{shard.name}.sketch.npy")[at]
         if sidecar.sketch is not None and not np.array_equal(sidecar.sketch[own], sketches):
-            problems.append(f"{path}: column sketch differs from graph/{shard['shard']}.sketch.npy")
+            problems.append(f"{path}: column sketch differs from graph/{shard.name}.sketch.npy")
     return problems
 
 
 def _check_clustered(store: Store, manifest: Json) -> list[str]:
     """The tars in neighbour order: each beside its sidecar, and every row of the store in one of them."""
     problems = []
-    written = np.zeros(sum(shard["samples"] for shard in manifest["shards"]), np.int64)
+    written = np.zeros(int(shards_of(store, manifest).column("samples").sum()), np.int64)
     for name in records(store, "cluster"):
         path = f"{clustered.FOLDER}/{name}"
         sidecar = Sidecar.read(store.display(f"{path}.graph.parquet"))

@@ -23,6 +23,7 @@ from graphbuild.pipeline import run_verb
 from graphbuild.progress import Progress
 from graphbuild.recipe import Download, Index, Recipe
 from graphbuild.runner import Runner
+from graphbuild.shards import shards_of
 from graphbuild.store import Json, Store
 from graphbuild.summary import summary
 from graphbuild.terminal import echo
@@ -66,7 +67,7 @@ def _run(
         echo(f"  {sample['key']}  {printable(sample['caption'])}")
         for neighbor in catalog.neighbors(sample["node"], 3):
             echo(f"      {neighbor.similarity:.3f}  {printable(neighbor.text)}")
-    shards = len(manifest["shards"])
+    shards = len(shards_of(store, manifest))
     echo(
         f"""
 outputs   {folder}/shards/{{00000..{shards - 1:05d}}}.tar with .graph.parquet beside each
@@ -126,9 +127,9 @@ def _known_port(urls: Path, scenes: int) -> int:
 
 def _some_samples(store: Store, manifest: Json) -> list[Json]:
     """One sample with a node from the first, a middle and the last shard."""
-    shards = manifest["shards"]
+    names = shards_of(store, manifest).names
     samples = []
-    for shard in (shards[0], shards[len(shards) // 2], shards[-1]):
-        rows = store.table(f"samples/{shard['shard']}.parquet", ["key", "node", "caption"]).to_pylist()
+    for name in (names[0], names[len(names) // 2], names[-1]):
+        rows = store.table(f"samples/{name}.parquet", ["key", "node", "caption"]).to_pylist()
         samples += [row for row in rows if row["node"] is not None][:1]
     return samples

@@ -8,6 +8,7 @@ from functools import cached_property, lru_cache
 from graphbuild.index import SCRATCH, VECTORS
 from graphbuild.knn.leaders import Leaders
 from graphbuild.sharded import ShardedArray, node_array
+from graphbuild.shards import Shards, shards_of
 from graphbuild.store import Store, Writer
 
 LEADERS, LEADER_NODES = f"{SCRATCH}/leaders/{{}}.npy", f"{SCRATCH}/leader_nodes.npy"
@@ -20,14 +21,18 @@ class Inputs:
         self.store = store
         self.manifest = store.manifest()
 
+    @cached_property
+    def shards(self) -> Shards:
+        return shards_of(self.store, self.manifest)
+
     def of(self, what: str) -> ShardedArray:
         """codes, scales, floors or leaves, of the stage codes, or the merged lists."""
         stage = self.manifest["stages"]["merge" if what == "merged" else "codes"]
-        return _opened(self.store, f"{SCRATCH}/{what}/{{}}.npy", str(stage["fingerprint"]))
+        return _opened(self.store, self.shards, f"{SCRATCH}/{what}/{{}}.npy", str(stage["fingerprint"]))
 
     @cached_property
     def vectors(self) -> ShardedArray:
-        return _opened(self.store, VECTORS, str(self.manifest["embeddings"]["fingerprint"]))
+        return _opened(self.store, self.shards, VECTORS, str(self.manifest["embeddings"]["fingerprint"]))
 
     @property
     def leaders(self) -> Leaders:
@@ -58,6 +63,6 @@ def _leaders(store: Store, version: str) -> Leaders:
 
 
 @lru_cache(maxsize=8)
-def _opened(store: Store, pattern: str, version: str) -> ShardedArray:
+def _opened(store: Store, shards: Shards, pattern: str, version: str) -> ShardedArray:
     """An array over all shards, kept open by a worker from task to task; `version` changes when its files may."""
-    return node_array(store, store.manifest(), pattern)
+    return node_array(store, shards, pattern)

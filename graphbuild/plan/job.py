@@ -22,6 +22,7 @@ from graphbuild.plan import lists
 from graphbuild.plan.encoder_facts import NO_ENCODER, EncoderFacts, encoder_facts
 from graphbuild.recipe import Embed, Recipe
 from graphbuild.remote import READERS, file_system, reaching
+from graphbuild.shards import shards_of
 from graphbuild.source import open_parts
 from graphbuild.state import require
 from graphbuild.store import Store
@@ -211,16 +212,16 @@ def _of_embedded(verb: str, recipe: Recipe, store: Store) -> Job:
         require_graph(store)
     manifest = nodes_entry(store)
     finished = manifest["stages"].keys()
-    shards = manifest["shards"]
-    samples, nodes = (sum(shard[name] for shard in shards) for name in ("samples", "nodes"))
+    shards = shards_of(store, manifest)
+    samples, nodes = (int(shards.column(name).sum()) for name in ("samples", "nodes"))
     return Job(
-        "vectors" if "vectors" in finished else "tars" if shards[0]["tar"] else "captions",
+        "vectors" if "vectors" in finished else "tars" if shards[0].tar else "captions",
         samples,
         samples,
         nodes,
         len(shards),
         EncoderFacts(d=manifest["embeddings"]["d"]),
         k=manifest["graph"]["k"] if verb == "export" else 0,
-        tar_bytes=float(sum((shard["tar"] or {"bytes": 0})["bytes"] for shard in shards)),
+        tar_bytes=float(sum(filter(None, shards.table["tar_bytes"].to_pylist()))),
         first_new=sum(task.built["nodes"] for task in base.plan(recipe, store)) if verb == "index" else 0,
     )

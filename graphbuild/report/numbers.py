@@ -18,8 +18,9 @@ from graphbuild.pipeline import STEPS
 from graphbuild.progress import UNITS
 from graphbuild.report.targets import batch_targets, neighbor_mass
 from graphbuild.sharded import Array
+from graphbuild.shards import shards_of
 from graphbuild.stage import records
-from graphbuild.store import Json, Store
+from graphbuild.store import Json, Store, by_number
 
 EDGE_NODES = 20_000  # nodes whose edges the similarity histogram counts
 PAIRS = 200_000
@@ -137,10 +138,8 @@ def _repeated_texts(store: Store, manifest: Json) -> Json:
     """Samples a node: how many nodes have 1, 2, 3-4, 5-8, ... samples, and the texts that most samples have."""
     by_power: dict[int, int] = {}
     best: list[tuple[int, str]] = []
-    for shard in manifest["shards"]:
-        if not shard.get("nodes"):
-            continue
-        table = store.table(f"nodes/{shard['shard']}.parquet", ["samples", "text"])
+    for name in shards_of(store, manifest).with_nodes.names:
+        table = store.table(f"nodes/{name}.parquet", ["samples", "text"])
         samples = table["samples"].to_numpy()
         powers, sizes = np.unique(np.ceil(np.log2(np.maximum(samples, 1))).astype(int), return_counts=True)
         for power, size in zip(powers.tolist(), sizes.tolist(), strict=True):
@@ -160,7 +159,7 @@ def _repeated_texts(store: Store, manifest: Json) -> Json:
 def repeated_images(store: Store) -> list[Json]:
     """The files that most URLs gave, byte for byte: URLs, sha256, one row's key and caption."""
     tables = []
-    for name in sorted(store.sizes("shards")):
+    for name in sorted(store.sizes("shards"), key=by_number):
         if name.endswith(".parquet") and not name.endswith(".graph.parquet"):
             table = pl.from_arrow(store.table(name, ["key", "caption", "status", "sha256"]))
             assert isinstance(table, pl.DataFrame)

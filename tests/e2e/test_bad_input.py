@@ -659,7 +659,7 @@ def test_a_store_of_another_format_version_is_refused_and_untouched(half_caption
         (store / name).parent.mkdir(parents=True, exist_ok=True)
         (store / name).write_bytes(content)
     manifest = json.loads((store / "manifest.json").read_text())
-    (store / "manifest.json").write_text(json.dumps({**manifest, "format_version": 2}))
+    (store / "manifest.json").write_text(json.dumps({**manifest, "format_version": 3}))
     (store / "recipe.yaml").write_text("from_the_future: {}\n")
     before = snapshot(store)
     captions = write_list(tmp_path / "a.csv", "caption\nx\n")
@@ -672,7 +672,7 @@ def test_a_store_of_another_format_version_is_refused_and_untouched(half_caption
         ["neighbors", store, "--text", "a dog"],
         ["verify", store],
     ):
-        refused(graphbuild(*arguments), store / "manifest.json", "format version 2", "new folder")
+        refused(graphbuild(*arguments), store / "manifest.json", "format version 3", "new folder")
     assert snapshot(store) == before
 
 

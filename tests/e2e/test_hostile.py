@@ -187,6 +187,7 @@ def test_member_names_reach_no_file_and_no_terminal_in_any_layout(
     assert {path.name for path in work.iterdir()} == {"a.tar", "store"}
     assert {path.name for path in tmp_path.iterdir()} == {"work"}
     folders = {"shards", "samples", "nodes", "graph", "inline", "clustered", "_state", "manifest.json", "recipe.yaml"}
+    folders.add("shards.parquet")
     assert {path.name for path in store.iterdir()} == folders
     assert [row["key"] for row in rows(store, "samples", "key")] == keys
     with tarfile.open(store / "inline/a.tar") as archive:

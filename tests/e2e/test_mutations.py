@@ -208,7 +208,14 @@ def test_every_damage_to_every_kind_of_file_is_found_and_named(stores: tuple[Pat
 
 def test_the_store_that_is_damaged_holds_every_kind_of_file(stores: tuple[Path, Path]) -> None:
     kinds = {kind_of(name) for name in files(stores[0])}
-    assert kinds >= {"manifest.json", "recipe.yaml", "*/sizes.json", "mined/WHAT.parquet", "graph/basis.npy"}
+    assert kinds >= {
+        "manifest.json",
+        "shards.parquet",
+        "recipe.yaml",
+        "*/sizes.json",
+        "mined/WHAT.parquet",
+        "graph/basis.npy",
+    }
     assert kinds >= {"shards/N.tar", "shards/N.parquet", "shards/N_stats.json", "shards/N.graph.parquet"}
     assert kinds >= {f"graph/N.{what}.npy" for what in ("neighbors", "similarities", "background", "sketch")}
     assert kinds >= {"samples/N.parquet", "nodes/N.parquet", "nodes/N.npy", "_state/number/nodes.npy"}

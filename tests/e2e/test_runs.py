@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
@@ -513,17 +515,19 @@ def test_a_job_on_s3_writes_the_same_files_as_on_disk(built: Path, tars: Path, c
         assert "BAD  nodes/00001.npy" in cli("verify", store, env=env, code=1).stdout
     local = {str(path.relative_to(built)): path.read_bytes() for path in built.rglob("*") if path.is_file()}
     assert first.keys() == local.keys()
-    records = {name for name in local if name.endswith(".done.json")} | {"manifest.json", "recipe.yaml"}
-    for name in local.keys() - records:  # these name the tars' places
+    placed = {"manifest.json", "recipe.yaml", "shards.parquet"}  # these name the tars' places
+    records = {name for name in local if name.endswith(".done.json")}
+    for name in local.keys() - records - placed:
         assert first[name] == local[name], name
-    for name in records - {"manifest.json", "recipe.yaml"}:
+    for name in records:
         assert json.loads(first[name])["outputs"] == json.loads(local[name])["outputs"], name
     manifests = [json.loads(content["manifest.json"]) for content in (first, local)]
     for manifest in manifests:
         del manifest["stages"], manifest["recipe"], manifest["checksum"]
-        for shard in manifest["shards"]:
-            del shard["tar"]["url"]
+        del manifest["shards"]["bytes"], manifest["shards"]["sha256"]
     assert manifests[0] == manifests[1]
+    tables = [pl.read_parquet(io.BytesIO(content["shards.parquet"])).drop("tar_url") for content in (first, local)]
+    assert tables[0].equals(tables[1])
 
 
 # ---- the command line itself
