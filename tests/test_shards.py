@@ -24,7 +24,7 @@ from graphbuild.catalog import Catalog
 from graphbuild.errors import GraphbuildError, StageError
 from graphbuild.fetched import last_tries
 from graphbuild.number import ASSIGN, NUMBER
-from graphbuild.pipeline import run_verb
+from graphbuild.pipeline import run_step, run_verb, step_of
 from graphbuild.recipe import Embed, Recipe, resolve
 from graphbuild.runner import Runner
 from graphbuild.shards import Shard, shards_of, write_shards
@@ -77,7 +77,7 @@ def embed_texts(store: Store, tars: Path) -> None:
     recipe = Recipe(embed=Embed(shards=f"{tars}/*.tar"))
     with Runner(workers=0) as runner:
         for stage in (scan.STAGE, NUMBER, ASSIGN):
-            runner.run(stage, recipe, store)
+            run_step(step_of(stage), recipe, store, runner)
 
 
 def samples(store: Store) -> pl.DataFrame:
