@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+# Test files side by side, on two cores.
+JOBS := -n 2 --dist loadfile
 export NO_ALBUMENTATIONS_UPDATE := 1
 
 .PHONY: demo test test-all pytest lint clean
@@ -19,11 +21,12 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(MAKE) -j2 lint pytest
 
+# One after the other: slow tests measure what the whole machine does.
 test-all: $(VENV)/.installed
-	$(MAKE) -j2 lint pytest MARKS="-m ''"
+	$(MAKE) -j2 lint pytest MARKS="-m ''" JOBS=
 
 pytest: $(VENV)/.installed
-	$(BIN)/python -m pytest $(MARKS)
+	$(BIN)/python -m pytest $(JOBS) $(MARKS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

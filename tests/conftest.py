@@ -1,11 +1,21 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, also between the processes that run them side by side (pytest-xdist)."""
 
+from __future__ import annotations
+
+import fcntl
 import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # they say what CPUs do, also on a machine with a GPU
+# Read when torch is loaded: OpenMP threads that wait for others must not spin on cores that other tests need.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +25,39 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Copies of remote files, and what else commands put into the temporary folder, are of this process alone.
+
+    Its path is short: sockets lie below it.
+    """
+    tmp_path_factory.getbasetemp()  # stays where it is, after the run too
+    with (
+        tempfile.TemporaryDirectory(prefix="gb", ignore_cleanup_errors=True) as folder,
+        pytest.MonkeyPatch.context() as patches,
+    ):
+        patches.setenv("TMPDIR", folder)
+        patches.setattr(tempfile, "tempdir", folder)
+        yield
+
+
+@pytest.fixture(scope="session")
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
+    """`make_once(name, fill)`: a folder that the first process of the run to ask for it has filled; only to be read."""
+    base = tmp_path_factory.getbasetemp()
+    run = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder_of(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, done = run / name, run / f"{name}.done"
+        with (run / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return folder_of

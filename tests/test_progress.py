@@ -49,7 +49,7 @@ def resize(terminal: int, columns: int) -> None:
 
 
 def watched(widths: list[int], pause: float = 0.3) -> list[tuple[int, str]]:
-    """What a terminal received, each piece with the width it had then; the width changes after every second."""
+    """What a terminal received, each piece with the width it had then, which changes every second from the first on."""
     master, slave = os.openpty()
     resize(slave, widths[0])
     process = subprocess.Popen(
@@ -61,15 +61,17 @@ def watched(widths: list[int], pause: float = 0.3) -> list[tuple[int, str]]:
     )
     os.close(slave)
     pieces: list[tuple[int, str]] = []
-    width = widths[0]
+    width, begun = widths[0], threading.Event()
 
     def read() -> None:
         with contextlib.suppress(OSError):  # Linux says EIO when the other side has gone
             while block := os.read(master, 65_536):
                 pieces.append((width, block.decode()))
+                begun.set()
 
     reader = threading.Thread(target=read)
     reader.start()
+    begun.wait(60)
     for width in widths:
         resize(master, width)
         os.kill(process.pid, signal.SIGWINCH)

@@ -43,8 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from graphbuild.errors import ConfigError, GraphbuildError, StageError
-from graphbuild.sidecar import ShardError
+from graphbuild.errors import ConfigError, GraphbuildError, InputError, StageError
 from graphbuild.torch import Targets, graph_webdataset
 
 ASKED_TO_END = threading.Event()  # by SIGTERM, which clusters send some seconds before they take a machine away
@@ -196,7 +195,7 @@ def check_labels(config: Config, labels: Sequence[str]) -> None:
     _, held_out = split_shards(config)
     try:
         batch = next(iter(labelled(config, held_out)), None)
-    except ShardError as error:
+    except InputError as error:
         raise ConfigError(f"--labels: {error.cause}", "labels are fields of the samples' json members") from error
     if batch is None:
         raise ConfigError(f"--labels: no sample in {held_out[0]} or the other held-out shards", "set --held-out higher")

@@ -17,7 +17,7 @@ class Tab:
     problems: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
-    def wait(self, condition: str, seconds: float = 20) -> None:
+    def wait(self, condition: str, seconds: float = 60) -> None:
         """Wait until a JavaScript expression holds; the browser's own waiting needs eval, which the pages forbid."""
         end = time.monotonic() + seconds
         while not self.page.evaluate(condition):

@@ -7,7 +7,7 @@ import io
 import json
 import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,25 @@ def strings(shared_data: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def store(shared_data: Path, strings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_stores(
+    shared_data: Path, strings: list[str], make_once: Callable[[str, Callable[[Path], object]], Path]
+) -> Path:
+    return make_once("pages", lambda folder: make_stores(folder, shared_data, strings))
+
+
+@pytest.fixture(scope="session")
+def store(made_stores: Path) -> Path:
     """A finished graph: two tars of real photographs with their captions, and of drawings with hostile captions."""
-    folder = tmp_path_factory.mktemp("pages")
+    return made_stores / "store"
+
+
+@pytest.fixture(scope="session")
+def other_store(made_stores: Path) -> Path:
+    """The same samples with another k."""
+    return made_stores / "other"
+
+
+def make_stores(folder: Path, shared_data: Path, strings: list[str]) -> None:
     with tarfile.open(shared_data / "images/flickr8k.tar") as archive:
         members = [member for member in archive if member.isfile()][:PHOTOS]
         photos = [archive.extractfile(member).read() for member in members]  # type: ignore[union-attr]
@@ -60,18 +76,9 @@ def store(shared_data: Path, strings: list[str], tmp_path_factory: pytest.TempPa
     with Runner(workers=0) as runner:
         for verb in ("embed", "index", "export"):
             run_verb(verb, recipe, Store(str(folder / "store")), runner)
-    return folder / "store"
-
-
-@pytest.fixture(scope="session")
-def other_store(store: Path) -> Path:
-    """The same samples with another k."""
-    other = store.with_name("other")
-    shutil.copytree(store, other)
-    recipe = Recipe(embed=Embed(shards=f"{store.parent}/*.tar", caption_member="json:caption"), index=Index(k=2 * K))
-    with Runner(workers=0) as runner:
-        run_verb("index", recipe, Store(str(other)), runner, force=True)
-    return other
+        shutil.copytree(folder / "store", folder / "other")
+        other = Recipe(embed=recipe.embed, index=Index(k=2 * K))
+        run_verb("index", other, Store(str(folder / "other")), runner, force=True)
 
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 import tarfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,10 +24,13 @@ sys.path.insert(0, str(TRAINING))  # as `python training/train.py` finds its mod
 
 
 @pytest.fixture(scope="session")
-def scenes_store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Four tars of 120 scenes of 48 pixels; json members say what they show."""
-    folder = tmp_path_factory.mktemp("scenes") / "store"
-    (folder / "shards").mkdir(parents=True)
+def scenes_store(make_once: Callable[[str, Callable[[Path], object]], Path]) -> str:
+    """Four tars of 120 scenes of 48 pixels; json members say what they show. To be copied where a test changes it."""
+    return str(make_once("scenes", make_scenes_store))
+
+
+def make_scenes_store(folder: Path) -> None:
+    (folder / "shards").mkdir()
     for number, scene in enumerate(make_scenes(480)):
         with tarfile.open(folder / "shards" / f"{number // 120:05d}.tar", "a") as archive:
             members = {
@@ -43,4 +47,3 @@ def scenes_store(tmp_path_factory: pytest.TempPathFactory) -> str:
     with Runner(workers=0) as runner:
         for verb in ("embed", "index", "export"):
             run_verb(verb, recipe, opened, runner)
-    return str(folder)

@@ -21,11 +21,11 @@ from models import Model, scaled
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from benchmarks.experiments.plan import Run
+from benchmarks.experiments.sources import Prepared
 from graphbuild.errors import ConfigError
 from graphbuild.torch import NTXentLoss, XSampleLoss, graph_webdataset
 from graphbuild.torch.images import ImageDecoder
-from lab.plan import Run
-from lab.sources import Prepared
 
 ARMS = ("plain", "fields", "targets")
 SHUFFLE = 1000

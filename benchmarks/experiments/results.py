@@ -13,8 +13,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from benchmarks.experiments.plan import Claim, Experiment, Run
 from graphbuild.errors import InputError
-from lab.plan import Claim, Experiment, Run
 
 Line = dict[str, Any]
 SHARES = ("linear", "knn", "shot", "zero-shot")  # measures in percent
@@ -62,10 +62,6 @@ class Results:
             stream.flush()
             os.fsync(stream.fileno())
         self.lines.setdefault(run.experiment, []).append(line)
-
-    def like(self, run: Run) -> list[Line]:
-        """The lines of this run with any seed, on any device."""
-        return [line for lines in self.lines.values() for line in lines if line["fingerprint"] == run.fingerprint]
 
 
 def _whole(content: bytes) -> bytes:

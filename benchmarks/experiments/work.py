@@ -20,15 +20,15 @@ from typing import Literal
 
 import psutil
 
+from benchmarks.experiments.plan import Run
+from benchmarks.experiments.results import Results
+from benchmarks.experiments.runs import claimed, device_name, finish, torch_device
 from graphbuild.errors import GraphbuildError
-from lab.plan import Run
-from lab.results import Results
-from lab.runs import claimed, device_name, finish, torch_device
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """done: its line is written. shared: it had one. elsewhere: another process is at it. late: it would end too late.
+    """done: its line is written. shared: it had one. elsewhere: another process is at it. late: there was no time left.
 
     failed: `told` says why.
     """
@@ -41,22 +41,22 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Work:
-    """Where runs find and leave their things; until: no run begins that would end later (time.time())."""
+    """Where runs find and leave their things; until: no run begins later (time.time())."""
 
     folder: Path
     results: Path
     cifar: Path | None
     until: float | None = None
 
-    def attempt(self, run: Run, expected: float) -> Outcome:
-        """Do the run, which takes about `expected` seconds, unless it is done or another process's."""
+    def attempt(self, run: Run) -> Outcome:
+        """Do the run, unless it is done or another process's."""
         with claimed(run.name, self.folder) as mine:
             if not mine:
                 return Outcome(run, "elsewhere")
             found = Results(self.results)
             if found.of(run) is not None:
                 return Outcome(run, "shared")
-            if self.until is not None and time.time() + expected > self.until:
+            if self.until is not None and time.time() >= self.until:
                 return Outcome(run, "late")
             started, device = time.perf_counter(), torch_device()
             try:
@@ -73,15 +73,15 @@ class Work:
         return Outcome(run, "done", time.perf_counter() - started, told)
 
 
-def outcomes(work: Work, runs: Sequence[tuple[Run, float]], processes: int) -> Iterator[Outcome]:
-    """Of each run with the seconds it is expected to take, as they end.
+def outcomes(work: Work, runs: Sequence[Run], processes: int) -> Iterator[Outcome]:
+    """Of each run, as they end.
 
     Runs that time steps come first, with the device to themselves. Several processes write what they print to
     FOLDER/logs/. One that dies takes the runs with it that have not ended: they have failed.
     """
-    alone = [each for each in runs if processes == 1 or each[0].kind == "cost"]
-    yield from (work.attempt(run, expected) for run, expected in alone)
-    together = [each for each in runs if each not in alone]
+    alone = [run for run in runs if processes == 1 or run.kind == "cost"]
+    yield from map(work.attempt, alone)
+    together = [run for run in runs if run not in alone]
     if not together:
         return
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (psutil.cpu_count() or 1) // processes)))
@@ -89,7 +89,7 @@ def outcomes(work: Work, runs: Sequence[tuple[Run, float]], processes: int) -> I
     logs.mkdir(parents=True, exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_write_to, initargs=(logs,)) as pool:
-        begun: dict[Future[Outcome], Run] = {pool.submit(work.attempt, *each): each[0] for each in together}
+        begun: dict[Future[Outcome], Run] = {pool.submit(work.attempt, run): run for run in together}
         for future in as_completed(begun):
             try:
                 yield future.result()

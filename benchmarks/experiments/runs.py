@@ -23,9 +23,9 @@ from evaluate import features_of, probes, zero_shot
 from models import Model
 from train import load_run, new_model, train
 
-from lab.cost import step_seconds
-from lab.plan import Run
-from lab.sources import Prepared, prepare
+from benchmarks.experiments.cost import step_seconds
+from benchmarks.experiments.plan import Run
+from benchmarks.experiments.sources import Prepared, prepare
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What an experiment's recipe asks for: a YAML file of pipelines/experiments to a list of runs, in order.
+"""What an experiment's recipe asks for: a YAML file of benchmarks/experiments to a list of runs, in order.
 
 A run's settings are the recipe's base, then what its form (reduced or full), its group and its variant change. Groups
 stand in order of importance; within a group all variants of one seed come before the next seed, so whatever is
@@ -15,8 +15,8 @@ from typing import Any, Literal
 import yaml
 from config import Config
 
+from benchmarks.experiments.sources import Data, fingerprint
 from graphbuild.errors import ConfigError
-from lab.sources import Data, fingerprint
 
 EVALUATION = 1  # the probes' version: another one makes results incomparable
 PLACE = ("store", "seed", "workers", "cache", "checkpoint_steps", "log")  # settings that decide no result
@@ -106,14 +106,14 @@ def read_experiment(path: Path, form: Form, seeds: int | None = None) -> Experim
         recipe = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
-            f"{path} cannot be read as YAML ({error})", "see pipelines/experiments/ for examples"
+            f"{path} cannot be read as YAML ({error})", "see benchmarks/experiments/ for examples"
         ) from None
     if not isinstance(recipe, dict):
-        raise ConfigError(f"{path} must hold sections: {', '.join(SECTIONS)}", "see pipelines/experiments/")
+        raise ConfigError(f"{path} must hold sections: {', '.join(SECTIONS)}", "see benchmarks/experiments/")
     _check_names(path, "section", recipe, SECTIONS)
     missing = [name for name in ("data", "base", "forms", "groups", "measures") if name not in recipe]
     if missing or form not in recipe["forms"]:
-        raise ConfigError(f"{path} has no {', '.join(missing) or f'form {form}'}", "see pipelines/experiments/")
+        raise ConfigError(f"{path} has no {', '.join(missing) or f'form {form}'}", "see benchmarks/experiments/")
     here = dict(recipe["forms"][form])
     data_changes = here.pop("data", {})
     settings_known = [field.name for field in fields(Config)]

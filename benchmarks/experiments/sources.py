@@ -28,10 +28,10 @@ import torch
 import yaml
 from torch import Tensor
 
+from benchmarks.experiments.labelled import LabelledImages, decoded
 from graphbuild.demo.captions import caption
 from graphbuild.demo.scenes import ATTRIBUTES, BACKGROUNDS, KINDS, Scene, encode_jpeg, make_scenes, render
 from graphbuild.errors import ConfigError, InputError, StageError
-from lab.labelled import LabelledImages, decoded
 
 GRAPHBUILD = (sys.executable, "-c", "from graphbuild.cli import main; main()")
 TEMPLATE = "a photo of a {}"
