@@ -208,7 +208,7 @@ def retry(
     if dry_run:
         from graphbuild.plan.retry import plan_retry
 
-        _say(plan_retry(opened, wanted, workers, _progress(progress)))
+        _say(plan_retry(opened, wanted, workers))
         return
     with _runner(given(locals(), "workers address progress")) as runner:
         _say(retry_store(opened, runner, wanted))
@@ -225,7 +225,7 @@ def _run_verb(verb: str, recipe: Recipe, store: Store, how: dict[str, Any]) -> N
     if how["dry_run"]:
         from graphbuild.plan.show import plan_verb
 
-        _say(plan_verb(verb, recipe, store, how["workers"], _progress(how["progress"]), force=how["force"]))
+        _say(plan_verb(verb, recipe, store, how["workers"], force=how["force"]))
         return
     from graphbuild.fetched import require_images
     from graphbuild.pipeline import run_verb
