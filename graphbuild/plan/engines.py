@@ -92,8 +92,7 @@ def join_of(case: Case) -> Join:
         fan = fan_of(index.recall, nodes)
         rows = nodes * fan / tasks * (new / nodes if job.first_new else 1.0)
         pairs = rows * NODES_PER_LEADER * fan / 2
-        far = case.far(cost.held / max(machine.cores, 1))
-        seconds = pairs * rates.pair * case.width + rows * length * rates.leaf_entry * far
+        seconds = pairs * rates.pair * case.width + rows * length * rates.leaf_entry
         cost = replace(
             cost,
             core_seconds=seconds + nodes * fan * LEAF_SCAN,

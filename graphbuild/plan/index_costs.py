@@ -71,14 +71,14 @@ def search(case: Case) -> Cost:
     job, rates, found = case.job, case.rates, join_of(case)
     entries = case.shard_nodes * found.length
     table = 2.0 * job.nodes * job.d
-    seconds = entries * rates.candidate * case.width * case.far(table)
+    seconds = entries * rates.candidate * case.far(table)
     if found.engine == "partition":
         lists = job.nodes * (job.d + 8.0 * found.length)
-        seconds = entries * rates.refine_entry * case.width * case.far(lists)
+        seconds = entries * rates.refine_entry * case.far(lists)
         table += lists
     return Cost(
         job.shards,
-        seconds,
+        (seconds + case.shard_nodes * rates.search_node) * case.width,
         table + 8.0 * job.nodes * found.length,
         job.nodes * (6.0 * job.k + 8 + min(SKETCH_BYTES, job.d)),
         held=case.shard_nodes * (24.0 * found.length + 10.0 * job.d),

@@ -123,16 +123,10 @@ def parse(text: str) -> Machine:
     nodes, cores, gpus = int(numbers.get("nodes", 1)), int(numbers["cores"]), int(numbers.get("gpus", 1 if gpu else 0))
     name = f"{nodes} x {_count(cores, 'core')}" if nodes > 1 else _count(cores, "core")
     name += f" + {gpus} {gpu.upper()}" if gpu else ""
-    return Machine(
-        name,
-        nodes,
-        cores,
-        numbers.get("memory", 4.0 * cores) * 1e9,
-        numbers.get("network", 10 if nodes > 1 else 1) * 1e9 / 8,
-        gpus,
-        gpu,
-        numbers["disk"] * 1e9 if "disk" in numbers else None,
-    )
+    memory = numbers.get("memory", 4.0 * cores) * 1e9
+    network = numbers.get("network", 10 if nodes > 1 else 1) * 1e9 / 8
+    disk = numbers["disk"] * 1e9 if "disk" in numbers else None
+    return Machine(name, nodes, cores, memory, network, gpus, gpu, disk)
 
 
 def _count(number: int, what: str) -> str:

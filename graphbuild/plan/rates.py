@@ -12,7 +12,6 @@ import platform
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from graphbuild.gpus import cores_here
 from graphbuild.plan.probe import Probe, probe_here
 from graphbuild.store import Store
 
@@ -34,19 +33,20 @@ class Rates:
     60,000 vectors with k = 64 and 32; the runner's own and what workers load, of a job on Ray.
     """
 
-    machine: str = "AMD EPYC (Zen 3), 2 cores: AVX2"
+    machine: str = "AMD EPYC (Zen 3): AVX2"
     token: float = _by("encoder", 3.8e-4)  # computed by the default encoder; others by FLOP
     pair: float = _by("encoder", 1.1e-8)  # of int8 products
     flop: float = _by("float32", 1.2e-11)
     fidelity_text: float = _by("float32", 4.5e-3)
     code_node: float = _by("float32", 2.0e-5)
+    search_node: float = _by("float32", 1.0e-5)  # its background and sketch
     list_entry: float = _by("memory", 3.0e-7)  # of a candidate list that exact fills
-    leaf_entry: float = _by("memory", 1.1e-7)  # of the list of a node's place in a leaf
+    leaf_entry: float = _by("memory", 8.0e-8)  # of the list of a node's place in a leaf
     merge_entry: float = _by("memory", 4.0e-8)
-    candidate: float = _by("memory", 2.7e-7)  # scored again by its vector
-    refine_entry: float = _by("memory", 6.5e-7)  # of a list that partition refines
-    far: float = 2.6  # times that a random read takes beyond the last cache: 2.3 on a Xeon, 3.0 on an EPYC (the search
-    # of exact at 50,000 and 251,610 nodes, benchmarks/results/knn.jsonl and knn_epyc.jsonl)
+    candidate: float = _by("memory", 1.1e-7)  # scored again by its vector
+    refine_entry: float = _by("memory", 2.0e-7)  # of a list that partition refines
+    far: float = 4.0  # times that these two take beyond the last cache: 2 to 7 in the searches of 250,000 and 3,000,000
+    # nodes of benchmarks/results/knn.jsonl and knn_epyc.jsonl
     start: float = _by("python", 6.0)  # of Ray and its workers
     load_torch: float = _by("python", 2.0)  # by a worker, before its first task that needs it; so are the next two
     load_transformers: float = _by("python", 5.5)
@@ -100,7 +100,7 @@ def scaled(kind: str, probe: Probe, machine: str) -> Rates:
     rates = Rates(machine=f"{machine}: {kind}", token=row.token, pair=row.pair)
     by = {one.name: one.metadata["by"] for one in fields(Rates) if one.metadata}
     return replace(
-        rates, **{name: getattr(rates, name) * getattr(probe, by) / getattr(there, by) for name, by in by.items()}
+        rates, **{name: getattr(rates, name) * (getattr(probe, by) / getattr(there, by)) for name, by in by.items()}
     )
 
 
@@ -115,12 +115,11 @@ def kind_here() -> str:
 
 
 def cpu_here() -> str:
-    """The processor's name, as Linux tells it, and its cores."""
+    """The processor's name, as Linux tells it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    cores = cores_here()
-    return f"{names[0] if names else platform.machine()}, {cores} core{'s' * (cores != 1)}"
+    return names[0] if names else platform.machine()
 
 
 def nearest_folder(store: Store | None) -> Path | None:
