@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from graphbuild.plan.job import Job
 from graphbuild.plan.machine import Machine
-from graphbuild.plan.rates import CACHE_BYTES, Rates
+from graphbuild.plan.rates import NEAR_BYTES, Rates
 from graphbuild.recipe import Recipe
 
 WIDTH = 384  # numbers of a vector, for which rates are
@@ -55,6 +55,6 @@ class Case:
         return self.job.d / WIDTH
 
     def far(self, table_bytes: float) -> float:
-        """How much longer random reads of a table take than of one that the cache holds."""
-        beyond = max(1 - CACHE_BYTES / max(table_bytes, 1.0), 0.0)
+        """How much longer random reads of a table take than of a small one."""
+        beyond = max(1 - NEAR_BYTES / max(table_bytes, 1.0), 0.0)
         return 1 + (self.rates.far - 1) * beyond

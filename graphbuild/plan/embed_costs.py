@@ -32,14 +32,10 @@ def download(case: Case) -> Cost:
     rows = min(config.shard_size, job.rows)
     seconds = max(rows * FETCH_SECONDS / config.threads, rows * job.success * case.rates.image)
     network = job.samples * ORIGINAL_BYTES
-    return Cost(
-        math.ceil(job.rows / config.shard_size),
-        seconds,
-        network,
-        job.tar_bytes + job.list_bytes * 0.8,
-        held=2 * config.threads * ORIGINAL_BYTES + 60e6 + rows * 3_000,
-        least_seconds=network / (machine.network * machine.nodes),
-    )
+    held = 2 * config.threads * ORIGINAL_BYTES + 60e6 + rows * 3_000
+    tasks, written = math.ceil(job.rows / config.shard_size), job.tar_bytes + job.list_bytes * 0.8
+    least_seconds = network / (machine.network * machine.nodes)
+    return Cost(tasks, seconds, network, written, held, least_seconds=least_seconds)
 
 
 def scan(case: Case) -> Cost:
@@ -62,14 +58,10 @@ def number(case: Case) -> Cost:
 
 def assign(case: Case) -> Cost:
     job = case.job
-    return Cost(
-        job.shards,
-        case.shard_rows * case.rates.assign_row,
-        job.samples * (job.characters * 1.2 + 40),
-        job.samples * (job.characters + 40) + job.nodes * job.characters * 0.6,
-        held=case.shard_rows * (6 * job.characters + 600),
-        mapped=8.0 * job.samples,
-    )
+    read = job.samples * (job.characters * 1.2 + 40)
+    written = job.samples * (job.characters + 40) + job.nodes * job.characters * 0.6
+    held = case.shard_rows * (6 * job.characters + 600)
+    return Cost(job.shards, case.shard_rows * case.rates.assign_row, read, written, held, 8.0 * job.samples)
 
 
 def encode(case: Case) -> Cost:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from graphbuild.knn import device
+from graphbuild.knn import device as gpu
 from graphbuild.knn.engine import FAISS_TASK_NODES, Engine, bytes_a_node, choose, nodes_at_once
 from graphbuild.knn.leaders import NODES_PER_LEADER
 from graphbuild.knn.partition import FANS, MISSING_AFTER_REFINEMENT
@@ -38,20 +38,13 @@ class Join:
 
 def index_on(recipe: Recipe, machine: Machine) -> Index:
     """The recipe's section, its device settled as on that machine."""
-    index = recipe.index
-    if index.device != "auto":
-        return index
-    return index.model_copy(update={"device": "cuda" if machine.card else "cpu"})
+    device = "cuda" if machine.card else "cpu"
+    return recipe.index if recipe.index.device != "auto" else recipe.index.model_copy(update={"device": device})
 
 
 def chosen_engine(recipe: Recipe, job: Job, machine: Machine) -> tuple[Engine, str]:
     """The engine, and why."""
     return choose(index_on(recipe, machine), job.nodes, job.d)
-
-
-def why_engine(recipe: Recipe, job: Job, machine: Machine) -> str:
-    engine, reason = chosen_engine(recipe, job, machine)
-    return f"{engine.name} ({reason})"
 
 
 def join_of(case: Case) -> Join:
@@ -71,18 +64,14 @@ def join_of(case: Case) -> Join:
     held_nodes = min(held_nodes, nodes)
     length = engine.length(job.k, nodes)
     share = 1 - (job.first_new / nodes) ** 2  # of the pairs, that have a new node
-    cost = Cost(
-        tasks,
-        read=held_nodes * tasks * (job.d + 12.0),
-        written=8.0 * nodes * lists * (length + 1),
-        held=held_nodes * bytes_a_node(engine, job.k, nodes, job.d),
-        mapped=1.0 * nodes * job.d,
-    )
+    read, written = held_nodes * tasks * (job.d + 12.0), 8.0 * nodes * lists * (length + 1)
+    held = held_nodes * bytes_a_node(engine, job.k, nodes, job.d)
+    cost = Cost(tasks, 0.0, read, written, held, 1.0 * nodes * job.d)
     if engine.name == "exact" and machine.card is not None and index.device == "cuda":
         card = machine.card
         both = share * nodes**2 / tasks  # a GPU compares each pair from both sides
         seconds = both * (2.0 * job.d / card.int8 + PAIR_BYTES / card.bytes_second)
-        vram = held_nodes * (job.d + 8.0) + 3 * 4.0 * device.ROWS * device.COLUMNS + 0.5e9
+        vram = held_nodes * (job.d + 8.0) + 3 * 4.0 * gpu.ROWS * gpu.COLUMNS + 0.5e9
         cost = replace(cost, on_gpu=True, gpu_seconds=seconds, vram=vram)
     elif engine.name == "exact":
         pairs = share * nodes**2 / 2 / tasks
@@ -92,14 +81,9 @@ def join_of(case: Case) -> Join:
         fan = fan_of(index.recall, nodes)
         rows = nodes * fan / tasks * (new / nodes if job.first_new else 1.0)
         pairs = rows * NODES_PER_LEADER * fan / 2
-        seconds = pairs * rates.pair * case.width + rows * length * rates.leaf_entry
-        cost = replace(
-            cost,
-            core_seconds=seconds + nodes * fan * LEAF_SCAN,
-            read=cost.read + tasks * 4.0 * nodes * fan,
-            held=cost.held + 48.0 * rows,
-            mapped=nodes * (job.d + 4.0 * fan),
-        )
+        seconds = pairs * rates.pair * case.width + rows * length * rates.leaf_entry + nodes * fan * LEAF_SCAN
+        read, mapped = cost.read + tasks * 4.0 * nodes * fan, nodes * (job.d + 4.0 * fan)
+        cost = replace(cost, core_seconds=seconds, read=read, held=cost.held + 48.0 * rows, mapped=mapped)
     else:
         compared = min(FAISS_PAIRS_FAR * math.sqrt(nodes), nodes) * FAISS_TASK_NODES
         whole = 4.0 * nodes * job.d

@@ -76,14 +76,10 @@ def search(case: Case) -> Cost:
         lists = job.nodes * (job.d + 8.0 * found.length)
         seconds = entries * rates.refine_entry * case.far(lists)
         table += lists
-    return Cost(
-        job.shards,
-        (seconds + case.shard_nodes * rates.search_node) * case.width,
-        table + 8.0 * job.nodes * found.length,
-        job.nodes * (6.0 * job.k + 8 + min(SKETCH_BYTES, job.d)),
-        held=case.shard_nodes * (24.0 * found.length + 10.0 * job.d),
-        mapped=table,
-    )
+    seconds = (seconds + case.shard_nodes * rates.search_node) * case.width
+    read, written = table + 8.0 * job.nodes * found.length, job.nodes * (6.0 * job.k + 8 + min(SKETCH_BYTES, job.d))
+    held = case.shard_nodes * (24.0 * found.length + 10.0 * job.d)
+    return Cost(job.shards, seconds, read, written, held, table)
 
 
 def certify(case: Case) -> Cost:

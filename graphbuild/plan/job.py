@@ -184,9 +184,7 @@ def _of_embedded(verb: str, recipe: Recipe, store: Store) -> Job:
     shards = manifest["shards"]
     samples, nodes = (sum(shard[name] for shard in shards) for name in ("samples", "nodes"))
     source = "vectors" if "vectors" in manifest["stages"] else "tars" if shards[0]["tar"] else "captions"
-    return Job(
-        *(source, samples, samples, nodes, len(shards), EncoderFacts(d=manifest["embeddings"]["d"])),
-        k=manifest["graph"]["k"] if verb == "export" else 0,
-        tar_bytes=float(sum((shard["tar"] or {"bytes": 0})["bytes"] for shard in shards)),
-        first_new=sum(task.built["nodes"] for task in base.plan(recipe, store)) if verb == "index" else 0,
-    )
+    tar_bytes = float(sum((shard["tar"] or {"bytes": 0})["bytes"] for shard in shards))
+    kept = sum(task.built["nodes"] for task in base.plan(recipe, store)) if verb == "index" else 0
+    job = Job(source, samples, samples, nodes, len(shards), EncoderFacts(d=manifest["embeddings"]["d"]))
+    return replace(job, k=manifest["graph"]["k"] if verb == "export" else 0, tar_bytes=tar_bytes, first_new=kept)

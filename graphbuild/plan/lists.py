@@ -50,6 +50,7 @@ def look(url: str, preset: str | None, columns: Mapping[str, str], rows: int | N
         InputError: it cannot be read as asked; or is not there, and neither rows nor a preset tell its length.
     """
     usual = PUBLISHED.get(preset or "", UNKNOWN)
+    usual = replace(usual, assumed=(f"{usual.tokens:g} tokens a caption",))
     files, path = file_system(url)
     with reaching(url):
         info = files.info(path) if files.exists(path) else None
@@ -60,15 +61,9 @@ def look(url: str, preset: str | None, columns: Mapping[str, str], rows: int | N
     else:
         length = usual.characters + (URL_BYTES if "url" in columns else 0)
         count = usual.rows if rows is None else rows
-        known = replace(usual, rows=count, bytes=count * length, assumed=_usual_tokens(usual))
-        if rows is None:
-            said = f"{url} is not here: as many rows as the published list"
-            known = replace(known, assumed=(said, *known.assumed))
+        said = () if rows is not None else (f"{url} is not here: as many rows as the published list",)
+        known = replace(usual, rows=count, bytes=count * length, assumed=(*said, *usual.assumed))
     return known if rows is None else replace(known, rows=rows, bytes=known.bytes * rows / max(known.rows, 1))
-
-
-def _usual_tokens(usual: Known) -> tuple[str]:
-    return (f"{usual.tokens:g} tokens a caption",)
 
 
 def _sampled(spec: TableSpec, usual: Known, info: Mapping[str, Any], tokenizer: Path | None) -> Known:
@@ -81,13 +76,10 @@ def _sampled(spec: TableSpec, usual: Known, info: Mapping[str, Any], tokenizer: 
     count, year = _rows(spec, size) - headed, usual.year or when.year
     known = replace(usual, rows=count, year=year, bytes=size)
     if not texts:
-        return replace(known, assumed=_usual_tokens(usual))
-    return replace(
-        known,
-        tokens=tokens_of(texts, tokenizer),
-        characters=sum(map(len, texts)) / len(texts),
-        distinct=len({text.casefold() for text in texts}) / len(texts),
-    )
+        return known
+    tokens, characters = tokens_of(texts, tokenizer), sum(map(len, texts)) / len(texts)
+    distinct = len({text.casefold() for text in texts}) / len(texts)
+    return replace(known, tokens=tokens, characters=characters, distinct=distinct, assumed=())
 
 
 def _rows(spec: TableSpec, size: float) -> int:

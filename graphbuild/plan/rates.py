@@ -8,7 +8,6 @@ a store took outranks these for their stages (costs.py).
 from __future__ import annotations
 
 import os
-import platform
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -33,7 +32,7 @@ class Rates:
     60,000 vectors with k = 64 and 32; the runner's own and what workers load, of a job on Ray.
     """
 
-    machine: str = "AMD EPYC (Zen 3): AVX2"
+    kind: str = "AVX2"  # of CPU, of KINDS
     token: float = _by("encoder", 3.8e-4)  # computed by the default encoder; others by FLOP
     pair: float = _by("encoder", 1.1e-8)  # of int8 products
     flop: float = _by("float32", 1.2e-11)
@@ -45,8 +44,8 @@ class Rates:
     merge_entry: float = _by("memory", 4.0e-8)
     candidate: float = _by("memory", 1.1e-7)  # scored again by its vector
     refine_entry: float = _by("memory", 2.0e-7)  # of a list that partition refines
-    far: float = 4.0  # times that these two take beyond the last cache: 2 to 7 in the searches of 250,000 and 3,000,000
-    # nodes of benchmarks/results/knn.jsonl and knn_epyc.jsonl
+    far: float = 7.0  # times that these two take in tables of much more than NEAR_BYTES: so the searches of 50,000,
+    # 250,000 and 3,000,000 nodes in benchmarks/results/knn.jsonl and knn_epyc.jsonl
     start: float = _by("python", 6.0)  # of Ray and its workers
     load_torch: float = _by("python", 2.0)  # by a worker, before its first task that needs it; so are the next two
     load_transformers: float = _by("python", 5.5)
@@ -82,7 +81,7 @@ KINDS = {
 """Two cores each. AMX: an Intel Xeon; encoder and token of benchmarks/results/embed_xeon.md (847 captions of 14.6
 tokens a CPU second), pair from the joins of exact at 50,000 and 251,610 nodes in knn.jsonl. AVX-512 with VNNI: an AMD
 EPYC, by the same in embed_epyc.md (475 captions; 70% of the products alone) and knn_epyc.jsonl."""
-CACHE_BYTES = 32e6  # the last level of that EPYC
+NEAR_BYTES = 100e6  # of a table, up to which random reads take what they did where rates were measured
 WORKER_BYTES = {"python": 130e6, "torch": 220e6, "transformers": 70e6, "numba": 40e6, "img2dataset": 240e6}
 """Of a worker, by what it has imported: its proportional set size in jobs of two workers on that machine."""
 
@@ -90,18 +89,17 @@ WORKER_BYTES = {"python": 130e6, "torch": 220e6, "transformers": 70e6, "numba": 
 def rates_here(store: Store | None = None) -> Rates:
     """This machine's rates, by a probe made now, of the disk where the store is or will be."""
     folder = nearest_folder(store)
-    return scaled(kind_here(), probe_here(folder if folder and os.access(folder, os.W_OK) else None), cpu_here())
+    return scaled(kind_here(), probe_here(folder if folder and os.access(folder, os.W_OK) else None))
 
 
-def scaled(kind: str, probe: Probe, machine: str) -> Rates:
+def scaled(kind: str, probe: Probe) -> Rates:
     """The table's rates for a machine of that kind with that probe."""
     row = KINDS[kind]
     there = replace(PROBED, encoder=row.encoder)
-    rates = Rates(machine=f"{machine}: {kind}", token=row.token, pair=row.pair)
+    rates = Rates(kind, row.token, row.pair)
     by = {one.name: one.metadata["by"] for one in fields(Rates) if one.metadata}
-    return replace(
-        rates, **{name: getattr(rates, name) * (getattr(probe, by) / getattr(there, by)) for name, by in by.items()}
-    )
+    ratios = {name: getattr(probe, of) / getattr(there, of) for name, of in by.items()}
+    return replace(rates, **{name: getattr(rates, name) * ratio for name, ratio in ratios.items()})
 
 
 def kind_here() -> str:
@@ -112,14 +110,6 @@ def kind_here() -> str:
     if able.get("amx_int8") and able.get("amx_bf16"):
         return "AMX"
     return "AVX-512 with VNNI" if able.get("avx512_vnni") and able.get("avx512_bf16") else "AVX2"
-
-
-def cpu_here() -> str:
-    """The processor's name, as Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def nearest_folder(store: Store | None) -> Path | None:

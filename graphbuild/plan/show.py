@@ -10,7 +10,7 @@ from graphbuild.pipeline import stages_of
 from graphbuild.plan import machine, warn
 from graphbuild.plan.case import Case, Cost
 from graphbuild.plan.costs import costs
-from graphbuild.plan.engines import why_engine
+from graphbuild.plan.engines import chosen_engine
 from graphbuild.plan.finished import finished, shares_done
 from graphbuild.plan.job import Job, job_of
 from graphbuild.plan.rates import Rates, rates_here
@@ -99,14 +99,15 @@ def tell(job: Job, recipe: Recipe, rates: Rates, machines: Sequence[machine.Mach
     if len(machines) > 1:
         lines.append(f"tasks and bytes are those of {machines[0].name}")
     for one, (case, each) in zip(machines, found, strict=True):
-        parts = [why_engine(recipe, job, one)] if any(cost.name == "join" for cost in each) else []
+        engine, reason = chosen_engine(recipe, job, one)
+        parts = [f"{engine.name} ({reason})"] if any(cost.name == "join" for cost in each) else []
         vram = max((cost.vram for cost in each), default=0)
         parts += [f"up to {size(vram)} of a GPU's memory*"] if vram else []
         if parts:
             lines.append(f"{one.name}: {'; '.join(parts)}")
         lines += [f"WARNING   {one.name}: {line}" for line in warn.warnings(case, each)]
     lines += [f"WARNING   {line}" for line in warn.source_warnings(job)]
-    lines.append(f"{'':10}cores as this machine's ({rates.machine}), by measured rates and a probe of it now")
+    lines.append(f"{'':10}cores as this machine's ({rates.kind}), by measured rates and a probe of it now")
     told = [cost.title for cost in first if cost.tasks and cost.name in job.finished]
     if told:
         lines.append(f"{'':10}{', '.join(told)}: by what this store's finished tasks took")

@@ -19,4 +19,4 @@ def rates() -> Rates:
 def made_up() -> Rates:
     """Round numbers, for what does not depend on this machine."""
     seconds = {one.name: 1e-6 for one in fields(Rates) if one.metadata}
-    return replace(Rates(), machine="a machine", far=2.0, **{**seconds, "disk_bytes_second": 1e9})
+    return replace(Rates(), far=2.0, **{**seconds, "disk_bytes_second": 1e9})

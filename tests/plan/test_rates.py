@@ -31,7 +31,7 @@ TIMED = ("codes", "join", "search")  # what takes long there
 
 def rates_of(kind: str) -> Rates:
     """Of the machine whose row that is."""
-    return scaled(kind, replace(PROBED, encoder=KINDS[kind].encoder), "there")
+    return scaled(kind, replace(PROBED, encoder=KINDS[kind].encoder))
 
 
 def by_stage(job: Job, recipe: Recipe, rates: Rates, on: str = "cores=2") -> dict[str, Cost]:
@@ -71,8 +71,8 @@ def test_encoding_takes_what_the_benchmarks_measured_on_that_kind_of_cpu(kind: s
 
 def test_a_machine_twice_as_slow_takes_twice_as_long_for_what_it_is_slow_at() -> None:
     fast, slow = PROBED, replace(PROBED, memory=2 * PROBED.memory, encoder=3 * PROBED.encoder)
-    before, after = (scaled("AVX2", probe, "a machine") for probe in (fast, slow))
-    assert before == replace(Rates(), machine="a machine: AVX2")
+    before, after = (scaled("AVX2", probe) for probe in (fast, slow))
+    assert before == Rates()
     assert after.candidate == pytest.approx(2 * before.candidate)
     assert after.token == pytest.approx(3 * before.token)
     assert (after.tar_sample, after.flop) == (before.tar_sample, before.flop)
