@@ -22,7 +22,7 @@ import numpy as np
 
 from graphbuild.encoder import DEFAULT_ENCODER, find_encoder, open_model
 from graphbuild.errors import ConfigError, GraphbuildError
-from graphbuild.plan.calibration import cores_here
+from graphbuild.gpus import cores_here
 from graphbuild.store import Store
 from graphbuild.versions import version_of
 

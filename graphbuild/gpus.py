@@ -1,6 +1,8 @@
-"""Whether this machine has a GPU that torch can use."""
+"""The cores and GPUs of this machine that a job may use."""
 
 from __future__ import annotations
+
+import os
 
 
 def gpu_here() -> bool:
@@ -8,3 +10,7 @@ def gpu_here() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def cores_here() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

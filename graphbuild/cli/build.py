@@ -99,7 +99,7 @@ def retry(
     if how.dry_run:
         from graphbuild.plan.retry import plan_retry
 
-        _say(plan_retry(opened, wanted, how.workers, _progress(how.progress)))
+        _say(plan_retry(opened, wanted, how.workers))
         return
     with _runner("retry", opened, how) as runner:
         _say(retry_store(opened, runner, wanted, changes))
@@ -117,7 +117,7 @@ def _run_verb(verb: str, recipe: Callable[[], Recipe], store: Store, how: How) -
     if how.dry_run:
         from graphbuild.plan.show import plan_verb
 
-        _say(plan_verb(verb, recipe(), store, how.workers, _progress(how.progress), force=how.force))
+        _say(plan_verb(verb, recipe(), store, how.workers, force=how.force))
         return
     from graphbuild.fetched import require_images
     from graphbuild.pipeline import run_verb

@@ -20,7 +20,6 @@ from graphbuild.demo.server import SceneServer, assign_faults, expected_images, 
 from graphbuild.errors import ConfigError
 from graphbuild.lock import writing
 from graphbuild.pipeline import run_verb
-from graphbuild.progress import Progress
 from graphbuild.recipe import Download, Index, Recipe
 from graphbuild.runner import Runner
 from graphbuild.shards import shards_of
@@ -95,8 +94,8 @@ def plan_demo(url: str, *, scenes: int, workers: int | None) -> Iterator[str]:
 
     folder, store, recipe = _job(url)
     if _known_port(folder / LIST, scenes):
-        return plan_verb("run", recipe, store, workers, Progress())
-    return plan_job(job_of("run", recipe, rows=scenes), recipe, store, workers, Progress())
+        return plan_verb("run", recipe, store, workers)
+    return plan_job(job_of("run", recipe, rows=scenes), recipe, store, workers)
 
 
 def _job(url: str) -> tuple[Path, Store, Recipe]:

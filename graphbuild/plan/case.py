@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from graphbuild.plan.calibration import CALIBRATED, Rates
 from graphbuild.plan.job import Job
 from graphbuild.plan.machine import Machine
+from graphbuild.plan.rates import NEAR_BYTES, Rates
 from graphbuild.recipe import Recipe
+
+WIDTH = 384  # numbers of a vector, for which rates are
 
 
 @dataclass(frozen=True)
 class Cost:
     """What a stage takes; bytes of all its tasks, unless said otherwise."""
 
-    name: str
-    title: str
     tasks: int = 1  # still to run
     core_seconds: float = 0.0  # of a task
     read: float = 0.0  # bytes
@@ -24,9 +24,10 @@ class Cost:
     mapped: float = 0.0  # bytes of files that a node reads at random and would keep in its page cache
     vram: float = 0.0  # bytes of a GPU
     on_gpu: bool = False
-    gpu_seconds: float = 0.0  # of a task
+    gpu_seconds: float = 0.0  # of a task, computed
     least_seconds: float = 0.0  # of the stage, whatever its cores do
-    loading: float = 0.0  # seconds until workers have what their first task needs
+    name: str = ""  # of the stage; this and what follows is set by costs.py
+    title: str = ""
     seconds: float = 0.0  # until all tasks have run
     ram: float = 0.0  # bytes of a worker at most
     resident: float = 0.0  # ram, and a worker's share of what is mapped
@@ -34,7 +35,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Case:
-    """What a stage's formula gets: the job, its recipe, where it runs, and this machine's rates."""
+    """What a stage's formula gets: the job, its recipe, where it runs, and the rates of a core."""
 
     job: Job
     recipe: Recipe
@@ -51,10 +52,9 @@ class Case:
 
     @property
     def width(self) -> float:
-        """d, in units of the calibration's."""
-        return self.job.d / CALIBRATED.d
+        return self.job.d / WIDTH
 
     def far(self, table_bytes: float) -> float:
-        """How much longer random reads of a table take than in the calibration, whose tables a cache holds."""
-        beyond = max(1 - self.rates.cache_bytes / max(table_bytes, 1.0), 0.0)
+        """How much longer random reads of a table take than of a small one."""
+        beyond = max(1 - NEAR_BYTES / max(table_bytes, 1.0), 0.0)
         return 1 + (self.rates.far - 1) * beyond

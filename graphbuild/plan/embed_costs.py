@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from graphbuild.embed import STAGE
+from graphbuild.encoder.model import CPU_TOKENS, GPU_TOKENS
 from graphbuild.fidelity import SAMPLE as FIDELITY_TEXTS
-from graphbuild.plan.calibration import CALIBRATED
 from graphbuild.plan.case import Case, Cost
 from graphbuild.plan.encoder_facts import MINILM
 
 PADDING = 1.05  # rows that a packed batch computes beside the tokens it has (benchmarks/embed.py: 4.7%)
 FETCH_SECONDS = 1.2  # of a URL, dead ones too: img2dataset's page on CC3M has 850/s with 16 x 64 requests in flight
 ORIGINAL_BYTES = 290_000  # of a web image: the same page, at 2 Gbit/s
-GPU_TOKENS = 65_536  # of a batch (graphbuild.encoder.model)
 ACTIVATION_BYTES = 60  # moved a token, layer and hidden unit by the encoder: 30 bfloat16 numbers read or written
 CHUNK_ROWS = 100_000  # of a list that are read at a time
 
@@ -22,16 +20,8 @@ CHUNK_ROWS = 100_000  # of a list that are read at a time
 def urls(case: Case) -> Cost:
     """The list, read once by one task; a chunk of it and a shard's rows in memory as Arrow."""
     job = case.job
-    bytes_a_row = job.list_bytes / max(job.rows, 1)
-    return Cost(
-        "urls",
-        "URL list",
-        1,
-        job.rows * case.rates.list_row,
-        job.list_bytes,
-        job.list_bytes * 0.6,
-        held=3 * (CHUNK_ROWS + case.recipe.download.shard_size) * bytes_a_row,
-    )
+    held = 3 * (CHUNK_ROWS + case.recipe.download.shard_size) * job.list_bytes / max(job.rows, 1)
+    return Cost(1, job.rows * case.rates.list_row, job.list_bytes, job.list_bytes * 0.6, held)
 
 
 def download(case: Case) -> Cost:
@@ -40,20 +30,12 @@ def download(case: Case) -> Cost:
     the shard's rows."""
     job, config, machine = case.job, case.recipe.download, case.machine
     rows = min(config.shard_size, job.rows)
-    fetching = rows * FETCH_SECONDS / config.threads
-    images = rows * job.success * case.rates.image
+    seconds = max(rows * FETCH_SECONDS / config.threads, rows * job.success * case.rates.image)
     network = job.samples * ORIGINAL_BYTES
-    tasks = math.ceil(job.rows / config.shard_size)
-    return Cost(
-        "download",
-        "download",
-        tasks,
-        max(fetching, images),
-        network,
-        job.tar_bytes + job.list_bytes * 0.8,
-        held=2 * config.threads * ORIGINAL_BYTES + 60e6 + rows * 3_000,
-        least_seconds=network / (machine.network * machine.nodes),
-    )
+    held = 2 * config.threads * ORIGINAL_BYTES + 60e6 + rows * 3_000
+    tasks, written = math.ceil(job.rows / config.shard_size), job.tar_bytes + job.list_bytes * 0.8
+    least_seconds = network / (machine.network * machine.nodes)
+    return Cost(tasks, seconds, network, written, held, least_seconds=least_seconds)
 
 
 def scan(case: Case) -> Cost:
@@ -62,41 +44,24 @@ def scan(case: Case) -> Cost:
     written = job.samples * (job.characters * 1.2 + 40)
     if job.source == "captions":
         held = (CHUNK_ROWS + case.recipe.embed.shard_size) * (3 * job.characters + 300)
-        return Cost("scan", "captions", 1, job.rows * rates.list_row, job.list_bytes, written, held=held)
-    seconds = case.shard_rows * rates.tar_sample
-    seconds += max(job.tar_bytes / job.shards - case.shard_rows * CALIBRATED.tar_sample_bytes, 0) * rates.hash_byte
-    held = case.shard_rows * (3 * job.characters + 1_500)
-    return Cost("scan", "captions", job.shards, seconds, job.tar_bytes, written, held=held)
+        return Cost(1, job.rows * rates.list_row, job.list_bytes, written, held)
+    seconds = case.shard_rows * rates.tar_sample + job.tar_bytes / job.shards * rates.hash_byte
+    return Cost(job.shards, seconds, job.tar_bytes, written, held=case.shard_rows * (3 * job.characters + 1_500))
 
 
 def number(case: Case) -> Cost:
     """One task over the 128-bit hashes of all samples: 150 bytes each (graphbuild.number)."""
     job = case.job
-    held = 150.0 * job.samples
-    return Cost(
-        "number",
-        "numbering",
-        1,
-        job.samples * case.rates.number_row,
-        16.0 * job.samples,
-        8.0 * (job.samples + job.nodes),
-        held=held,
-    )
+    written = 8.0 * (job.samples + job.nodes)
+    return Cost(1, job.samples * case.rates.number_row, 16.0 * job.samples, written, held=150.0 * job.samples)
 
 
 def assign(case: Case) -> Cost:
     job = case.job
+    read = job.samples * (job.characters * 1.2 + 40)
     written = job.samples * (job.characters + 40) + job.nodes * job.characters * 0.6
-    return Cost(
-        "assign",
-        "nodes",
-        job.shards,
-        case.shard_rows * case.rates.assign_row,
-        job.samples * (job.characters * 1.2 + 40),
-        written,
-        held=case.shard_rows * (6 * job.characters + 600),
-        mapped=8.0 * job.samples,
-    )
+    held = case.shard_rows * (6 * job.characters + 600)
+    return Cost(job.shards, case.shard_rows * case.rates.assign_row, read, written, held, 8.0 * job.samples)
 
 
 def encode(case: Case) -> Cost:
@@ -106,30 +71,24 @@ def encode(case: Case) -> Cost:
     the memory's. Workers share it and tokenise, on its share of the cores, while it computes: only what takes longer
     than that costs time.
     """
-    job, rates, machine = case.job, case.rates, case.machine
-    texts = job.nodes / job.shards
-    tokens = texts * job.tokens * PADDING
-    held = texts * (3 * job.characters + 110 * job.tokens + 10 * job.d) + 1.5 * job.encoder.bytes
-    written = 2.0 * job.d * job.nodes
-    cost = Cost("encode", "encoding", job.shards, read=job.nodes * job.characters * 0.6, written=written, held=held)
-    if not job.encoder.layers:
-        return replace(cost, core_seconds=texts * rates.vector_row * case.width)
+    job, rates, machine, encoder = case.job, case.rates, case.machine, case.job.encoder
+    texts, tokens = case.shard_nodes, case.shard_nodes * job.tokens * PADDING
+    held = texts * (3 * job.characters + 110 * job.tokens + 10 * job.d)
+    read, written = job.nodes * job.characters * 0.6, 2.0 * job.d * job.nodes
+    if not encoder.layers:
+        return Cost(job.shards, texts * rates.vector_row * case.width, read, written, held)
     card = machine.card if case.recipe.embed.device != "cpu" else None
     if card is None:
-        seconds = texts * rates.text + tokens * rates.token * job.encoder.layers / MINILM.layers
-        return replace(cost, core_seconds=seconds)
-    flop = 2 * job.encoder.layers + 4 * job.tokens * job.encoder.hidden * job.encoder.depth
-    moved = ACTIVATION_BYTES * job.encoder.hidden * job.encoder.depth
-    batch = GPU_TOKENS * job.encoder.hidden * 40.0
+        tokens = max(tokens, math.ceil(texts * job.tokens / CPU_TOKENS) * CPU_TOKENS)
+        seconds = texts * rates.text + tokens * rates.token * encoder.layers / MINILM.layers
+        return Cost(job.shards, seconds, read, written, held)
+    flop = 2 * encoder.layers + 4 * job.tokens * encoder.hidden * encoder.depth
+    moved = ACTIVATION_BYTES * encoder.hidden * encoder.depth
     gpu_seconds = tokens * (flop / card.bfloat16 + moved / card.bytes_second)
     tokenising = texts * rates.text / max(machine.cores // machine.gpus, 1)
-    return replace(
-        cost,
-        on_gpu=True,
-        core_seconds=max(tokenising - gpu_seconds, 0.0),
-        gpu_seconds=gpu_seconds,
-        vram=STAGE.sharing * (1.5 * job.encoder.bytes + batch + 0.5e9),
-    )
+    vram = STAGE.sharing * (1.5 * encoder.bytes + GPU_TOKENS * encoder.hidden * 40.0 + 0.5e9)
+    seconds = max(tokenising - gpu_seconds, 0.0)
+    return Cost(job.shards, seconds, read, written, held, vram=vram, on_gpu=True, gpu_seconds=gpu_seconds)
 
 
 def fidelity(case: Case) -> Cost:
@@ -137,17 +96,11 @@ def fidelity(case: Case) -> Cost:
     texts = min(FIDELITY_TEXTS, math.ceil(case.job.nodes / 4))
     seconds = texts * case.rates.fidelity_text * case.job.encoder.layers / MINILM.layers
     on_gpu = bool(case.machine.card) and case.recipe.embed.device != "cpu"
-    return Cost("fidelity", "fidelity", 1, 0.0 if on_gpu else seconds, on_gpu=on_gpu)
+    return Cost(1, 0.0 if on_gpu else seconds, on_gpu=on_gpu)
 
 
 def vectors(case: Case) -> Cost:
     job = case.job
-    return Cost(
-        "vectors",
-        "vectors",
-        job.shards,
-        case.shard_rows * case.rates.vector_row * case.width,
-        job.list_bytes,
-        2.0 * job.d * job.nodes + 30 * job.nodes,
-        held=case.shard_rows * job.d * 20.0,
-    )
+    seconds = case.shard_rows * case.rates.vector_row * case.width
+    written = 2.0 * job.d * job.nodes + 30 * job.nodes
+    return Cost(job.shards, seconds, job.list_bytes, written, held=case.shard_rows * job.d * 20.0)

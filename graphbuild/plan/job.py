@@ -20,7 +20,8 @@ from graphbuild.fetched import require_images
 from graphbuild.index import nodes_entry
 from graphbuild.plan import lists
 from graphbuild.plan.encoder_facts import NO_ENCODER, EncoderFacts, encoder_facts
-from graphbuild.recipe import Embed, Recipe
+from graphbuild.plan.finished import Finished
+from graphbuild.recipe import Recipe
 from graphbuild.remote import READERS, file_system, reaching
 from graphbuild.shards import shards_of
 from graphbuild.source import open_parts
@@ -48,9 +49,9 @@ class Job:
     tar_bytes: float = 0.0  # of all tars
     success: float = 1.0  # share of the URLs that give an image
     year: int | None = None  # of the list
-    urls: tuple[str, ...] = ()  # some of the list
     first_new: int = 0  # node of a graph that grows
     done: Mapping[str, float] = field(default_factory=dict)  # share of each stage that a rerun skips
+    finished: Mapping[str, Finished] = field(default_factory=dict)  # tasks of the store, by stage
     assumed: tuple[str, ...] = ()  # what was not read but taken to be so
 
     @property
@@ -95,14 +96,8 @@ def _of_urls(recipe: Recipe, rows: int | None) -> Job:
     success = lists.expected_success(known.year)
     job = _of_list("list", known, round(known.rows * success), config.shard_size, encoder)
     said = f"{success:.0%} of the URLs give an image{f', as of a list of {known.year}' if known.year else ''}"
-    return replace(
-        job,
-        tar_bytes=job.samples * (IMAGE_BYTES * (config.image_size / 256) ** 2 + JSON_BYTES + 3 * 1024),
-        success=success,
-        year=known.year,
-        urls=known.urls,
-        assumed=(said, *job.assumed),
-    )
+    tar_bytes = job.samples * (IMAGE_BYTES * (config.image_size / 256) ** 2 + JSON_BYTES + 3 * 1024)
+    return replace(job, tar_bytes=tar_bytes, success=success, year=known.year, assumed=(said, *job.assumed))
 
 
 def _of_captions(recipe: Recipe, rows: int | None) -> Job:
@@ -113,18 +108,10 @@ def _of_captions(recipe: Recipe, rows: int | None) -> Job:
 
 
 def _of_list(source: str, known: lists.Known, samples: int, shard_size: int, encoder: EncoderFacts) -> Job:
-    return Job(
-        source,
-        known.rows,
-        samples,
-        nodes=round(samples * known.distinct),
-        shards=math.ceil(known.rows / shard_size),
-        encoder=encoder,
-        tokens=known.tokens,
-        characters=known.characters,
-        list_bytes=known.bytes,
-        assumed=(*known.assumed, f"{known.distinct:.0%} of the captions differ (fewer, where the list repeats itself)"),
-    )
+    nodes, shards = round(samples * known.distinct), math.ceil(known.rows / shard_size)
+    said = f"{known.distinct:.0%} of the captions differ (fewer, where the list repeats itself)"
+    job = Job(source, known.rows, samples, nodes, shards, encoder, assumed=(*known.assumed, said))
+    return replace(job, tokens=known.tokens, characters=known.characters, list_bytes=known.bytes)
 
 
 def _of_vectors(recipe: Recipe, rows: int | None) -> Job:
@@ -160,24 +147,18 @@ def _of_tars(recipe: Recipe, rows: int | None) -> Job:
         first = len(tar.samples())
     samples = rows if rows is not None else round(first * sum(sizes) / max(sizes[0], 1))
     counted = () if len(urls) == 1 else (f"{samples:,} samples, by those of {urls[0].rsplit('/', 1)[-1]}",)
-    nodes, assumed = _nodes_of(recipe.embed, samples)
-    return Job(
-        "tars",
-        samples,
-        samples,
-        nodes,
-        len(urls),
-        encoder_facts(recipe),
-        tar_bytes=float(sum(sizes)),
-        assumed=(*counted, *assumed),
-    )
+    return _of_samples(recipe, samples, sizes, counted)
 
 
-def _nodes_of(embed: Embed, samples: int) -> tuple[int, tuple[str, ...]]:
-    """Nodes of so many samples of tars, and what is assumed of them."""
-    if embed.class_names is None:
-        return samples, ("every caption differs (fewer nodes, where they repeat)",)
-    return min(len(read_class_names(embed.class_names)), samples), ()
+def _of_samples(recipe: Recipe, samples: int, sizes: list[int], assumed: tuple[str, ...]) -> Job:
+    """Of tars of those sizes."""
+    nodes = samples
+    if recipe.embed.class_names is not None:
+        nodes = min(len(read_class_names(recipe.embed.class_names)), samples)
+    else:
+        assumed = (*assumed, "every caption differs (fewer nodes, where they repeat)")
+    encoder, size = encoder_facts(recipe), float(sum(sizes))
+    return Job("tars", samples, samples, nodes, len(sizes), encoder, tar_bytes=size, assumed=assumed)
 
 
 def _bytes(url: str) -> int:
@@ -194,34 +175,17 @@ def _of_downloaded(recipe: Recipe, store: Store) -> Job:
     require_images(store)
     samples = store.manifest()["stages"]["download"]["counts"]["images"]
     sizes = [size for name, size in store.sizes("shards").items() if name.endswith(".tar")]
-    nodes, assumed = _nodes_of(recipe.embed, samples)
-    return Job(
-        "tars",
-        samples,
-        samples,
-        nodes,
-        len(sizes),
-        encoder_facts(recipe),
-        tar_bytes=float(sum(sizes)),
-        assumed=assumed,
-    )
+    return _of_samples(recipe, samples, sizes, ())
 
 
 def _of_embedded(verb: str, recipe: Recipe, store: Store) -> Job:
     if verb == "export":
         require_graph(store)
     manifest = nodes_entry(store)
-    finished = manifest["stages"].keys()
     shards = shards_of(store, manifest)
     samples, nodes = (int(shards.column(name).sum()) for name in ("samples", "nodes"))
-    return Job(
-        "vectors" if "vectors" in finished else "tars" if shards[0].tar else "captions",
-        samples,
-        samples,
-        nodes,
-        len(shards),
-        EncoderFacts(d=manifest["embeddings"]["d"]),
-        k=manifest["graph"]["k"] if verb == "export" else 0,
-        tar_bytes=float(sum(filter(None, shards.table["tar_bytes"].to_pylist()))),
-        first_new=sum(task.built["nodes"] for task in base.plan(recipe, store)) if verb == "index" else 0,
-    )
+    source = "vectors" if "vectors" in manifest["stages"] else "tars" if shards[0].tar else "captions"
+    tar_bytes = float(sum(filter(None, shards.table["tar_bytes"].to_pylist())))
+    kept = sum(task.built["nodes"] for task in base.plan(recipe, store)) if verb == "index" else 0
+    job = Job(source, samples, samples, nodes, len(shards), EncoderFacts(d=manifest["embeddings"]["d"]))
+    return replace(job, k=manifest["graph"]["k"] if verb == "export" else 0, tar_bytes=tar_bytes, first_new=kept)

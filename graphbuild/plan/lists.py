@@ -1,13 +1,9 @@
-"""A look at a list before it is read: about how many rows, a sample of its captions and hosts, and how old it is."""
+"""A look at a list before it is read: about how many rows, a sample of its captions, and how old it is."""
 
 from __future__ import annotations
 
 import gzip
 import math
-import re
-import socket
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -19,7 +15,6 @@ from graphbuild.remote import file_system, reaching
 from graphbuild.tables import TableSpec, read_chunks
 
 SAMPLE_ROWS, SAMPLE_BYTES, PLACES = 2_000, 1 << 20, 8
-HOSTS, DNS_SECONDS = 64, 2.0
 FRESH, KEPT_A_YEAR = 0.90, 0.94  # see expected_success
 
 
@@ -33,7 +28,6 @@ class Known:
     characters: float = 65.0
     bytes: float = 0.0
     distinct: float = 1.0  # share of the sampled captions that differ
-    urls: tuple[str, ...] = ()  # of the sample
     assumed: tuple[str, ...] = ()
 
 
@@ -56,6 +50,7 @@ def look(url: str, preset: str | None, columns: Mapping[str, str], rows: int | N
         InputError: it cannot be read as asked; or is not there, and neither rows nor a preset tell its length.
     """
     usual = PUBLISHED.get(preset or "", UNKNOWN)
+    usual = replace(usual, assumed=(f"{usual.tokens:g} tokens a caption",))
     files, path = file_system(url)
     with reaching(url):
         info = files.info(path) if files.exists(path) else None
@@ -66,35 +61,25 @@ def look(url: str, preset: str | None, columns: Mapping[str, str], rows: int | N
     else:
         length = usual.characters + (URL_BYTES if "url" in columns else 0)
         count = usual.rows if rows is None else rows
-        known = replace(usual, rows=count, bytes=count * length, assumed=_usual_tokens(usual))
-        if rows is None:
-            said = f"{url} is not here: as many rows as the published list"
-            known = replace(known, assumed=(said, *known.assumed))
+        said = () if rows is not None else (f"{url} is not here: as many rows as the published list",)
+        known = replace(usual, rows=count, bytes=count * length, assumed=(*said, *usual.assumed))
     return known if rows is None else replace(known, rows=rows, bytes=known.bytes * rows / max(known.rows, 1))
-
-
-def _usual_tokens(usual: Known) -> tuple[str]:
-    return (f"{usual.tokens:g} tokens a caption",)
 
 
 def _sampled(spec: TableSpec, usual: Known, info: Mapping[str, Any], tokenizer: Path | None) -> Known:
     size = float(info.get("size") or 0)
     rows = next(read_chunks(spec, chunk_rows=SAMPLE_ROWS)).rows.slice(0, SAMPLE_ROWS)
-    texts, urls = (rows[name].to_pylist() if name in rows.column_names else [] for name in ("caption", "url"))
+    texts = [text or "" for text in rows["caption"].to_pylist()] if "caption" in rows.column_names else []
     changed = info.get("mtime") or info.get("LastModified")
     when = datetime.fromtimestamp(changed, UTC) if isinstance(changed, int | float) else changed or datetime.now(UTC)
     headed = spec.preset is None and spec.name.removesuffix(".gz").endswith((".csv", ".tsv"))
     count, year = _rows(spec, size) - headed, usual.year or when.year
-    known = replace(usual, rows=count, year=year, bytes=size, urls=tuple(urls))
+    known = replace(usual, rows=count, year=year, bytes=size)
     if not texts:
-        return replace(known, assumed=_usual_tokens(usual))
-    texts = [text or "" for text in texts]
-    return replace(
-        known,
-        tokens=tokens_of(texts, tokenizer),
-        characters=sum(map(len, texts)) / len(texts),
-        distinct=len({text.casefold() for text in texts}) / len(texts),
-    )
+        return known
+    tokens, characters = tokens_of(texts, tokenizer), sum(map(len, texts)) / len(texts)
+    distinct = len({text.casefold() for text in texts}) / len(texts)
+    return replace(known, tokens=tokens, characters=characters, distinct=distinct, assumed=())
 
 
 def _rows(spec: TableSpec, size: float) -> int:
@@ -150,28 +135,3 @@ def expected_success(year: int | None) -> float:
     now = datetime.now(UTC)
     age = 0.0 if year is None else max(now.year + now.timetuple().tm_yday / 365 - year - 0.5, 0)
     return FRESH * math.pow(KEPT_A_YEAR, age)
-
-
-def resolved_hosts(urls: Sequence[str]) -> tuple[int, int]:
-    """How many of at most HOSTS of the URLs' hosts have an address, and of how many, within DNS_SECONDS.
-
-    (0, n) also where this machine has no name server; a host that takes longer counts as without.
-    """
-    hosts = list(dict.fromkeys(found[1] for url in urls if (found := re.match(r"https?://([^/:?#@]+)", url or ""))))
-    hosts = hosts[:: max(len(hosts) // HOSTS, 1)][:HOSTS]
-    resolved: set[str] = set()
-
-    def resolve(host: str) -> None:
-        try:
-            socket.getaddrinfo(host, 443)
-        except (OSError, UnicodeError):
-            return
-        resolved.add(host)
-
-    threads = [threading.Thread(target=resolve, args=(host,), daemon=True) for host in hosts]
-    end = time.monotonic() + DNS_SECONDS
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(end - time.monotonic(), 0))
-    return len(resolved), len(hosts)

@@ -1,6 +1,6 @@
 """The machines that a plan is made for: this one, one with a GPU, a cluster, or one described by the user.
 
-Cores are taken to be like this machine's (calibration.py). Of GPUs nothing is measured: GPUS holds the makers'
+Cores are taken to be like this machine's (rates.py). Of GPUs nothing is measured: GPUS holds the makers'
 published peak rates, without sparsity, and what is computed from them says so.
 """
 
@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
 from graphbuild.errors import ConfigError
-from graphbuild.gpus import gpu_here
-from graphbuild.plan.calibration import Rates
+from graphbuild.gpus import cores_here, gpu_here
+from graphbuild.plan.rates import nearest_folder
 from graphbuild.store import Store
 
 
@@ -52,6 +51,7 @@ class Machine:
     gpu: str | None = None
     disk_bytes: float | None = None
     workers: int | None = None
+    own: bool = False  # this one, not one that is only described
 
     @property
     def shared(self) -> bool:
@@ -69,17 +69,15 @@ class Machine:
         return max(min(self.workers, most) if on_device and self.card else self.workers, 1)
 
 
-def here(rates: Rates, store: Store | None = None) -> Machine:
+def here(store: Store | None = None) -> Machine:
     """This machine, and the disk that the store is on; its GPUs where torch can use them and GPUS knows them."""
-    disk = None
-    if store is None or store.is_local:
-        place = Path(store.root if store else ".")
-        place = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
-        disk = float(shutil.disk_usage(place).free)
+    folder = nearest_folder(store)
+    disk = float(shutil.disk_usage(folder).free) if folder else None
     memory = float(psutil.virtual_memory().total)
     gpus, gpu = gpus_here()
-    name = f"{_count(rates.cores, 'core')}{f' + {gpus} {gpu.upper()}' if gpu else ''} here"
-    return Machine(name, 1, rates.cores, memory, 1e9 / 8, gpus, gpu, disk)
+    cores = cores_here()
+    name = f"{_count(cores, 'core')}{f' + {gpus} {gpu.upper()}' if gpu else ''} here"
+    return Machine(name, 1, cores, memory, 1e9 / 8, gpus, gpu, disk, own=True)
 
 
 def gpus_here() -> tuple[int, str | None]:
@@ -92,17 +90,13 @@ def gpus_here() -> tuple[int, str | None]:
     return (torch.cuda.device_count(), gpu) if gpu else (0, None)
 
 
-def standard(rates: Rates, store: Store | None) -> list[Machine]:
+def standard(store: Store | None) -> list[Machine]:
     """What a plan shows when it is asked for nothing else: this machine (or two cores of its kind), one H200, and a
     cluster of 32 nodes."""
-    own = here(rates, store)
-    two = [] if rates.cores == 2 else [parse("cores=2,memory=16")]
-    return [
-        own,
-        *two,
-        parse("cores=16,memory=128,gpus=1,gpu=h200,network=10"),
-        parse("nodes=32,cores=32,memory=128,network=25"),
-    ]
+    own = here(store)
+    others = [] if own.cores == 2 else ["cores=2,memory=16"]
+    others += ["cores=16,memory=128,gpus=1,gpu=h200,network=10", "nodes=32,cores=32,memory=128,network=25"]
+    return [own, *map(parse, others)]
 
 
 def parse(text: str) -> Machine:
@@ -129,16 +123,10 @@ def parse(text: str) -> Machine:
     nodes, cores, gpus = int(numbers.get("nodes", 1)), int(numbers["cores"]), int(numbers.get("gpus", 1 if gpu else 0))
     name = f"{nodes} x {_count(cores, 'core')}" if nodes > 1 else _count(cores, "core")
     name += f" + {gpus} {gpu.upper()}" if gpu else ""
-    return Machine(
-        name,
-        nodes,
-        cores,
-        numbers.get("memory", 4.0 * cores) * 1e9,
-        numbers.get("network", 10 if nodes > 1 else 1) * 1e9 / 8,
-        gpus,
-        gpu,
-        numbers["disk"] * 1e9 if "disk" in numbers else None,
-    )
+    memory = numbers.get("memory", 4.0 * cores) * 1e9
+    network = numbers.get("network", 10 if nodes > 1 else 1) * 1e9 / 8
+    disk = numbers["disk"] * 1e9 if "disk" in numbers else None
+    return Machine(name, nodes, cores, memory, network, gpus, gpu, disk)
 
 
 def _count(number: int, what: str) -> str:

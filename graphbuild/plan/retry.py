@@ -9,10 +9,9 @@ from dataclasses import replace
 import polars as pl
 
 from graphbuild.fetched import failed_urls
+from graphbuild.plan.finished import shares_done
 from graphbuild.plan.job import job_of
-from graphbuild.plan.pending import shares_done
 from graphbuild.plan.show import plan_job, plan_verb
-from graphbuild.progress import Progress
 from graphbuild.recipe import resolve
 from graphbuild.retry import Wanted, failed_tasks, matches, nothing_failed
 from graphbuild.stage import records
@@ -21,7 +20,7 @@ from graphbuild.store import Json, Store
 MOST_TASKS = 10
 
 
-def plan_retry(store: Store, wanted: Wanted, workers: int | None, progress: Progress) -> Iterator[str]:
+def plan_retry(store: Store, wanted: Wanted, workers: int | None) -> Iterator[str]:
     """The texts of a dry run: what would run and be fetched again, and what that takes on this machine.
 
     Raises:
@@ -34,7 +33,7 @@ def plan_retry(store: Store, wanted: Wanted, workers: int | None, progress: Prog
         raise nothing_failed(store)
     if "download" in tasks:
         yield _tasks("download", tasks["download"])
-        yield from plan_verb("download", recipe, store, workers, progress)
+        yield from plan_verb("download", recipe, store, workers)
     again = 0
     if fetched:
         failed = failed_urls(store)
@@ -50,12 +49,12 @@ def plan_retry(store: Store, wanted: Wanted, workers: int | None, progress: Prog
                 success=1.0,
                 assumed=("each gives an image this time",),
             )
-            yield from plan_job(job, recipe, store, workers, progress)
+            yield from plan_job(job, recipe, store, workers)
     later = [verb for verb in tasks if verb != "download"]
     for verb in later:
         yield _tasks(verb, tasks[verb])
     if later and not again and "download" not in tasks:  # what the others find is not known before
-        yield from plan_verb(later[0], recipe, store, workers, progress)
+        yield from plan_verb(later[0], recipe, store, workers)
 
 
 def _tasks(verb: str, failed: list[Json]) -> str:

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 from graphbuild.pipeline import steps_of
 from graphbuild.plan import machine, warn
-from graphbuild.plan.calibration import Rates, rates_here
 from graphbuild.plan.case import Case, Cost
 from graphbuild.plan.costs import costs
-from graphbuild.plan.engines import why_engine
+from graphbuild.plan.engines import chosen_engine
+from graphbuild.plan.finished import finished, shares_done
 from graphbuild.plan.job import Job, job_of
-from graphbuild.plan.pending import shares_done
-from graphbuild.progress import Progress
+from graphbuild.plan.rates import Rates, rates_here
 from graphbuild.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -31,19 +30,17 @@ def plan_recipe(
 ) -> Iterator[str]:
     """The whole recipe on this machine, an H200 and a cluster, or on the machines described by `on`.
 
-    Two texts: what the job is, at once; and what it takes, once this machine is calibrated.
+    Two texts: what the job is, at once; and what it takes, after a probe of this machine.
     """
     job = job_of("run", recipe, None, rows)
     described = [machine.parse(text) for text in on]
     yield headline(job)
-    rates = rates_here(Progress())
-    machines = described or machine.standard(rates, store)
-    yield tell(job, recipe, rates, [replace(one, workers=workers) for one in machines])
+    job = replace(job, finished=finished(store, [step.stage for step in steps_of("run", recipe)]) if store else {})
+    machines = [replace(one, workers=workers) for one in described or machine.standard(store)]
+    yield tell(job, recipe, rates_here(store), machines)
 
 
-def plan_verb(
-    verb: str, recipe: Recipe, store: Store, workers: int | None, progress: Progress, *, force: bool = False
-) -> Iterator[str]:
+def plan_verb(verb: str, recipe: Recipe, store: Store, workers: int | None, *, force: bool = False) -> Iterator[str]:
     """What a verb would do to a store now, on this machine, as `plan_recipe`; what is done already is left out.
 
     Raises:
@@ -51,20 +48,19 @@ def plan_verb(
             a stage that has to run first.
     """
     done = shares_done(verb, recipe, store, force=force)
-    return plan_job(replace(job_of(verb, recipe, store), done=done), recipe, store, workers, progress)
+    return plan_job(replace(job_of(verb, recipe, store), done=done), recipe, store, workers)
 
 
-def plan_job(job: Job, recipe: Recipe, store: Store, workers: int | None, progress: Progress) -> Iterator[str]:
+def plan_job(job: Job, recipe: Recipe, store: Store, workers: int | None) -> Iterator[str]:
     yield headline(job)
-    rates = rates_here(progress)
-    yield tell(job, recipe, rates, [replace(machine.here(rates, store), workers=workers)])
+    job = replace(job, finished=finished(store, [step.stage for step in steps_of(job.verb, recipe)]))
+    yield tell(job, recipe, rates_here(store), [replace(machine.here(store), workers=workers)])
 
 
 def cases(job: Job, recipe: Recipe, rates: Rates, machines: Sequence[machine.Machine]) -> list[tuple[Case, list[Cost]]]:
     """The costs of the job's stages on each machine."""
-    names = [stage.name for stage in steps_of(job.verb, recipe) if stage.name != "base" or job.first_new]
-    made = [Case(job, recipe, one, rates) for one in machines]
-    return [(case, costs(case, names)) for case in made]
+    stages = [step.stage for step in steps_of(job.verb, recipe) if step.name != "base" or job.first_new]
+    return [(case, costs(case, stages)) for case in (Case(job, recipe, one, rates) for one in machines)]
 
 
 def headline(job: Job) -> str:
@@ -103,14 +99,18 @@ def tell(job: Job, recipe: Recipe, rates: Rates, machines: Sequence[machine.Mach
     if len(machines) > 1:
         lines.append(f"tasks and bytes are those of {machines[0].name}")
     for one, (case, each) in zip(machines, found, strict=True):
-        parts = [why_engine(recipe, job, one)] if any(cost.name == "join" for cost in each) else []
+        engine, reason = chosen_engine(recipe, job, one)
+        parts = [f"{engine.name} ({reason})"] if any(cost.name == "join" for cost in each) else []
         vram = max((cost.vram for cost in each), default=0)
         parts += [f"up to {size(vram)} of a GPU's memory*"] if vram else []
         if parts:
             lines.append(f"{one.name}: {'; '.join(parts)}")
         lines += [f"WARNING   {one.name}: {line}" for line in warn.warnings(case, each)]
     lines += [f"WARNING   {line}" for line in warn.source_warnings(job)]
-    lines.append(f"{'':10}cores as this machine's ({rates.machine}), by small jobs run on it once")
+    lines.append(f"{'':10}cores as this machine's ({rates.kind}), by measured rates and a probe of it now")
+    told = [cost.title for cost in first if cost.tasks and cost.name in job.finished]
+    if told:
+        lines.append(f"{'':10}{', '.join(told)}: by what this store's finished tasks took")
     if any(one.card for one in machines):
         lines.append(FOOTNOTE)
     return "\n".join(line.rstrip() for line in lines)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from graphbuild.errors import ConfigError
 from graphbuild.index import MAPPED
 from graphbuild.mapped import check_mappings
-from graphbuild.plan import lists
 from graphbuild.plan.case import Case, Cost
 from graphbuild.plan.embed_costs import FETCH_SECONDS
 from graphbuild.plan.engines import chosen_engine
@@ -56,7 +55,7 @@ def warnings(case: Case, found: Sequence[Cost]) -> list[str]:
             break
     if any(cost.name == "join" for cost in todo):
         try:
-            check_mappings(MAPPED.get(chosen_engine(recipe, job, machine).name, 1) * job.shards)
+            check_mappings(MAPPED.get(chosen_engine(recipe, job, machine)[0].name, 1) * job.shards)
         except ConfigError as error:
             lines.append(f"{error.cause}: {error.fix}")
     card = machine.card
@@ -72,14 +71,14 @@ def warnings(case: Case, found: Sequence[Cost]) -> list[str]:
         if cost.seconds <= LONG_SECONDS:
             continue
         more = "; it can be stopped and resumed at any time"
-        if cost.name == "join" and chosen_engine(recipe, job, machine).name == "exact":
+        if cost.name == "join" and chosen_engine(recipe, job, machine)[0].name == "exact":
             more = "; --engine partition compares few pairs only" + (" (on CPUs: --device cpu)" if machine.card else "")
         lines.append(f"{cost.title} takes {cost.seconds / 86_400:.1f} days{more}")
     return lines
 
 
 def source_warnings(job: Job) -> list[str]:
-    """Lines of the list itself: how much of it is gone, by its age and by asking for some of its hosts."""
+    """How much of the list is gone, by its age."""
     if job.source != "list":
         return []
     lines = []
@@ -88,12 +87,4 @@ def source_warnings(job: Job) -> list[str]:
             f"expect images from {job.success:.0%} of the URLs: links of {job.year} die by 6% a year; "
             "`graphbuild retry` fetches what fails for a time only"
         )
-    if job.urls:
-        alive, asked = lists.resolved_hosts(job.urls)
-        if alive:
-            dead = asked - alive
-            says = f"{alive} of {asked} sampled hosts have an address"
-            lines += [f"{says}: a share of {dead / asked:.0%} is gone with its hosts"] if dead > 0.05 * asked else []
-        else:
-            lines.append(f"none of {asked} sampled hosts has an address: no network or no name server here")
     return lines

@@ -42,9 +42,7 @@ def dry(*arguments: object) -> str:
     return done.output
 
 
-def test_a_dry_retry_names_the_urls_that_the_retry_then_fetches_and_changes_nothing(
-    made_up_cache: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_dry_retry_names_the_urls_that_the_retry_then_fetches_and_changes_nothing(tmp_path: Path) -> None:
     urls, store = tmp_path / "list.parquet", tmp_path / "out"
     scenes = make_scenes(SCENES)
     with SceneServer(scenes) as server:
@@ -92,7 +90,7 @@ def test_a_dry_retry_names_the_urls_that_the_retry_then_fetches_and_changes_noth
         dry("retry", store)
 
 
-def test_a_dry_retry_names_the_failed_tasks_and_why_they_failed(made_up_cache: dict[str, str], tmp_path: Path) -> None:
+def test_a_dry_retry_names_the_failed_tasks_and_why_they_failed(tmp_path: Path) -> None:
     for number in range(3):
         with tarfile.open(tmp_path / f"{number}.tar", "w") as archive:
             for sample in range(20):
@@ -116,9 +114,7 @@ def test_a_dry_retry_names_the_failed_tasks_and_why_they_failed(made_up_cache: d
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_dry_runs_of_mine_and_of_a_forced_index_tell_what_they_replace_and_change_nothing(
-    made_up_cache: dict[str, str], tmp_path: Path
-) -> None:
+def test_dry_runs_of_mine_and_of_a_forced_index_tell_what_they_replace_and_change_nothing(tmp_path: Path) -> None:
     np.save(tmp_path / "v.npy", np.random.default_rng(0).standard_normal((300, 16)).astype(np.float16))
     store = tmp_path / "out"
     recipe = Recipe(embed=Embed(vectors=str(tmp_path / "v.npy")), index=Index(k=8, device="cpu"))
@@ -144,7 +140,7 @@ def test_dry_runs_of_mine_and_of_a_forced_index_tell_what_they_replace_and_chang
     assert "in place of the list that is there" in dry(*mine)
 
 
-def test_a_dry_demo_is_planned_without_a_folder(made_up_cache: dict[str, str], tmp_path: Path) -> None:
+def test_a_dry_demo_is_planned_without_a_folder(tmp_path: Path) -> None:
     told = dry("demo", tmp_path / "demo", "--scenes", 1_200)
     assert "1,200 URLs" in told
     assert "3 shards" in told

@@ -17,13 +17,14 @@ import psutil
 import pytest
 import yaml
 
+from graphbuild.gpus import cores_here
 from graphbuild.plan import machine
-from graphbuild.plan.calibration import Rates
 from graphbuild.plan.job import job_of
+from graphbuild.plan.rates import Rates
 from graphbuild.plan.show import cases
 from graphbuild.recipe import read_recipe
 
-pytestmark = pytest.mark.slow  # the calibration alone takes a minute
+pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
 WORDS = "amber boat cloud dune ember fern grove hill iris jetty kite lamp moss nest oak pier quay reed sail tide"
 
@@ -118,8 +119,8 @@ def test_time_is_within_a_factor_of_2_and_memory_within_30_percent(
     read = read_recipe(str(recipe))
     job = job_of("run", read)
     assert job.nodes == pytest.approx(rows, rel=0.001)
-    ((_, found),) = cases(job, read, rates, [machine.here(rates)])
-    (least, most), peak = run(recipe, tmp_path / "out", rates.cores)
+    ((_, found),) = cases(job, read, rates, [machine.here()])
+    (least, most), peak = run(recipe, tmp_path / "out", cores_here())
     forecast, ram = sum(cost.seconds for cost in found), max(cost.resident for cost in found)
     said = f"{rows:,} rows: {least:.1f} to {most:.1f} s, forecast {forecast:.1f}"
     said += f"; {peak / 1e9:.2f} GB, forecast {ram / 1e9:.2f}"

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import io
 import os
+import resource
 import subprocess
 import sys
 import tarfile
@@ -29,11 +30,11 @@ from graphbuild.errors import ConfigError, InputError
 from graphbuild.knn import engine
 from graphbuild.pipeline import run_verb
 from graphbuild.plan import lists, machine
-from graphbuild.plan.calibration import Rates
 from graphbuild.plan.case import Cost
-from graphbuild.plan.engines import why_engine
+from graphbuild.plan.engines import chosen_engine
 from graphbuild.plan.job import Job, job_of
-from graphbuild.plan.show import cases, plan_recipe, tell
+from graphbuild.plan.rates import Rates
+from graphbuild.plan.show import cases, tell
 from graphbuild.recipe import Download, Embed, Index, Recipe, read_recipe
 from graphbuild.runner import Runner
 from graphbuild.store import Store
@@ -51,20 +52,24 @@ def words(rates: Rates, recipe: Recipe, *machines: str, rows: int | None = None)
     return tell(job_of("run", recipe, None, rows), recipe, rates, [machine.parse(text) for text in machines])
 
 
-def test_cc3m_cc12m_and_400m_are_planned_in_under_5_seconds(made_up_cache: dict[str, str]) -> None:
+def test_the_first_plan_on_a_new_machine_prints_everything_within_15_seconds(tmp_path: Path) -> None:
+    environment = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     for recipe, options, says in (
         ("cc3m", [], "3,318,333 URLs"),
         ("cc12m", [], "12,423,374 URLs"),
         ("cc12m", ["--rows", "400000000"], "400,000,000 URLs"),
     ):
         command = [str(BIN / "graphbuild"), "plan", str(PIPELINES / f"{recipe}.yaml"), *options]
-        begin = time.monotonic()
-        done = subprocess.run(command, env=made_up_cache, capture_output=True, text=True, timeout=60, check=True)
-        seconds = time.monotonic() - begin
+        begin, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=True)
+        seconds, after = time.monotonic() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
         assert says in done.stdout
         for column in ("2 cores", "1 H200*", "32 x 32 cores", "computed, not measured", "WARNING"):
             assert column in done.stdout, done.stdout
-        assert seconds < 5 or os.getloadavg()[0] > (os.cpu_count() or 1), f"{seconds:.1f} s"
+        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        assert cpu < 15, f"{cpu:.1f} CPU seconds"
+        assert seconds < 15 or os.getloadavg()[0] > (os.cpu_count() or 1), f"{seconds:.1f} s"
 
 
 @pytest.mark.parametrize(
@@ -72,15 +77,15 @@ def test_cc3m_cc12m_and_400m_are_planned_in_under_5_seconds(made_up_cache: dict[
     [("NVIDIA A100-SXM4-80GB", 2, "exact"), ("NVIDIA L40S", 0, "partition"), ("", 0, "partition")],
 )
 def test_a_plan_for_this_machine_has_its_gpus(
-    monkeypatch: pytest.MonkeyPatch, made_up: Rates, card: str, gpus: int, engine: str
+    monkeypatch: pytest.MonkeyPatch, card: str, gpus: int, engine: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(card))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: card)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    one = machine.here(made_up)
+    one = machine.here()
     assert (one.gpus, one.name.endswith(" + 2 A100 here")) == (gpus, gpus == 2)
     recipe = Recipe(embed=Embed(captions="cc3m.tsv", preset="cc3m"))
-    assert why_engine(recipe, job_of("run", recipe, None, 2_900_000), one).startswith(engine)
+    assert chosen_engine(recipe, job_of("run", recipe, None, 2_900_000), one)[0].name == engine
 
 
 def test_figures_of_a_gpu_are_its_published_peaks_and_say_so(made_up: Rates) -> None:
@@ -126,12 +131,16 @@ def test_more_nodes_of_a_cluster_shorten_what_has_many_tasks_and_nothing_else(ma
         assert many[name].core_seconds == one[name].core_seconds, name
 
 
-def test_without_worker_processes_every_machine_runs_a_task_at_a_time(made_up_cache: dict[str, str]) -> None:
+def test_without_worker_processes_every_machine_runs_a_task_at_a_time(made_up: Rates) -> None:
     recipe = read_recipe(str(PIPELINES / "cc3m.yaml"))
-    for on in ((), ("cores=16", "nodes=4,cores=8")):
-        none, one, all_ = (list(plan_recipe(recipe, None, rows=None, workers=n, on=on)) for n in (0, 1, None))
+    job = job_of("run", recipe)
+    for machines in (machine.standard(None), [machine.parse("cores=16"), machine.parse("nodes=4,cores=8")]):
+        none, one, every = (
+            tell(job, recipe, made_up, [replace(each, workers=workers) for each in machines])
+            for workers in (0, 1, None)
+        )
         assert none == one
-        assert none != all_
+        assert none != every
 
 
 def test_what_will_hurt_is_said_with_what_to_do(
@@ -154,18 +163,15 @@ def test_what_will_hurt_is_said_with_what_to_do(
     assert "numbering takes" in words(made_up, cc3m, "cores=2,memory=16", rows=400_000_000)
 
 
-def test_a_list_is_looked_at_not_read(tmp_path: Path, made_up: Rates) -> None:
+def test_a_list_is_looked_at_not_read(tmp_path: Path) -> None:
     rows = [f"a dog and cat {number % 700}" for number in range(1_000)]
-    urls = [f"http://{'localhost' if number % 2 else 'no-such-host.invalid'}/{number}.jpg" for number in range(1_000)]
+    urls = [f"http://no-such-host.invalid/{number}.jpg" for number in range(1_000)]
     path = tmp_path / "list.parquet"
     pq.write_table(pa.table({"url": urls, "caption": rows}), path)
-    recipe = Recipe(download=Download(urls=str(path)))
-    job = job_of("run", recipe)
+    job = job_of("run", Recipe(download=Download(urls=str(path))))
     assert job.rows == 1_000
     assert job.nodes == round(job.samples * 0.7)
     assert job.tokens == pytest.approx(7, abs=0.5)  # five words and two marks
-    assert lists.resolved_hosts(urls) == (1, 2)
-    assert "1 of 2 sampled hosts have an address" in words(made_up, recipe, "cores=2")
     text = tmp_path / "list.tsv"
     text.write_text("caption\turl\n" + "".join(f"{a}\t{b}\n" for a, b in zip(rows, urls, strict=True)) * 200)
     assert job_of("run", Recipe(download=Download(urls=str(text)))).rows == pytest.approx(200_000, rel=0.01)
@@ -263,14 +269,14 @@ def snapshot(store: Path) -> dict[str, tuple[int, float]]:
 
 
 @pytest.mark.slow
-def test_a_dry_run_says_what_is_left_and_touches_nothing(made_up_cache: dict[str, str], tmp_path: Path) -> None:
+def test_a_dry_run_says_what_is_left_and_touches_nothing(tmp_path: Path) -> None:
     captions = tmp_path / "captions.tsv"
     captions.write_text("caption\n" + "".join(f"a picture of {number} things\n" for number in range(400)))
     store = tmp_path / "out"
 
     def run(*arguments: object, code: int = 0) -> str:
         command = [str(BIN / "graphbuild"), *map(str, arguments)]
-        done = subprocess.run(command, env=made_up_cache, capture_output=True, text=True, timeout=200, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
         assert done.returncode == code, done.stderr
         return done.stdout + done.stderr
 

@@ -1,12 +1,36 @@
-"""What of a verb is done already, without touching the store: the share of each stage's tasks that a rerun skips."""
+"""What of a job a store has already, read without touching it: the share of each stage that a rerun skips, and the
+seconds that its finished tasks took."""
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 from graphbuild.pipeline import is_spared, replaced_by, steps_of
 from graphbuild.recipe import Recipe
-from graphbuild.stage import records
+from graphbuild.stage import Stage, records, total_counts
 from graphbuild.state import pending
 from graphbuild.store import Store
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Tasks of a stage that are done: how many, the seconds of the median one, and the sums of what they counted."""
+
+    tasks: int
+    seconds: float
+    counts: Mapping[str, int]
+
+
+def finished(store: Store, stages: Sequence[Stage]) -> dict[str, Finished]:
+    """By stage, what its finished tasks in a store took, wherever they ran."""
+    done = {stage.name: list(records(store, stage.name).values()) for stage in stages}
+    return {
+        name: Finished(len(some), statistics.median(record["seconds"] for record in some), total_counts(some))
+        for name, some in done.items()
+        if some
+    }
 
 
 def shares_done(verb: str, recipe: Recipe, store: Store, *, force: bool = False) -> dict[str, float]:
