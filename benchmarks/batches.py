@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from graphbuild import SampleGraph
-from graphbuild.clustered import GROUP
+from graphbuild.export.clustered import GROUP
+from graphbuild.graph.batches import edges_in_batches
+from graphbuild.graph.groups import NeighborLists, StoredGraph
 from graphbuild.torch import NeighborBatchSampler
-from graphbuild.torch.batches import edges_in_batches
-from graphbuild.torch.groups import NeighborLists, StoredGraph
 from graphbuild.torch.samplers import WAYS
 
 SHARD = 250_000

@@ -26,7 +26,7 @@ def captions(cache: Path, corpus: Path) -> Path:
     if not path.exists():
         import pyarrow.parquet as pq
 
-        from graphbuild.encoder import DEFAULT_ENCODER, find_encoder, open_model
+        from graphbuild.nodes.encoder import DEFAULT_ENCODER, find_encoder, open_model
 
         texts = pq.read_table(corpus, columns=["caption"])["caption"].to_pylist()
         np.save(path, open_model(find_encoder(DEFAULT_ENCODER), "cpu").encode(texts).vectors)
@@ -51,12 +51,12 @@ def mixed(cache: Path, rows: int, seed: int = 0) -> Path:
 
 def graph(path: Path, k: int) -> np.ndarray:
     """Near neighbours [n, k] of all vectors of a file, by graphbuild itself at recall 0.95."""
-    from graphbuild.pipeline import run_verb
+    from graphbuild.job.steps import run_verb
     from graphbuild.recipe import resolve
-    from graphbuild.runner import Runner
-    from graphbuild.sharded import node_array
-    from graphbuild.shards import shards_of
-    from graphbuild.store import Store
+    from graphbuild.runner.runner import Runner
+    from graphbuild.store.sharded import node_array
+    from graphbuild.store.shards import shards_of
+    from graphbuild.store.store import Store
 
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, Runner(workers=2) as runner:
         store = Store(f"{folder}/store")

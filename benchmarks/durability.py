@@ -17,11 +17,11 @@ from pathlib import Path
 
 from loader import make_store
 
-from graphbuild import store as stores
-from graphbuild.pipeline import run_verb
+from graphbuild.job.steps import run_verb
 from graphbuild.recipe import resolve
-from graphbuild.runner import Runner
-from graphbuild.store import Store
+from graphbuild.runner.runner import Runner
+from graphbuild.store import store as stores
+from graphbuild.store.store import Store
 
 FSYNC, SHA256 = os.fsync, stores.file_sha256
 

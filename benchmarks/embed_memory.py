@@ -24,7 +24,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import Normalize, StaticEmbedding
 from transformers import AutoTokenizer
 
-from graphbuild.encoder import DEFAULT_ENCODER, find_encoder
+from graphbuild.nodes.encoder import DEFAULT_ENCODER, find_encoder
 
 LOOK_SECONDS = 0.2
 

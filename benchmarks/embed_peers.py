@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from graphbuild.encoder import DEFAULT_ENCODER, find_encoder
-from graphbuild.encoder.tokens import batches, tokenize
+from graphbuild.nodes.encoder import DEFAULT_ENCODER, find_encoder
+from graphbuild.nodes.encoder.tokens import batches, tokenize
 
 THREADS = len(os.sched_getaffinity(0))
 BATCH_TOKENS = 1024

@@ -17,11 +17,11 @@ from pathlib import Path
 import polars as pl
 from embed import read_captions
 
-from graphbuild import embed, number, scan
+from graphbuild.nodes import encode, number, scan
 from graphbuild.recipe import Embed, Recipe
-from graphbuild.runner import Runner
-from graphbuild.stage import perform
-from graphbuild.store import Store
+from graphbuild.runner.runner import Runner
+from graphbuild.runner.stage import perform
+from graphbuild.store.store import Store
 
 PARTS = {
     "reading texts": ("store.py", "table"),
@@ -42,11 +42,11 @@ def main() -> None:
         recipe = Recipe(embed=Embed(captions=str(captions), shard_size=options.count, device="cpu"))
         store = Store(str(Path(folder) / "store"))
         with Runner(workers=0) as runner:
-            for stage in (scan.STAGE, number.NUMBER, number.ASSIGN, embed.STAGE):
+            for stage in (scan.STAGE, number.NUMBER, number.ASSIGN, encode.STAGE):
                 runner.run(stage, recipe, store)
-        (task,) = embed.plan(recipe, store)
+        (task,) = encode.plan(recipe, store)
         with cProfile.Profile() as profile:
-            perform(embed.STAGE, task, store)
+            perform(encode.STAGE, task, store)
     raw = {(Path(file).name, name): times[3] for (file, _, name), times in pstats.Stats(profile).stats.items()}  # type: ignore[attr-defined]
     whole = raw["stage.py", "perform"]
     shares = {part: raw[place] / whole for part, place in PARTS.items()}

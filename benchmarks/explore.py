@@ -25,8 +25,8 @@ import numpy as np
 import polars as pl
 from graph import LARGE, empty_page_cache, make_store
 
-from graphbuild.shards import shards_of
-from graphbuild.store import Store
+from graphbuild.store.shards import shards_of
+from graphbuild.store.store import Store
 
 REQUESTS = 50
 WORDS = ("red", "blue", "small", "two", "dog", "cat", "beach", "snow", "city", "woman", "tree", "car", "bird", "old")

@@ -16,7 +16,7 @@ import time
 import numpy as np
 
 from graphbuild import SampleGraph
-from graphbuild.quantized import quantize_int8, unit_rows
+from graphbuild.export.quantized import quantize_int8, unit_rows
 
 TAU_S = 0.1
 WITH = 7

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 
 from graphbuild import SampleGraph
-from graphbuild.graph import Source
-from graphbuild.moments import BASIS
-from graphbuild.shards import Shard, write_shards
-from graphbuild.sketch import BYTES, DIMENSIONS
-from graphbuild.store import Store, shard_name
+from graphbuild.graph.moments import BASIS
+from graphbuild.graph.sample_graph import Source
+from graphbuild.graph.sketch import BYTES, DIMENSIONS
+from graphbuild.store.shards import Shard, write_shards
+from graphbuild.store.store import Store, shard_name
 
 K, D, SHARD = 64, 384, 10_000
 LARGE, SMALL = 12_400_000, 160_000

@@ -80,12 +80,12 @@ def run_peer(name: str, path: str, k: int, settings: dict[str, Any]) -> dict[str
 
 
 def run_own(name: str, path: str, k: int, settings: dict[str, Any]) -> dict[str, Any]:
-    from graphbuild.pipeline import run_verb
+    from graphbuild.job.steps import run_verb
     from graphbuild.recipe import resolve
-    from graphbuild.runner import Runner
-    from graphbuild.sharded import node_array
-    from graphbuild.shards import shards_of
-    from graphbuild.store import Store
+    from graphbuild.runner.runner import Runner
+    from graphbuild.store.sharded import node_array
+    from graphbuild.store.shards import shards_of
+    from graphbuild.store.store import Store
 
     folder = Path(tempfile.mkdtemp(prefix="knn-", dir=Path(path).parent))
     try:

@@ -32,10 +32,10 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from graphbuild import SampleGraph
 from graphbuild.demo.captions import caption
 from graphbuild.demo.scenes import make_scenes
-from graphbuild.pipeline import run_verb
+from graphbuild.job.steps import run_verb
 from graphbuild.recipe import resolve
-from graphbuild.runner import Runner
-from graphbuild.store import Store
+from graphbuild.runner.runner import Runner
+from graphbuild.store.store import Store
 from graphbuild.torch import GraphDataset, graph_webdataset
 from graphbuild.torch.images import ImageDecoder
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from graphbuild.errors import ConfigError
 
 if TYPE_CHECKING:
-    from graphbuild.store import Store
+    from graphbuild.store.store import Store
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 SOURCES = ("shards", "captions", "vectors")  # of embed; none of them: the store's own tars
@@ -175,7 +175,7 @@ def marked(mark: Mark) -> list[tuple[str, str]]:
 
 def read_recipe(path: str) -> Recipe:
     """A recipe file; relative paths in it are taken from the working folder."""
-    from graphbuild.remote import file_system, reaching
+    from graphbuild.store.remote import file_system, reaching
 
     try:
         fs, root = file_system(path)

@@ -10,8 +10,8 @@ import yaml
 
 from graphbuild.errors import ConfigError
 from graphbuild.recipe import Recipe, read_recipe, resolve
-from graphbuild.stage import Task
-from graphbuild.store import Store
+from graphbuild.runner.stage import Task
+from graphbuild.store.store import Store
 
 
 def write(folder: Path, content: str | bytes) -> str:

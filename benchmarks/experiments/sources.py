@@ -242,7 +242,7 @@ def _words_encoder(folder: Path) -> Path:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import StaticEmbedding
 
-    from graphbuild.encoder.find import find_encoder
+    from graphbuild.nodes.encoder.find import find_encoder
     from graphbuild.recipe import DEFAULT_ENCODER
 
     tokenizer = SentenceTransformer(str(find_encoder(DEFAULT_ENCODER).folder), device="cpu").tokenizer

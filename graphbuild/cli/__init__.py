@@ -9,7 +9,7 @@ import sys
 from graphbuild.cli import build, look
 from graphbuild.cli.app import app
 from graphbuild.errors import GraphbuildError
-from graphbuild.terminal import HarmlessFormatter, StderrHandler, say_error
+from graphbuild.machine.terminal import HarmlessFormatter, StderrHandler, say_error
 
 __all__ = ["app", "build", "look", "main"]
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graphbuild.cli.options import Changes, How, RecipeArg, StoreArg, builds, open_store, option
-from graphbuild.terminal import ProgressMode, echo
+from graphbuild.machine.terminal import ProgressMode, echo
 
 if TYPE_CHECKING:
-    from graphbuild.progress import Progress
     from graphbuild.recipe import Recipe
-    from graphbuild.runner import Runner
-    from graphbuild.store import Store
+    from graphbuild.runner.progress import Progress
+    from graphbuild.runner.runner import Runner
+    from graphbuild.store.store import Store
 
 
 @builds(without="force progress")
@@ -93,11 +93,11 @@ def retry(
     how: How,
 ) -> None:
     """Failed tasks once more, and URLs that may be there again."""
-    from graphbuild.retry import retry_store, wanted_urls
+    from graphbuild.job.retry import retry_store, wanted_urls
 
     opened, wanted = open_store(store), wanted_urls(reason or (), everything=all_urls)
     if how.dry_run:
-        from graphbuild.plan.retry import plan_retry
+        from graphbuild.job.plan.retry import plan_retry
 
         _say(plan_retry(opened, wanted, how.workers))
         return
@@ -115,13 +115,13 @@ def _run_section(section: str, url: str, changes: Changes, how: How) -> None:
 def _run_verb(verb: str, recipe: Callable[[], Recipe], store: Store, how: How) -> None:
     """recipe: read under the lock, as it may lie in the store."""
     if how.dry_run:
-        from graphbuild.plan.show import plan_verb
+        from graphbuild.job.plan.show import plan_verb
 
         _say(plan_verb(verb, recipe(), store, how.workers, force=how.force))
         return
-    from graphbuild.fetched import require_images
-    from graphbuild.pipeline import run_verb
-    from graphbuild.summary import summary
+    from graphbuild.job.steps import run_verb
+    from graphbuild.job.summary import summary
+    from graphbuild.sources.fetched import require_images
 
     with _runner(verb, store, how) as runner:
         manifest = run_verb(verb, recipe(), store, runner, force=how.force)
@@ -138,8 +138,8 @@ def _say(texts: Iterable[str]) -> None:
 @contextlib.contextmanager
 def _runner(verb: str, store: Store, how: How) -> Iterator[Runner]:
     """A runner while no other command writes the store: its workers end before the lock is given back."""
-    from graphbuild.lock import writing
-    from graphbuild.runner import Runner
+    from graphbuild.runner.runner import Runner
+    from graphbuild.store.lock import writing
 
     progress = _progress(how.progress)
     with writing(store, verb), Runner(workers=how.workers, address=how.address, progress=progress) as runner:
@@ -147,8 +147,8 @@ def _runner(verb: str, store: Store, how: How) -> Iterator[Runner]:
 
 
 def _progress(mode: ProgressMode) -> Progress:
-    from graphbuild.progress import Progress
-    from graphbuild.terminal import log_as_json
+    from graphbuild.machine.terminal import log_as_json
+    from graphbuild.runner.progress import Progress
 
     if mode == "json":
         log_as_json()

@@ -8,7 +8,7 @@ import typer
 
 from graphbuild.cli.app import app
 from graphbuild.cli.options import DryRun, RecipeArg, StoreArg, Workers, open_store, option
-from graphbuild.terminal import echo
+from graphbuild.machine.terminal import echo
 
 
 @app.command()
@@ -25,7 +25,7 @@ def plan(
     ] = None,
 ) -> None:
     """Rows, bytes, memory and time of a recipe, before anything runs."""
-    from graphbuild.plan.show import plan_recipe
+    from graphbuild.job.plan.show import plan_recipe
     from graphbuild.recipe import read_recipe
 
     opened = open_store(store) if store is not None else None
@@ -43,8 +43,8 @@ def neighbors(
     images: Annotated[bool, typer.Option(help="thumbnails, on a terminal")] = True,
 ) -> None:
     """The nearest neighbours of a sample, or of any text."""
-    from graphbuild.catalog import Catalog
-    from graphbuild.thumbnails import show_neighbors
+    from graphbuild.look.catalog import Catalog
+    from graphbuild.look.thumbnails import show_neighbors
 
     catalog = Catalog(open_store(store))
     sample, found = catalog.ask(count, key=key, text=text, node=node)
@@ -69,7 +69,7 @@ def mine(
     dry_run: DryRun = False,
 ) -> None:
     """Graph to lists for training and cleaning, without a search."""
-    from graphbuild.mine import mine_store
+    from graphbuild.graph.mine import mine_store
 
     rules = {name: value for name, value in context.params.items() if name not in ("store", "what", "out", "dry_run")}
     echo(mine_store(open_store(store), what, rules, out, dry_run=dry_run))
@@ -78,7 +78,7 @@ def mine(
 @app.command()
 def report(store: StoreArg) -> None:
     """A page of what came out: losses, recall, similarities, time."""
-    from graphbuild.report import write_report
+    from graphbuild.look.report import write_report
 
     echo(f"report    {write_report(open_store(store))}")
 
@@ -93,7 +93,7 @@ def explore(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8765,
 ) -> None:
     """A page to search, see and walk the graph, until Ctrl-C."""
-    from graphbuild.explore import serve
+    from graphbuild.look.explore import serve
 
     stores = [open_store(url) for url in (store, compare) if url is not None]
     serve(stores, host, port, lambda url: echo(f"explore   {url}   (Ctrl-C ends it)"))
@@ -103,7 +103,7 @@ def explore(
 def verify(store: StoreArg) -> None:
     """Check every file, their alignment, and recall afresh."""
     from graphbuild.errors import QualityError
-    from graphbuild.verify import verify_store
+    from graphbuild.look.verify import verify_store
 
     opened = open_store(store)
     report = verify_store(opened)
@@ -122,7 +122,7 @@ def doctor(
 
     Exit code 1 if the demo could not run.
     """
-    from graphbuild.doctor import examine
+    from graphbuild.look.doctor import examine
 
     failed = False
     for finding in examine(store):

@@ -16,11 +16,11 @@ from pydantic.fields import FieldInfo
 
 from graphbuild.cli.app import app
 from graphbuild.errors import ConfigError
+from graphbuild.machine.terminal import ProgressMode
 from graphbuild.recipe import SECTIONS, flag
-from graphbuild.terminal import ProgressMode
 
 if TYPE_CHECKING:
-    from graphbuild.store import Store
+    from graphbuild.store.store import Store
 
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 EPILOG = (
@@ -135,7 +135,7 @@ def _read(name: str, field: FieldInfo, text: str | bool) -> Any:
 
 
 def open_store(url: str) -> Store:
-    from graphbuild.store import Store
+    from graphbuild.store.store import Store
 
     if not url:
         raise ConfigError("STORE is empty", "name a folder, or a URL such as s3://bucket/folder")

@@ -14,18 +14,18 @@ from urllib.parse import urlsplit
 
 import pyarrow.parquet as pq
 
-from graphbuild.catalog import Catalog, printable
 from graphbuild.demo.scenes import make_scenes
 from graphbuild.demo.server import SceneServer, assign_faults, expected_images, write_url_list
 from graphbuild.errors import ConfigError
-from graphbuild.lock import writing
-from graphbuild.pipeline import run_verb
+from graphbuild.job.steps import run_verb
+from graphbuild.job.summary import summary
+from graphbuild.look.catalog import Catalog, printable
+from graphbuild.machine.terminal import echo
 from graphbuild.recipe import Download, Index, Recipe
-from graphbuild.runner import Runner
-from graphbuild.shards import shards_of
-from graphbuild.store import Json, Store
-from graphbuild.summary import summary
-from graphbuild.terminal import echo
+from graphbuild.runner.runner import Runner
+from graphbuild.store.lock import writing
+from graphbuild.store.shards import shards_of
+from graphbuild.store.store import Json, Store
 
 PIXELS = 96
 SHARD_SIZE = 500
@@ -89,8 +89,8 @@ def _activate() -> str:
 
 def plan_demo(url: str, *, scenes: int, workers: int | None) -> Iterator[str]:
     """What `run_demo` would do and take, in words."""
-    from graphbuild.plan.job import job_of
-    from graphbuild.plan.show import plan_job, plan_verb
+    from graphbuild.job.plan.job import job_of
+    from graphbuild.job.plan.show import plan_job, plan_verb
 
     folder, store, recipe = _job(url)
     if _known_port(folder / LIST, scenes):

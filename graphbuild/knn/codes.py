@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from graphbuild.knn.kernels import encode_rows
-from graphbuild.sharded import Array
+from graphbuild.store.sharded import Array
 
 
 class Codes(NamedTuple):

@@ -2,7 +2,7 @@
 
 An engine's work is `prepare` (one task over all nodes), `describe` (one a shard) and `join`s: independent tasks, each
 of which returns candidate lists of some nodes. What follows is the same for all: lists are merged by shard, scored
-again exactly, proved or completed (`graphbuild.index`). Heavy imports wait until there is work.
+again exactly, proved or completed (`graphbuild.graph.index`). Heavy imports wait until there is work.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from graphbuild.errors import ConfigError
-from graphbuild.gpus import gpu_here
-from graphbuild.index import SCRATCH
+from graphbuild.graph.index import SCRATCH
+from graphbuild.machine.gpus import gpu_here
 from graphbuild.recipe import Index
-from graphbuild.sharded import Array
-from graphbuild.stage import records
-from graphbuild.store import Json, Writer
+from graphbuild.runner.stage import records
+from graphbuild.store.sharded import Array
+from graphbuild.store.store import Json, Writer
 
 if TYPE_CHECKING:
     from graphbuild.knn.codes import Codes
@@ -53,7 +53,7 @@ class Engine(Protocol):
     def joins(self, nodes: int, at_once: int, first_new: int = 0) -> list[Any]:
         """The arguments (JSON) of its join tasks, each of at most about `at_once` nodes; the result is the same.
 
-        Pairs of nodes below `first_new` are left out: their lists are known (`graphbuild.base`).
+        Pairs of nodes below `first_new` are left out: their lists are known (`graphbuild.graph.grow`).
         """
 
     def spread(self, nodes: int, tasks: int) -> tuple[float, float]:

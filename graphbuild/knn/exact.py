@@ -17,7 +17,7 @@ import torch
 
 from graphbuild.knn import device, kernels, lists
 from graphbuild.knn.products import TILE_ROWS, products, tile_memory, unit
-from graphbuild.sharded import Array, ShardedArray
+from graphbuild.store.sharded import Array, ShardedArray
 
 GROUP_ROWS = 25_600
 LARGE = 1_000_000

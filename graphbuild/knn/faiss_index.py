@@ -19,7 +19,7 @@ import torch
 
 from graphbuild.errors import ConfigError
 from graphbuild.knn import products, sample
-from graphbuild.sharded import Array, ShardedArray
+from graphbuild.store.sharded import Array, ShardedArray
 
 TRAINING_ROWS = 262_144
 BLOCK_ROWS = 8_192

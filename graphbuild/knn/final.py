@@ -7,15 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from graphbuild.index import SCRATCH
+from graphbuild.graph.index import SCRATCH
 from graphbuild.knn import exact, kernels, partition
 from graphbuild.knn.inputs import LEADER_NODES, Inputs
 from graphbuild.knn.lists import EMPTY, pack, unpack
-from graphbuild.remote import READERS
-from graphbuild.sharded import Array
-from graphbuild.stage import records
-from graphbuild.store import Store
-from graphbuild.threads import torch_threads
+from graphbuild.machine.threads import torch_threads
+from graphbuild.runner.stage import records
+from graphbuild.store.remote import READERS
+from graphbuild.store.sharded import Array
+from graphbuild.store.store import Store
 
 ENTRIES, WALK = 32, 64  # leaders that a walk begins at; nodes that it keeps
 

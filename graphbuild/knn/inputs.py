@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import fields
 from functools import cached_property, lru_cache
 
-from graphbuild.index import SCRATCH, VECTORS
+from graphbuild.graph.index import SCRATCH, VECTORS
 from graphbuild.knn.leaders import Leaders
-from graphbuild.sharded import ShardedArray, node_array
-from graphbuild.shards import Shards, shards_of
-from graphbuild.store import Store, Writer
+from graphbuild.store.sharded import ShardedArray, node_array
+from graphbuild.store.shards import Shards, shards_of
+from graphbuild.store.store import Store, Writer
 
 LEADERS, LEADER_NODES = f"{SCRATCH}/leaders/{{}}.npy", f"{SCRATCH}/leader_nodes.npy"
 

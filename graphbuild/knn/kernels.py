@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from graphbuild.compiled import compiled, inlined
 from graphbuild.knn.intrinsics import CHUNK, half, lowest_bit, passing_one_floor, passing_one_scale, pointer, prefetch
 from graphbuild.knn.lists import EMPTY, key_of, node_of, offer, score_of
+from graphbuild.machine.compiled import compiled, inlined
 
 GUESS_SHIFT = 8
 _AHEAD = 6  # rows asked for before they are read

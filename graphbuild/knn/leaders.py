@@ -16,7 +16,7 @@ import torch
 from graphbuild.knn import kernels, lists
 from graphbuild.knn.codes import encode
 from graphbuild.knn.products import TILE_ROWS, Tensor, products, tile_memory, unit
-from graphbuild.sharded import Array, ShardedArray
+from graphbuild.store.sharded import Array, ShardedArray
 
 NODES_PER_LEADER = 64
 GROUP_LEADERS = 128

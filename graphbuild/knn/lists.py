@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from graphbuild.compiled import compiled, inlined
+from graphbuild.machine.compiled import compiled, inlined
 
 LARGEST_ID = 0x7FFFFFFF
 

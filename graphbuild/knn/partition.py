@@ -19,7 +19,7 @@ from graphbuild.knn import kernels, lists, sample
 from graphbuild.knn.codes import encode
 from graphbuild.knn.leaders import Leaders, leader_count
 from graphbuild.knn.products import TILE_ROWS, Tensor, products, tile_memory
-from graphbuild.sharded import Array, ShardedArray
+from graphbuild.store.sharded import Array, ShardedArray
 
 FANS = range(2, 41)
 EXPAND = 12

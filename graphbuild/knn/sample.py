@@ -7,7 +7,7 @@ import torch
 
 from graphbuild.knn import device
 from graphbuild.knn.products import unit
-from graphbuild.sharded import Array, ShardedArray
+from graphbuild.store.sharded import Array, ShardedArray
 
 SAMPLE = 400
 BLOCK_ROWS = 8_192

@@ -20,16 +20,16 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from webdataset.tariterators import base_plus_ext
 
-from graphbuild.ranges import TarRanges, member_behind
-from graphbuild.remote import READERS
-from graphbuild.sidecar import ShardError, SidecarHeader, read_columns
-from graphbuild.tars import IMAGE_EXTENSIONS
+from graphbuild.export.sidecar import ShardError, SidecarHeader, read_columns
+from graphbuild.sources.ranges import TarRanges, member_behind
+from graphbuild.sources.tars import IMAGE_EXTENSIONS
+from graphbuild.store.remote import READERS
 from graphbuild.torch.fields import Fields, SidecarFields, StoreFields
 from graphbuild.torch.images import BadImages, ImageDecoder
 from graphbuild.torch.shards import Shard, check_same_graph, check_tar_size, find_shards
 
 if TYPE_CHECKING:
-    from graphbuild.graph import SampleGraph
+    from graphbuild.graph.sample_graph import SampleGraph
 
 RESTORE = "the sidecar was changed or is another tar's: run `graphbuild export` again"
 HEADERS = 16  # blocks of 512 bytes that may hold a member's headers, with a long name

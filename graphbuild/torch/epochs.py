@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from graphbuild.errors import ConfigError
-from graphbuild.remote import READERS
-from graphbuild.sidecar import ShardError, SidecarHeader, read_columns
+from graphbuild.export.sidecar import ShardError, SidecarHeader, read_columns
+from graphbuild.store.remote import READERS
 from graphbuild.torch.shards import Shard, count_joined
 
 

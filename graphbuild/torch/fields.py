@@ -14,15 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphbuild.errors import ConfigError
-from graphbuild.quantized import unit_rows
-from graphbuild.remote import READERS
-from graphbuild.sidecar import SidecarHeader
-from graphbuild.sketch import BYTES, unpack
-from graphbuild.store import Store
+from graphbuild.export.quantized import unit_rows
+from graphbuild.export.sidecar import SidecarHeader
+from graphbuild.graph.sketch import BYTES, unpack
+from graphbuild.store.remote import READERS
+from graphbuild.store.store import Store
 from graphbuild.torch.shards import Shard, read_sidecar
 
 if TYPE_CHECKING:
-    from graphbuild.graph import SampleGraph
+    from graphbuild.graph.sample_graph import SampleGraph
 
 Nodes = NDArray[np.int64]
 

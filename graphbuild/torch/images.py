@@ -14,8 +14,8 @@ from PIL import Image, ImageOps
 from torch.utils.data import default_collate
 
 from graphbuild.errors import ConfigError
-from graphbuild.images import ImageError, web_image
-from graphbuild.sidecar import ShardError
+from graphbuild.export.sidecar import ShardError
+from graphbuild.sources.images import ImageError, web_image
 
 logger = logging.getLogger(__name__)
 

@@ -24,9 +24,9 @@ from torch.utils.data import IterableDataset
 from webdataset.utils import pytorch_worker_info
 
 from graphbuild.errors import ConfigError
-from graphbuild.quantized import unit_rows
-from graphbuild.sidecar import SidecarHeader
-from graphbuild.sketch import unpack
+from graphbuild.export.quantized import unit_rows
+from graphbuild.export.sidecar import SidecarHeader
+from graphbuild.graph.sketch import unpack
 from graphbuild.torch.epochs import Epochs, Position
 from graphbuild.torch.images import BadImages, ImageDecoder
 from graphbuild.torch.ranks import live_rank

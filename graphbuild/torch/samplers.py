@@ -16,9 +16,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
 
 from graphbuild.errors import ConfigError, InputError
-from graphbuild.torch import groups
-from graphbuild.torch.batches import batch_bounds, edges_in_batches, pack
-from graphbuild.torch.groups import NeighborLists, StoredGraph
+from graphbuild.graph import groups
+from graphbuild.graph.batches import batch_bounds, edges_in_batches, pack
+from graphbuild.graph.groups import NeighborLists, StoredGraph
 from graphbuild.torch.ranks import live_rank
 
 Samples = NDArray[np.int32]

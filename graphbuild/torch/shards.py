@@ -22,9 +22,9 @@ from fsspec.implementations.local import LocalFileSystem
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from graphbuild.errors import ConfigError
-from graphbuild.remote import file_system, reaching
-from graphbuild.sidecar import ShardError, Sidecar, SidecarHeader, read_columns
-from graphbuild.tars import IMAGE_EXTENSIONS, tar_stem
+from graphbuild.export.sidecar import ShardError, Sidecar, SidecarHeader, read_columns
+from graphbuild.sources.tars import IMAGE_EXTENSIONS, tar_stem
+from graphbuild.store.remote import file_system, reaching
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ def member_value(sample: JoinedSample, name: str) -> Any:
 
 
 def _tar_samples(shard: Shard, header: SidecarHeader) -> Iterator[dict[str, Any]]:
-    """Samples as webdataset and graphbuild.tars group them: members side by side that share a key."""
+    """Samples as webdataset and graphbuild.sources.tars group them: members side by side that share a key."""
     check_tar_size(shard, header)
     files, path = file_system(shard.tar)
     try:

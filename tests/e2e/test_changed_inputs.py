@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from graphbuild.encoder import DEFAULT_ENCODER, find_encoder
+from graphbuild.nodes.encoder import DEFAULT_ENCODER, find_encoder
 from tests.e2e.test_bad_input import column, graphbuild, refused, snapshot, succeeded
 
 CAPTIONS = [

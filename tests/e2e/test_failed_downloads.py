@@ -16,14 +16,14 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from graphbuild import fetch
-from graphbuild.pipeline import run_verb
+from graphbuild.job.steps import run_verb
+from graphbuild.job.summary import summary
 from graphbuild.recipe import Download, Recipe
-from graphbuild.runner import Runner
-from graphbuild.stage import Task
-from graphbuild.store import Store
-from graphbuild.summary import summary
-from graphbuild.workers import Failure, record_failure
+from graphbuild.runner.runner import Runner
+from graphbuild.runner.stage import Task
+from graphbuild.runner.workers import Failure, record_failure
+from graphbuild.sources import fetch
+from graphbuild.store.store import Store
 
 Picture = tuple[bytes, str]
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -1,7 +1,7 @@
 """Hostile text and tars through the whole job: every string is a node or rejected with its reason, nothing is written
 outside the store, no control character reaches the terminal, and what cannot be used is refused by name and place.
 
-Single damaged lists and tars: test_bad_input.py, tests/test_tars.py.
+Single damaged lists and tars: test_bad_input.py, tests/sources/test_tars.py.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from graphbuild.catalog import printable
 from graphbuild.cli import main
+from graphbuild.look.catalog import printable
 from graphbuild.torch import graph_webdataset
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]

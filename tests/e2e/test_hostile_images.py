@@ -28,8 +28,8 @@ import pytest
 from PIL import Image
 
 from graphbuild import SampleGraph
-from graphbuild.images import FORMATS
-from graphbuild.sidecar import ShardError
+from graphbuild.export.sidecar import ShardError
+from graphbuild.sources.images import FORMATS
 from graphbuild.torch import GraphDataset, graph_webdataset
 
 logger = logging.getLogger(__name__)
@@ -247,10 +247,10 @@ def test_decompression_bombs_are_refused_before_they_are_decoded(
 @pytest.fixture(scope="module")
 def tar_store(images: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished store over one ready-made tar of all images, as .jpg whatever they are."""
-    from graphbuild.pipeline import run_verb
+    from graphbuild.job.steps import run_verb
     from graphbuild.recipe import resolve
-    from graphbuild.runner import Runner
-    from graphbuild.store import Store
+    from graphbuild.runner.runner import Runner
+    from graphbuild.store.store import Store
 
     folder = tmp_path_factory.mktemp("images")
     with tarfile.open(folder / "a.tar", "w") as archive:

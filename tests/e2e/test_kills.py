@@ -278,7 +278,7 @@ def test_a_job_killed_three_times_ends_with_the_same_bytes(
 
 WRITE = """
 import sys, time
-from graphbuild.store import Store
+from graphbuild.store.store import Store
 
 with Store(sys.argv[1]).staged(sys.argv[2]) as path:
     path.write_bytes(b"half")

@@ -20,7 +20,7 @@ import webdataset as wds
 from torch.utils.data import DataLoader
 
 from graphbuild import SampleGraph
-from graphbuild.sidecar import ShardError
+from graphbuild.export.sidecar import ShardError
 from graphbuild.torch import GraphDataset, Targets, graph_webdataset
 
 Picture = tuple[bytes, str]

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graphbuild import lock
 from graphbuild.errors import ConfigError, StageError
-from graphbuild.lock import LOCK, writing
-from graphbuild.store import Store
+from graphbuild.store import lock
+from graphbuild.store.lock import LOCK, writing
+from graphbuild.store.store import Store
 from tests.e2e.s3_proxy import S3Proxy
 from tests.e2e.test_runs import digests, s3_server, wait_for
-from tests.test_lock import ELSEWHERE, Other, needs_proc, race, write_lock
+from tests.store.test_lock import ELSEWHERE, Other, needs_proc, race, write_lock
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -24,12 +24,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from graphbuild.errors import GraphbuildError
-from graphbuild.mine import mine_store
-from graphbuild.pipeline import run_verb
+from graphbuild.graph.mine import mine_store
+from graphbuild.job.steps import run_verb
+from graphbuild.look.verify import verify_store
 from graphbuild.recipe import resolve
-from graphbuild.runner import Runner
-from graphbuild.store import Store
-from graphbuild.verify import verify_store
+from graphbuild.runner.runner import Runner
+from graphbuild.store.store import Store
 
 logger = logging.getLogger(__name__)
 Picture = tuple[bytes, str]

@@ -23,10 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from graphbuild import remote
 from graphbuild.errors import StorageError
-from graphbuild.sidecar import SidecarHeader, read_columns, sidecar_schema
-from graphbuild.store import Store
+from graphbuild.export.sidecar import SidecarHeader, read_columns, sidecar_schema
+from graphbuild.store import remote
+from graphbuild.store.store import Store
 from tests.e2e.s3_proxy import KINDS, S3Proxy
 from tests.e2e.test_runs import digest, members, s3_server
 

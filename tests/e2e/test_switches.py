@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 
 from graphbuild.errors import ConfigError
-from graphbuild.pipeline import run_verb
+from graphbuild.job.steps import run_verb
+from graphbuild.look.verify import verify_store
 from graphbuild.recipe import Recipe
-from graphbuild.runner import Runner
-from graphbuild.store import Store
-from graphbuild.verify import verify_store
+from graphbuild.runner.runner import Runner
+from graphbuild.store.store import Store
 from tests.e2e.test_runs import digests
 
 SOURCES = ("tars", "list", "vectors", "matrix", "download")

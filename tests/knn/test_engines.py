@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from other_device import other_device
 
 from graphbuild.errors import ConfigError, GraphbuildError
+from graphbuild.job.steps import run_verb
 from graphbuild.knn import codes, device, engine, exact, faiss_index, leaders, lists, partition, products
-from graphbuild.pipeline import run_verb
 from graphbuild.recipe import Embed, Index, Recipe
-from graphbuild.runner import Runner
-from graphbuild.store import Store
+from graphbuild.runner.runner import Runner
+from graphbuild.store.store import Store
 
 
 def build(

@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, RandomSampler
 
-from graphbuild import SampleGraph, ranges
+from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError, InputError
-from graphbuild.store import Store
+from graphbuild.sources import ranges
+from graphbuild.store.store import Store
 from graphbuild.torch import GraphDataset, NeighborBatchSampler, graph_webdataset
-from tests.test_index import built
+from tests.graph.test_index import built
 from tests.torch.test_loader import (
     SAMPLES,
     SHARDS,

@@ -21,8 +21,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from graphbuild.errors import ConfigError, InputError
-from graphbuild.quantized import quantize_int8
-from graphbuild.sidecar import Sidecar, SidecarHeader, TarIdentity, sidecar_schema
+from graphbuild.export.quantized import quantize_int8
+from graphbuild.export.sidecar import Sidecar, SidecarHeader, TarIdentity, sidecar_schema
 from graphbuild.torch import graph_webdataset
 
 D, K, SAMPLES, SHARDS = 8, 4, 10, 6

@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError, InputError
+from graphbuild.graph.batches import pack
+from graphbuild.graph.groups import NeighborLists, groups_by_growth, groups_of_anchors, join_near, order_by_node
 from graphbuild.torch import NeighborBatchSampler
-from graphbuild.torch.batches import pack
-from graphbuild.torch.groups import NeighborLists, groups_by_growth, groups_of_anchors, join_near, order_by_node
 from graphbuild.torch.samplers import WAYS
-from tests.test_index import built
+from tests.graph.test_index import built
 
 CLIQUES, CLIQUE = 30, 10
 NODES = CLIQUES * CLIQUE

@@ -11,7 +11,7 @@ import torch
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.torch import DebiasedLoss, Targets, XSampleLoss, similarity_targets
-from tests.test_index import built
+from tests.graph.test_index import built
 
 
 def written_out(texts: np.ndarray, tau_s: float, views: int, keep_self: bool = False) -> np.ndarray:

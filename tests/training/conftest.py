@@ -14,10 +14,10 @@ import pytest
 
 from graphbuild.demo.captions import caption
 from graphbuild.demo.scenes import encode_jpeg, make_scenes, render
-from graphbuild.pipeline import run_verb
+from graphbuild.job.steps import run_verb
 from graphbuild.recipe import Embed, Index, Recipe
-from graphbuild.runner import Runner
-from graphbuild.store import Store
+from graphbuild.runner.runner import Runner
+from graphbuild.store.store import Store
 
 TRAINING = Path(__file__).parents[2] / "training"
 sys.path.insert(0, str(TRAINING))  # as `python training/train.py` finds its modules

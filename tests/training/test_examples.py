@@ -20,10 +20,10 @@ from torch import nn
 from graphbuild import SampleGraph
 from graphbuild.demo.captions import caption
 from graphbuild.demo.scenes import encode_jpeg, make_scenes, render
-from graphbuild.pipeline import run_verb
+from graphbuild.job.steps import run_verb
 from graphbuild.recipe import Embed, Index, Recipe
-from graphbuild.runner import Runner
-from graphbuild.store import Store
+from graphbuild.runner.runner import Runner
+from graphbuild.store.store import Store
 from graphbuild.torch import graph_webdataset
 
 EXAMPLES = Path(__file__).parents[2] / "training" / "examples"

@@ -1,7 +1,0 @@
-"""Sentence encoders: find one, and turn texts into unit-norm vectors."""
-
-from graphbuild.encoder.find import Encoder, find_encoder
-from graphbuild.encoder.model import Encoded, Model, open_model
-from graphbuild.recipe import DEFAULT_ENCODER
-
-__all__ = ["DEFAULT_ENCODER", "Encoded", "Encoder", "Model", "find_encoder", "open_model"]

@@ -1,0 +1,1 @@
+"""What leaves a store: sidecars beside tars, tars with the graph inside, tars in the order of clusters."""

@@ -1,0 +1,88 @@
+"""Stage inline: the store's tars once more, each sample with its graph fields inside, for loaders that know only tars.
+
+inline/<tar> has the members of the old tar as they are and, in every sample with a node, one more: KEY.graph.npz, which
+`webdataset.decode()` opens as a dict of arrays (names and types: docs/format.md). Memory: a shard's sidecar.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Mapping
+
+import numpy as np
+
+from graphbuild.errors import ConfigError
+from graphbuild.export.clustered import shards_with_tars
+from graphbuild.export.sidecars import graph_fields, tar_sizes
+from graphbuild.export.tarwriter import check_members, write_tar
+from graphbuild.recipe import Recipe
+from graphbuild.runner.stage import Stage, Task, outputs
+from graphbuild.runner.state import require
+from graphbuild.sources.tars import tar_stem
+from graphbuild.store.sharded import Array
+from graphbuild.store.shards import shards_of
+from graphbuild.store.store import Json, Store, Writer
+
+FOLDER = "inline"
+MEMBER = "graph.npz"
+NO_DATE = (1980, 1, 1, 0, 0, 0)
+
+
+def plan(recipe: Recipe, store: Store) -> list[Task]:
+    shards = shards_with_tars(store, "inline")
+    if recipe.export.embeddings == "sketch:64":
+        raise ConfigError("--layout inline has no sketches", "use --embeddings int8, float16 or none")
+    samples = outputs(require(store, "assign", "embed"), "samples/")
+    graph = store.manifest()["graph"]["fingerprint"]
+    return [
+        Task(
+            stage="inline",
+            name=shard.name,
+            settings={"embeddings": recipe.export.embeddings},
+            built={"graph": graph, "samples": samples[f"samples/{shard.name}.parquet"], "tar": shard.tar},
+        )
+        for shard in shards
+    ]
+
+
+def run(task: Task, store: Store, writer: Writer) -> Json:
+    samples = store.table(f"samples/{task.name}.parquet")
+    url = store.resolve(task.built["tar"]["url"])
+    check_members(samples, url)
+    row, node = samples["row"].to_numpy(), samples["node"].fill_null(-1).to_numpy()
+    nodes, inverse = np.unique(node[node >= 0], return_inverse=True)
+    fields = graph_fields(store, store.manifest(), nodes, task.settings["embeddings"])
+    place = np.full(len(node), -1)
+    place[node >= 0] = inverse
+
+    def member(i: int) -> tuple[str, bytes] | None:
+        if node[i] < 0:
+            return None
+        own = {name: values[place[i]] for name, values in fields.items()}
+        return MEMBER, npz({"row": row[i], "node": node[i], **own})
+
+    with writer.file(f"{FOLDER}/{tar_stem(url)}.tar") as path:
+        write_tar(path, samples, [url], np.zeros(len(samples), np.int64), samples["key"].to_pylist(), member)
+    return {"counts": {"samples": len(samples), "without_node": samples["node"].null_count}}
+
+
+def npz(arrays: Mapping[str, Array | np.generic]) -> bytes:
+    """What `numpy.load` opens as these arrays; unlike `numpy.savez` the same bytes at any time."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, values in arrays.items():
+            content = io.BytesIO()
+            np.save(content, np.asarray(values), allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy", NO_DATE), content.getvalue())
+    return stream.getvalue()
+
+
+def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
+    """inline/sizes.json, samples a tar."""
+    sizes = tar_sizes(shards_of(store, store.manifest())) or {}
+    store.write_json(f"{FOLDER}/sizes.json", {f"{tar_stem(name)}.tar": count for name, count in sizes.items()})
+    return {}
+
+
+STAGE = Stage(name="inline", title="tars", plan=plan, run=run, finish=finish)

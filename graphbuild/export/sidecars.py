@@ -1,0 +1,143 @@
+"""Stage export: a sidecar beside each tar, one row per sample in tar order (schema: graphbuild.export.sidecar).
+
+One task a shard of samples. A sample whose caption appeared in an earlier shard has its node there, so a task gathers
+rows from the memory-mapped files of other shards too. Memory: the shard's rows, about d + 6 k + 100 bytes each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from graphbuild.export.quantized import quantize_int8
+from graphbuild.export.sidecar import SidecarHeader, TarIdentity, sidecar_schema
+from graphbuild.graph import sketch
+from graphbuild.graph.certify import require_graph
+from graphbuild.graph.index import VECTORS
+from graphbuild.graph.moments import BASIS
+from graphbuild.recipe import EmbeddingKind, Recipe
+from graphbuild.runner.stage import Stage, Task, outputs
+from graphbuild.runner.state import require
+from graphbuild.sources.tars import tar_stem
+from graphbuild.store.sharded import Array, node_array
+from graphbuild.store.shards import Shard, shards_of
+from graphbuild.store.store import Json, Store, Writer
+
+SIZES = "shards/sizes.json"
+
+
+def plan(recipe: Recipe, store: Store) -> list[Task]:
+    require_graph(store)
+    manifest = store.manifest()
+    source = "vectors" if "vectors" in manifest["stages"] else "assign"
+    samples = outputs(require(store, source, "embed"), "samples/")
+    built = {"graph": manifest["graph"]["fingerprint"], "embeddings": manifest["embeddings"]["fingerprint"]}
+    return [
+        Task(
+            stage="export",
+            name=shard.name,
+            settings={"embeddings": recipe.export.embeddings},
+            built={**built, "samples": samples[f"samples/{shard.name}.parquet"], "tar": shard.tar},
+        )
+        for shard in shards_of(store, manifest)
+    ]
+
+
+def run(task: Task, store: Store, writer: Writer) -> Json:
+    samples = store.table(f"samples/{task.name}.parquet")
+    tar = task.built["tar"]
+    identity = None if tar is None else TarIdentity(name=tar["name"], bytes=tar["bytes"], sha256=tar["sha256"])
+    table = sidecar_table(store, store.manifest(), samples, task.settings["embeddings"], shard=task.name, tar=identity)
+    name = task.name if tar is None else tar_stem(tar["name"])
+    writer.table(f"shards/{name}.graph.parquet", table)
+    return {"counts": {"samples": len(samples), "without_node": samples["node"].null_count}}
+
+
+def sidecar_table(
+    store: Store,
+    manifest: Json,
+    samples: pa.Table,
+    embeddings: EmbeddingKind,
+    *,
+    shard: str,
+    tar: TarIdentity | None,
+    chunk: int | None = None,
+) -> pa.Table:
+    """The sidecar of some samples, in their order; samples: row, key, node, caption, image_offset, image_size."""
+    header = SidecarHeader(
+        encoder=manifest["embeddings"]["encoder"],
+        d=manifest["embeddings"]["d"],
+        k=manifest["graph"]["k"],
+        embeddings=embeddings,
+        graph=manifest["graph"]["fingerprint"],
+        shard=shard,
+        tar=tar,
+        rows=len(samples),
+        chunk=chunk,
+        sketch_steps=sketch.steps(store.array(BASIS)).tolist() if embeddings == "sketch:64" else None,
+    )
+    node = samples["node"].fill_null(-1).to_numpy()
+    nodes, inverse = np.unique(node[node >= 0], return_inverse=True)
+    gathered = graph_fields(store, manifest, nodes, embeddings)
+    schema = sidecar_schema(header.d, header.k, embeddings)
+    columns = [
+        _column(gathered[field.name], inverse, node >= 0, field.type)
+        if field.name in gathered
+        else samples[field.name].combine_chunks().cast(field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=schema.with_metadata(header.metadata()))
+
+
+def graph_fields(store: Store, manifest: Json, nodes: Array, embeddings: EmbeddingKind) -> dict[str, Array]:
+    """What a sidecar says of nodes [n], by the name of its column."""
+    shards = shards_of(store, manifest)
+    background = node_array(store, shards, "graph/{}.background.npy").take(nodes)
+    fields = {
+        "neighbors": node_array(store, shards, "graph/{}.neighbors.npy").take(nodes),
+        "similarities": node_array(store, shards, "graph/{}.similarities.npy").take(nodes),
+        "background_mean": background[:, 0],
+        "background_std": background[:, 1],
+    }
+    if embeddings == "sketch:64":
+        fields["sketch"] = node_array(store, shards, "graph/{}.sketch.npy").take(nodes)
+    elif embeddings != "none":
+        embedded = node_array(store, shards, VECTORS).take(nodes)
+        if embeddings == "int8":
+            fields["embedding"], fields["embedding_scale"] = quantize_int8(embedded)
+        else:
+            fields["embedding"] = embedded
+    return fields
+
+
+def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
+    """shards/sizes.json, samples a tar, by which open_clip and others learn the data set's size."""
+    sizes = tar_sizes(shards_of(store, store.manifest()))
+    if sizes is not None:
+        store.write_json(SIZES, sizes)
+    return {}
+
+
+def tar_sizes(shards: Iterable[Shard]) -> dict[str, int] | None:
+    """Samples a tar by its name; None for a store whose samples came from no tar."""
+    return {shard.tar["name"]: shard.samples for shard in shards if shard.tar is not None} or None
+
+
+STAGE = Stage(name="export", title="export", plan=plan, run=run, finish=finish)
+
+
+def _column(values: Array, inverse: Array, named: Array, kind: Any) -> pa.Array:
+    """Values of distinct nodes [m, ...] spread over the samples [n], null where a sample has no node."""
+    index = np.zeros(len(named), np.int64)
+    index[named] = inverse
+    if not named.any():
+        return pa.nulls(len(named), kind)
+    spread = np.ascontiguousarray(values[index])
+    mask = None if named.all() else pa.array(~named)
+    if pa.types.is_fixed_size_list(kind):
+        flat = pa.Array.from_buffers(kind.value_type, spread.size, [None, pa.py_buffer(spread)])
+        return pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=mask)
+    return pa.array(spread, kind, mask=~named)

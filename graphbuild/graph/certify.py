@@ -1,0 +1,221 @@
+"""Stage certify: measures the finished graph's recall against brute force, checks its structure, refuses a bad graph.
+
+Written with numpy alone, on purpose: it shares no code with the engines it judges. recall@k is the share of a node's k
+listed neighbours whose true similarity reaches that of its true k-th neighbour (less TOLERANCE, so ties are no misses).
+A task takes a slice of the sampled nodes through all embeddings (float32: 2 S N d operations in all) and validates
+every row of its share of the graph's shards. Memory: a block of vectors and SLICE_NODES x BLOCK_ROWS float32 scores.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from graphbuild.errors import QualityError, StageError
+from graphbuild.graph.index import VECTORS, nodes_entry
+from graphbuild.recipe import Recipe
+from graphbuild.runner.stage import Stage, Task, records
+from graphbuild.runner.state import require
+from graphbuild.store.sharded import Array, ShardedArray, node_array
+from graphbuild.store.shards import node_count, shards_of
+from graphbuild.store.store import Json, Store, Writer, shard_name
+
+TOLERANCE = 1e-6
+BLOCK_ROWS = 4_096
+SLICE_NODES = 1_250
+EXACT_FLOOR = 0.999
+SLACK = 0.01  # between the recall that an approximate engine is set for and the floor
+
+
+def plan(recipe: Recipe, store: Store) -> list[Task]:
+    manifest = nodes_entry(store)
+    index = recipe.index
+    sample = min(index.recall_sample, node_count(manifest))
+    built = {
+        "graph": manifest["graph"]["fingerprint"],
+        "embeddings": manifest["embeddings"]["fingerprint"],
+        "min_recall": floor_of(recipe, manifest),
+    }
+    slices = math.ceil(sample / SLICE_NODES)
+    return [
+        Task(
+            stage="certify",
+            name=shard_name(number),
+            settings={"sample": index.recall_sample, "seed": index.seed},
+            built={**built, "slice": [number, slices]},
+        )
+        for number in range(slices)
+    ]
+
+
+def floor_of(recipe: Recipe, manifest: Json) -> float:
+    if recipe.index.min_recall is not None:
+        return recipe.index.min_recall
+    return EXACT_FLOOR if manifest["graph"]["engine"] == "exact" else round(recipe.index.recall - SLACK, 6)
+
+
+def run(task: Task, store: Store, writer: Writer) -> Json:
+    number, slices = task.built["slice"]
+    manifest = store.manifest()
+    shards = shards_of(store, manifest).with_nodes
+    for shard in (shards[place] for place in range(number, len(shards), slices)):
+        ids = np.arange(shard.first_node, shard.first_node + shard.nodes)
+        listed = np.array(store.array(f"graph/{shard.name}.neighbors.npy")).astype(np.int64)
+        check_lists(ids, listed, node_count(manifest))
+        check_similarities(ids, np.array(store.array(f"graph/{shard.name}.similarities.npy")))
+    ids = sampled(task.settings["sample"], task.settings["seed"], node_count(manifest))[number::slices]
+    recalls, deficits = measure(store, manifest, ids)
+    return facts_of(recalls, deficits)
+
+
+def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
+    manifest = store.manifest()
+    floor = floor_of(recipe, manifest)
+    certificate = certificate_of(manifest["graph"]["k"], [record["facts"] for record in done])
+    if certificate["recall"] < floor:
+        raise under_floor(certificate, floor, store)
+    return {"recall": certificate}
+
+
+def under_floor(certificate: Json, floor: float, store: Store) -> QualityError:
+    low, high, worst = (certificate[name] for name in ("recall_95_low", "recall_95_high", "worst_node_recall"))
+    return QualityError(
+        f"{store.url}: recall@{certificate['k']} is {certificate['recall']:.6f} (95%: {low:.4f} to {high:.4f}; worst "
+        f"node {worst:.4f}), under the floor of {floor}",
+        f"the graph is kept in graph/ for inspection; build a better one with `graphbuild index {store.url} --engine "
+        "exact --force`, or a higher --recall; or lower --min-recall, only if that recall is good enough for you",
+    )
+
+
+def require_graph(store: Store) -> None:
+    """ConfigError when the index is not finished; QualityError when only its recall is under the floor."""
+    manifest = store.manifest()
+    if "certify" not in manifest["stages"]:
+        refuse_under_floor(store, manifest)
+    require(store, "certify", "index")
+
+
+def refuse_under_floor(store: Store, manifest: Json) -> None:
+    """QualityError when a graph without a certificate was measured whole, and its recall is under the floor."""
+    done = list(records(store, "certify").values())
+    if "search" in manifest["stages"] and done and done[0]["built"]["slice"][1] == len(done):
+        certificate = certificate_of(manifest["graph"]["k"], [record["facts"] for record in done])
+        floor = done[0]["built"]["min_recall"]
+        same = all(record["built"]["graph"] == manifest["graph"]["fingerprint"] for record in done)
+        if same and certificate["recall"] < floor:
+            raise under_floor(certificate, floor, store)
+
+
+STAGE = Stage(name="certify", title="recall", plan=plan, run=run, finish=finish, entries=("recall",))
+
+
+def certify_afresh(store: Store, sample: int, seed: int) -> Json:
+    """The certificate of another draw of at most SLICE_NODES nodes."""
+    manifest = store.manifest()
+    ids = sampled(min(sample, SLICE_NODES), seed, node_count(manifest))
+    return certificate_of(manifest["graph"]["k"], [facts_of(*measure(store, manifest, ids))])
+
+
+def facts_of(recalls: Array, deficits: Array) -> Json:
+    """What a slice adds to the certificate, from its nodes' recalls and mean deficits [n]."""
+    total, worst = float(recalls.sum()), float(recalls.min())
+    return {"nodes": len(recalls), "recall": total, "worst": worst, "deficit": float(deficits.sum())}
+
+
+def sampled(sample: int, seed: int, nodes: int) -> Array:
+    return np.sort(np.random.default_rng(seed).choice(nodes, size=min(sample, nodes), replace=False))
+
+
+def certificate_of(k: int, facts: list[Json]) -> Json:
+    """Recall with its 95% interval and the mean similarity deficit, from the facts of all slices."""
+    nodes = sum(fact["nodes"] for fact in facts)
+    recall = sum(fact["recall"] for fact in facts) / nodes
+    low, high = wilson_interval(recall, nodes)
+    return {
+        "k": k,
+        "sampled_nodes": nodes,
+        "recall": round(recall, 9),
+        "recall_95_low": round(low, 6),
+        "recall_95_high": round(high, 6),
+        "worst_node_recall": round(min(fact["worst"] for fact in facts), 6),
+        "mean_similarity_deficit": round(sum(fact["deficit"] for fact in facts) / nodes, 9),
+        "tolerance": TOLERANCE,
+        "reference": "float32 brute force",
+    }
+
+
+def measure(store: Store, manifest: Json, ids: Array) -> tuple[Array, Array]:
+    """Recall and mean similarity deficit [n] of nodes `ids` [n]."""
+    shards = shards_of(store, manifest)
+    listed = node_array(store, shards, "graph/{}.neighbors.npy").take(ids).astype(np.int64)
+    check_lists(ids, listed, node_count(manifest))
+    vectors = node_array(store, shards, VECTORS)
+    queries = _unit(vectors.take(ids), np.float32)
+    rows = zip(listed, queries, strict=True)
+    found = np.sort(np.stack([_unit(vectors.take(row), np.float32) @ query for row, query in rows]), axis=1)[:, ::-1]
+    true = true_similarities(vectors, queries, ids, found)
+    recalls: Array = (found >= true[:, -1:] - TOLERANCE).mean(axis=1)
+    return recalls, (true - found).mean(axis=1)
+
+
+def check_lists(ids: Array, listed: Array, nodes: int) -> None:
+    """StageError when a neighbour list [n, k] of nodes `ids` names the node itself, one twice, or one out of range."""
+    ordered = np.sort(listed, axis=1)
+    faults = {
+        "names the node itself": (listed == ids[:, None]).any(axis=1),
+        "names a node twice": (ordered[:, 1:] == ordered[:, :-1]).any(axis=1),
+        "names a node that does not exist": (listed >= nodes).any(axis=1) | (listed < 0).any(axis=1),
+    }
+    for what, rows in faults.items():
+        if rows.any():
+            raise StageError(
+                f"the neighbour list of node {ids[np.argmax(rows)]} {what} ({rows.sum()} lists do)",
+                "rebuild with `graphbuild index --force`",
+            )
+
+
+def check_similarities(ids: Array, similarities: Array) -> None:
+    """StageError when a list's similarities [n, k] are not finite, descending cosines."""
+    values = similarities.astype(np.float32)
+    ordered = (values[:, 1:] <= values[:, :-1]).all(axis=1) & (np.abs(values) <= 1.001).all(axis=1)
+    if not ordered.all():
+        raise StageError(
+            f"the similarities of node {ids[np.argmin(ordered)]} are not descending cosines ({(~ordered).sum()} lists)",
+            "rebuild with `graphbuild index --force`",
+        )
+
+
+def true_similarities(vectors: ShardedArray, queries: Array, ids: Array, found: Array) -> Array:
+    """The k largest cosines [n, k], descending, of queries [n, d] (nodes `ids`) to all other nodes.
+
+    found [n, k], descending: those of the lists under judgement; only what reaches the last of them is looked at.
+    """
+    k = found.shape[1]
+    rows, scores = [np.repeat(np.arange(len(ids)), k)], [np.full(found.size, -np.inf, np.float32)]
+    floor = found[:, -1:] - TOLERANCE
+    for first, block in vectors.blocks(BLOCK_ROWS):
+        tile = queries @ _unit(block, np.float32).T
+        inside = np.flatnonzero((ids >= first) & (ids < first + len(block)))
+        tile[inside, ids[inside] - first] = -np.inf
+        row, column = np.nonzero(tile >= floor)
+        rows.append(row)
+        scores.append(tile[row, column])
+    row, score = np.concatenate(rows), np.concatenate(scores)
+    order = np.lexsort((-score, row))
+    begins = np.searchsorted(row[order], np.arange(len(ids)))
+    true: Array = score[order][begins[:, None] + np.arange(k)]
+    return np.maximum(true, found)  # the list itself is among the nodes: rounding must not say otherwise
+
+
+def wilson_interval(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95% interval of a mean of n values in [0, 1] (Wilson 1927; conservative: 0/1 values vary most)."""
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def _unit(raw: Array, dtype: Any) -> Array:
+    exact = raw.astype(dtype)
+    return np.asarray(exact / np.linalg.norm(exact, axis=1, keepdims=True))

@@ -1,0 +1,105 @@
+"""Stage base: the lists of a finished graph to which nodes were added, so that only pairs with a new one are joined.
+
+Old nodes keep numbers, vectors and lists; joins then compare new nodes with all, and merge offers what they find to the
+old lists. For the engines exact and partition, where k and the old vectors are as they were. From an exact graph comes
+an exact graph, byte for byte that of a build from nothing; recall is certified on the whole either way. One task an old
+shard, which keeps its lists in scratch: the search stage removes the old files. Memory: a shard's lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from functools import lru_cache
+
+import numpy as np
+
+from graphbuild.knn.lists import EMPTY, pack
+from graphbuild.recipe import Recipe
+from graphbuild.runner.stage import Task, digest, outputs, records
+from graphbuild.store.sharded import Array
+from graphbuild.store.shards import shards_of
+from graphbuild.store.store import Json, Store, Writer
+
+FOLDER = "_work/base"
+FIRST = 4.0  # added to the similarities of lists that must stay whole: more than any similarity
+
+
+def plan(recipe: Recipe, store: Store) -> list[Task]:
+    """A task a shard of the old graph; none where there is no graph that can be added to."""
+    from graphbuild.graph.index import engine_of, index_task, nodes_entry
+
+    manifest = nodes_entry(store)
+    begun = list(records(store, "base").values())
+    engine, _ = engine_of(recipe.index, manifest)
+    vectors = vectors_of(store, manifest)
+    tasks = [
+        index_task(recipe.index, engine, manifest, "base", name, vectors=vectors.get(f"nodes/{name}.npy"), nodes=nodes)
+        for name, _, _, _, nodes, _ in shards_of(store, manifest).with_nodes
+    ]
+    known = {(record["task"], record["fingerprint"]) for record in begun}
+    kept = [task for task in tasks if (task.name, task.fingerprint) in known]
+    if begun and len(kept) == len(begun):  # the search may have removed the old graph since
+        return kept
+    old = records(store, "search")
+    kept = [task for task in tasks if task.name in old]
+    finished = manifest.get("graph", {}).get("fingerprint") == graph_fingerprint(list(old.values()))
+    whole = finished and kept == tasks[: len(kept)] and len(kept) == len(old) < len(tasks)
+    if not whole:
+        return []
+    files = store.sizes("graph")
+    return kept if all(_still_holds(task, old[task.name], files) for task in kept) else []
+
+
+def _still_holds(task: Task, old: Json, files: Container[str]) -> bool:
+    """Whether a shard's lists are there, of the same vectors and k, and good enough for the engine."""
+    same = old["settings"] == task.settings or (old["settings"]["engine"], old["settings"]["k"]) == (
+        "exact",
+        task.settings["k"],
+    )
+    there = all(output["path"] in files for output in old["outputs"])
+    engine = task.settings["engine"]
+    vectors = task.built["vectors"]
+    return same and there and not engine.startswith("faiss:") and old["built"].get("vectors") == vectors is not None
+
+
+def run(task: Task, store: Store, writer: Writer) -> Json:
+    lists = {name: store.array(f"graph/{task.name}.{name}.npy") for name in ("neighbors", "similarities")}
+    for name, values in lists.items():
+        writer.array(f"{FOLDER}/{task.name}.{name}.npy", values, durable=False)
+    return {"counts": {"nodes": len(lists["neighbors"])}}
+
+
+def graph_fingerprint(searches: list[Json]) -> str:
+    """What names a graph: the digest of all files of the search stage."""
+    return digest(sorted(o["path"] + o["sha256"] for record in searches for o in record["outputs"]))
+
+
+def first_new_node(manifest: Json) -> int:
+    """Nodes 0.. below this one have their old lists; 0 where all are new."""
+    return int(manifest["stages"].get("base", {}).get("counts", {}).get("nodes", 0))
+
+
+def vectors_of(store: Store, manifest: Json) -> dict[str, str]:
+    """Path -> sha256 of each shard's vectors, from the records of the stage that wrote them: read once a process."""
+    return _vectors_of(
+        store, "vectors" if "vectors" in manifest["stages"] else "encode", manifest["embeddings"]["fingerprint"]
+    )
+
+
+@lru_cache(maxsize=1)
+def _vectors_of(store: Store, stage: str, fingerprint: str) -> dict[str, str]:
+    """fingerprint: of all the vectors, as the manifest has it; another one is read anew."""
+    return outputs(list(records(store, stage).values()), "nodes/", ".npy")
+
+
+def base_lists(store: Store, name: str, scales: Array, length: int, *, whole: bool) -> Array:
+    """An old shard's lists as candidates, keys int64 [n, length], by similarity over the row's scale, as joins score.
+
+    whole: before all others, so that none of an exact list falls out.
+    """
+    neighbors = store.array(f"{FOLDER}/{name}.neighbors.npy")
+    similarities = store.array(f"{FOLDER}/{name}.similarities.npy").astype(np.float32)
+    keys = np.full((len(neighbors), length), EMPTY, np.int64)
+    keys[:, : neighbors.shape[1]] = pack((similarities + FIRST * whole) / scales[:, :1], neighbors)
+    keys[:, ::-1].sort(axis=1)
+    return keys

@@ -1,0 +1,287 @@
+"""Nodes to the k-nearest-neighbour graph: the stages base, prepare, codes, moments, join, merge and search.
+
+An engine (`graphbuild.knn.engine`) makes candidate lists of nodes in independent join tasks; merge unites each shard's;
+search looks at neighbours' neighbours where the engine is approximate, scores all candidates again (float64 sums,
+rounded to float32), proves lists complete where it is exact, completes those that are short or unproved by a second
+search, and writes graph/<shard>.neighbors.npy, .similarities.npy, .background.npy and .sketch.npy. Files between the
+stages lie in _work/ and are removed when the graph is whole. Memory: codes and lists of one join task's nodes
+(docs/scaling.md).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from graphbuild.errors import ConfigError
+from graphbuild.graph import grow, moments
+from graphbuild.graph.grow import base_lists, first_new_node, graph_fingerprint, vectors_of
+from graphbuild.machine.threads import torch_threads
+from graphbuild.recipe import Index, Recipe
+from graphbuild.runner.stage import Stage, Task, records
+from graphbuild.store.mapped import check_mappings
+from graphbuild.store.shards import node_count, shards_of
+from graphbuild.store.store import Json, Store, Writer, shard_name
+
+VECTORS = "nodes/{}.npy"
+SCRATCH = "_work"
+MAPPED = {"exact": 4, "partition": 6}  # files a shard that a worker keeps mapped: vectors, codes, scales, floors, ...
+
+
+def nodes_entry(store: Store) -> Json:
+    """The manifest, once embeddings are finished; ConfigError before that."""
+    manifest = store.manifest()
+    if not {"encode", "vectors"} & manifest["stages"].keys():
+        raise ConfigError(
+            f"{store.url}: `graphbuild embed` is not finished", f"run `graphbuild embed {store.url}` first"
+        )
+    return manifest
+
+
+def engine_of(index: Index, manifest: Json) -> tuple[Any, str]:
+    """The engine of this build, and why it was taken."""
+    from graphbuild.knn.engine import choose
+
+    return choose(index, node_count(manifest), manifest["embeddings"]["d"])
+
+
+def forecast(recipe: Recipe, store: Store) -> str:
+    """The engine, why it was taken, and what memory and scratch the build will take."""
+    from graphbuild.knn import engine
+
+    manifest = nodes_entry(store)
+    old = first_new_node(manifest)
+    return engine.forecast(recipe.index, node_count(manifest), manifest["embeddings"]["d"], old)
+
+
+def index_task(index: Index, engine: Any, manifest: Json, stage: str, name: str, **built: Any) -> Task:
+    """A task of these stages: its settings are k and the engine's."""
+    return Task(
+        stage=stage,
+        name=name,
+        settings={"k": index.k, "engine": engine.name, **engine.settings()},
+        built={"embeddings": manifest["embeddings"]["fingerprint"], **built},
+        hints={"device": index.device if engine.on_device else "cpu", "index": index.model_dump()},
+    )
+
+
+def _engine(task: Task, manifest: Json) -> Any:
+    return engine_of(Index.model_validate({**task.hints["index"], "engine": task.settings["engine"]}), manifest)[0]
+
+
+# -- prepare: what needs all nodes at once
+
+
+def plan_prepare(recipe: Recipe, store: Store) -> list[Task]:
+    manifest = nodes_entry(store)
+    nodes = node_count(manifest)
+    if recipe.index.k >= nodes:
+        raise ConfigError(
+            f"--k {recipe.index.k}: the store has {nodes:,} nodes, so a node has {nodes - 1:,} possible neighbours",
+            f"use --k {max(nodes - 1, 1)} or fewer" if nodes > 1 else "give at least two different captions",
+        )
+    engine, _ = engine_of(recipe.index, manifest)
+    check_mappings(MAPPED.get(engine.name, 1) * len(shards_of(store, manifest).with_nodes))
+    return [index_task(recipe.index, engine, manifest, "prepare", "all")]
+
+
+def run_prepare(task: Task, store: Store, writer: Writer) -> Json:
+    from graphbuild.knn.inputs import Inputs
+
+    inputs = Inputs(store)
+    with torch_threads(os.cpu_count() or 1):  # nothing else runs
+        facts: Json = _engine(task, inputs.manifest).prepare(inputs, task.settings["k"], writer)
+    return facts
+
+
+# -- codes: int8 codes of each shard's nodes, and the sums that moments are made of
+
+
+def plan_codes(recipe: Recipe, store: Store) -> list[Task]:
+    manifest = nodes_entry(store)
+    engine, _ = engine_of(recipe.index, manifest)
+    prepared = manifest["stages"].get("prepare", {}).get("fingerprint")
+    return [
+        index_task(recipe.index, engine, manifest, "codes", shard.name, prepared=prepared, nodes=shard.nodes)
+        for shard in shards_of(store, manifest).with_nodes
+    ]
+
+
+def run_codes(task: Task, store: Store, writer: Writer) -> Json:
+    import torch
+
+    from graphbuild.knn.codes import encode
+    from graphbuild.knn.inputs import Inputs
+
+    inputs = Inputs(store)
+    raw = store.array(VECTORS.format(task.name))
+    with torch_threads(1), torch.inference_mode():
+        codes = encode(raw)
+        arrays = _engine(task, inputs.manifest).describe(inputs, codes, task.settings["k"])
+    for what, values in {"codes": codes.codes, "scales": codes.scales, **arrays}.items():
+        writer.array(f"{SCRATCH}/{what}/{task.name}.npy", values, durable=False)
+    writer.array(moments.PARTS.format(task.name), moments.moments_of(raw), durable=False)
+    return {"largest_rest": float(codes.scales[:, 1].max())}
+
+
+def finish_codes(recipe: Recipe, store: Store, done: list[Json]) -> Json:
+    return {"largest_rest": max(record["facts"]["largest_rest"] for record in done)}
+
+
+# -- moments: of all embeddings
+
+
+def plan_moments(recipe: Recipe, store: Store) -> list[Task]:
+    manifest = nodes_entry(store)
+    return [Task(stage="moments", name="all", built={"embeddings": manifest["embeddings"]["fingerprint"]})]
+
+
+# -- join: candidate lists, in tasks of the engine's making
+
+
+def plan_join(recipe: Recipe, store: Store) -> list[Task]:
+    from graphbuild.knn.engine import nodes_at_once
+
+    manifest = nodes_entry(store)
+    engine, _ = engine_of(recipe.index, manifest)
+    nodes = node_count(manifest)
+    at_once = nodes_at_once(engine, recipe.index, nodes, manifest["embeddings"]["d"])
+    codes = manifest["stages"]["codes"]["fingerprint"]
+    return [
+        index_task(recipe.index, engine, manifest, "join", shard_name(number), codes=codes, argument=argument)
+        for number, argument in enumerate(engine.joins(nodes, at_once, first_new_node(manifest)))
+    ]
+
+
+def run_join(task: Task, store: Store, writer: Writer) -> Json:
+    import torch
+
+    from graphbuild.knn.inputs import Inputs
+
+    inputs = Inputs(store)
+    engine = _engine(task, inputs.manifest)
+    length = engine.length(task.settings["k"], node_count(inputs.manifest))
+    with torch_threads(1), torch.inference_mode():
+        ids, keys = engine.join(task.built["argument"], inputs, length, task.hints["device"])
+    writer.array(f"{SCRATCH}/join/{task.name}.ids.npy", ids, durable=False)
+    writer.array(f"{SCRATCH}/join/{task.name}.keys.npy", keys, durable=False)
+    return {}
+
+
+# -- merge: one list a node
+
+
+def plan_merge(recipe: Recipe, store: Store) -> list[Task]:
+    manifest = nodes_entry(store)
+    engine, _ = engine_of(recipe.index, manifest)
+    joined = manifest["stages"]["join"]["fingerprint"]
+    return [
+        index_task(
+            recipe.index,
+            engine,
+            manifest,
+            "merge",
+            shard.name,
+            joined=joined,
+            first_node=shard.first_node,
+            nodes=shard.nodes,
+        )
+        for shard in shards_of(store, manifest).with_nodes
+    ]
+
+
+def run_merge(task: Task, store: Store, writer: Writer) -> Json:
+    from graphbuild.knn.final import lists_of
+    from graphbuild.knn.lists import EMPTY, merge_lists
+
+    manifest = store.manifest()
+    first, count = task.built["first_node"], task.built["nodes"]
+    engine = _engine(task, manifest)
+    length = engine.length(task.settings["k"], node_count(manifest))
+    if first < first_new_node(manifest):
+        scales = store.array(f"{SCRATCH}/scales/{task.name}.npy")
+        keys = base_lists(store, task.name, scales, length, whole=engine.name == "exact")
+    else:
+        keys = np.full((count, length), EMPTY, np.int64)
+    for ids, lists in lists_of(store, "join", first, count):
+        merge_lists(keys, ids, lists)
+    writer.array(f"{SCRATCH}/merged/{task.name}.npy", keys, durable=False)
+    return {}
+
+
+# -- search: the graph
+
+
+def plan_search(recipe: Recipe, store: Store) -> list[Task]:
+    manifest = nodes_entry(store)
+    engine, _ = engine_of(recipe.index, manifest)
+    vectors = vectors_of(store, manifest)
+    return [
+        index_task(
+            recipe.index,
+            engine,
+            manifest,
+            "search",
+            shard.name,
+            first_node=shard.first_node,
+            nodes=shard.nodes,
+            vectors=vectors.get(VECTORS.format(shard.name)),
+        )
+        for shard in shards_of(store, manifest).with_nodes
+    ]
+
+
+def run_search(task: Task, store: Store, writer: Writer) -> Json:
+    from graphbuild.knn.final import exact_lists
+    from graphbuild.knn.inputs import Inputs
+    from graphbuild.knn.lists import unpack
+
+    inputs = Inputs(store)
+    engine = _engine(task, inputs.manifest)
+    first, count, k = task.built["first_node"], task.built["nodes"], task.settings["k"]
+    vectors = inputs.vectors
+    keys, searched_again = exact_lists(inputs, engine.name, task.name, first, k)
+    similarities, neighbors = unpack(keys)
+    raw = vectors.span(first, count)
+    background = moments.background_of(raw, similarities, store.array(moments.MOMENTS), len(vectors))
+    writer.array(f"graph/{task.name}.neighbors.npy", neighbors.astype(np.uint32))
+    writer.array(f"graph/{task.name}.similarities.npy", similarities.astype(np.float16))
+    writer.array(f"graph/{task.name}.background.npy", background)
+    writer.array(f"graph/{task.name}.sketch.npy", moments.sketches_of(raw, store.array(moments.BASIS)))
+    return {"counts": {"nodes": count, "edges": count * k}, "searched_again": searched_again}
+
+
+def finish_search(recipe: Recipe, store: Store, done: list[Json]) -> Json:
+    manifest = store.manifest()
+    engine, reason = engine_of(recipe.index, manifest)
+    prepared = records(store, "prepare").get("all", {}).get("facts", {})
+    entry = {
+        "k": recipe.index.k,
+        "engine": engine.name,
+        "reason": reason,
+        **prepared,
+        "fingerprint": graph_fingerprint(done),
+    }
+    kept = first_new_node(manifest)
+    return {"graph": entry | ({"kept_nodes": kept} if kept else {})}
+
+
+BASE = Stage(name="base", title="old lists", plan=grow.plan, run=grow.run, scratch=True)
+PREPARE = Stage(name="prepare", title="prepare", plan=plan_prepare, run=run_prepare, scratch=True, note=forecast)
+CODES = Stage(
+    name="codes",
+    title="codes",
+    plan=plan_codes,
+    run=run_codes,
+    finish=finish_codes,
+    entries=("largest_rest",),
+    scratch=True,
+)
+MOMENTS = Stage(name="moments", title="moments", plan=plan_moments, run=moments.run)
+JOIN = Stage(name="join", title="join", plan=plan_join, run=run_join, scratch=True, on_device=True)
+MERGE = Stage(name="merge", title="merge", plan=plan_merge, run=run_merge, scratch=True)
+SEARCH = Stage(
+    name="search", title="search", plan=plan_search, run=run_search, finish=finish_search, entries=("graph",)
+)

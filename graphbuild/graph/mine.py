@@ -1,0 +1,279 @@
+"""Derived lists: near-duplicates, hard negatives, false negatives and positives, by filter over the stored graph.
+
+Nothing is searched again: each list is one pass over the neighbour lists. Memory: 16,384 nodes at a time, of some 40 k
+bytes; near-duplicates take more (graphbuild.graph.duplicates). Columns, rules, what can be missed: docs/mining.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from graphbuild.errors import ConfigError, InputError
+from graphbuild.graph.duplicates import near_duplicates
+from graphbuild.graph.mined import (
+    Mined,
+    Part,
+    blocks,
+    check_similarity,
+    count_truncated,
+    place_of,
+    reaches,
+    samples,
+    slices,
+)
+from graphbuild.graph.sample_graph import SampleGraph
+from graphbuild.recipe import flag
+from graphbuild.store.files import local_file
+from graphbuild.store.lock import writing
+from graphbuild.store.store import Json, Store
+
+__all__ = ["false_negative_edges", "false_negatives", "hard_negatives", "mine_store", "near_duplicates"]
+__all__ += ["neighbor_positives"]
+
+logger = logging.getLogger(__name__)
+
+EDGE = [("node", pa.int64()), ("neighbor", pa.int64()), ("rank", pa.int32()), ("similarity", pa.float32())]
+EDGES = pa.schema(EDGE)
+NEGATIVES = pa.schema([("row", pa.int64()), *EDGE])
+
+
+def hard_negatives(
+    graph: SampleGraph,
+    *,
+    count: int = 10,
+    skip: int = 0,
+    positive: float | NDArray[Any] = 1.0,
+    absolute_margin: float = 0.0,
+    relative_margin: float = 0.05,
+    min_similarity: float = -1.0,
+    max_similarity: float = 1.0,
+) -> Mined:
+    """The nearest nodes of each sample that are far enough from it not to be positives.
+
+    An anchor's first `skip` ranks are left out; of the others the nearest `count` are taken that keep the rules of
+    NV-Retriever (Moreira et al., arXiv 2407.15831), where p is the score of the anchor's positive:
+    similarity < p - absolute_margin (TopK-MarginPos), similarity < p - relative_margin |p| (TopK-PercPos; 0.05 is its
+    95%), and min_similarity <= similarity <= max_similarity.
+
+    positive: p, one for all (1: the anchor's own caption), or float [N] by row, such as image-text similarities on the
+    scale of the graph's.
+
+    Columns: row and node int64, the anchor; neighbor int64, a node; rank int32, 1 for the nearest of the whole list;
+    similarity float32. By row and rank. Counts: anchors, negatives, anchors_with_fewer than `count`.
+
+    Raises:
+        ConfigError: an option out of range, or skip + count beyond k.
+        InputError: scores that are not [N], or one that is no cosine where the sample has a node.
+    """
+    if skip < 0 or count < 1 or skip + count > graph.k:
+        raise ConfigError(
+            f"skip = {skip} and count = {count} do not lie within the k = {graph.k} neighbours of a node",
+            f"choose skip >= 0, count >= 1 and skip + count <= {graph.k}, or index with a larger --k",
+        )
+    for name, margin in (("absolute_margin", absolute_margin), ("relative_margin", relative_margin)):
+        if not 0 <= margin <= 2:
+            raise ConfigError(f"{name} = {margin}", f"set {name} between 0 and 2")
+    check_similarity("min_similarity", min_similarity)
+    check_similarity("max_similarity", max_similarity)
+    scores = _scores(graph, positive)
+    options: Json = {"count": count, "skip": skip, "positive": "by row" if scores.ndim else float(scores)}
+    options |= {"absolute_margin": absolute_margin, "relative_margin": relative_margin}
+    options |= {"min_similarity": min_similarity, "max_similarity": max_similarity}
+    return Mined("hard-negatives", graph.url, options, NEGATIVES, lambda: _negatives(graph, scores, options))
+
+
+def false_negatives(
+    graph: SampleGraph, nodes: Any, threshold: float, *, source: Literal["embeddings", "edges"] = "embeddings"
+) -> NDArray[np.bool_]:
+    """The pairs of a batch that are no negatives: bool [B, B], symmetric, False on the diagonal.
+
+    True where the similarity of nodes[i] and nodes[j] reaches the threshold; equal nodes have 1. From "embeddings" all
+    pairs are known (2 B^2 d flop). From "edges" (B k look-ups) a pair is found when either node lists the other, so
+    always, unless both are truncated (see `near_duplicates`).
+
+    nodes: integer ids [B]. In a one-hot contrastive loss: `logits.masked_fill(mask, -inf)`.
+
+    Raises:
+        ConfigError: threshold outside [-1, 1], or an unknown source.
+        InputError: nodes are no integers [B], or one is out of range.
+    """
+    check_similarity("threshold", threshold)
+    ids = np.asarray(nodes)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise InputError(f"nodes are {ids.dtype} {list(ids.shape)}", 'pass node ids [B], as in batch["node"]')
+    values, known = graph.block(ids, source=source)
+    found = known & reaches(values, threshold)
+    found |= found.T
+    np.fill_diagonal(found, False)
+    return found
+
+
+def false_negative_edges(graph: SampleGraph, threshold: float) -> Mined:
+    """All edges whose similarity reaches the threshold: what no batch should take for negatives.
+
+    Columns: node int64, neighbor int64, rank int32 (1: the nearest), similarity float32. By node and rank.
+    Counts: edges, nodes_without_any, truncated_nodes (see `near_duplicates`).
+
+    Raises:
+        ConfigError: threshold outside [-1, 1].
+    """
+    check_similarity("threshold", threshold)
+    return _edge_list("false-negatives", graph, {"threshold": threshold})
+
+
+def neighbor_positives(graph: SampleGraph, threshold: float, *, count: int = 10, mutual: bool = False) -> Mined:
+    """Each node's nearest `count` neighbours whose similarity reaches the threshold, as further positives.
+
+    NN(z, Q) of NNCLR (Dwibedi et al., arXiv 2104.14548) with the whole data set for the support set Q. mutual: only
+    neighbours that list the node too. Columns and counts: as of `false_negative_edges`.
+
+    Raises:
+        ConfigError: threshold outside [-1, 1], or count below 1.
+    """
+    check_similarity("threshold", threshold)
+    if count < 1:
+        raise ConfigError(f"count = {count}", "set count to 1 or more")
+    return _edge_list("positives", graph, {"threshold": threshold, "count": count, "mutual": mutual})
+
+
+LISTS: dict[str, Callable[..., Mined]] = {
+    "duplicates": near_duplicates,
+    "hard-negatives": hard_negatives,
+    "false-negatives": false_negative_edges,
+    "positives": neighbor_positives,
+}
+
+
+def mine_store(
+    store: Store, what: str, options: Mapping[str, Any], out: str | None = None, *, dry_run: bool = False
+) -> str:
+    """Write one of LISTS to a parquet file, log its counts, and return a line that names the file.
+
+    options: by parameter of the list's function, None where not given; `positive` may be text: a number, or the path of
+    a .npy. out: a path or URL; without it STORE/mined/WHAT.parquet. dry_run: only tell what would be read and written.
+
+    Raises:
+        ConfigError: an option that the list does not take, or lacks; a file that cannot be written.
+        GraphbuildError: as the list's function.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    takes = [name for name in inspect.signature(LISTS[what]).parameters if name != "graph"]
+    for name in given:
+        if name not in takes:
+            raise ConfigError(f"{flag(name)} has no meaning for {what}", f"it takes {', '.join(map(flag, takes))}")
+    if "threshold" in takes and "threshold" not in given:
+        raise ConfigError(
+            f"{what} needs --threshold", "give a similarity between -1 and 1; how to choose: docs/mining.md"
+        )
+    if isinstance(given.get("positive"), str):
+        given["positive"] = _read_scores(given["positive"])
+    with contextlib.nullcontext() if dry_run or out is not None else writing(store, "mine"):
+        return _mine(store, what, given, out, dry_run=dry_run)
+
+
+def _mine(store: Store, what: str, given: Mapping[str, Any], out: str | None, *, dry_run: bool) -> str:
+    begin = time.monotonic()
+    graph = SampleGraph.open(store.url)
+    mined = LISTS[what](graph, **given)
+    folder, name = place_of(store, what, out, dry_run=dry_run)
+    if dry_run:
+        replaced = ", in place of the list that is there" if folder.exists(name) else ""
+        edges = f"{len(graph) * graph.k:,} edges of {len(graph):,} nodes"
+        return f"mine      would filter {edges} into {folder.display(name)}{replaced}"
+    rows = mined.save(folder, name)
+    counts = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in mined.counts.items())
+    nothing = "" if rows else "; nothing passed the filter: the file has 0 rows"
+    logger.info("%-9s %s in %.1f s: %s%s", "mining", what, time.monotonic() - begin, counts, nothing)
+    return f"mine      {rows:,} rows, in {folder.display(name)}"
+
+
+def _negatives(graph: SampleGraph, positive: NDArray[Any], options: Json) -> Iterator[Part]:
+    for _, table in samples(graph, ["row", "node"]):
+        rows, nodes = table["row"].to_numpy(), table["node"].to_numpy()
+        for part in slices(len(table)):
+            row, node = rows[part], nodes[part]
+            ids, similarities = graph.neighbors(node)
+            score = positive[row, None] if positive.ndim else positive
+            bound = score - np.maximum(options["absolute_margin"], options["relative_margin"] * np.abs(score))
+            allowed = reaches(similarities, options["min_similarity"]) & ~reaches(similarities, bound)
+            allowed &= similarities <= options["max_similarity"]
+            allowed[:, : options["skip"]] = False
+            allowed &= np.cumsum(allowed, axis=1) <= options["count"]
+            at, place = np.nonzero(allowed)
+            columns = [row[at], node[at], ids[at, place], place + 1, similarities[at, place]]
+            fewer = int((allowed.sum(axis=1) < options["count"]).sum())
+            counts = {"anchors": len(row), "negatives": len(at), "anchors_with_fewer": fewer}
+            yield pa.table(dict(zip(NEGATIVES.names, columns, strict=True)), schema=NEGATIVES), counts
+
+
+def _edge_list(what: str, graph: SampleGraph, options: Json) -> Mined:
+    return Mined(what, graph.url, options, EDGES, lambda: _edges(graph, options))
+
+
+def _edges(graph: SampleGraph, options: Json) -> Iterator[Part]:
+    for first, neighbors, similarities in blocks(graph):
+        kept = reaches(similarities, options["threshold"])
+        truncated = count_truncated(graph, kept)
+        if options.get("mutual"):
+            at, place = np.nonzero(kept)
+            kept[at, place] = _listed(graph, neighbors[at, place], at + first)
+        kept &= np.cumsum(kept, axis=1) <= options.get("count", graph.k)
+        at, place = np.nonzero(kept)
+        columns = [at + first, neighbors[at, place], place + 1, similarities[at, place].astype(np.float32)]
+        without = int((~kept.any(axis=1)).sum())
+        counts = {"edges": len(at), "nodes_without_any": without, "truncated_nodes": truncated}
+        yield pa.table(dict(zip(EDGES.names, columns, strict=True)), schema=EDGES), counts
+
+
+def _listed(graph: SampleGraph, nodes: NDArray[Any], others: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether each of nodes [n] lists the one of others [n] in its place, bool [n]."""
+    result = np.empty(len(nodes), bool)
+    for part in slices(len(nodes)):
+        result[part] = (graph.neighbors(nodes[part])[0] == others[part, None]).any(axis=1)
+    return result
+
+
+def _scores(graph: SampleGraph, positive: float | NDArray[Any]) -> NDArray[np.float32]:
+    scores = np.asarray(positive, np.float32)
+    if scores.ndim == 0:
+        check_similarity("positive", float(scores))
+        return scores
+    nodes = graph.sample_nodes()
+    if scores.shape != nodes.shape:
+        raise InputError(f"positive has shape {list(scores.shape)}", f"give a score for each row: [{len(nodes)}]")
+    bad = np.flatnonzero((nodes >= 0) & ~(np.abs(scores) <= 1))
+    if len(bad):
+        raise InputError(
+            f"positive: row {bad[0]} has the score {scores[bad[0]]} ({len(bad)} such rows)",
+            "give similarities between -1 and 1; only a sample without a node may have NaN",
+        )
+    return scores
+
+
+def _read_scores(text: str) -> float | NDArray[Any]:
+    """--positive: a number, or the .npy that text names."""
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    with local_file(text) as path:
+        try:
+            scores: NDArray[Any] = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise InputError(
+                f"--positive {text} is not a whole .npy file ({error})", "give a number, or a float array by row: [N]"
+            ) from None
+    if scores.ndim != 1 or scores.dtype.kind != "f":
+        raise InputError(
+            f"--positive {text} holds {scores.dtype} {list(scores.shape)}", "give a float array by row: [N]"
+        )
+    return scores

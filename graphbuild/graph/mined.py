@@ -1,0 +1,183 @@
+"""What derived lists share: how they read a graph in bounded memory, and how they become a table or a parquet file.
+
+A list is made part by part while it is read. Writing takes one row group's memory; a file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from graphbuild.errors import ConfigError
+from graphbuild.graph.sample_graph import SampleGraph
+from graphbuild.runner.stage import Stage, Task, perform
+from graphbuild.store.remote import reaching
+from graphbuild.store.shards import shards_of
+from graphbuild.store.store import FORMAT_VERSION, Json, Store, Writer
+
+BLOCK = 16_384  # nodes, samples or pairs at a time
+ROW_GROUP = 262_144  # rows
+METADATA_KEY = "graphbuild"
+FOLDER = "mined"
+
+Part = tuple[pa.Table, dict[str, int]]  # some rows, and what was counted while they were made
+
+
+class Mined:
+    """A derived list, made anew whenever it is read: by iteration, `table()` or `save()`.
+
+    what, options: which list, and by what it was filtered. url: the store of the graph that its ids refer to. schema:
+    of the tables that iteration gives, in order.
+    """
+
+    def __init__(
+        self, what: str, url: str, options: Json, schema: pa.Schema, parts: Callable[[], Iterator[Part]]
+    ) -> None:
+        self.what, self.url, self.options, self.schema = what, url, options, schema
+        self._parts = parts
+        self._counts: dict[str, int] | None = None
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        total: Counter[str] = Counter()
+        for table, counts in self._parts():
+            total.update(counts)
+            yield table
+        self._counts = dict(total)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What the list's function says it counts; ConfigError before the list was read to its end."""
+        if self._counts is None:
+            raise ConfigError(f"the counts of {self.what} are known once it is read", "call table() or save() before")
+        return self._counts
+
+    def table(self) -> pa.Table:
+        """All rows, in memory."""
+        return pa.concat_tables([self.schema.empty_table(), *self])
+
+    def save(self, store: Store, name: str) -> int:
+        """Write a zstd-compressed parquet file `name` of the store and return its rows.
+
+        Its key-value metadata has the key `graphbuild`, a JSON object: format_version, what, options, counts, rows, and
+        graph, the fingerprint of the graph that the ids refer to. A list in mined/ gets a record of its sha256 in
+        `_state/mine/`, by which `graphbuild verify` knows it.
+        """
+        folder, _, stem = name.removesuffix(".parquet").rpartition("/")
+        if folder != FOLDER:
+            with store.staged(name) as path:
+                return self.write(path)
+
+        options = json.loads(json.dumps(self.options, default=np.generic.item))
+        settings, built = {"what": self.what, **options}, {"graph": self._graph()}
+        task = Task(stage=STAGE.name, name=stem, settings=settings, built=built, hints={"list": self})
+        return int(perform(STAGE, task, store)["facts"]["counts"]["rows"])
+
+    def _graph(self) -> Any:
+        return Store(self.url).manifest()["graph"]["fingerprint"]
+
+    def write(self, path: Path) -> int:
+        """Write the parquet file and return its rows."""
+        about: Json = {"format_version": FORMAT_VERSION, "what": self.what, "options": self.options, "rows": 0}
+        about["graph"] = self._graph()
+        with pq.ParquetWriter(path, self.schema, compression="zstd", write_page_checksum=True) as writer:
+            for group in self._row_groups():
+                writer.write_table(group, row_group_size=ROW_GROUP)
+                about["rows"] += len(group)
+            about["counts"] = self.counts
+            writer.add_key_value_metadata({METADATA_KEY: json.dumps(about, sort_keys=True, default=np.generic.item)})
+        return int(about["rows"])
+
+    def _row_groups(self) -> Iterator[pa.Table]:
+        waiting = self.schema.empty_table()
+        for part in self:
+            waiting = pa.concat_tables([waiting, part])  # copies nothing
+            if len(waiting) >= ROW_GROUP:
+                yield waiting
+                waiting = self.schema.empty_table()
+        yield waiting
+
+
+def _save(task: Task, store: Store, writer: Writer) -> Json:
+    with writer.file(f"{FOLDER}/{task.name}.parquet") as path:
+        return {"counts": {"rows": task.hints["list"].write(path)}}
+
+
+STAGE = Stage(name="mine", title="mining", plan=lambda recipe, store: [], run=_save)
+
+
+def place_of(store: Store, what: str, out: str | None, *, dry_run: bool = False) -> tuple[Store, str]:
+    """The folder, and the name in it, of a list's file: `out`, or STORE/mined/WHAT.parquet.
+
+    Raises:
+        ConfigError: it cannot be written there, which a dry run does not try.
+    """
+    folder, name = store, f"{FOLDER}/{what}.parquet"
+    if out is not None:
+        parent, name = _split(out)
+        try:
+            folder = Store(parent)
+        except (OSError, ValueError, ImportError) as error:
+            raise ConfigError(f"--out {out} cannot be opened ({error})", "name a path, or a URL fsspec knows") from None
+    with reaching(folder.display(name)):
+        is_folder = folder.fs.isdir(folder.path(name))
+    if is_folder:
+        raise ConfigError(f"{folder.display(name)} is a folder", "name a file by --out")
+    if dry_run:
+        return folder, name
+    try:
+        folder.check_writable()
+    except ConfigError as error:
+        raise ConfigError(f"{folder.display(name)}: {error.cause}", "name a file that you may write by --out") from None
+    return folder, name
+
+
+def _split(out: str) -> tuple[str, str]:
+    parent, _, name = out.rpartition("/") if "://" in out else (str(Path(out).parent), "", Path(out).name)
+    if not name.endswith(".parquet") or parent.endswith(":/"):
+        raise ConfigError(f"--out {out} names no parquet file", "end it with a file's name, such as list.parquet")
+    return parent, name
+
+
+def blocks(graph: SampleGraph) -> Iterator[tuple[int, NDArray[np.uint32], NDArray[np.float16]]]:
+    """`SampleGraph.edge_blocks` in pieces of at most BLOCK nodes."""
+    for first, neighbors, similarities in graph.edge_blocks():
+        for part in slices(len(neighbors)):
+            yield first + part.start, neighbors[part], similarities[part]
+
+
+def samples(graph: SampleGraph, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
+    """Each shard's name and its samples that have a node; `node` must be one of the columns."""
+    store = Store(graph.url)
+    for name in shards_of(store, store.manifest()).names:
+        table = store.table(f"samples/{name}.parquet", columns)
+        yield name, table.filter(pc.is_valid(table["node"]))
+
+
+def slices(count: int) -> Iterator[slice]:
+    """0..count-1 in pieces of at most BLOCK."""
+    return (slice(begin, min(begin + BLOCK, count)) for begin in range(0, count, BLOCK))
+
+
+def reaches(similarities: NDArray[Any], least: Any) -> NDArray[np.bool_]:
+    """Where similarities, rounded to float16 as the store's are, are at least `least`, a float or float32 array."""
+    return np.asarray(similarities.astype(np.float16).astype(np.float32) >= least)
+
+
+def count_truncated(graph: SampleGraph, close: NDArray[np.bool_]) -> int:
+    """Nodes whose whole list, a row of close bool [n, k], is close: others as close may lie beyond its end."""
+    return int(close[:, -1].sum()) if graph.k < len(graph) - 1 else 0
+
+
+def check_similarity(name: str, value: float) -> None:
+    """Raise ConfigError unless a value is a cosine."""
+    if not -1 <= value <= 1:
+        raise ConfigError(f"{name} = {value}", f"set {name} between -1 and 1, as cosines are")

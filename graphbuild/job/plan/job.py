@@ -1,0 +1,191 @@
+"""What a recipe is about to do, in numbers: rows, shards, samples, nodes, tokens, bytes.
+
+Read from what is there: footers of parquet and .npy files, headers of the first tar, a sample of a text list, a store's
+manifest. Nothing is read whole. What cannot be known before the job has run is assumed, and said (`Job.assumed`).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+from graphbuild.errors import ConfigError, InputError
+from graphbuild.graph import grow
+from graphbuild.graph.certify import require_graph
+from graphbuild.graph.index import nodes_entry
+from graphbuild.job.plan import lists
+from graphbuild.job.plan.encoder_facts import NO_ENCODER, EncoderFacts, encoder_facts
+from graphbuild.job.plan.finished import Finished
+from graphbuild.nodes.captions import read_class_names
+from graphbuild.recipe import Recipe
+from graphbuild.runner.state import require
+from graphbuild.sources.fetched import require_images
+from graphbuild.sources.tars import expand_shards, open_tar
+from graphbuild.store.files import open_parts
+from graphbuild.store.remote import READERS, file_system, reaching
+from graphbuild.store.shards import shards_of
+from graphbuild.store.store import Store
+
+IMAGE_BYTES = 30_000  # of a JPEG at 256 pixels: img2dataset's page on CC12M has 331 GB for 11M images
+JSON_BYTES = 600  # img2dataset's json and txt of a sample; and tar headers are 512 bytes a member
+
+
+@dataclass(frozen=True)
+class Job:
+    source: str  # list, tars, captions or vectors
+    rows: int  # of the source
+    samples: int
+    nodes: int
+    shards: int
+    encoder: EncoderFacts = NO_ENCODER
+    verb: str = "run"
+    k: int = 0
+    tokens: float = lists.UNKNOWN.tokens  # of a caption
+    characters: float = lists.UNKNOWN.characters
+    list_bytes: float = 0.0
+    tar_bytes: float = 0.0  # of all tars
+    success: float = 1.0  # share of the URLs that give an image
+    year: int | None = None  # of the list
+    first_new: int = 0  # node of a graph that grows
+    done: Mapping[str, float] = field(default_factory=dict)  # share of each stage that a rerun skips
+    finished: Mapping[str, Finished] = field(default_factory=dict)  # tasks of the store, by stage
+    assumed: tuple[str, ...] = ()  # what was not read but taken to be so
+
+    @property
+    def d(self) -> int:
+        return self.encoder.d
+
+
+def job_of(verb: str, recipe: Recipe, store: Store | None = None, rows: int | None = None) -> Job:
+    """The job of a verb (`run` or a part) on a recipe; store: where earlier stages' numbers are; rows: of the source,
+    instead of what is read.
+
+    Raises:
+        ConfigError, InputError: the recipe names no source, or one that cannot be read (unless rows are given or its
+            numbers are published).
+    """
+    chosen = [name for name in ("shards", "captions", "vectors") if getattr(recipe.embed, name) is not None]
+    if verb in ("index", "export") or (verb == "embed" and not chosen):
+        if store is None:
+            raise ConfigError(f"a plan of {verb} needs a STORE", "plan the whole recipe instead")
+        job = _of_downloaded(recipe, store) if verb == "embed" else _of_embedded(verb, recipe, store)
+    elif verb == "download" or (verb == "run" and recipe.download.urls is not None):
+        job = _of_urls(recipe, rows)
+    elif chosen:
+        job = {"shards": _of_tars, "captions": _of_captions, "vectors": _of_vectors}[chosen[0]](recipe, rows)
+    else:
+        raise ConfigError("the recipe names no source", "give download.urls, or embed.shards, captions or vectors")
+    return replace(job, verb=verb, k=job.k or min(recipe.index.k, max(job.nodes - 1, 1)), shards=max(job.shards, 1))
+
+
+# -- sources
+
+
+def _of_urls(recipe: Recipe, rows: int | None) -> Job:
+    config = recipe.download
+    if config.urls is None:
+        raise ConfigError(
+            "no URL list given", "name it: `graphbuild download STORE URLS`, or download.urls in the recipe"
+        )
+    encoder = encoder_facts(recipe)
+    columns = {"url": config.url_column, "caption": config.caption_column}
+    known = lists.look(config.urls, config.preset, columns, rows, encoder.folder)
+    success = lists.expected_success(known.year)
+    job = _of_list("list", known, round(known.rows * success), config.shard_size, encoder)
+    said = f"{success:.0%} of the URLs give an image{f', as of a list of {known.year}' if known.year else ''}"
+    tar_bytes = job.samples * (IMAGE_BYTES * (config.image_size / 256) ** 2 + JSON_BYTES + 3 * 1024)
+    return replace(job, tar_bytes=tar_bytes, success=success, year=known.year, assumed=(said, *job.assumed))
+
+
+def _of_captions(recipe: Recipe, rows: int | None) -> Job:
+    embed, encoder = recipe.embed, encoder_facts(recipe)
+    assert embed.captions is not None
+    known = lists.look(embed.captions, embed.preset, {"caption": embed.caption_column}, rows, encoder.folder)
+    return _of_list("captions", known, known.rows, embed.shard_size, encoder)
+
+
+def _of_list(source: str, known: lists.Known, samples: int, shard_size: int, encoder: EncoderFacts) -> Job:
+    nodes, shards = round(samples * known.distinct), math.ceil(known.rows / shard_size)
+    said = f"{known.distinct:.0%} of the captions differ (fewer, where the list repeats itself)"
+    job = Job(source, known.rows, samples, nodes, shards, encoder, assumed=(*known.assumed, said))
+    return replace(job, tokens=known.tokens, characters=known.characters, list_bytes=known.bytes)
+
+
+def _of_vectors(recipe: Recipe, rows: int | None) -> Job:
+    import pyarrow.parquet as pq
+
+    from graphbuild.nodes.vectors import npy_header
+
+    url = recipe.embed.vectors
+    assert url is not None
+    try:
+        with open_parts(url) as file:
+            if url.endswith(".npy"):
+                found, width = npy_header(file, url)[0]
+            else:
+                parquet = pq.ParquetFile(file, pre_buffer=False)
+                found = parquet.metadata.num_rows
+                width = len(next(parquet.iter_batches(1, columns=[recipe.embed.vector_column]))[0][0])
+            row_bytes = file.seek(0, io.SEEK_END) / max(found, 1)
+    except (OSError, ValueError, IndexError) as error:
+        raise InputError(f"{url} cannot be read ({error})", "check --vectors") from None
+    rows = found if rows is None else rows
+    shards = math.ceil(rows / recipe.embed.shard_size)
+    encoder = EncoderFacts(d=width)
+    return Job("vectors", rows, rows, rows, shards, encoder, list_bytes=row_bytes * rows, characters=0.0)
+
+
+def _of_tars(recipe: Recipe, rows: int | None) -> Job:
+    assert recipe.embed.shards is not None
+    urls = expand_shards(recipe.embed.shards)
+    with ThreadPoolExecutor(READERS) as pool:
+        sizes = list(pool.map(_bytes, urls))
+    with open_tar(urls[0]) as tar:
+        first = len(tar.samples())
+    samples = rows if rows is not None else round(first * sum(sizes) / max(sizes[0], 1))
+    counted = () if len(urls) == 1 else (f"{samples:,} samples, by those of {urls[0].rsplit('/', 1)[-1]}",)
+    return _of_samples(recipe, samples, sizes, counted)
+
+
+def _of_samples(recipe: Recipe, samples: int, sizes: list[int], assumed: tuple[str, ...]) -> Job:
+    """Of tars of those sizes."""
+    nodes = samples
+    if recipe.embed.class_names is not None:
+        nodes = min(len(read_class_names(recipe.embed.class_names)), samples)
+    else:
+        assumed = (*assumed, "every caption differs (fewer nodes, where they repeat)")
+    encoder, size = encoder_facts(recipe), float(sum(sizes))
+    return Job("tars", samples, samples, nodes, len(sizes), encoder, tar_bytes=size, assumed=assumed)
+
+
+def _bytes(url: str) -> int:
+    files, path = file_system(url)
+    with reaching(url):
+        return int(files.size(path) or 0)
+
+
+# -- stores
+
+
+def _of_downloaded(recipe: Recipe, store: Store) -> Job:
+    require(store, "download", "download")
+    require_images(store)
+    samples = store.manifest()["stages"]["download"]["counts"]["images"]
+    sizes = [size for name, size in store.sizes("shards").items() if name.endswith(".tar")]
+    return _of_samples(recipe, samples, sizes, ())
+
+
+def _of_embedded(verb: str, recipe: Recipe, store: Store) -> Job:
+    if verb == "export":
+        require_graph(store)
+    manifest = nodes_entry(store)
+    shards = shards_of(store, manifest)
+    samples, nodes = (int(shards.column(name).sum()) for name in ("samples", "nodes"))
+    source = "vectors" if "vectors" in manifest["stages"] else "tars" if shards[0].tar else "captions"
+    tar_bytes = float(sum(filter(None, shards.table["tar_bytes"].to_pylist())))
+    kept = sum(task.built["nodes"] for task in grow.plan(recipe, store)) if verb == "index" else 0
+    job = Job(source, samples, samples, nodes, len(shards), EncoderFacts(d=manifest["embeddings"]["d"]))
+    return replace(job, k=manifest["graph"]["k"] if verb == "export" else 0, tar_bytes=tar_bytes, first_new=kept)

@@ -1,0 +1,78 @@
+"""What `graphbuild retry` would do to a store: the failed tasks that would run, and the URLs that would be fetched."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+import polars as pl
+
+from graphbuild.job.plan.finished import shares_done
+from graphbuild.job.plan.job import job_of
+from graphbuild.job.plan.show import plan_job, plan_verb
+from graphbuild.job.retry import Wanted, failed_tasks, matches, nothing_failed
+from graphbuild.recipe import resolve
+from graphbuild.runner.stage import records
+from graphbuild.sources.fetched import failed_urls
+from graphbuild.store.store import Json, Store
+
+MOST_TASKS = 10
+
+
+def plan_retry(store: Store, wanted: Wanted, workers: int | None) -> Iterator[str]:
+    """The texts of a dry run: what would run and be fetched again, and what that takes on this machine.
+
+    Raises:
+        ConfigError: what the verb would raise: nothing to retry, an input that changed.
+    """
+    recipe = resolve(store, "download", {})
+    tasks = failed_tasks(recipe, store)
+    fetched = bool(records(store, "download"))
+    if not tasks and not fetched:
+        raise nothing_failed(store)
+    if "download" in tasks:
+        yield _tasks("download", tasks["download"])
+        yield from plan_verb("download", recipe, store, workers)
+    again = 0
+    if fetched:
+        failed = failed_urls(store)
+        chosen = failed.filter(matches(failed, wanted))
+        again = chosen.height
+        shares_done("download", recipe, store)
+        yield _urls(failed, chosen, wanted)
+        if again:
+            job = replace(
+                job_of("download", recipe, rows=again),
+                samples=again,
+                nodes=again,
+                success=1.0,
+                assumed=("each gives an image this time",),
+            )
+            yield from plan_job(job, recipe, store, workers)
+    later = [verb for verb in tasks if verb != "download"]
+    for verb in later:
+        yield _tasks(verb, tasks[verb])
+    if later and not again and "download" not in tasks:  # what the others find is not known before
+        yield from plan_verb(later[0], recipe, store, workers)
+
+
+def _tasks(verb: str, failed: list[Json]) -> str:
+    lines = [f"retry     would run {len(failed):,} failed task{'s' * (len(failed) != 1)} of {verb} again"]
+    lines += [f"{'':14}{record['task']}: {record['cause']}" for record in failed[:MOST_TASKS]]
+    if len(failed) > MOST_TASKS:
+        lines.append(f"{'':14}... and {len(failed) - MOST_TASKS:,} more")
+    return "\n".join([*lines, ""])
+
+
+def _urls(failed: pl.DataFrame, chosen: pl.DataFrame, wanted: Wanted) -> str:
+    lines = [f"retry     would fetch {chosen.height:,} of {failed.height:,} failed URLs again", *_by_reason(chosen)]
+    left = failed.join(chosen, on="place", how="anti")
+    if left.height:
+        why = "failed for good (--reason TEXT, --all)" if wanted == "passing" else "failed for other reasons"
+        lines += [f"{'':10}and leave {left.height:,} that {why}", *_by_reason(left)]
+    return "\n".join([*lines, ""])
+
+
+def _by_reason(urls: pl.DataFrame) -> list[str]:
+    return [f"{'':10}{count:6,} {reason}" for reason, count in Counter(urls["reason"].to_list()).most_common()]

@@ -1,0 +1,141 @@
+"""Retry: what failed, once more. URLs that failed get shards of their own; tasks with a failed.json run again.
+
+The URLs go, with all their columns and the key that they had, to further lists `_state/urls/<shard>.parquet`: new
+shards behind the old ones, so nothing that is finished changes, and no URL is fetched that has its image. Memory: all
+rows of the list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import polars as pl
+
+from graphbuild.errors import ConfigError
+from graphbuild.job.steps import run_step, run_verb, step_of, steps_of
+from graphbuild.job.summary import NEXT, refused_line
+from graphbuild.recipe import Recipe, resolve
+from graphbuild.runner.runner import Runner
+from graphbuild.runner.stage import Task, digest, outputs, records
+from graphbuild.sources.download import DOWNLOAD, URLS, plan_urls
+from graphbuild.sources.fetch import may_pass_later
+from graphbuild.sources.fetched import failed_urls, refused, require_images
+from graphbuild.store.store import Json, Store, Writer, shard_name
+
+Wanted = str | list[str]
+VERBS = ("download", "embed", "index", "export")
+
+
+def wanted_urls(reasons: Sequence[str], *, everything: bool) -> Wanted:
+    """Which failed URLs are fetched again: all, those whose reason contains one of these texts, or "passing", those
+    whose failure may have passed."""
+    return "all" if everything else sorted(reasons) or "passing"
+
+
+def retry_store(
+    store: Store, runner: Runner, wanted: Wanted = "passing", changes: Mapping[str, Any] | None = None
+) -> Iterator[str]:
+    """Run failed tasks of the download again, then fetch the wanted URLs (`wanted_urls`), then run later failed tasks
+    again; yields what came of each. changes: of the download's settings, as in `resolve`.
+
+    Raises:
+        ConfigError: there is nothing to retry. InputError or StageError: tasks failed again, or still no image.
+    """
+    recipe = resolve(store, "download", changes or {})
+    verbs = list(failed_tasks(recipe, store))
+    downloaded = "download" in store.manifest()["stages"]
+    if not verbs and not downloaded:
+        raise nothing_failed(store)
+    if "download" in verbs:
+        verbs.remove("download")
+        yield _run_again("download", recipe, store, runner)
+        downloaded = True
+    images = 0
+    if downloaded:
+        images, said = _retry_urls(store, recipe, runner, wanted)
+        yield said
+        require_images(store)
+    for verb in verbs:
+        yield _run_again(verb, recipe, store, runner)
+    last = verbs[-1] if verbs else "download" if images else None
+    if last in NEXT:
+        yield f"next      graphbuild {NEXT[last]} {store.url}"
+
+
+def _run_again(verb: str, recipe: Recipe, store: Store, runner: Runner) -> str:
+    run_verb(verb, recipe, store, runner)
+    return f"retry     failed tasks of {verb} ran again"
+
+
+def failed_tasks(recipe: Recipe, store: Store) -> dict[str, list[Json]]:
+    """Verb -> records of its failed tasks, of verbs that have any, in the order in which they run."""
+    found = {
+        verb: [record for step in steps_of(verb, recipe) for record in records(store, step.name, "failed").values()]
+        for verb in VERBS
+    }
+    return {verb: tasks for verb, tasks in found.items() if tasks}
+
+
+def nothing_failed(store: Store) -> ConfigError:
+    return ConfigError(f"{store.url} has no failed task and no download", "there is nothing to retry")
+
+
+def _retry_urls(store: Store, recipe: Recipe, runner: Runner, wanted: Wanted) -> tuple[int, str]:
+    """How many images the wanted URLs gave, and what to say of it."""
+    failed = failed_urls(store)
+    chosen = failed.filter(matches(failed, wanted))
+    if chosen.height:
+        lists = outputs(list(records(store, "urls").values()), "_state/urls/")
+        built = {
+            "list": plan_urls(recipe, store)[0].fingerprint,
+            "download": digest(sorted(records(store, "download"))),
+        }
+        task = Task(
+            stage="urls",
+            name=f"retry-{shard_name(len(lists))}",
+            settings={"reasons": wanted, "shard_size": recipe.download.shard_size, "first": len(lists)},
+            built=built,
+        )
+        stage = dataclasses.replace(URLS, plan=lambda recipe, store: [*plan_urls(recipe, store), task])
+        run_step(step_of(URLS), recipe, store, runner, stage=stage)
+        run_step(step_of(DOWNLOAD), recipe, store, runner)
+    still = failed_urls(store)
+    images = failed.height - still.height
+    lines = [
+        f"retry     {chosen.height:,} of {failed.height:,} failed URLs -> {images:,} images; "
+        f"{still.height:,} without one"
+    ]
+    if wanted == "passing" and chosen.height < failed.height:
+        lines.append("          others failed for good (--reason TEXT, --all)")
+    left = refused(Counter(still["reason"].to_list()))
+    if left:
+        lines.append(refused_line(left, store))
+    return images, "\n".join(lines)
+
+
+def cut_retry(task: Task, store: Store, writer: Writer) -> Json:
+    """Write the lists of one retry, `_state/urls/<first>.parquet` and on."""
+    first = task.settings["first"]
+    failed = failed_urls(store, shards=first)
+    chosen = failed.filter(matches(failed, task.settings["reasons"]))
+    sources = list(outputs(list(records(store, "urls").values()), "_state/urls/"))[:first]
+    every = pl.concat([pl.DataFrame(pl.from_arrow(store.table(path))) for path in sources], how="diagonal_relaxed")
+    rows = every.with_row_index("place").join(chosen.select("place", "key"), on="place", maintain_order="left")
+    rows = rows.with_columns(pl.col("key").alias("retry_of")).drop("place", "key")
+    for number, part in enumerate(rows.iter_slices(task.settings["shard_size"])):
+        writer.table(f"_state/urls/{shard_name(first + number)}.parquet", part.to_arrow())
+    return {"retried": dict(Counter(chosen["reason"].to_list()))}
+
+
+def matches(failed: pl.DataFrame, wanted: Wanted) -> pl.Series:
+    """Which failures are wanted, bool [n]."""
+    if wanted == "all":
+        kept = [True] * failed.height
+    elif wanted == "passing":
+        kept = [may_pass_later(message) for message in failed["message"]]
+    else:
+        kept = [any(text in reason for text in wanted) for reason in failed["reason"]]
+    return pl.Series(kept, dtype=pl.Boolean)

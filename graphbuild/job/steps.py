@@ -1,0 +1,284 @@
+"""The job on one page: every step in order, what it reads, which files it alone writes, and the verb that runs it.
+
+From this table follow the order of the steps, what a changed step makes stale, which files one step must take away
+before another may write them, when scratch goes, and what `verify` and `report` look for. A new stage is a module with
+its `Stage`, and a line here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from graphbuild.errors import ConfigError
+from graphbuild.export import clustered, inline, sidecars
+from graphbuild.graph import certify, index, mined
+from graphbuild.machine.versions import version_of
+from graphbuild.nodes import encode, fidelity, number, scan, vectors
+from graphbuild.recipe import Recipe
+from graphbuild.runner.runner import Runner
+from graphbuild.runner.stage import Stage, records, state_path, write_manifest
+from graphbuild.runner.state import invalidate, is_done, write_recipe
+from graphbuild.sources import download
+from graphbuild.store.leftovers import remove_leftovers
+from graphbuild.store.remote import READERS
+from graphbuild.store.store import Json, Store
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage's place in the job.
+
+    verb: the command that runs it. reads: files of other steps, and, as words, what comes from outside the store. owns:
+    the files that this step alone writes, beside its records in `_state/<stage>/`. In both, `#` is a shard's number,
+    `*` any name (also of a user's own file: only what a record names is removed), and a folder with its `/` all that
+    lies in it. Steps that own the same files exclude each other.
+    """
+
+    stage: Stage
+    verb: str
+    reads: str
+    owns: str
+
+    @property
+    def name(self) -> str:
+        return self.stage.name
+
+    @property
+    def reads_outside(self) -> bool:
+        return any("/" not in word for word in self.reads.split(" | "))
+
+    def finished(self, store: Store) -> dict[str, int]:
+        """Path -> bytes of the records of its finished tasks."""
+        return {path: size for path, size in store.sizes(f"_state/{self.name}").items() if path.endswith(".done.json")}
+
+
+# fmt: off
+STEPS = (
+    #    stage              verb        reads                            owns
+    Step(download.URLS,     "download", "list",                          "_state/urls/#.parquet"
+                                                                         " rejected/urls/#.parquet"),
+    Step(download.DOWNLOAD, "download", "_state/urls/",                  "shards/#.tar shards/#.parquet"
+                                                                         " shards/#_stats.json"),
+    Step(scan.STAGE,        "embed",    "tars | list | shards/#.tar",    "_state/scan/#.parquet"
+                                                                         " rejected/scan/#.parquet"),
+    Step(number.NUMBER,     "embed",    "_state/scan/",                  "_state/number/"),
+    Step(number.ASSIGN,     "embed",    "_state/scan/ _state/number/",   "samples/#.parquet nodes/#.parquet"
+                                                                         " shards.parquet"),
+    Step(encode.STAGE,       "embed",    "nodes/#.parquet",               "nodes/#.npy"),
+    Step(fidelity.STAGE,    "embed",    "nodes/",                        ""),
+    Step(vectors.STAGE,     "embed",    "vectors",                       "samples/#.parquet nodes/#.parquet"
+                                                                         " nodes/#.npy shards.parquet"),
+    Step(index.BASE,        "index",    "nodes/#.npy",                   "_work/base/"),
+    Step(index.PREPARE,     "index",    "nodes/#.npy",                   "_work/leaders/ _work/*"),
+    Step(index.CODES,       "index",    "nodes/#.npy _work/leaders/",    "_work/codes/ _work/scales/ _work/floors/"
+                                                                         " _work/leaves/ _work/moments/"),
+    Step(index.MOMENTS,     "index",    "_work/moments/",                "_state/moments/ graph/basis.npy"),
+    Step(index.JOIN,        "index",    "_work/codes/ _work/leaders/",   "_work/join/"),
+    Step(index.MERGE,       "index",    "_work/join/ _work/base/",       "_work/merged/"),
+    Step(index.SEARCH,      "index",    "_work/ nodes/ graph/basis.npy", "graph/#.*.npy"),
+    Step(certify.STAGE,     "index",    "nodes/#.npy graph/#.*.npy",     ""),
+    Step(sidecars.STAGE,      "export",   "_state/certify/ samples/",      "shards/*.graph.parquet shards/sizes.json"),
+    Step(inline.STAGE,      "export",   "_state/certify/ samples/",      "inline/"),
+    Step(clustered.ARRANGE, "export",   "_state/certify/ samples/",      "_work_clustered/places.npy"),
+    Step(clustered.SCATTER, "export",   "_work_clustered/places.npy",    "_work_clustered/#.arrow"),
+    Step(clustered.CLUSTER, "export",   "_work_clustered/#.arrow",       "clustered/"),
+    Step(mined.STAGE,       "mine",     "_state/certify/ samples/",      "mined/*.parquet"),
+)
+# fmt: on
+SOURCES = ("shards", "captions", "vectors")
+PACKAGES = (
+    "graphbuild",
+    "numpy",
+    "torch",
+    "pyarrow",
+    "polars",
+    "ray",
+    "sentence-transformers",
+    "transformers",
+    "openvino",
+    "img2dataset",
+    "webdataset",
+)
+
+
+# -- what follows from the table
+
+
+@cache
+def readers(step: Step) -> tuple[Step, ...]:
+    """The steps that build on one, directly or through others, in their order."""
+    found = {other.name for reader in _direct_readers(step) for other in (reader, *readers(reader))}
+    return tuple(other for other in STEPS if other.name in found)
+
+
+def served(step: Step) -> list[Step]:
+    """The steps whose files outlive the verb, for which a step's scratch is there."""
+    near = _direct_readers(step)
+    found = {other.name for reader in near for other in (served(reader) if reader.stage.scratch else [reader])}
+    return [other for other in STEPS if other.name in found]
+
+
+@cache
+def _direct_readers(step: Step) -> list[Step]:
+    owned = f"{step.owns} _state/{step.name}/"
+    return [other for other in STEPS if other is not step and _meet(other.reads, owned)]
+
+
+def step_of(stage: Stage) -> Step:
+    return next(step for step in STEPS if step.name == stage.name)
+
+
+def owners(path: str) -> list[Step]:
+    """The steps that may write a file of the store, its records aside: one, or some that exclude each other."""
+    return [step for step in STEPS if any(_pattern(one).fullmatch(path) for one in step.owns.split())]
+
+
+def _meet(some: str, others: str) -> bool:
+    """Whether two lists of patterns can mean one file."""
+    pairs = [(one, other) for one in some.split() for other in others.split() if "/" in one and "/" in other]
+    return any(_pattern(a).fullmatch(_example(b)) or _pattern(b).fullmatch(_example(a)) for a, b in pairs)
+
+
+@cache
+def _pattern(text: str) -> re.Pattern[str]:
+    signs = {"#": r"\d+", "*": "[^/]+"}
+    return re.compile("".join(signs.get(sign, re.escape(sign)) for sign in text) + (".*" if text.endswith("/") else ""))
+
+
+def _example(text: str) -> str:
+    return text.replace("#", "00000").replace("*", "a")
+
+
+# -- running a verb
+
+
+def steps_of(verb: str, recipe: Recipe) -> list[Step]:
+    """The steps of download, embed, index, export, or of `run`, which is all that the recipe's source needs."""
+    if verb == "run":
+        chosen = [name for name in SOURCES if getattr(recipe.embed, name) is not None]
+        if recipe.download.urls is not None and chosen:
+            raise ConfigError(
+                f"the recipe has download.urls and embed.{chosen[0]}: two sources", "drop one of them from the recipe"
+            )
+        verbs = ("download", "embed", "index", "export")[recipe.download.urls is None :]
+        return [step for part in verbs for step in steps_of(part, recipe)]
+    ready = recipe.embed.vectors is not None
+    layout = {"sidecars": [sidecars.STAGE], "inline": [inline.STAGE], "clustered": clustered.STAGES}[
+        recipe.export.layout
+    ]
+    steps = [step for step in STEPS if step.verb == verb]
+    if verb == "embed":
+        return [step for step in steps if (step.stage is vectors.STAGE) == ready]
+    return [step for step in steps if verb != "export" or step.stage in layout]
+
+
+def run_verb(verb: str, recipe: Recipe, store: Store, runner: Runner, *, force: bool = False) -> Json:
+    """Bring every step of a verb up to date; returns the manifest. Nothing is written before the first plan holds.
+
+    Raises:
+        ConfigError: finished work was made with other settings or of another source, and force is not given.
+        InputError, StageError, QualityError: as the stages say.
+    """
+    steps = steps_of(verb, recipe)
+    store.manifest()  # refuse another format version before anything else
+    for step in steps:
+        step.stage.check(recipe)
+    replaced = replaced_by(steps[0], recipe, store, force=force)
+    store.check_writable()
+    if store.is_local:
+        remove_leftovers(store.root)
+    for before, step in zip([None, *steps], steps, strict=False):
+        if before is not None and before.verb != step.verb:
+            replaced = replaced_by(step, recipe, store, force=force)
+        while replaced:  # the source's own records last: they tell a removal that was cut short
+            remove_step(replaced.pop(), store)
+        run_step(step, recipe, store, runner, force=force)
+    write_recipe(recipe, store)
+    manifest = store.manifest()
+    versions = {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}}
+    made_with = {"versions": versions, "recipe": hashlib.sha256(store.read_bytes("recipe.yaml")).hexdigest()}
+    if manifest != {**manifest, **made_with}:
+        manifest |= made_with
+        write_manifest(store, manifest)
+    if store.is_local:  # of workers that died meanwhile
+        remove_leftovers(store.root)
+    return manifest
+
+
+def run_step(
+    step: Step, recipe: Recipe, store: Store, runner: Runner, *, force: bool = False, stage: Stage | None = None
+) -> None:
+    """Bring one step up to date. stage: in place of the step's own, with more tasks."""
+    if is_spared(step, recipe, store, force=force):
+        return
+    runner.run(stage or step.stage, recipe, store, force=force, stale=[other.name for other in readers(step)])
+    scratch = [other for other in STEPS if other.verb == step.verb and other.stage.scratch]
+    if {other.name for one in scratch for other in served(one)} <= store.manifest()["stages"].keys():
+        for other in scratch:
+            remove_step(other, store)
+        for folder in {other.owns.partition("/")[0] for other in scratch}:
+            store.remove_folder(folder)
+
+
+def is_spared(step: Step, recipe: Recipe, store: Store, *, force: bool) -> bool:
+    """Whether a step makes scratch, and all that it is for is there."""
+    return step.stage.scratch and all(is_done(other.stage, recipe, store, force=force) for other in served(step))
+
+
+def replaced_by(step: Step, recipe: Recipe, store: Store, *, force: bool) -> list[Step]:
+    """The steps whose work goes before a verb's first step may begin, as they were made of another source: of another
+    kind, or of files of which none is left. Nothing is removed here.
+
+    Raises:
+        ConfigError: there is such work, and force is not given. And what the step's plan raises.
+    """
+    tasks = step.stage.plan(recipe, store)
+    sources = [other for other in STEPS if other.verb == step.verb and other.reads_outside]
+    maker = next((other for other in sources if other.finished(store)), None)
+    if maker is None or not tasks or step not in sources:
+        return []
+    done = maker.finished(store)
+    before, now = (_source(task) for task in (store.read_jsons(dict([*done.items()][:1]))[0] or {}, vars(tasks[0])))
+    kept = {state_path(step.name, task.name) for task in tasks} & done.keys()
+    if before == now and kept:
+        return []
+    gone = STEPS[next(number for number, other in enumerate(STEPS) if other.verb == step.verb) :]
+    if not force:
+        owned = [pattern for other in gone if other.finished(store) for pattern in other.owns.split()]
+        raise ConfigError(
+            f"{store.url} was made from {before}, and this is another source ({now}), which would replace:\n    "
+            + ", ".join(dict.fromkeys(pattern for pattern in owned if not pattern.startswith("_"))),
+            "use another STORE, or add --force to replace these files",
+        )
+    return list(gone)
+
+
+def remove_step(step: Step, store: Store) -> None:
+    """Take away all that a step made. Its records go last, so that they tell a removal that was cut short."""
+    if not step.stage.scratch or step.name in store.manifest()["stages"]:
+        invalidate(store, [step.name], step.stage.entries)
+    made = {output["path"] for record in records(store, step.name).values() for output in record["outputs"]}
+    for pattern in step.owns.split():
+        folder, _, name = pattern.rpartition("/")
+        if not name:
+            store.remove_folder(folder)
+            made = {path for path in made if not path.startswith(pattern)}
+        elif not folder:
+            made.add(name)
+        elif not name.startswith("*"):
+            made |= {path for path in store.sizes(folder) if _pattern(pattern).fullmatch(path)}
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(store.remove, made))
+    store.remove_folder(f"_state/{step.name}")
+
+
+def _source(task: Mapping[str, Any]) -> str:
+    """What a task or its record says it read from outside the store, or else of it."""
+    return " and ".join(sorted(task.get("inputs", {})) or [f"downloaded {name}s" for name in sorted(task["built"])])

@@ -1,0 +1,112 @@
+"""What a finished verb says: counts in and out, why they differ, and what to do next."""
+
+from __future__ import annotations
+
+import re
+
+from graphbuild.machine.terminal import counted
+from graphbuild.sources.fetch import REFUSED
+from graphbuild.sources.fetched import fetch_failed, fetch_refused, refused
+from graphbuild.store.store import Json, Store
+
+NEXT = {"download": "embed", "embed": "index", "index": "export", "export": "verify", "run": "verify"}
+NOT_OF_AGE = rf"{REFUSED}|Connection refused|HTTP Error (429|5\d\d)"  # failures of neither an old list nor of DNS
+EXPORTED = {"export": ("sidecar", "shards/"), "inline": ("tar", "inline/"), "cluster": ("tar", "clustered/")}
+
+
+def summary(verb: str, manifest: Json, store: Store) -> str:
+    """The closing lines of a verb, from the manifest alone."""
+    parts = {"download": _download, "embed": _embed, "index": _index, "export": _export}
+    verbs = [name for name in parts if _has(name, manifest)] if verb in ("run", "demo") else [verb]
+    lines = []
+    for name in verbs:
+        lines += parts[name](manifest)
+        left = refused(manifest["download"]["failures"]) if name == "download" else 0
+        lines += [refused_line(left, store)] if left else []
+    if verb == "download" and not manifest["stages"]["download"]["counts"]["images"]:
+        lines.append(f"next      {fetch_failed(store, manifest['download']['failures'])}")
+    elif verb in NEXT:
+        lines.append(f"next      graphbuild {NEXT[verb]} {store.url}")
+    return "\n".join(lines)
+
+
+def refused_line(count: int, store: Store) -> str:
+    """Where the URLs that were refused can be had, a line."""
+    return f"          {count:,} refused: `{fetch_refused(store)}` if the list may name them"
+
+
+def _has(verb: str, manifest: Json) -> bool:
+    stages = {
+        "download": {"download"},
+        "embed": {"encode", "vectors"},
+        "index": {"certify"},
+        "export": EXPORTED.keys(),
+    }[verb]
+    return bool(stages & manifest["stages"].keys())
+
+
+def _download(manifest: Json) -> list[str]:
+    listed, fetched = manifest["stages"]["urls"]["counts"], manifest["stages"]["download"]["counts"]
+    urls, failures = fetched["urls"], manifest["download"]["failures"]
+    share = fetched["images"] / urls
+    lines = [
+        f"download  {listed['urls'] + listed['rejected']:,} rows -> {urls:,} URLs "
+        f"-> {fetched['images']:,} images ({share:.1%})"
+    ]
+    if listed["rejected"]:
+        lines.append(f"          {listed['rejected']:,} rows rejected, see rejected/urls/")
+    lines += [f"          {count:6,} {reason}" for reason, count in list(failures.items())[:10]]
+    worst = [(name, host) for name, host in manifest["download"]["hosts"].items() if host["failed"] >= 10]
+    lines += [f"          {host['failed']:6,} of {host['urls']:,} URLs at {name}" for name, host in worst[:3]]
+    placeholders = manifest["download"]["placeholders"]
+    if placeholders["images"]:
+        lines.append(
+            f"          {placeholders['urls']:6,} URLs gave {placeholders['images']} image(s) byte for byte the same: "
+            "placeholders? (kept)"
+        )
+    if share < 0.5:
+        aged = sum(count for reason, count in failures.items() if not re.search(NOT_OF_AGE, reason))
+        why = "; an old list, or DNS overloaded (fewer --threads)?" if aged > sum(failures.values()) / 2 else ""
+        lines.append(f"          WARNING: more than half of the URLs failed{why}")
+    return lines
+
+
+def _embed(manifest: Json) -> list[str]:
+    embeddings = manifest["embeddings"]
+    if "vectors" in manifest["stages"]:
+        return [f"embed     {manifest['stages']['vectors']['counts']['nodes']:,} ready vectors, d = {embeddings['d']}"]
+    scanned, numbered = manifest["stages"]["scan"]["counts"], manifest["stages"]["number"]["counts"]
+    lines = [
+        f"embed     {scanned['captions']:,} captions -> {numbered['nodes']:,} nodes (distinct texts), "
+        f"d = {embeddings['d']}, {embeddings['encoder']}"
+    ]
+    if embeddings.get("truncated"):
+        lines.append(f"          {embeddings['truncated']:6,} cut at {embeddings['max_tokens']} tokens")
+    if embeddings.get("static"):
+        lines.append("          a static encoder: vectors without context, for a quick look")
+    if manifest.get("fidelity"):
+        fidelity = manifest["fidelity"]
+        lines.append(
+            f"          cosine to float32 {fidelity['mean_cosine']:.6f} in the mean, {fidelity['min_cosine']:.6f} "
+            f"at least, of {fidelity['texts']} texts"
+        )
+    return lines + [f"          {count:6,} rejected: {reason}" for reason, count in manifest["rejected"].items()]
+
+
+def _index(manifest: Json) -> list[str]:
+    edges, recall = manifest["stages"]["search"]["counts"]["edges"], manifest["recall"]
+    return [
+        f"index     {edges:,} edges, k = {recall['k']}; recall@{recall['k']} {recall['recall']:.6f} "
+        f"on {recall['sampled_nodes']:,} nodes (95%: {recall['recall_95_low']:.4f} to {recall['recall_95_high']:.4f})"
+    ]
+
+
+def _export(manifest: Json) -> list[str]:
+    lines = []
+    for stage, (file, folder) in EXPORTED.items():
+        if stage in manifest["stages"]:
+            tasks, counts = (manifest["stages"][stage][name] for name in ("tasks", "counts"))
+            lines.append(f"export    {counted(counts['samples'], 'sample')} in {counted(tasks, file)}, in {folder}")
+    if counts["without_node"]:
+        lines.append(f"          {counts['without_node']:6,} samples without a usable caption: loaders leave them out")
+    return lines

@@ -1,0 +1,244 @@
+"""The explorer's web server: queries go to the store, nothing is loaded whole (catalog.py says what each one reads).
+
+Captions and images are strangers': the page gets captions as JSON and shows them as text, images are encoded anew, and
+a strict Content-Security-Policy lets nothing but the page's own files run. Listens on loopback unless asked; anywhere
+else it asks for a token. Requests under another host's name are refused, so that no web page can reach it by DNS.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import ipaddress
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+
+from aiohttp import web
+
+from graphbuild.errors import ConfigError, GraphbuildError, InputError
+from graphbuild.look.catalog import Catalog, Sample
+from graphbuild.look.explore.map import node_map
+from graphbuild.look.pages import base_css, own_text
+from graphbuild.store.store import Json, Store
+
+logger = logging.getLogger(__name__)
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+PIXELS = 384
+MOST = 200  # neighbours or results of a request
+LONGEST = 10_000  # characters of a text to search for
+TOKEN = "graphbuild_token"
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def serve(stores: Sequence[Store], host: str, port: int, announce: Callable[[str], None]) -> None:
+    """Serve until interrupted; `announce` is called with the page's URL. stores: one, or two to compare.
+
+    Raises ConfigError when a store has no graph, or nothing can listen at host and port.
+    """
+    catalogs = [Catalog(store) for store in stores]
+    asyncio.run(_serve(Explorer(catalogs, host), host, port, announce))
+
+
+async def _serve(explorer: Explorer, host: str, port: int, announce: Callable[[str], None]) -> None:
+    runner = web.AppRunner(explorer.application(), access_log=None, max_line_size=20 * LONGEST)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, host, port)
+        try:
+            await site.start()
+        except OSError as error:
+            raise ConfigError(f"cannot listen at {host}:{port} ({error.strerror})", "choose another --port") from error
+        announce(explorer.address(runner.addresses[0][1]))
+        warming = asyncio.create_task(explorer.warm())
+        await asyncio.Event().wait()
+        await warming
+    finally:
+        await runner.cleanup()
+
+
+class Explorer:
+    """The application: pages, and JSON about one store or two."""
+
+    def __init__(self, catalogs: Sequence[Catalog], host: str) -> None:
+        self.catalogs = catalogs
+        self.host = host
+        self.loopback = _is_loopback(host)
+        self.token = "" if self.loopback else secrets.token_urlsafe(24)
+        self._maps: dict[int, asyncio.Task[Json]] = {}
+
+    def application(self) -> web.Application:
+        application = web.Application(middlewares=[self._guard, _errors])
+        application.on_response_prepare.append(_add_headers)
+        application.add_routes(
+            [
+                web.get("/", _file("page.html", "text/html")),
+                web.get("/page.js", _file("page.js", "text/javascript")),
+                web.get("/page.css", _style),
+                web.get("/favicon.ico", _no_icon),
+                web.get("/api/stores", self._stores),
+                web.get(r"/api/{store:\d+}/search", self._search),
+                web.get(r"/api/{store:\d+}/key", self._key),
+                web.get(r"/api/{store:\d+}/node/{node:\d+}", self._node),
+                web.get(r"/api/{store:\d+}/map", self._map),
+                web.get(r"/image/{store:\d+}/{node:\d+}", self._image),
+            ]
+        )
+        return application
+
+    def address(self, port: int) -> str:
+        name = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{name}:{port}/" + (f"?token={self.token}" if self.token else "")
+
+    async def warm(self) -> None:
+        """Load the encoder before the first search; a failure shows there."""
+        for catalog in self.catalogs:
+            if catalog.searchable:
+                try:
+                    await asyncio.to_thread(catalog.search, "warm", 1)
+                except GraphbuildError as error:
+                    logger.warning("no search by text: %s", error.cause)
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if self.loopback and not _is_loopback(request.url.host or ""):
+            return web.Response(status=403, text="open it by the address that graphbuild printed")
+        if self.token:
+            given = request.query.get("token", "")
+            if request.path == "/" and secrets.compare_digest(given.encode(), self.token.encode()):
+                moved = web.Response(status=303, headers={"Location": "/"})
+                moved.set_cookie(TOKEN, self.token, httponly=True, samesite="Strict")
+                return moved
+            if not secrets.compare_digest(request.cookies.get(TOKEN, "").encode(), self.token.encode()):
+                return web.Response(status=403, text="open it by the address with the token")
+        return await handler(request)
+
+    def _catalog(self, request: web.Request) -> Catalog:
+        number = int(request.match_info["store"])
+        if number >= len(self.catalogs):
+            raise InputError(f"there is no store {number} here", f"{len(self.catalogs)} are served")
+        return self.catalogs[number]
+
+    # -- what the page asks for
+
+    async def _stores(self, request: web.Request) -> web.Response:
+        return web.json_response(
+            [
+                {
+                    "store": catalog.store.url,
+                    "nodes": len(catalog.graph),
+                    "k": catalog.graph.k,
+                    "encoder": catalog.graph.encoder,
+                    "recall": catalog.graph.certificate["recall"],
+                    "searchable": catalog.searchable,
+                    "keys": catalog.has_samples,
+                    "images": catalog.has_images,
+                }
+                for catalog in self.catalogs
+            ]
+        )
+
+    async def _search(self, request: web.Request) -> web.Response:
+        text = request.query.get("text", "")
+        if len(text) > LONGEST:
+            raise InputError(f"the text has {len(text):,} characters, at most {LONGEST:,}", "search by fewer words")
+        found = await asyncio.to_thread(self._catalog(request).search, text, _number(request, "count", 24))
+        return web.json_response({"neighbors": [dataclasses.asdict(one) for one in found]})
+
+    async def _key(self, request: web.Request) -> web.Response:
+        catalog, key = self._catalog(request), request.query.get("key", "")
+        if not await asyncio.to_thread(catalog.samples, key):
+            return web.json_response({"node": None})  # the page says so: the other store may have it
+        sample = await asyncio.to_thread(catalog.sample, key)
+        if sample.node is None:
+            raise InputError(f"sample {sample.key!r} has no usable caption, so no node", "choose another key")
+        return web.json_response(_public(sample))
+
+    async def _node(self, request: web.Request) -> web.Response:
+        node, count = int(request.match_info["node"]), _number(request, "count", 24)
+        return web.json_response(await asyncio.to_thread(_described, self._catalog(request), node, count))
+
+    async def _map(self, request: web.Request) -> web.Response:
+        number = int(request.match_info["store"])
+        catalog = self._catalog(request)
+        drawn = self._maps.get(number)
+        if drawn is None or (drawn.done() and drawn.exception()):  # what failed may do so no more
+            drawn = self._maps[number] = asyncio.create_task(asyncio.to_thread(node_map, catalog))
+        return web.json_response(await drawn)
+
+    async def _image(self, request: web.Request) -> web.Response:
+        content = await asyncio.to_thread(_image_of, self._catalog(request), int(request.match_info["node"]))
+        if content is None:
+            raise web.HTTPNotFound(text="no image")
+        return web.Response(body=content, content_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
+
+
+def _described(catalog: Catalog, node: int, count: int) -> Json:
+    itself = catalog.describe([node], [1.0])[0]
+    mean, deviation = catalog.graph.background([node])[0].tolist()
+    sample = catalog.sample_of(node)
+    return {
+        **dataclasses.asdict(itself),
+        "sample": _public(sample) if sample else None,
+        "background": {"mean": mean, "deviation": deviation},
+        "neighbors": [dataclasses.asdict(one) for one in catalog.neighbors(node, count)],
+    }
+
+
+def _image_of(catalog: Catalog, node: int) -> bytes | None:
+    sample = catalog.sample_of(node)
+    return catalog.image(sample, PIXELS) if sample else None
+
+
+def _public(sample: Sample) -> Json:
+    return {**dataclasses.asdict(sample), "image": sample.image is not None}
+
+
+def _number(request: web.Request, name: str, default: int) -> int:
+    given = request.query.get(name, str(default))
+    if not given.isdecimal() or not 1 <= int(given) <= MOST:
+        raise InputError(f"{name} = {given[:20]!r}", f"give a number from 1 to {MOST}")
+    return int(given)
+
+
+def _file(name: str, kind: str) -> Handler:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(text=own_text(__package__, name), content_type=kind)
+
+    return handler
+
+
+async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers.update(HEADERS)
+
+
+async def _no_icon(request: web.Request) -> web.Response:
+    return web.Response(status=204)
+
+
+async def _style(request: web.Request) -> web.Response:
+    return web.Response(text=base_css() + own_text(__package__, "page.css"), content_type="text/css")
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except GraphbuildError as error:
+        fix = "" if "--" in error.fix else error.fix  # the command line's options are none of the page's
+        return web.json_response({"cause": error.cause, "fix": fix}, status=400)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

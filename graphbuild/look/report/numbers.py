@@ -1,0 +1,241 @@
+"""What the report shows, as numbers (report.json): counts of the manifest, a pass over the graph's lists, and samples.
+
+Cost: reads neighbours and similarities once, and the text of few nodes; targets are measured on ANCHORS nodes against
+all, or OTHERS drawn ones. Memory: 4 bytes a node, and a block of OTHERS vectors.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+
+import numpy as np
+import polars as pl
+
+from graphbuild.graph.sample_graph import SampleGraph
+from graphbuild.job.steps import STEPS
+from graphbuild.look.catalog import Catalog
+from graphbuild.look.report.targets import batch_targets, neighbor_mass
+from graphbuild.runner.progress import UNITS
+from graphbuild.runner.stage import records
+from graphbuild.store.sharded import Array
+from graphbuild.store.shards import shards_of
+from graphbuild.store.store import Json, Store, by_number
+
+EDGE_NODES = 20_000  # nodes whose edges the similarity histogram counts
+PAIRS = 200_000
+DUPLICATE = 0.95  # similarity of a near-duplicate
+SHOWN = 10  # rows of a table of examples
+BATCHES = (64, 256, 1024, 4096)
+DELIVERED = {"export": "in sidecars", "inline": "in inline tars", "cluster": "in clustered tars"}
+BINS = np.linspace(-1, 1, 201)
+
+
+def numbers(store: Store) -> Json:
+    """Everything that `graphbuild report` shows; parts whose stages are not finished are absent."""
+    manifest = store.manifest()
+    found: Json = {
+        "store": store.url,
+        "funnel": funnel(store, manifest),
+        "stages": stage_times(store, manifest),
+        "versions": manifest.get("versions", {}),
+        "recipe": store.read_bytes("recipe.yaml").decode() if store.exists("recipe.yaml") else "",
+    }
+    for name in ("embeddings", "fidelity", "graph", "recall"):
+        if manifest.get(name):
+            found[name] = {key: value for key, value in manifest[name].items() if key != "files"}
+    if manifest.get("shards"):
+        found["duplicates"] = _repeated_texts(store, manifest)
+    if "download" in manifest["stages"]:
+        found["placeholders"] = manifest["download"]["placeholders"]
+        found["hosts"] = manifest["download"]["hosts"]
+        found["repeated_images"] = repeated_images(store)
+    if "certify" in manifest["stages"]:
+        catalog = Catalog(store)
+        graph = catalog.graph
+        found["edges"] = edge_numbers(graph, catalog)
+        found["mass"] = neighbor_mass(graph)
+        found["targets"] = [batch_targets(graph, size) for size in _batch_sizes(len(graph))]
+        found["batches"] = batch_edges(graph)
+    return found
+
+
+def _batch_sizes(total: int) -> list[int]:
+    return [size for size in BATCHES if size <= total] or [total]
+
+
+# -- counts
+
+
+def funnel(store: Store, manifest: Json) -> list[Json]:
+    """The samples from source to sidecar: a step's name, count, what it counts, and what it lost by reason."""
+    counts = {name: entry["counts"] for name, entry in manifest["stages"].items()}
+    steps: list[Json] = []
+
+    def step(name: str, count: int, lost: dict[str, int], note: str = "") -> None:
+        steps.append({"name": name, "count": count, "lost": _descending(lost), "note": note})
+
+    if "urls" in counts:
+        listed = counts["urls"]
+        step("rows of the list", listed["urls"] + listed["rejected"], {})
+        step("usable URLs", listed["urls"], _rejected(store, "urls"))
+    if "download" in counts:
+        failures = manifest["download"]["failures"]
+        step("images", counts["download"]["images"], failures)
+    if "scan" in counts:
+        scanned = counts["scan"]
+        step("samples", scanned["samples"], {})
+        step("usable captions", scanned["captions"], manifest["rejected"])
+    if "number" in counts and "scan" in counts:
+        same = counts["scan"]["captions"] - counts["number"]["nodes"]
+        step("nodes (distinct texts)", counts["number"]["nodes"], {}, f"{same:,} captions are equal to an earlier one")
+    if "vectors" in counts:
+        step("ready vectors", counts["vectors"]["nodes"], {})
+    for stage, what in DELIVERED.items():
+        if stage in counts:
+            lost = {"without a usable caption": counts[stage]["without_node"]} if counts[stage]["without_node"] else {}
+            step(f"samples {what}", counts[stage]["samples"] - counts[stage]["without_node"], lost)
+    return steps
+
+
+def _rejected(store: Store, stage: str) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for name in sorted(store.sizes(f"rejected/{stage}")):
+        for one in store.table(name, ["reason"])["reason"].value_counts().to_pylist():
+            counts[one["values"]] += one["counts"]
+    return counts
+
+
+def _descending(counts: dict[str, int]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def stage_times(store: Store, manifest: Json) -> list[Json]:
+    """By finished stage: tasks, worker-seconds (sum over tasks), what they worked on, and that a worker-second."""
+    rows = []
+    for stage in (step.name for step in STEPS if step.name in manifest["stages"]):
+        entry = manifest["stages"][stage]
+        seconds = sum(record["seconds"] for record in records(store, stage).values())
+        unit = next((name for name in UNITS if entry["counts"].get(name)), "")
+        count = entry["counts"].get(unit, 0)
+        rows.append(
+            {
+                "stage": stage,
+                "tasks": entry["tasks"],
+                "worker_seconds": round(seconds, 3),
+                "unit": unit,
+                "count": count,
+                "per_second": count / seconds if seconds and count else None,
+            }
+        )
+    return rows
+
+
+# -- duplicates
+
+
+def _repeated_texts(store: Store, manifest: Json) -> Json:
+    """Samples a node: how many nodes have 1, 2, 3-4, 5-8, ... samples, and the texts that most samples have."""
+    by_power: dict[int, int] = {}
+    best: list[tuple[int, str]] = []
+    for name in shards_of(store, manifest).with_nodes.names:
+        table = store.table(f"nodes/{name}.parquet", ["samples", "text"])
+        samples = table["samples"].to_numpy()
+        powers, sizes = np.unique(np.ceil(np.log2(np.maximum(samples, 1))).astype(int), return_counts=True)
+        for power, size in zip(powers.tolist(), sizes.tolist(), strict=True):
+            by_power[power] = by_power.get(power, 0) + size
+        top = np.argsort(-samples, kind="stable")[:SHOWN]
+        texts = table["text"].take(top).to_pylist()
+        best = heapq.nlargest(SHOWN, [*best, *zip(samples[top].tolist(), texts, strict=True)], key=lambda pair: pair[0])
+    return {
+        "samples_per_node": [
+            {"from": 2 ** (power - 1) + 1 if power else 1, "to": 2**power, "nodes": by_power.get(power, 0)}
+            for power in range(max(by_power, default=-1) + 1)
+        ],
+        "texts": [{"samples": count, "text": text} for count, text in best if count > 1 and text is not None],
+    }
+
+
+def repeated_images(store: Store) -> list[Json]:
+    """The files that most URLs gave, byte for byte: URLs, sha256, one row's key and caption."""
+    tables = []
+    for name in sorted(store.sizes("shards"), key=by_number):
+        if name.endswith(".parquet") and not name.endswith(".graph.parquet"):
+            table = pl.from_arrow(store.table(name, ["key", "caption", "status", "sha256"]))
+            assert isinstance(table, pl.DataFrame)
+            tables.append(table.filter((pl.col("status") == "success") & pl.col("sha256").is_not_null()))
+    if not tables:
+        return []
+    found = (
+        pl.concat(tables)
+        .group_by("sha256", maintain_order=True)
+        .agg(pl.len().alias("urls"), pl.col("key").first(), pl.col("caption").first())
+        .filter(pl.col("urls") > 1)
+        .sort("urls", descending=True, maintain_order=True)
+    )
+    return found.head(SHOWN).to_dicts()
+
+
+# -- the graph
+
+
+def edge_numbers(graph: SampleGraph, catalog: Catalog) -> Json:
+    """Histograms: similarity of edges and of random pairs, of the k-th neighbour, in-degree; and what follows."""
+    total, k = len(graph), graph.k
+    rng = np.random.default_rng(0)
+    indegree = np.zeros(total, np.int32)
+    last = np.zeros(len(BINS) - 1, np.int64)
+    first_duplicates = 0
+    for _, ids, values in graph.edge_blocks():
+        indegree += np.bincount(ids.reshape(-1), minlength=total).astype(np.int32)
+        last += np.histogram(values[:, -1].astype(np.float32), BINS)[0]
+        first_duplicates += int((values[:, 0] >= DUPLICATE).sum())
+    nodes = np.sort(rng.choice(total, min(EDGE_NODES, total), replace=False))
+    _, similarities = graph.neighbors(nodes)
+    pairs = rng.integers(0, total, (PAIRS, 2))
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+    parts = np.array_split(pairs, max(len(pairs) // 10_000, 1))
+    products = [(graph.embeddings(part[:, 0]) * graph.embeddings(part[:, 1])).sum(axis=1) for part in parts]
+    random = np.clip(np.concatenate(products), -1, 1)
+    hubs = np.lexsort((np.arange(total), -indegree))[:SHOWN]
+    deviation = float(indegree.std())
+    return {
+        "nodes": total,
+        "k": k,
+        "bins": BINS.round(4).tolist(),
+        "edge_similarity": np.histogram(similarities, BINS)[0].tolist(),
+        "edge_nodes": len(nodes),
+        "random_similarity": np.histogram(random, BINS)[0].tolist(),
+        "random_pairs": len(random),
+        "random_mean": float(random.mean()),
+        "random_deviation": float(random.std()),
+        "last_similarity": last.tolist(),
+        "near_duplicate_nodes": first_duplicates,
+        "near_duplicate": DUPLICATE,
+        "indegree": degree_bins(indegree),
+        "indegree_skewness": float(((indegree - k) ** 3).mean()) / deviation**3 if deviation else 0.0,
+        "no_indegree": int((indegree == 0).sum()),
+        "hubs": [
+            {"node": hub.node, "indegree": int(indegree[hub.node]), "text": hub.text}
+            for hub in catalog.describe(hubs, np.zeros(len(hubs)))
+        ],
+    }
+
+
+def degree_bins(indegree: Array) -> list[Json]:
+    """Nodes by in-degree: 0, 1, 2, 3-4, 5-8, 9-16, ..."""
+    edges = [0, 1, 2, *(2**power + 1 for power in range(1, 33))]
+    counts = np.histogram(indegree, edges[: int(np.searchsorted(edges, indegree.max(), side="right")) + 1])[0]
+    return [{"from": edges[i], "to": edges[i + 1] - 1, "nodes": int(count)} for i, count in enumerate(counts)]
+
+
+def batch_edges(graph: SampleGraph) -> list[Json]:
+    """By batch size: edges an anchor in random batches and in those of NeighborBatchSampler, its groups by default."""
+    from graphbuild.torch import NeighborBatchSampler
+
+    rows = []
+    for size in _batch_sizes(len(graph)):
+        measured = NeighborBatchSampler(graph, size, nodes=np.arange(len(graph)), rank=0, ranks=1).report(200)
+        names = ("random_edges_per_anchor", "edges_per_anchor", "random_anchors_with_edge", "anchors_with_edge")
+        rows.append({"batch": size, **{name: measured[name] for name in names}})
+    return rows

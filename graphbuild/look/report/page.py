@@ -1,0 +1,82 @@
+"""`graphbuild report`: index.html, which opens from disk without a network, and report.json with the same numbers.
+
+The page runs no script but its own two, by their hashes in its Content-Security-Policy; captions are escaped text.
+Size: plotly's 4.8 MB, and a few KB.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+
+from graphbuild.errors import ConfigError, GraphbuildError
+from graphbuild.look.catalog import Catalog
+from graphbuild.look.pages import base_css, own_text
+from graphbuild.look.report.charts import charts
+from graphbuild.look.report.numbers import numbers
+from graphbuild.store.store import Json, Store, json_text
+
+FOLDER = "report"
+THUMBNAIL = 160  # pixels
+
+
+def write_report(store: Store) -> str:
+    """Write STORE/report/index.html and report.json; returns where the page is. ConfigError: nothing is finished."""
+    if not store.manifest()["stages"]:
+        raise ConfigError(
+            f"{store.url} has nothing finished to report", "run a stage first, for instance `graphbuild embed`"
+        )
+    found = numbers(store)
+    store.write_bytes(f"{FOLDER}/report.json", json_text(found))
+    store.write_bytes(f"{FOLDER}/index.html", render(found, _thumbnails(store, found)).encode())
+    return store.display(f"{FOLDER}/index.html")
+
+
+def render(found: Json, images: list[Json] | None = None) -> str:
+    """The page for report.json's numbers. images: the repeated ones, with `thumbnail` or `problem`."""
+    import plotly.offline
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    figures = charts(found)
+    scripts = {"plotly_js": plotly.offline.get_plotlyjs(), "page_js": own_text(__package__, "page.js")}
+    policy = (
+        f"default-src 'none'; script-src {' '.join(_hashed(script) for script in scripts.values())}; "
+        "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.from_string(own_text(__package__, "page.html")).render(
+        n={**_every_part(found), "repeated_images": images or []},
+        figures=figures,
+        figures_json=Markup(json.dumps(figures).replace("<", "\\u003c")),
+        css=Markup(base_css() + own_text(__package__, "page.css")),
+        policy=policy,
+        **{name: Markup(script) for name, script in scripts.items()},
+    )
+
+
+def _every_part(found: Json) -> Json:
+    parts = ("embeddings", "fidelity", "graph", "recall", "duplicates", "hosts", "edges", "mass", "targets", "batches")
+    return {**dict.fromkeys(parts), **found}
+
+
+def _hashed(script: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _thumbnails(store: Store, found: Json) -> list[Json]:
+    if not found.get("repeated_images") or "edges" not in found:
+        return [{**one, "thumbnail": None, "problem": ""} for one in found.get("repeated_images", [])]
+    catalog = Catalog(store)
+    images = []
+    for one in found["repeated_images"]:
+        thumbnail, problem = None, "no image"
+        try:
+            content = catalog.image(catalog.sample(one["key"]), THUMBNAIL)
+            if content is not None:
+                thumbnail = f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
+        except GraphbuildError as error:
+            problem = error.cause
+        images.append({**one, "thumbnail": thumbnail, "problem": problem})
+    return images

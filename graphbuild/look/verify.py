@@ -1,0 +1,223 @@
+"""Integrity of a finished store: every file against its checksum, every file against the others, recall afresh.
+
+Reads everything once (checksums: about 1 GB/s a core) and the tars' headers; changes nothing. Memory: THREADS shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from graphbuild.errors import ConfigError, GraphbuildError, StorageError
+from graphbuild.export import clustered
+from graphbuild.export.quantized import quantize_int8
+from graphbuild.export.sidecar import Sidecar
+from graphbuild.graph import sketch
+from graphbuild.graph.certify import certify_afresh, check_lists
+from graphbuild.job.steps import STEPS
+from graphbuild.look.checksums import check_files
+from graphbuild.machine.terminal import counted
+from graphbuild.runner.stage import records
+from graphbuild.sources.tars import open_tar, tar_stem
+from graphbuild.store.files import is_there
+from graphbuild.store.sharded import Array
+from graphbuild.store.shards import Shard, node_count, shards_of
+from graphbuild.store.store import Json, Store, stream_sha256
+
+THREADS = 8  # shards at a time: most of it is waiting for files, and hashing
+FRESH_SEED = 104_729  # another draw of nodes than the build's certificate
+
+
+@dataclass
+class Report:
+    """What verify found: problems, a line each naming the file, and what was checked."""
+
+    files: int = 0
+    bytes: int = 0
+    shards: int = 0
+    recall: Json = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    missing_tars: int = 0
+
+    def fix(self, store: Store) -> str:
+        """What to do about the problems."""
+        without = f"`graphbuild embed {store.url} --force` without it, then index and export"
+        tar = f"restore the tar, or {without}" if self.missing_tars else ""
+        files = "rebuild the stages named above with --force, or restore the files"
+        return "; ".join(filter(None, [tar, files if len(self.problems) > self.missing_tars else ""]))
+
+    def summary(self) -> str:
+        recall = (
+            f"; recall@{self.recall['k']} {self.recall['recall']:.6f} on {self.recall['sampled_nodes']:,} nodes"
+            if self.recall
+            else ""
+        )
+        state = f"{len(self.problems)} problem(s)" if self.problems else "no problems"
+        size = f"{counted(self.files, 'file')} ({self.bytes / 1e6:,.1f} MB)"
+        return f"verify    {state}: {size}, {counted(self.shards, 'shard')}{recall}"
+
+
+def verify_store(store: Store) -> Report:
+    """Check whatever stages are finished. Raises only when the store cannot be read at all."""
+    manifest = store.manifest()
+    begun = [step for step in STEPS if step.finished(store)]
+    if len(begun) > 1 and not store.exists("manifest.json"):  # of a first stage that is not finished there is none
+        return Report(problems=["manifest.json: missing"])
+    if not manifest.get("stages", True):
+        raise ConfigError(
+            f"{store.url} has nothing finished to verify",
+            "run a stage first, for instance `graphbuild embed`",
+        )
+    checked = check_files(store, manifest)
+    report = Report(files=checked.files, bytes=checked.bytes, problems=checked.problems)
+    if report.problems:  # what does not even match its checksum is not worth comparing further
+        return report
+    shards = shards_of(store, manifest) if {"assign", "vectors"} & manifest["stages"].keys() else ()
+    report.shards = len(shards)
+    with ThreadPoolExecutor(THREADS) as threads:
+        for missing, problems in threads.map(lambda shard: _checked_shard(store, manifest, shard), shards):
+            report.missing_tars += missing
+            report.problems += problems
+    if "cluster" in manifest["stages"]:
+        report.problems += _check_clustered(store, manifest)
+    if "certify" in manifest["stages"] and not report.problems:
+        certified = manifest["recall"]
+        report.recall = certify_afresh(store, certified["sampled_nodes"], FRESH_SEED)
+        if report.recall["recall_95_high"] < certified["recall_95_low"]:
+            report.problems.append(
+                f"recall of a fresh sample is {report.recall['recall']}, certified was {certified['recall']}"
+            )
+    return report
+
+
+def _checked_shard(store: Store, manifest: Json, shard: Shard) -> tuple[bool, list[str]]:
+    """Whether a shard's tar is missing, and its problems."""
+    try:
+        if shard.tar is not None and not is_there(store.resolve(shard.tar["url"])):
+            return True, [f"{store.resolve(shard.tar['url'])}: missing (shard {shard.name})"]
+        return False, list(_check_shard(store, manifest, shard))
+    except StorageError:  # which says nothing of the shard
+        raise
+    except GraphbuildError as error:
+        return False, [f"shard {shard.name}: {error.cause}"]
+
+
+def _check_shard(store: Store, manifest: Json, shard: Shard) -> Iterator[str] | list[str]:
+    name = shard.name
+    samples = store.table(f"samples/{name}.parquet")
+    problems = []
+    if samples["row"].to_pylist() != list(range(shard.first_row, shard.first_row + shard.samples)):
+        problems.append(
+            f"samples/{name}.parquet: rows are not {shard.first_row} to {shard.first_row + shard.samples - 1}"
+        )
+    nodes = store.table(f"nodes/{name}.parquet", ["node"])["node"].to_numpy()
+    ids = np.arange(shard.first_node, shard.first_node + shard.nodes)
+    if not np.array_equal(nodes, ids):
+        problems.append(
+            f"nodes/{name}.parquet: nodes are not {ids[0]} to {ids[-1]}"
+            if len(ids)
+            else f"nodes/{name}.parquet: not empty"
+        )
+    if shard.tar is not None:
+        problems += _check_tar(store, shard.name, shard.tar, samples)
+    if {"encode", "vectors"} & manifest["stages"].keys():
+        vectors = store.array(f"nodes/{name}.npy")
+        if vectors.shape != (shard.nodes, manifest["embeddings"]["d"]) or vectors.dtype != np.float16:
+            problems.append(f"nodes/{name}.npy: {vectors.dtype} {list(vectors.shape)}")
+        elif len(ids) and np.abs(np.linalg.norm(vectors.astype(np.float32), axis=1) - 1).max() > 2e-3:
+            problems.append(f"nodes/{name}.npy: a vector is not of unit norm")
+    if "certify" in manifest["stages"] and len(ids):
+        problems += _check_graph(store, manifest, name, ids)
+    if "export" in manifest["stages"] and not problems:
+        problems += _check_sidecar(store, manifest, shard, samples)
+    return problems
+
+
+def _check_tar(store: Store, shard: str, tar: Json, samples: pa.Table) -> list[str]:
+    with open_tar(store.resolve(tar["url"])) as opened:
+        found = opened.samples()
+        opened.file.seek(0)
+        same = opened.compressed or stream_sha256(opened.file) == tar["sha256"]
+        images = [None if opened.compressed or s.image is None else s.image.offset for s in found]
+    keys = [sample.key for sample in found]
+    if keys != samples["key"].to_pylist():
+        return [f"{tar['name']}: its {len(keys)} keys are not those of samples/{shard}.parquet ({len(samples)})"]
+    if images != samples["image_offset"].to_pylist():
+        return [f"{tar['name']}: images do not lie where samples/{shard}.parquet says"]
+    return [] if same else [f"{tar['name']}: its content has changed (sha256 differs)"]
+
+
+def _check_graph(store: Store, manifest: Json, name: str, ids: Array) -> list[str]:
+    k = manifest["graph"]["k"]
+    neighbors, similarities = (
+        store.array(f"graph/{name}.neighbors.npy"),
+        store.array(f"graph/{name}.similarities.npy"),
+    )
+    background = store.array(f"graph/{name}.background.npy")
+    sketches = store.array(f"graph/{name}.sketch.npy")
+    problems = []
+    if neighbors.shape != (len(ids), k) or similarities.shape != (len(ids), k) or background.shape != (len(ids), 2):
+        return [
+            f"graph/{name}.*.npy: {neighbors.shape}, {similarities.shape}, {background.shape}, not [{len(ids)}, {k}]"
+        ]
+    check_lists(ids, neighbors.astype(np.int64), node_count(manifest))
+    if (np.diff(similarities.astype(np.float32), axis=1) > 0).any() or not np.isfinite(similarities).all():
+        problems.append(f"graph/{name}.similarities.npy: a row is not in descending order")
+    if sketches.shape != (len(ids), min(manifest["embeddings"]["d"], sketch.BYTES)):
+        problems.append(f"graph/{name}.sketch.npy: {sketches.shape}, not one of {sketch.BYTES} bytes a node")
+    if not np.isfinite(background).all():
+        problems.append(f"graph/{name}.background.npy: not finite")
+    return problems
+
+
+def _check_sidecar(store: Store, manifest: Json, shard: Shard, samples: pa.Table) -> list[str]:
+    name = shard.name if shard.tar is None else tar_stem(shard.tar["name"])
+    path = f"shards/{name}.graph.parquet"
+    sidecar = Sidecar.read(store.display(path))
+    if sidecar.header.graph != manifest["graph"]["fingerprint"]:
+        return [f"{path}: written from another graph"]
+    node = samples["node"].fill_null(-1).to_numpy() if samples["node"].null_count else samples["node"].to_numpy()
+    for column, values in (("key", sidecar.key.tolist()), ("row", sidecar.row.tolist())):
+        if values != samples[column].to_pylist():
+            return [f"{path}: column {column} differs from samples/{shard.name}.parquet"]
+    if not np.array_equal(sidecar.node, node):
+        return [f"{path}: column node differs from samples/{shard.name}.parquet"]
+    own = np.flatnonzero((node >= shard.first_node) & (node < shard.first_node + shard.nodes))
+    at = node[own] - shard.first_node
+    problems = []
+    if len(own):
+        if not np.array_equal(sidecar.neighbors[own], store.array(f"graph/{shard.name}.neighbors.npy")[at]):
+            problems.append(f"{path}: column neighbors differs from graph/{shard.name}.neighbors.npy")
+        vectors = store.array(f"nodes/{shard.name}.npy")[at]
+        expected = quantize_int8(vectors)[0] if sidecar.header.embeddings == "int8" else vectors
+        if sidecar.embedding is not None and not np.array_equal(sidecar.embedding[own], expected):
+            problems.append(f"{path}: column embedding differs from nodes/{shard.name}.npy")
+        sketches = store.array(f"graph/{shard.name}.sketch.npy")[at]
+        if sidecar.sketch is not None and not np.array_equal(sidecar.sketch[own], sketches):
+            problems.append(f"{path}: column sketch differs from graph/{shard.name}.sketch.npy")
+    return problems
+
+
+def _check_clustered(store: Store, manifest: Json) -> list[str]:
+    """The tars in neighbour order: each beside its sidecar, and every row of the store in one of them."""
+    problems = []
+    written = np.zeros(int(shards_of(store, manifest).column("samples").sum()), np.int64)
+    for name in records(store, "cluster"):
+        path = f"{clustered.FOLDER}/{name}"
+        sidecar = Sidecar.read(store.display(f"{path}.graph.parquet"))
+        with open_tar(store.display(f"{path}.tar")) as opened:
+            found = opened.samples()
+        images = [-1 if sample.image is None else sample.image.offset for sample in found]
+        if [sample.key for sample in found] != sidecar.key.tolist() or images != sidecar.image_offset.tolist():
+            problems.append(f"{path}.tar: its keys or the places of its images are not those of its sidecar")
+        if sidecar.header.graph != manifest["graph"]["fingerprint"]:
+            problems.append(f"{path}.graph.parquet: written from another graph")
+        written += np.bincount(sidecar.row, minlength=len(written))
+    if (written != 1).any():
+        row = int((written != 1).argmax())
+        problems.append(f"{clustered.FOLDER}/: row {row} is in {written[row]} tars, not in one")
+    return problems

@@ -1,0 +1,1 @@
+"""What this machine has: threads, GPUs, versions of packages, compiled loops, a terminal."""

@@ -1,0 +1,1 @@
+"""Samples and their distinct texts: scanned, numbered, and turned into vectors."""

@@ -1,0 +1,134 @@
+"""A sample's caption: which member of a tar holds it, how a class number becomes a prompt, and why there is none.
+
+Reads one member a sample, at most UNPACKED_BYTES of a compressed one. Reasons are few, so that they can be counted.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+from graphbuild.errors import InputError
+from graphbuild.sources.tars import Member, Tar, TarSample
+from graphbuild.store.files import local_file
+
+CONTENT_CHARACTERS = 10_000  # of a rejected caption, kept
+UNPACKED_BYTES = 64 << 20
+FIELD = re.compile(r"\{([^{}]+)\}")
+
+
+def sample_caption(tar: Tar, sample: TarSample, settings: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """(caption, None), or (what stands in its place, why that is no caption)."""
+    fields = template_fields(settings["template"])
+    if fields:
+        return _joined_fields(tar, sample, settings["template"], fields)
+    wanted, _, field = settings["caption_member"].partition(":")
+    extensions = [wanted.lower().removeprefix(".")] if wanted != "auto" else ["txt", "json"]
+    by_extension = {member.extension.removesuffix(".gz"): member for member in reversed(sample.members)}
+    extension = next((extension for extension in extensions if extension in by_extension), None)
+    if extension is None:
+        return None, f"no member .{' or .'.join(extensions)}"
+    text, reason = _member_text(tar, by_extension[extension])
+    if text is None or reason is not None:
+        return text, reason
+    if extension == "json":
+        text, reason = _json_field(text, field or "caption")
+    names = settings.get("class_names")
+    if names is not None and text is not None and reason is None:
+        label = text.strip()
+        if not label.isdecimal() or len(label) > 20 or int(label) >= len(names):
+            return text, f"not a class number below {len(names)}, the count of class names"
+        text = names[int(label)]
+    return (fill_template(settings["template"], text), None) if reason is None else (text, reason)
+
+
+def _joined_fields(tar: Tar, sample: TarSample, template: str, fields: list[str]) -> tuple[str | None, str | None]:
+    member = next((member for member in sample.members if member.extension.removesuffix(".gz") == "json"), None)
+    if member is None:
+        return None, "no member .json"
+    content, reason = _member_text(tar, member)
+    if content is None or reason is not None:
+        return content, reason
+    values = {}
+    for field in fields:
+        values[field], reason = _json_field(content, field)
+        if reason is not None:
+            return values[field], reason
+    return fill_fields(template, values)
+
+
+def _member_text(tar: Tar, member: Member) -> tuple[str | None, str | None]:
+    content = tar.read(member)
+    if member.extension.endswith(".gz"):
+        try:
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(UNPACKED_BYTES + 1)
+        except (OSError, EOFError, zlib.error):
+            return None, f"member .{member.extension} cannot be unpacked"
+        if len(content) > UNPACKED_BYTES:
+            return None, f"member .{member.extension} unpacks to more than {UNPACKED_BYTES:,} bytes"
+    try:
+        return content.decode(), None
+    except UnicodeDecodeError:
+        return content[: 4 * CONTENT_CHARACTERS].decode(errors="replace"), f"member .{member.extension} is not UTF-8"
+
+
+def _json_field(content: str, field: str) -> tuple[str, str | None]:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return content, "member .json is not valid JSON"
+    if not isinstance(value, dict) or field not in value:
+        return content, f"member .json has no field {field!r}"
+    text = value[field]
+    if isinstance(text, bool) or not isinstance(text, str | int):
+        return content, f"json field {field!r} is not a string"
+    try:
+        str(text).encode()
+    except ValueError:
+        return content, f"json field {field!r} is not Unicode text"
+    return str(text), None
+
+
+def fill_template(template: str, caption: str | None) -> str | None:
+    return template.replace("{}", caption) if caption and caption.strip() else caption
+
+
+def is_number(caption: str | None, template: str) -> bool:
+    """Whether a caption is a whole number, or a number in the template: a class number, most likely."""
+    before, place, behind = template.partition("{}")
+    return caption is not None and place != "" and caption.removeprefix(before).removesuffix(behind).strip().isdecimal()
+
+
+def template_fields(template: str) -> list[str]:
+    """The columns or JSON fields that a template names, as in "{title}. {description}"; none where it has {}."""
+    return [] if "{}" in template else list(dict.fromkeys(FIELD.findall(template)))
+
+
+def fill_fields(template: str, values: Mapping[str, str | None]) -> tuple[str | None, str | None]:
+    """(the template with its fields filled, None), or (None, the field that is missing or blank)."""
+    empty = [name for name, value in values.items() if value is None or not value.strip()]
+    if empty:
+        return None, f"no {empty[0]}"
+    return FIELD.sub(lambda found: str(values[found[1]]), template), None
+
+
+def read_class_names(path: str) -> list[str]:
+    with local_file(path) as local:
+        try:
+            text = local.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"{path} cannot be read as class names ({error})", "give UTF-8 text, a name a line"
+            ) from None
+    names = [name.strip() for name in text.removesuffix("\n").split("\n")]
+    if not all(names):
+        raise InputError(
+            f"{path} must hold one class name a line, without blank lines",
+            "see --class-names in docs/recipe.md",
+        )
+    return names

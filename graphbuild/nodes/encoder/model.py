@@ -1,0 +1,265 @@
+"""An encoder on one device: texts to unit-norm vectors at the precision that the device is fastest at.
+
+BERT-like models run packed (graphbuild.nodes.encoder.packed); all others through sentence-transformers, batched by
+tokens. Texts are not normalised here beyond what the encoder's own tokenizer does. Memory: the weights, and a batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from graphbuild.errors import ConfigError, StageError
+from graphbuild.machine.threads import torch_threads
+from graphbuild.nodes.encoder.find import Encoder
+from graphbuild.nodes.encoder.tokens import Ints, batches, tokenize
+from graphbuild.recipe import Precision
+
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    from graphbuild.nodes.encoder.int8 import Int8
+    from graphbuild.nodes.encoder.packed import Packed
+
+CPU_TOKENS, GPU_TOKENS = 1024, 65_536  # a batch
+FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "mpnet")  # that run packed
+POOLINGS = ("cls", "mean", "max")
+Half = np.ndarray[Any, np.dtype[np.float16]]
+Single = np.ndarray[Any, np.dtype[np.float32]]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """vectors: float16 [n, d], unit norm. tokens: read. computed: rows of the matrix products, empty ones included.
+    truncated: texts longer than the encoder reads."""
+
+    vectors: Half
+    tokens: int
+    computed: int
+    truncated: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """An encoder ready on a device. prompt: put before each text; None: the model's own default. dim: the first
+    coordinates kept, for encoders trained so that these stand alone (Matryoshka); None: all."""
+
+    encoder: Encoder
+    device: str
+    precision: str
+    prompt: str | None = None
+    dim: int | None = None
+
+    @property
+    def whole(self) -> SentenceTransformer:
+        """The sentence-transformers model: in float32 where its copy runs packed, else as it runs."""
+        may_be_packed = _model_type(self.encoder.folder) in FAMILIES
+        return _load(self.encoder.folder, self.device, "float32" if may_be_packed else self.precision)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the encoder only adds up vectors of tokens, without context: quick, and much coarser."""
+        return type(self.whole[0]).__name__ == "StaticEmbedding"
+
+    @property
+    def max_tokens(self) -> int | None:
+        return None if self.is_static else self.whole.max_seq_length
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Unit-norm vectors of texts, in order. StageError when the encoder gives NaN; ConfigError when dim > d."""
+        prompted = [self._prompt() + text for text in texts]
+        tokenizer = self.whole.tokenizer
+        with torch_threads(1), attention_of_any_shape():
+            if not hasattr(tokenizer, "backend_tokenizer"):  # none of the fast ones: told apart by characters
+                vectors, computed = self._encode_whole(prompted, np.array([len(text) for text in prompted]))
+                return Encoded(self._half(vectors, texts), computed, computed, 0)
+            tokens = tokenize(tokenizer, prompted, self.max_tokens or 1 << 30)
+            packed = _packed(self.encoder.folder, self.device, self.precision)
+            if packed is None:
+                vectors, computed = self._encode_whole(prompted, tokens.lengths)
+            else:
+                pooled, computed = packed.pooled(tokens)
+                vectors = self._finished(_after_pooling(self.whole, pooled))
+        return Encoded(self._half(vectors, texts), len(tokens.ids), computed, tokens.truncated)
+
+    def _encode_whole(self, prompted: Sequence[str], lengths: Ints) -> tuple[Single, int]:
+        """By sentence-transformers, in batches of a budget of tokens: vectors [n, d], and the tokens computed."""
+        whole = _load(self.encoder.folder, self.device, self.precision)
+        budget = CPU_TOKENS if self.device == "cpu" and not self.is_static else GPU_TOKENS
+        found, order, computed = [], [], 0
+        for chosen in batches(lengths, budget):
+            batch = [prompted[at] for at in chosen]
+            vectors = whole.encode(
+                batch, prompt="", batch_size=len(batch), show_progress_bar=False, convert_to_tensor=True
+            )
+            found.append(self._finished(vectors.float()))
+            order.append(chosen)
+            computed += int(lengths[chosen].max()) * len(batch)
+        return np.concatenate(found)[np.argsort(np.concatenate(order))], computed
+
+    def reference(self, texts: Sequence[str]) -> Single:
+        """The same by sentence-transformers' own `encode` in float32: unit-norm vectors, float32 [n, d]."""
+        with torch_threads(1), attention_of_any_shape():
+            vectors = _load(self.encoder.folder, self.device, "float32").encode(
+                list(texts), prompt=self._prompt(), batch_size=32, show_progress_bar=False, convert_to_tensor=True
+            )
+            return self._finished(vectors.float())
+
+    def _prompt(self) -> str:
+        if self.prompt is not None:
+            return self.prompt
+        whole = self.whole
+        return str(whole.prompts.get(whole.default_prompt_name or "", ""))
+
+    def _finished(self, vectors: torch.Tensor) -> Single:
+        import torch
+
+        if self.dim is not None and self.dim > vectors.shape[1]:
+            raise ConfigError(
+                f"--dim {self.dim}: {self.encoder.name} has {vectors.shape[1]} dimensions", "give a smaller --dim"
+            )
+        array: Single = torch.nn.functional.normalize(vectors[:, : self.dim], dim=1).cpu().numpy()
+        return array
+
+    def _half(self, vectors: Single, texts: Sequence[str]) -> Half:
+        bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if bad.size:
+            raise StageError(
+                f"encoder {self.encoder.name} gave NaN for {texts[bad[0]][:80]!r} and {bad.size - 1} more",
+                "try --precision float32, --device cpu or another --encoder",
+            )
+        return vectors.astype(np.float16)
+
+
+def open_model(
+    encoder: Encoder, device: str, precision: Precision = "auto", prompt: str | None = None, dim: int | None = None
+) -> Model:
+    """An encoder on a device; the weights are loaded once a process. ConfigError when they cannot be."""
+    chosen = fastest_precision(device) if precision == "auto" else precision
+    model = Model(encoder, device, chosen, prompt, dim)
+    if chosen == "int8":
+        _check_int8(model)
+    pooling = next((module for module in model.whole if type(module).__name__ == "Pooling"), None)
+    if model._prompt() and pooling is not None and not pooling.include_prompt:
+        raise ConfigError(
+            f"{encoder.name} leaves the prompt out of its pooling, which is not supported", "give no --prompt"
+        )
+    return model
+
+
+def _check_int8(model: Model) -> None:
+    if importlib.util.find_spec("openvino") is None:
+        raise ConfigError(
+            "--precision int8 needs OpenVINO", "pip install 'graphbuild[int8]', or leave --precision away"
+        )
+    if model.device != "cpu":
+        raise ConfigError("--precision int8 runs on CPUs only", "use --device cpu, or leave --precision away")
+    if _packed(model.encoder.folder, "cpu", "int8") is None:
+        raise ConfigError(
+            f"--precision int8: {model.encoder.name} is none of {', '.join(FAMILIES)} with ordinary pooling",
+            "leave --precision away",
+        )
+
+
+def fastest_precision(device: str) -> str:
+    """bfloat16 where the hardware multiplies it (GPUs since Ampere; CPUs with AVX-512 BF16, AMX or ARM's BF16); else
+    float16 on a GPU, which would only emulate bfloat16, and float32 on a CPU."""
+    import torch
+
+    if device != "cpu":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    able = torch.cpu.get_capabilities()
+    return "bfloat16" if any(able[name] for name in able if name.endswith("bf16")) else "float32"
+
+
+@contextlib.contextmanager
+def attention_of_any_shape() -> Iterator[None]:
+    """Attention without cuDNN's kernels, torch's first choice on Hopper and Blackwell: it plans them anew, for tens of
+    milliseconds or more, for each number of texts and tokens, of which every batch has new ones."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        yield
+
+
+@lru_cache(maxsize=2)
+def _load(folder: Path, device: str, precision: str) -> SentenceTransformer:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if device == "cpu" else "true")
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
+    try:
+        return SentenceTransformer(
+            str(folder),
+            device=device,
+            trust_remote_code=False,
+            model_kwargs={"use_safetensors": True, "dtype": getattr(torch, precision)},
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"the encoder in {folder} cannot be loaded ({error})",
+            "choose a sentence-transformers model with --encoder",
+        ) from error
+
+
+@lru_cache(maxsize=2)
+def _packed(folder: Path, device: str, precision: str) -> Packed | Int8 | None:
+    import torch
+
+    from graphbuild.nodes.encoder.int8 import Int8
+    from graphbuild.nodes.encoder.packed import Packed
+
+    if _model_type(folder) not in FAMILIES:
+        return None
+    whole = _load(folder, device, "float32")
+    if not hasattr(whole.tokenizer, "backend_tokenizer"):
+        return None
+    transformer = getattr(whole[0], "model", None)
+    pooling = getattr(whole[1], "pooling_mode", None) if len(whole) > 1 else None
+    config = getattr(transformer, "config", None)
+    ordinary = (
+        not getattr(config, "is_decoder", False)
+        and getattr(config, "position_embedding_type", "absolute") == "absolute"
+    )
+    if transformer is None or not ordinary or pooling not in POOLINGS:
+        return None
+    if precision == "int8":
+        return Int8(transformer, pooling)
+    longest = whole.max_seq_length or 0
+    rows = max(CPU_TOKENS if device == "cpu" else GPU_TOKENS, longest)
+    return Packed(transformer, pooling, dtype=getattr(torch, precision), rows=rows)
+
+
+def _model_type(folder: Path) -> str | None:
+    """What config.json calls the architecture; it lies in the folder itself or in that of the first module."""
+    for path in (folder / "config.json", folder / "0_Transformer" / "config.json"):
+        if path.is_file():
+            found: str | None = json.loads(path.read_bytes()).get("model_type")
+            return found
+    return None
+
+
+def _after_pooling(whole: SentenceTransformer, pooled: torch.Tensor) -> torch.Tensor:
+    """What the model does with the pooled vectors: a dense layer, a norm, or nothing."""
+    import torch
+
+    features = {"sentence_embedding": pooled}
+    with torch.inference_mode():
+        for module in list(whole)[2:]:
+            features = module(features)
+    return features["sentence_embedding"]

@@ -1,0 +1,143 @@
+"""The forward pass of BERT-like encoders (BERT, RoBERTa, XLM-RoBERTa, CamemBERT, MPNet) over packed tokens.
+
+A batch is one array of tokens, text after text, shortest text first, without padding. Linear layers see all its rows
+at once; attention runs over each run of texts of one length, so it needs no mask. A batch always has the same number
+of rows, the last ones empty, and the fused attention takes each text by itself (a batched product may take another
+path for another count): so a text's embedding is the same to the last bit in any batch (tests/nodes/encoder).
+Cost: 2 x (weights of the layers) FLOP a token, and attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graphbuild.nodes.encoder.tokens import Ints, Tokens, batches
+
+Norm = tuple[Tensor, Tensor, float]
+Affine = tuple[Tensor, Tensor]
+
+
+class Packed:
+    """An encoder's transformer and pooling, copied from a transformers model at the given dtype.
+
+    model: of one of the families above. rows: tokens a batch; a longer text has a batch of its own length.
+    """
+
+    def __init__(self, model: nn.Module, pooling: str, *, dtype: torch.dtype, rows: int) -> None:
+        config: Any = model.config
+        embeddings: Any = model.embeddings
+        encoder: Any = model.encoder
+        self.rows, self.pooling, self.dtype = rows, pooling, dtype
+        self.device = next(model.parameters()).device
+        self.heads: int = config.num_attention_heads
+        self.activation: Callable[[Tensor], Tensor] = encoder.layer[0].intermediate.intermediate_act_fn
+        self.first_position = 0 if config.model_type == "bert" else embeddings.padding_idx + 1
+        self.words: Tensor = embeddings.word_embeddings.weight
+        self.positions: Tensor = embeddings.position_embeddings.weight
+        if hasattr(embeddings, "token_type_embeddings"):
+            self.positions = self.positions + embeddings.token_type_embeddings.weight[0]
+        self.norm = _norm(embeddings.LayerNorm, torch.float32)
+        self.layers = [_layer(layer, self.heads, dtype) for layer in encoder.layer]
+        self.position_bias: Callable[[Tensor], Tensor] | None = getattr(encoder, "compute_position_bias", None)
+        self.biases: dict[int, Tensor] = {}
+
+    @torch.inference_mode()
+    def pooled(self, tokens: Tokens) -> tuple[Tensor, int]:
+        """Pooled token vectors, float32 [n, d], on the model's device; and the rows computed for them."""
+        out = torch.empty(len(tokens.lengths), self.words.shape[1], device=self.device)
+        starts, computed = tokens.starts, 0
+        for chosen in batches(tokens.lengths, self.rows):
+            lengths = tokens.lengths[chosen]
+            total = int(lengths.sum())
+            computed += max(self.rows, total)
+            runs = _runs(lengths)
+            ids = np.zeros(max(self.rows, total), dtype=np.int64)
+            places = np.zeros_like(ids)
+            offsets = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            ids[:total] = tokens.ids[np.repeat(starts[chosen], lengths) + offsets]
+            places[:total] = self.first_position + offsets
+            hidden = self._forward(
+                torch.from_numpy(ids).to(self.device), torch.from_numpy(places).to(self.device), runs
+            )
+            parts = [
+                pool(hidden[at : at + count * size].view(count, size, -1), self.pooling) for at, count, size in runs
+            ]
+            out[torch.from_numpy(chosen).to(self.device)] = torch.cat(parts)
+        return out, computed
+
+    def _forward(self, ids: Tensor, places: Tensor, runs: list[tuple[int, int, int]]) -> Tensor:
+        hidden = _normalized(self.words[ids].float() + self.positions[places].float(), self.norm).to(self.dtype)
+        for qkv, out, norm, up, down, norm_2 in self.layers:
+            hidden = _normalized(hidden + F.linear(self._attention(F.linear(hidden, *qkv), runs), *out), norm)
+            hidden = _normalized(hidden + F.linear(self.activation(F.linear(hidden, *up)), *down), norm_2)
+        return hidden
+
+    def _attention(self, qkv: Tensor, runs: list[tuple[int, int, int]]) -> Tensor:
+        width = qkv.shape[1] // 3
+        mixed = torch.zeros(len(qkv), width, dtype=qkv.dtype, device=qkv.device)
+        for at, count, size in runs:
+            part = qkv[at : at + count * size].view(count, size, 3, self.heads, width // self.heads)
+            query, key, value = part.permute(2, 0, 3, 1, 4)
+            result = F.scaled_dot_product_attention(query, key, value, attn_mask=self._bias(size), scale=1.0)
+            mixed[at : at + count * size] = result.transpose(1, 2).reshape(count * size, width)
+        return mixed
+
+    def _bias(self, size: int) -> Tensor | None:
+        """MPNet's bias of relative positions, [1, heads, size, size]."""
+        if self.position_bias is not None and size not in self.biases:
+            self.biases[size] = self.position_bias(torch.empty(1, size, 1, device=self.device)).to(self.dtype)
+        return self.biases.get(size)
+
+
+def pool(hidden: Tensor, pooling: str) -> Tensor:
+    """Text vectors, float32 [count, d], of token vectors [count, size, d]: the first, the mean or the largest."""
+    if pooling == "cls":
+        return hidden[:, 0].float()
+    return hidden.float().mean(1) if pooling == "mean" else hidden.float().amax(1)
+
+
+def _layer(layer: Any, heads: int, dtype: torch.dtype) -> tuple[Affine, Affine, Norm, Affine, Affine, Norm]:
+    if hasattr(layer.attention, "attn"):  # MPNet's names
+        inner = layer.attention.attn
+        query, key, value, out, norm = inner.q, inner.k, inner.v, inner.o, layer.attention.LayerNorm
+    else:
+        inner = layer.attention.self
+        query, key, value = inner.query, inner.key, inner.value
+        out, norm = layer.attention.output.dense, layer.attention.output.LayerNorm
+    scale = (query.weight.shape[0] // heads) ** -0.5
+    weight = torch.cat([query.weight * scale, key.weight, value.weight])
+    bias = torch.cat([query.bias * scale, key.bias, value.bias])
+    return (
+        (weight.detach().to(dtype), bias.detach().to(dtype)),
+        _affine(out, dtype),
+        _norm(norm, dtype),
+        _affine(layer.intermediate.dense, dtype),
+        _affine(layer.output.dense, dtype),
+        _norm(layer.output.LayerNorm, dtype),
+    )
+
+
+def _affine(linear: Any, dtype: torch.dtype) -> Affine:
+    return linear.weight.detach().to(dtype), linear.bias.detach().to(dtype)
+
+
+def _norm(norm: Any, dtype: torch.dtype) -> Norm:
+    return norm.weight.detach().to(dtype), norm.bias.detach().to(dtype), norm.eps
+
+
+def _normalized(hidden: Tensor, norm: Norm) -> Tensor:
+    weight, bias, eps = norm
+    return F.layer_norm(hidden, weight.shape, weight, bias, eps)
+
+
+def _runs(lengths: Ints) -> list[tuple[int, int, int]]:
+    """(first row, texts, tokens a text) of each run of texts of one length; lengths ascend."""
+    sizes, counts = np.unique(lengths, return_counts=True)
+    firsts = np.cumsum(sizes * counts) - sizes * counts
+    return list(zip(firsts.tolist(), counts.tolist(), sizes.tolist(), strict=True))

@@ -1,0 +1,273 @@
+"""Stage scan: reads captions from tars or from a caption list and normalises them; shards get their numbers here.
+
+One task a tar, or one for a list, which it cuts into shards. Writes `_state/scan/<shard>.parquet` (SCHEMA) and, where
+captions cannot become nodes, `rejected/scan/<shard>.parquet` (REJECTED). A tar's sample without a usable caption keeps
+its row, with text null, so that sidecars stay 1:1 with tars; a list's row without one is left out. One pass over the
+input; memory: one shard's captions.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from graphbuild.errors import ConfigError, InputError
+from graphbuild.nodes.captions import (
+    CONTENT_CHARACTERS,
+    fill_fields,
+    fill_template,
+    is_number,
+    read_class_names,
+    sample_caption,
+    template_fields,
+)
+from graphbuild.nodes.text import hashes, usable_text
+from graphbuild.recipe import Recipe
+from graphbuild.runner.stage import Stage, Task, records
+from graphbuild.sources.download import downloaded_tars
+from graphbuild.sources.tables import FIELD_ROLE, TableSpec, read_chunks
+from graphbuild.sources.tars import expand_shards, open_tar, tar_stem
+from graphbuild.store.files import file_identities, file_identity
+from graphbuild.store.shards import latest_shards
+from graphbuild.store.store import Json, Store, Writer, by_number, file_sha256, shard_name
+
+logger = logging.getLogger(__name__)
+
+MEMBER = pa.struct([("extension", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("caption", pa.string()),
+        ("text", pa.string()),
+        ("hash_high", pa.uint64()),
+        ("hash_low", pa.uint64()),
+        ("image_offset", pa.int64()),
+        ("image_size", pa.int64()),
+        ("members", pa.list_(MEMBER)),
+    ]
+)
+REJECTED = pa.schema(
+    [("position", pa.int64()), ("key", pa.string()), ("reason", pa.string()), ("content", pa.string())]
+)
+
+
+def plan(recipe: Recipe, store: Store) -> list[Task]:
+    embed = recipe.embed
+    settings: dict[str, Any] = {"template": embed.template}
+    if embed.captions is not None:
+        settings |= embed.model_dump(include={"preset", "caption_column", "key_column", "shard_size"})
+        next(read_chunks(_spec(embed.captions, settings), chunk_rows=1))  # refuses a bad list before a file is written
+        identity = {"captions": file_identity(embed.captions)}
+        return [Task(stage="scan", name="list", settings=settings, inputs=identity, hints={"url": embed.captions})]
+    settings["caption_member"] = embed.caption_member
+    if embed.class_names is not None:
+        settings["class_names"] = read_class_names(embed.class_names)
+    if embed.shards is not None:
+        identities = file_identities(expand_shards(embed.shards))
+        numbers = _shard_numbers(list(identities), store)
+        return [
+            Task(stage="scan", name=name, settings=settings, inputs={"tar": identities[url]}, hints={"url": url})
+            for url, name in sorted(numbers.items(), key=lambda item: by_number(item[1]))
+        ]
+    if "download" not in store.manifest()["stages"]:
+        raise ConfigError(
+            f"{store.url} has no captions to embed: no source is named, and no download is finished there",
+            "name the source by --shards, --captions or --vectors (in a recipe, embed.shards and so on), "
+            f"or run `graphbuild download {store.url} URLS` first",
+        )
+    return [
+        Task(stage="scan", name=tar_stem(url), settings=settings, built={"tar": sha256}, hints={"url": url})
+        for url, sha256 in downloaded_tars(store).items()
+    ]
+
+
+def run(task: Task, store: Store, writer: Writer) -> Json:
+    if task.name == "list":
+        return _scan_list(task.hints["url"], task.settings, writer)
+    return _scan_tar(task.name, task.hints["url"], task.settings, writer)
+
+
+def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
+    reasons: dict[str, int] = {}
+    for record in done:
+        for reason, count in record["facts"]["reasons"].items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    captions = sum(record["facts"]["counts"]["captions"] for record in done)
+    numbers = sum(record["facts"].get("numbers", 0) for record in done)
+    if captions and captions == numbers and recipe.embed.class_names is None:
+        logger.warning(
+            "%-9s all are numbers, and embedded as such: class numbers? Then %s, and embed with --force",
+            "captions",
+            "name the classes by --class-names" if recipe.embed.captions is None else "list the classes' names instead",
+        )
+    return {"rejected": dict(sorted(reasons.items()))}
+
+
+STAGE = Stage(name="scan", title="captions", plan=plan, run=run, finish=finish, entries=("rejected",))
+
+
+def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
+    full_url = writer.store.resolve(url)
+    with open_tar(full_url) as tar:
+        samples = tar.samples()
+        keys = [sample.key for sample in samples]
+        found = [sample_caption(tar, sample, settings) for sample in samples]
+        images = [None if tar.compressed else sample.image for sample in samples]
+        members = [[] if tar.compressed else [vars(member) for member in sample.members] for sample in samples]
+        identity = {
+            "url": url,
+            "name": url.rsplit("/", 1)[-1],
+            "bytes": tar.source.stat().st_size,
+            "sha256": file_sha256(tar.source),
+        }
+    captions = [content if reason is None else None for content, reason in found]
+    usable = [usable_text(content) if reason is None else (None, reason) for content, reason in found]
+    texts = [text for text, _ in usable]
+    rejected = [
+        (position, keys[position], reason, found[position][0])
+        for position, (_, reason) in enumerate(usable)
+        if reason is not None
+    ]
+    if samples and len(rejected) == len(samples):
+        extensions = sorted({repr(f".{member.extension}") for sample in samples for member in sample.members})
+        raise InputError(
+            f"{full_url}: none of its {len(samples):,} samples has a caption "
+            f"(first: {rejected[0][2]}; members: {', '.join(extensions[:8])})",
+            "name the member that holds it by --caption-member, as in txt, cls or json:FIELD",
+        )
+    places: dict[str, Sequence[Any]] = {
+        "image_offset": [image and image.offset for image in images],
+        "image_size": [image and image.size for image in images],
+        "members": members,
+    }
+    _write_shard(shard, keys, captions, texts, places, writer)
+    _write_rejected(shard, rejected, writer)
+    counts = {"samples": len(samples), "captions": len(samples) - len(rejected), "rejected": len(rejected)}
+    return {
+        "counts": counts,
+        "numbers": sum(is_number(caption, settings["template"]) for caption in captions),
+        "reasons": _reasons(rejected),
+        "shards": {shard: {"samples": len(samples), "tar": identity}},
+    }
+
+
+def _spec(url: str, settings: Mapping[str, Any]) -> TableSpec:
+    fields = template_fields(settings["template"])
+    columns = {f"{FIELD_ROLE}{name}": name for name in fields} or {"caption": settings["caption_column"]}
+    if settings["key_column"] is not None:
+        columns["key"] = settings["key_column"]
+    return TableSpec(path=url, preset=settings["preset"], columns=columns)
+
+
+def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
+    spec = _spec(url, settings)
+    shards: dict[str, Json] = {}
+    reasons: dict[str, int] = {}
+    rejected_rows = numbers = 0
+    keys: list[str] = []
+    captions: list[str | None] = []
+    texts: list[str] = []
+
+    def cut(size: int) -> None:
+        shard = shard_name(len(shards))
+        _write_shard(shard, keys[:size], captions[:size], texts[:size], {}, writer)
+        shards[shard] = {"samples": len(keys[:size]), "tar": None}
+        del keys[:size], captions[:size], texts[:size]
+
+    for number, chunk in enumerate(read_chunks(spec)):
+        rejected = [(row["position"], None, row["reason"], row["content"]) for row in chunk.rejected.to_pylist()]
+        positions = chunk.rows["position"].to_pylist()
+        row_keys = chunk.rows["key"].to_pylist() if "key" in spec.columns else [str(position) for position in positions]
+        filled = _filled(chunk.rows, settings["template"])
+        for position, key, (caption, missing) in zip(positions, row_keys, filled, strict=True):
+            text, reason = usable_text(caption)
+            if text is None or key is None:
+                rejected.append((position, key, missing or reason or "no key", caption))
+            else:
+                keys.append(key)
+                captions.append(caption)
+                texts.append(text)
+                numbers += is_number(caption, settings["template"])
+        while len(keys) >= settings["shard_size"]:
+            cut(settings["shard_size"])
+        _write_rejected(shard_name(number), rejected, writer)
+        rejected_rows += len(rejected)
+        for reason, count in _reasons(rejected).items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    if keys:
+        cut(len(keys))
+    samples = sum(shard["samples"] for shard in shards.values())
+    if samples == 0:
+        why = "; ".join(f"{count:,} rejected: {reason}" for reason, count in reasons.items())
+        raise InputError(f"{url}: no row has a caption ({why})", "check --caption-column")
+    counts = {"samples": samples, "captions": samples, "rejected": rejected_rows}
+    return {"counts": counts, "numbers": numbers, "reasons": reasons, "shards": shards}
+
+
+def _filled(rows: pa.Table, template: str) -> Iterator[tuple[str | None, str | None]]:
+    """(caption, None), or (None, what is missing), of each row."""
+    fields = template_fields(template)
+    if not fields:
+        for caption in rows["caption"].to_pylist():
+            yield fill_template(template, caption), None
+        return
+    columns = [rows[f"{FIELD_ROLE}{name}"].to_pylist() for name in fields]
+    for values in zip(*columns, strict=True):
+        yield fill_fields(template, dict(zip(fields, values, strict=True)))
+
+
+def _write_shard(
+    shard: str,
+    keys: Sequence[str],
+    captions: Sequence[str | None],
+    texts: Sequence[str | None],
+    places: Mapping[str, Sequence[Any]],
+    writer: Writer,
+) -> None:
+    hashed = hashes(texts)
+    columns: dict[str, Any] = {
+        "key": keys,
+        "caption": captions,
+        "text": texts,
+        "hash_high": hashed[:, 0],
+        "hash_low": hashed[:, 1],
+    }
+    columns |= {name: places.get(name, [None] * len(keys)) for name in ("image_offset", "image_size", "members")}
+    table = pa.table([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
+    writer.table(f"_state/scan/{shard}.parquet", table)
+
+
+def _write_rejected(shard: str, rejected: Sequence[tuple[Any, ...]], writer: Writer) -> None:
+    if rejected:
+        rows = [(p, k, r, None if c is None else c[:CONTENT_CHARACTERS]) for p, k, r, c in rejected]
+        columns = [
+            pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), REJECTED, strict=True)
+        ]
+        writer.table(f"rejected/scan/{shard}.parquet", pa.table(columns, schema=REJECTED))
+
+
+def _reasons(rejected: Sequence[tuple[Any, ...]]) -> dict[str, int]:
+    """Rows a reason; what a reason says of one row alone, behind its colon, is left to rejected/."""
+    return dict(Counter(row[2].partition(": ")[0] for row in rejected))
+
+
+def _shard_numbers(urls: Sequence[str], store: Store) -> dict[str, str]:
+    """Tar -> shard: those the store knows keep their number, new ones get the next free ones, in order of name.
+
+    Numbers up to the last that has its rows are never given anew; behind it, those of tars whose scan failed or was
+    stopped are free, so that a job ends with the same numbers whatever happened on the way.
+    """
+    shards = [(shard.name, shard.tar) for shard in latest_shards(store)]
+    for record in records(store, "scan").values():
+        shards += [(name, shard["tar"]) for name, shard in record["facts"]["shards"].items()]
+    known = {tar["url"]: name for name, tar in shards if tar is not None}
+    numbered = [name for record in records(store, "number").values() for name in record["facts"]["shards"]]
+    first = 1 + max(map(int, numbered), default=-1)
+    taken = {*known.values()}
+    free = (name for number in itertools.count(first) if (name := shard_name(number)) not in taken)
+    return {url: known[url] if url in known else next(free) for url in urls}

@@ -1,0 +1,256 @@
+"""How far a stage is, told as it goes: a live view on a terminal, plain lines in a log, or JSON lines for programs.
+
+All of it goes to stderr. Counts and reasons are those of finished tasks; the time left takes the tasks still to do to
+last as long as those of this run, so it is not told before one has ended. On a Ray cluster the same numbers are metrics
+(graphbuild/runner/metrics.py).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import psutil
+
+from graphbuild.machine.terminal import ProgressMode, harmless
+from graphbuild.store.store import Json
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+logger = logging.getLogger(__name__)
+UNITS = ("urls", "embeddings", "samples", "nodes", "edges")  # a stage is told by the first that it counts
+EVERY_SECONDS = {"plain": 10.0, "json": 1.0}
+REASONS = 3
+BAR_COLUMNS = 30
+
+
+@dataclass
+class State:
+    """What is known of the running stage. done: tasks that need nothing more, `skipped` of them before this run."""
+
+    stage: str = ""
+    total: int = 0
+    done: int = 0
+    skipped: int = 0
+    failed: int = 0
+    running: int = 0
+    again: int = 0  # tasks whose worker died
+    counts: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, int] = field(default_factory=dict)
+    begin: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.begin
+
+    @property
+    def finished(self) -> int:
+        """Tasks that this run has finished."""
+        return self.done - self.skipped - self.failed
+
+    def unit(self) -> str:
+        return next((name for name in UNITS if self.counts.get(name)), "")
+
+    def rate(self) -> float | None:
+        """Units a second, over the run so far."""
+        return self.counts[self.unit()] / self.seconds if self.unit() and self.seconds > 0 else None
+
+    def seconds_left(self) -> float | None:
+        ended = self.done - self.skipped
+        return self.seconds / ended * (self.total - self.done) if ended else None
+
+    def success(self) -> float | None:
+        """The share of URLs that gave an image, or of samples that have a usable caption."""
+        for part, whole in (("images", "urls"), ("captions", "samples")):
+            if self.counts.get(whole) and part in self.counts:
+                return self.counts[part] / self.counts[whole]
+        return None
+
+    def top_reasons(self) -> list[tuple[str, int]]:
+        return sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))[:REASONS]
+
+    def as_json(self, event: str) -> Json:
+        rate, left = self.rate(), self.seconds_left()
+        return {
+            "event": event,
+            "stage": self.stage,
+            "tasks": {name: getattr(self, name) for name in ("total", "done", "skipped", "failed", "running", "again")},
+            "counts": self.counts,
+            "reasons": dict(self.top_reasons()),
+            "success": self.success(),
+            "unit": self.unit(),
+            "per_second": None if rate is None else round(rate, 3),
+            "seconds": round(self.seconds, 3),
+            "seconds_left": None if left is None else round(left, 3),
+            "memory_bytes": memory_bytes(),
+        }
+
+
+class Progress:
+    """Shows one stage at a time; the runner tells it what happens.
+
+    mode: live (rich), plain (a line every 10 s, and one at the end) or json (an object a line, every second and at the
+    beginning and end); auto: live on a terminal, else plain.
+    """
+
+    def __init__(self, mode: ProgressMode = "auto") -> None:
+        self.mode = mode if mode != "auto" else "live" if sys.stderr.isatty() else "plain"
+        self.state = State()
+        self._view: _Live | _Ticker | None = None
+
+    def begin(self, stage: str, *, total: int, done: int) -> None:
+        self.state = State(stage, total, done, skipped=done)
+        if self.mode == "json":
+            emit(self.state.as_json("begin"))
+        if done < total:
+            self._view = _Live(self.state) if self.mode == "live" else _Ticker(self.state, self.mode)
+
+    def running(self, tasks: int) -> None:
+        """So many tasks are in flight now."""
+        self.state.running = tasks
+
+    def again(self) -> None:
+        """A task is tried again: its worker died."""
+        self.state.again += 1
+
+    def advance(self, counts: Mapping[str, int], reasons: Mapping[str, int], *, failed: bool = False) -> None:
+        """One more task has ended, having counted `counts`, and turned away items for `reasons`."""
+        state = self.state
+        state.done += 1
+        state.failed += failed
+        for total, more in ((state.counts, counts), (state.reasons, reasons)):
+            for key, value in more.items():
+                total[key] = total.get(key, 0) + value
+
+    def end(self, counts: Mapping[str, int] | None = None) -> None:
+        """Close the stage with one line that stays. counts: of all its tasks, those done before too."""
+        self.close()
+        state = self.state
+        state.running = 0
+        if self.mode == "json":
+            emit({**state.as_json("end"), "all_counts": dict(counts or {})})
+            return
+        if state.skipped == state.total:
+            logger.info("%-9s up to date (%d of %d tasks done before)", state.stage, state.skipped, state.total)
+            return
+        parts = [f"{state.finished} task{'s' * (state.finished != 1)} in {state.seconds:.1f} s"]
+        parts += [f"{state.skipped} done before"] if state.skipped else []
+        parts += [f"{state.failed} FAILED"] if state.failed else []
+        logger.info("%-9s %s%s", state.stage, ", ".join(parts), f": {described(counts)}" if counts else "")
+
+    def close(self) -> None:
+        """Show nothing more of the stage, however it ended; a terminal gets its cursor back."""
+        if self._view is not None:
+            self._view.close()
+            self._view = None
+
+
+class _Ticker:
+    """Says where a stage is, every so often, from a thread of its own: long tasks are silent."""
+
+    def __init__(self, state: State, mode: str) -> None:
+        self._state, self._mode = state, mode
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._tick, daemon=True)
+        self._thread.start()
+
+    def _tick(self) -> None:
+        while not self._over.wait(EVERY_SECONDS[self._mode]):
+            if self._mode == "json":
+                emit(self._state.as_json("progress"))
+            else:
+                logger.info("%-9s %s", self._state.stage, "; ".join(lines(self._state)))
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+class _Live:
+    """The live view: lines that fit the terminal's width, drawn anew four times a second, gone at the end.
+
+    They stay short on a wide terminal too: when it shrinks it breaks long lines in two, of which one would stay.
+    """
+
+    def __init__(self, state: State) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._state = state
+        self._console = Console(stderr=True)
+        self._live = Live(get_renderable=self._drawn, console=self._console, transient=True, refresh_per_second=4)
+        self._live.start()
+
+    def _drawn(self) -> RenderableType:
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        first, *others = lines(self._state)
+        head = Table.grid(padding=(0, 1))
+        head.add_column(no_wrap=True)
+        head.add_column(no_wrap=True)
+        head.add_column(no_wrap=True, overflow="ellipsis")
+        room = self._console.width - len(first) - 14
+        bar = ProgressBar(
+            total=max(self._state.total, 1), completed=self._state.done, width=max(min(BAR_COLUMNS, room), 5)
+        )
+        head.add_row(Text(f"{self._state.stage:<9}", style="bold"), bar, Text(first))
+        return Group(head, *(Text(f"{'':10}{line}", no_wrap=True, overflow="ellipsis", style="dim") for line in others))
+
+    def close(self) -> None:
+        self._live.stop()
+
+
+def lines(state: State) -> list[str]:
+    """The state in words, by weight: tasks and time; rates; reasons. Only what is known."""
+    left = state.seconds_left()
+    first = f"{state.done} of {state.total} tasks, {duration(state.seconds)}"
+    first += f", {duration(left)} left" if left is not None else ""
+    rate, success = state.rate(), state.success()
+    second = [f"{state.counts[state.unit()]:,} {state.unit()} ({rate:,.0f}/s)"] if rate is not None else []
+    second += [f"{success:.1%} usable"] if success is not None else []
+    second.append(f"{state.running} running" if state.running else "starting workers")
+    second += [f"{state.failed} FAILED"] if state.failed else []
+    second += [f"{state.again} tried again"] if state.again else []
+    second.append(f"{memory_bytes() / 1e9:.1f} GB")
+    found = [first, ", ".join(second)]
+    found += [f"{count:,} {reason}" for reason, count in state.top_reasons()]
+    return [harmless(line.replace("\n", " ")) for line in found]
+
+
+def described(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items() if value)
+
+
+def duration(seconds: float) -> str:
+    """As h:mm:ss, or m:ss below an hour."""
+    minutes, whole = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{whole:02}" if hours else f"{minutes}:{whole:02}"
+
+
+def emit(value: Json) -> None:
+    sys.stderr.write(json.dumps(value) + "\n")
+    sys.stderr.flush()
+
+
+def memory_bytes() -> int:
+    """Resident memory of this process and those that it started, pages of files that they share left out."""
+    total = 0
+    own = psutil.Process()
+    for process in (own, *own.children(recursive=True)):
+        try:
+            memory = process.memory_info()
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+        total += memory.rss - getattr(memory, "shared", 0)
+    return total

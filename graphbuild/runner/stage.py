@@ -1,0 +1,167 @@
+"""Stages and tasks: a stage is two pure functions on files, `plan` and `run`; a task is one unit of resume.
+
+A task's fingerprint covers the settings that decide its bytes and the identity of its inputs. Its record in
+`_state/<stage>/<task>.done.json`, written after its files, lets a rerun skip it, or say what has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from graphbuild.store.store import FORMAT_VERSION, Json, Store, Writer, by_number
+
+if TYPE_CHECKING:
+    from graphbuild.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One unit of work and of resume.
+
+    settings: JSON values, chosen by the user, that decide the output's bytes. inputs: name -> identity (size and date)
+    of what is read from outside the store. built: what is read of the store's own earlier stages, by digest, and what
+    follows from them. hints: what does not change the result (device, threads) or what the others already cover.
+
+    Changed settings or inputs need the user's word (--force); changed `built` only follows from such a change.
+    """
+
+    stage: str
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    built: Mapping[str, Any] = field(default_factory=dict)
+    hints: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.stage, self.name, self.settings, self.inputs, self.built)
+
+    def changes(self, done: Json) -> list[str]:
+        """What of settings and inputs differs from the run recorded in `done`, a readable line each."""
+        lines = []
+        for kind, now in (("settings", self.settings), ("inputs", self.inputs)):
+            before = done[kind]
+            for key in sorted({*before, *now}):
+                old, new = before.get(key, "not set"), json.loads(json.dumps(now.get(key, "not set")))
+                if old != new:
+                    lines.append(f"{key}: {_short(old)} -> {_short(new)}")
+        return lines
+
+
+logger = logging.getLogger(__name__)
+Run = Callable[[Task, Store, Writer], Json]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """The work of a step of the job (graphbuild.job.steps). It knows nothing of parallelism; that is the runner's.
+
+    plan lists the tasks, reading only small files. run does one and returns its facts: JSON, its integer `counts` are
+    summed over the tasks. finish turns the records of all tasks into the `entries`, top-level keys of manifest.json;
+    whole: whether a file that it wrote beside is still there, or else it is run again. check: refuses settings before
+    any step of the verb runs. scratch: its files serve later steps of the verb alone; a crash of the machine may lose
+    them, and they go when those steps are done. note: a line to show before its first task: what was chosen, and what
+    it will take. on_device: a GPU serves it, if there is one. sharing: workers to a GPU: one computes while another
+    reads, prepares or writes.
+    """
+
+    name: str
+    title: str
+    plan: Callable[[Recipe, Store], list[Task]]
+    run: Run
+    finish: Callable[[Recipe, Store, list[Json]], Json] = lambda recipe, store, records: {}
+    entries: tuple[str, ...] = ()
+    whole: Callable[[Store, Json], bool] = lambda store, manifest: True
+    check: Callable[[Recipe], object] = lambda recipe: None
+    scratch: bool = False
+    on_device: bool = False
+    sharing: int = 1
+    note: Callable[[Recipe, Store], str] | None = None
+
+
+def perform(stage: Stage, task: Task, store: Store) -> Json:
+    """Run one task and record it as done; returns the record. Nothing is recorded when it raises."""
+    begin = time.perf_counter()
+    record = state_path(stage.name, task.name)
+    store.remove(record)  # its files are about to be replaced
+    with Writer(store) as writer:
+        facts = stage.run(task, store, writer)
+    done = sealed(
+        {
+            "task": task.name,
+            "fingerprint": task.fingerprint,
+            "settings": dict(task.settings),
+            "inputs": dict(task.inputs),
+            "built": dict(task.built),
+            "outputs": writer.records(),
+            "facts": facts,
+            "seconds": round(time.perf_counter() - begin, 3),
+        }
+    )
+    store.write_json(record, done, durable=not stage.scratch)
+    store.remove(state_path(stage.name, task.name, "failed"))
+    return done
+
+
+def state_path(stage: str, task: str, state: str = "done") -> str:
+    return f"_state/{stage}/{task}.{state}.json"
+
+
+def records(store: Store, stage: str, state: str = "done") -> dict[str, Json]:
+    """Task name -> record, of all tasks of a stage in that state, in order of number (`store.by_number`)."""
+    suffix = f".{state}.json"
+    listed = store.sizes(f"_state/{stage}")
+    sizes = {name: listed[name] for name in sorted(listed, key=by_number) if name.endswith(suffix)}
+    found = {}
+    for name, record in zip(sizes, store.read_jsons(sizes), strict=True):
+        if record is None:
+            logger.warning("%s is damaged; its task counts as not done", store.display(name))
+        else:
+            found[name.rsplit("/", 1)[-1].removesuffix(suffix)] = record
+    return found
+
+
+def outputs(records: Sequence[Json], prefix: str = "", suffix: str = "") -> dict[str, str]:
+    """Path -> sha256 of the files that those tasks wrote under `prefix` with that `suffix`, in order of number."""
+    found = {o["path"]: o["sha256"] for record in records for o in record["outputs"]}
+    wanted = [path for path in found if path.startswith(prefix) and path.endswith(suffix)]
+    return {path: found[path] for path in sorted(wanted, key=by_number)}
+
+
+def fingerprint(stage: str, task: str, settings: Any, inputs: Any, built: Any) -> str:
+    """sha256 over all that decides a task's files, and the format version."""
+    return digest([FORMAT_VERSION, stage, task, settings, inputs, built])
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def total_counts(done: Sequence[Json]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for record in done:
+        for key, value in record["facts"].get("counts", {}).items():
+            total[key] = total.get(key, 0) + value
+    return dict(sorted(total.items()))
+
+
+def sealed(record: Mapping[str, Any]) -> Json:
+    """A record with its checksum: the digest of all else in it but `seconds`, in which no two runs agree."""
+    rest = {key: value for key, value in record.items() if key not in ("checksum", "seconds")}
+    return {**record, "checksum": digest(json.loads(json.dumps(rest)))}
+
+
+def write_manifest(store: Store, manifest: Mapping[str, Any]) -> None:
+    store.write_json("manifest.json", sealed(manifest))
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else "not set" if value is None else json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,108 @@
+"""What of a job is done: which tasks still run, what has changed, and what later stages may build on.
+
+Reads and writes `_state/`, the stages of manifest.json and recipe.yaml; the commit protocol is in docs/format.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from graphbuild.errors import ConfigError
+from graphbuild.recipe import Recipe
+from graphbuild.runner.stage import Stage, Task, records, state_path, write_manifest
+from graphbuild.store.remote import READERS
+from graphbuild.store.store import Json, Store
+
+logger = logging.getLogger(__name__)
+
+
+def pending(
+    stage: Stage, tasks: Sequence[Task], done: Mapping[str, Json], store: Store, *, force: bool, remove: bool = True
+) -> list[Task]:
+    """The tasks still to do. Raises ConfigError with a diff where the user changed what finished work was built from.
+
+    Work whose input an earlier stage has built anew is simply done again. remove: take its files away at once.
+    """
+    other = {
+        t.name: t.changes(done[t.name])
+        for t in tasks
+        if t.name in done and done[t.name]["fingerprint"] != t.fingerprint
+    }
+    gone = sorted(done.keys() - {task.name for task in tasks})
+    gone_inputs = [name for name in gone if done[name]["inputs"]]
+    changed = [name for name, lines in other.items() if lines]
+    if (changed or gone_inputs) and not force:
+        lines = sorted({line for name in changed for line in other[name]})
+        if gone_inputs:
+            lines.append(
+                f"no longer in the input: {', '.join(gone_inputs[:5])}{' ...' if len(gone_inputs) > 5 else ''}"
+            )
+        raise ConfigError(
+            f"{store.url} was built differently "
+            f"({stage.name}: {len(changed) + len(gone_inputs)} of {len(done)} finished tasks):"
+            + "".join(f"\n    {line}" for line in lines[:20]),
+            "give the same settings and inputs again, use another STORE, or add --force to rebuild what differs",
+        )
+
+    def take_away(name: str) -> None:
+        for output in done[name]["outputs"]:
+            store.remove(output["path"])
+        store.remove(state_path(stage.name, name))
+
+    if remove:
+        with ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(take_away, [*other, *gone]))
+    kept = {name: record["outputs"] for name, record in done.items() if name not in other and name not in gone}
+    sizes: dict[str, int] = {}
+    for folder in {output["path"].rsplit("/", 1)[0] for outputs in kept.values() for output in outputs}:
+        sizes.update(store.sizes(folder))
+    todo = []
+    for task in tasks:
+        lost = [o["path"] for o in kept.get(task.name, []) if sizes.get(o["path"]) != o["bytes"]]
+        if lost and remove:
+            logger.warning("%s is missing or of another size; running %s %s again", lost[0], stage.name, task.name)
+        if task.name not in kept or lost:
+            todo.append(task)
+    return todo
+
+
+def is_done(stage: Stage, recipe: Recipe, store: Store, *, force: bool) -> bool:
+    """Whether nothing of a stage is left to do; raises as `pending` does."""
+    tasks, done = stage.plan(recipe, store), records(store, stage.name)
+    return len(tasks) == len(done) and not pending(stage, tasks, done, store, force=force, remove=False)
+
+
+def write_recipe(recipe: Recipe, store: Store) -> None:
+    """The resolved recipe, beside what it made; written once its changes are accepted."""
+    text = sealed_text(recipe.dump().encode())
+    if store.exists("recipe.yaml") and store.read_bytes("recipe.yaml") == text:
+        return
+    manifest = store.manifest()
+    if manifest.pop("recipe", None) is not None:  # its sha256, until the command has ended
+        write_manifest(store, manifest)
+    store.write_bytes("recipe.yaml", text)
+
+
+def sealed_text(text: bytes) -> bytes:
+    """Lines with one more, a comment: their sha256."""
+    return text + f"# sha256 of the lines above: {hashlib.sha256(text).hexdigest()}\n".encode()
+
+
+def invalidate(store: Store, stages: Sequence[str], keys: Sequence[str] = ()) -> None:
+    """Take stages out of the manifest, so that nothing builds on what they made, and top-level keys of theirs."""
+    manifest = store.manifest()
+    stale = [manifest["stages"].pop(name, None) for name in stages] + [manifest.pop(key, None) for key in keys]
+    if any(entry is not None for entry in stale):
+        write_manifest(store, manifest)
+
+
+def require(store: Store, stage: str, verb: str) -> list[Json]:
+    """The records of a finished stage that the next one builds on; ConfigError names the verb to run first."""
+    if stage not in store.manifest()["stages"]:
+        raise ConfigError(
+            f"{store.url}: `graphbuild {verb}` is not finished", f"run `graphbuild {verb} {store.url}` first"
+        )
+    return list(records(store, stage).values())

@@ -1,0 +1,123 @@
+"""Worker processes: Ray actors that perform one task at a time and keep their imports and encoder for the next.
+
+A task that raises comes back as a Failure, also recorded in `_state/<stage>/<task>.failed.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+from graphbuild.errors import GraphbuildError, StageError, StorageError
+from graphbuild.runner.stage import Stage, Task, perform, sealed, state_path
+from graphbuild.store.store import Json, Store
+
+logger = logging.getLogger(__name__)
+ATTEMPTS = 3  # of a task whose worker dies
+STARTS_IN_VAIN = 10  # one after the other, before none is tried any more
+UNKNOWN = "rerun the same command; if it fails again, its traceback lies in the failed.json named above"
+GPU_IS_FULL = "use --workers 1, so that no two tasks share the GPU, one with more memory, or --device cpu; then rerun"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a task failed, as it travels from a worker: plain strings and the exit code it asks for.
+
+    storage: for no fault of its own, but because the store cannot be reached or is full: others would fail too.
+    """
+
+    cause: str
+    fix: str
+    traceback: str
+    exit_code: int
+    storage: bool = False
+
+
+def attempt(stage: Stage, task: Task, store: Store) -> Json | Failure:
+    """Perform a task where the worker is; an exception becomes a recorded Failure."""
+    try:
+        return perform(stage, task, store)
+    except GraphbuildError as error:
+        failure = Failure(error.cause, error.fix, "", error.exit_code, isinstance(error, StorageError))
+    except Exception as error:  # noqa: BLE001 the one place where a task's unknown fault must not stop the others
+        name = type(error).__name__
+        fix = GPU_IS_FULL if name == "OutOfMemoryError" else UNKNOWN  # torch's, which is not imported for it
+        failure = Failure(f"{name}: {error}", fix, traceback.format_exc(), 1)
+    record_failure(store, task, failure)
+    return failure
+
+
+def record_failure(store: Store, task: Task, failure: Failure) -> None:
+    record = sealed({"task": task.name, "fingerprint": task.fingerprint, **dataclasses.asdict(failure)})
+    try:
+        store.write_json(state_path(task.stage, task.name, "failed"), record)
+    except (StorageError, OSError) as error:  # most often for the same reason, which is what the user must see
+        logger.warning("%s %s: its failure cannot be recorded (%s)", task.stage, task.name, error)
+
+
+class Worker:
+    """What runs in a worker's process."""
+
+    def started(self) -> None:
+        """Answers once the process is up."""
+
+    def attempt(self, stage: Stage, task: Task, store: Store) -> Json | Failure:
+        return attempt(stage, task, store)
+
+
+class Pool:
+    """Workers of one kind, with that share of a GPU each (0: on a CPU), that have no task: `idle`, or still `starting`.
+
+    Only a worker that is up gets a task, so none waits for a CPU that the cluster lost or never had: those that can
+    start do all the work.
+    """
+
+    def __init__(self, gpu: float) -> None:
+        self._gpu = gpu
+        self._in_vain = 0  # starts that failed since one succeeded
+        self.idle: list[Any] = []
+        self.starting: dict[Any, Any] = {}  # by the answer to `started`
+
+    def start(self, count: int) -> None:
+        """Start workers until so many are idle or starting."""
+        import ray
+
+        kind: Any = ray.remote(num_cpus=0 if self._gpu else 1, num_gpus=self._gpu)(Worker)
+        while len(self.idle) + len(self.starting) < count:
+            worker = kind.remote()
+            self.starting[worker.started.remote()] = worker
+
+    def arrived(self, answer: Any) -> None:
+        """A worker has started, or could not; StageError when none can, however often it is tried."""
+        import ray
+
+        worker = self.starting.pop(answer)
+        try:
+            ray.get(answer)
+        except ray.exceptions.RayError as error:
+            self._in_vain += 1
+            if self._in_vain >= STARTS_IN_VAIN:
+                last = str(error).strip().splitlines()[-1]
+                raise StageError(
+                    f"no worker can be started ({type(error).__name__}: {last})",
+                    "install the same graphbuild on every node of the cluster, and see `ray status`",
+                ) from error
+        else:
+            self._in_vain = 0
+            self.idle.append(worker)
+
+    def dismiss(self) -> None:
+        """End the idle workers; some may be gone already."""
+        import ray
+
+        while self.idle:
+            ray.kill(self.idle.pop())
+
+    def close(self) -> None:
+        """End all of them, so that what they hold of GPUs is free for others."""
+        self.idle += self.starting.values()
+        self.starting.clear()
+        self.dismiss()

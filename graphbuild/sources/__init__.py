@@ -1,0 +1,1 @@
+"""What comes in: lists of URLs and captions, downloads, tars, images."""

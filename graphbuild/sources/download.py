@@ -1,0 +1,268 @@
+"""Stages urls and download: a URL list to tars, each shard by img2dataset's own downloader inside a task.
+
+urls cuts the list into `_state/urls/<shard>.parquet`; rows without a URL or of a broken line go to
+`rejected/urls/<shard>.parquet`. download fetches a shard: shards/<shard>.tar, and img2dataset's <shard>.parquet (every
+URL with its status and error) and <shard>_stats.json. What img2dataset does not do is done around it: an image must
+decode to its last byte, rows it loses are counted, files appear whole or not at all. Memory: one shard's URLs, and the
+images of `threads` requests.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from graphbuild.errors import ConfigError, InputError, StageError
+from graphbuild.recipe import Recipe
+from graphbuild.runner.stage import Stage, Task, outputs, records
+from graphbuild.runner.state import require
+from graphbuild.sources import fetched
+from graphbuild.sources.fetch import Policy, fetching
+from graphbuild.sources.tables import TableSpec, read_chunks
+from graphbuild.store.files import file_identity
+from graphbuild.store.store import Json, Store, Writer, shard_name
+
+RESERVED = (
+    "key",
+    "status",
+    "error_message",
+    "width",
+    "height",
+    "original_width",
+    "original_height",
+    "exif",
+    "sha256",
+    "retry_of",
+)
+POLICY = ("timeout_seconds", "retries", "max_bytes", "host_connections", "allow_private_hosts")
+
+
+def plan_urls(recipe: Recipe, store: Store) -> list[Task]:
+    config = recipe.download
+    if config.urls is None:
+        raise ConfigError(
+            "no URL list given", "name it: `graphbuild download STORE URLS`, or download.urls in the recipe"
+        )
+    settings = config.model_dump(include={"preset", "url_column", "caption_column", "shard_size"})
+    identity = {"urls": file_identity(config.urls)}
+    whole = Task(stage="urls", name="list", settings=settings, inputs=identity, hints={"url": config.urls})
+    return [whole, *retries(whole, store)]
+
+
+def retries(whole: Task, store: Store) -> list[Task]:
+    """The lists of URLs tried again (`graphbuild.job.retry`) that were cut from this list of URLs."""
+    found = [record for name, record in records(store, "urls").items() if name != whole.name]
+    return [
+        Task(stage="urls", name=record["task"], settings=record["settings"], built=record["built"])
+        for record in found
+        if record["built"]["list"] == whole.fingerprint
+    ]
+
+
+def run_urls(task: Task, store: Store, writer: Writer) -> Json:
+    if task.name != "list":
+        from graphbuild.job.retry import cut_retry
+
+        return cut_retry(task, store, writer)
+    settings = task.settings
+    columns = {"url": settings["url_column"], "caption": settings["caption_column"]}
+    spec = TableSpec(path=task.hints["url"], preset=settings["preset"], columns=columns)
+    waiting: list[pa.Table] = []
+    shards = rejected = rows = 0
+
+    def cut(size: int) -> None:
+        nonlocal waiting, shards
+        table = pa.concat_tables(waiting)
+        writer.table(f"_state/urls/{shard_name(shards)}.parquet", table.slice(0, size))
+        waiting = [table.slice(size)] if size < len(table) else []
+        shards += 1
+
+    for number, chunk in enumerate(read_chunks(spec, keep_others=True)):
+        waiting.append(_renamed(chunk.rows))
+        rows += len(chunk.rows)
+        if len(chunk.rejected):
+            writer.table(f"rejected/urls/{shard_name(number)}.parquet", chunk.rejected)
+            rejected += len(chunk.rejected)
+        while sum(map(len, waiting)) >= settings["shard_size"]:
+            cut(settings["shard_size"])
+    if sum(map(len, waiting)):
+        cut(settings["shard_size"])
+    if rows == 0:
+        raise InputError(
+            f"{task.hints['url']}: no row has a URL ({rejected} rejected)", "check --url-column and --preset"
+        )
+    return {"counts": {"urls": rows, "rejected": rejected}}
+
+
+def plan_download(recipe: Recipe, store: Store) -> list[Task]:
+    _check_installed()
+    config = recipe.download
+    names = {
+        "image_size",
+        "resize_mode",
+        "resize_only_if_bigger",
+        "encode_quality",
+        "timeout_seconds",
+        "retries",
+        "max_bytes",
+        "max_pixels",
+        "shard_size",
+    }
+    return [
+        Task(
+            stage="download",
+            name=path.rsplit("/", 1)[-1].removesuffix(".parquet"),
+            settings=config.model_dump(include=names),
+            built={"urls": sha256},
+            hints=config.model_dump(include={"threads", "host_connections", "allow_private_hosts"}),
+        )
+        for path, sha256 in outputs(require(store, "urls", "download"), "_state/urls/").items()
+    ]
+
+
+def run_download(task: Task, store: Store, writer: Writer) -> Json:
+    urls = store.table(f"_state/urls/{task.name}.parquet")
+    with tempfile.TemporaryDirectory() as folder:
+        _img2dataset(task, urls, Path(folder))
+        produced = {name: Path(folder) / f"{task.name}{name}" for name in (".tar", ".parquet", "_stats.json")}
+        status = pq.read_table(produced[".parquet"], columns=["status", "error_message"])
+        if len(status) != len(urls):
+            raise StageError(
+                f"img2dataset lost {len(urls) - len(status)} of {len(urls)} rows of shard {task.name}",
+                "run the command again: the shard will be fetched anew",
+            )
+        for name, path in produced.items():
+            with writer.file(f"shards/{task.name}{name}") as target:
+                shutil.copyfile(path, target)
+    reasons: dict[str, int] = {}
+    for value, message in zip(status["status"].to_pylist(), status["error_message"].to_pylist(), strict=True):
+        if value != "success":
+            reason = fetched.reason_of(value, message)
+            reasons[reason] = reasons.get(reason, 0) + 1
+    images = status["status"].to_pylist().count("success")
+    return {"counts": {"urls": len(urls), "images": images, "failed": len(urls) - images}, "reasons": reasons}
+
+
+def finish_download(recipe: Recipe, store: Store, done: list[Json]) -> Json:
+    """What became of the list: failures by reason and host, placeholders; a URL tried again counts once."""
+    reasons: Counter[str] = Counter()
+    for record in done:
+        reasons.update(record["facts"]["reasons"])
+    again = fetched.retried(store)
+    reasons.subtract(again)
+    tries = fetched.last_tries(store, ["url", "status", "sha256"])
+    return {
+        "download": {
+            "failures": {reason: count for reason, count in reasons.most_common() if count},
+            "retried": again.total(),
+            "hosts": fetched.failing_hosts(tries),
+            "placeholders": fetched.placeholders(tries),
+        }
+    }
+
+
+def downloaded_tars(store: Store) -> dict[str, str]:
+    """Tar's path in the store -> sha256, of the finished download. StageError when it gave no image."""
+    done = require(store, "download", "download")
+    fetched.require_images(store)
+    return outputs(done, "shards/", ".tar")
+
+
+class CheckedResizer:
+    """img2dataset's resizer behind a full decode by Pillow: its own decoder fills a cut image with grey and goes on."""
+
+    def __init__(self, resizer: Any, max_pixels: int) -> None:
+        self.resizer = resizer
+        self.max_pixels = max_pixels
+
+    def __call__(self, stream: io.BytesIO, boxes: Any = None) -> tuple[Any, ...]:
+        from graphbuild.sources.images import ImageError, check_size, web_image
+
+        try:
+            stream.seek(0)
+            with web_image(stream, self.max_pixels) as image:
+                if len(image.getbands()) in (2, 4) or "transparency" in image.info:  # laid on white by way of float64
+                    check_size(image, self.max_pixels // 4)
+                image.draft("RGB", (64, 64))  # JPEG: decode small, still reading every byte
+                image.load()
+        except ImageError as error:
+            return None, None, None, None, None, error.cause
+        stream.seek(0)
+        return tuple(self.resizer(stream, boxes))
+
+
+def _img2dataset(task: Task, urls: pa.Table, folder: Path) -> None:
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # its import waits for the network otherwise
+    os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(task.settings["max_pixels"])  # read when OpenCV is imported
+    from img2dataset.downloader import Downloader
+    from img2dataset.resizer import Resizer
+    from img2dataset.writer import WebDatasetSampleWriter
+
+    settings: Mapping[str, Any] = task.settings
+    source = folder / "urls.arrow"
+    with pa.OSFile(str(source), "wb") as file, pa.ipc.new_file(file, urls.schema) as batches:
+        batches.write_table(urls)
+    keep = settings["resize_mode"] == "no"
+    resizer = Resizer(
+        image_size=settings["image_size"],
+        resize_mode=settings["resize_mode"],
+        resize_only_if_bigger=settings["resize_only_if_bigger"],
+        encode_quality=settings["encode_quality"],
+        skip_reencode=keep,
+    )
+    downloader = Downloader(
+        sample_writer_class=WebDatasetSampleWriter,
+        resizer=CheckedResizer(resizer, settings["max_pixels"]),
+        thread_count=task.hints["threads"],
+        save_caption=True,
+        extract_exif=False,
+        output_folder=str(folder),
+        column_list=urls.column_names,
+        timeout=settings["timeout_seconds"],
+        number_sample_per_shard=max(settings["shard_size"], 2),
+        oom_shard_count=len(task.name),
+        compute_hash="sha256",
+        verify_hash_type=None,
+        encode_format="jpg",
+        retries=0,  # `fetch` tells errors that may pass from others
+        user_agent_token=None,
+        disallowed_header_directives=None,
+    )
+    policy = Policy(**{name: settings.get(name, task.hints.get(name)) for name in POLICY})
+    with fetching(policy):
+        downloader.download_shard((int(task.name), str(source)))
+    stats = folder / f"{task.name}_stats.json"
+    json.loads(stats.read_text())
+
+
+def _renamed(rows: pa.Table) -> pa.Table:
+    """Columns that would collide with img2dataset's own get a suffix."""
+    return rows.rename_columns([f"{name}_in_list" if name in RESERVED else name for name in rows.column_names])
+
+
+def _check_installed() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("img2dataset") is None:
+        raise ConfigError("downloading needs img2dataset, which is not installed", "pip install 'graphbuild[download]'")
+
+
+URLS = Stage(name="urls", title="URL list", plan=plan_urls, run=run_urls)
+DOWNLOAD = Stage(
+    name="download",
+    title="download",
+    plan=plan_download,
+    run=run_download,
+    finish=finish_download,
+    entries=("download",),
+)

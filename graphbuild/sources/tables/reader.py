@@ -1,0 +1,86 @@
+"""A list of any format as a stream of chunks, in one pass: the file's name decides the format.
+
+The file and its columns are checked before the first chunk is asked for. Memory is one chunk.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain
+from typing import Any
+
+from graphbuild.errors import InputError
+from graphbuild.sources.tables.delimited import delimited_table
+from graphbuild.sources.tables.jsonl import json_table
+from graphbuild.sources.tables.parquet import parquet_chunks
+from graphbuild.sources.tables.spec import Chunk, TableSpec
+from graphbuild.sources.tables.text import read_head, read_lines, text_chunks
+from graphbuild.store.remote import file_system, reaching
+
+
+def read_chunks(spec: TableSpec, *, keep_others: bool = False, chunk_rows: int = 100_000) -> Iterator[Chunk]:
+    """Stream a list: delivered and rejected rows are all its rows, in order. Chunk borders are reproducible.
+
+    The file and its columns are checked before this returns; damage further on raises while iterating.
+
+    - Text is UTF-8, with or without a BOM; a line ends in LF or CRLF, the last may lack its end. A row that
+      is not UTF-8, ragged, blank or over 32 MiB is rejected alone. NUL bytes are ordinary text.
+    - CSV quotes with double quotes, doubled inside; a quoted field may hold up to 1,000 lines. A quote that
+      is never closed or is followed by text rejects the line it stands in and no other; a quote inside an
+      unquoted field is text.
+    - TSV is literal, as in IANA's definition; with a preset always. With a header it is read with CSV's
+      quoting if its first MiB has fewer bad rows that way, or has what only a quoting writer makes: a
+      quoted column name, or a quoted field with doubled quotes or a CR inside.
+    - JSONL: a role's value must be a string or null (a key may be an integer). The other columns are the
+      keys in the first MiB, as text or JSON; with `keep_others` a row with a later new key is rejected: no
+      column holds it.
+    - Parquet: string, binary and dictionary columns; for a key integers too. Only the columns wanted are
+      read.
+
+    A null or empty "url" is rejected; a null caption or key (parquet and JSONL have them) is delivered.
+    Another column that is named like a role, or "position", gets the prefix "other_".
+
+    Raises:
+        InputError: the file is missing, a folder, empty, of another format or damaged; a column is missing,
+            ambiguous or not text.
+    """
+    chunks = _chunks(spec, keep_others, chunk_rows)
+    first = next(chunks, None)
+    if first is None:
+        raise InputError(f"{spec.path} has no rows", "give a list with at least one row")
+    return chain([first], chunks)
+
+
+def _chunks(spec: TableSpec, keep_others: bool, chunk_rows: int) -> Iterator[Chunk]:
+    with reaching(spec.path), _open(spec.path) as file:
+        suffix = spec.name.removesuffix(".gz").rpartition(".")[2]
+        if suffix not in ("parquet", "csv", "tsv", "jsonl") or spec.name.endswith(".parquet.gz"):
+            fix = "name it .parquet, .csv, .tsv or .jsonl; the text formats may end in .gz"
+            raise InputError(f"{spec.path}: unknown extension", fix)
+        if spec.preset and suffix != "tsv":
+            cause = f"{spec.path} is no TSV, but --preset {spec.preset} means a headerless TSV"
+            raise InputError(cause, "drop --preset and name the columns")
+        if suffix == "parquet":
+            yield from parquet_chunks(spec, file, keep_others, chunk_rows)
+            return
+        lines = read_lines(spec.path, gzip.GzipFile(fileobj=file) if spec.name.endswith(".gz") else file)
+        head = read_head(spec.path, lines)
+        if head:
+            read = json_table if suffix == "jsonl" else partial(delimited_table, is_csv=suffix == "csv")
+            yield from text_chunks(spec, *read(spec, head, lines, keep_others), chunk_rows)
+
+
+def _open(path: str) -> Any:
+    try:
+        files, inner = file_system(path)
+        try:
+            with reaching(path):
+                return files.open(inner, "rb")
+        except (FileNotFoundError, IsADirectoryError) as error:
+            if files.isdir(inner):
+                raise InputError(f"{path} is a folder", "name one file in it") from error
+            raise InputError(f"{path} does not exist", "check the path of the list") from error
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"{path} cannot be opened: {error}", "check the path of the list") from error

@@ -1,0 +1,209 @@
+"""WebDataset tars: which samples and members they hold, and where each member's bytes lie.
+
+Groups members into samples as the webdataset package does (key: the path up to the first dot of the file name), and
+raises InputError on everything that it would pass over in silence: a cut or damaged archive, data behind the archive's
+end, a key that appears twice. Names are keys only: nothing is ever unpacked to disk under a member's name. One pass
+over the headers; contents are read only where asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import re
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from graphbuild.errors import InputError
+from graphbuild.store.files import local_file
+from graphbuild.store.remote import file_system, reaching
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+_META = re.compile(r"__[^/]*__($|/)")
+_BLOCK = 512
+_PADDING_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file of a sample: its extension (lower case, all after the first dot), and its bytes' place in the tar."""
+
+    extension: str
+    offset: int
+    size: int
+
+
+@dataclass
+class TarSample:
+    key: str
+    members: list[Member] = field(default_factory=list)
+
+    @property
+    def image(self) -> Member | None:
+        """The first member whose last extension is an image's."""
+        return next((m for m in self.members if m.extension.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS), None)
+
+
+class Tar:
+    """An open, uncompressed tar on local disk. url: the name to print; source: the file there, maybe compressed."""
+
+    def __init__(self, path: Path, url: str, file: IO[bytes], source: Path, *, compressed: bool) -> None:
+        self.path = path
+        self.source = source
+        self.url = url
+        self.file = file
+        self.compressed = compressed  # offsets then have no meaning in the file at `url`
+
+    def read(self, member: Member) -> bytes:
+        self.file.seek(member.offset)
+        return self.file.read(member.size)
+
+    def samples(self) -> list[TarSample]:
+        """All samples in the tar's order. Memory: a few hundred bytes a member."""
+        bytes_total = self.path.stat().st_size
+        samples: dict[str, TarSample] = {}
+        current: TarSample | None = None
+        offset = 0
+        try:
+            archive = tarfile.open(fileobj=self.file, mode="r:")  # noqa: SIM115 the caller's file stays open
+            for info in archive:
+                self._check(info, bytes_total)
+                offset = archive.offset
+                name = _NAME.match(info.name) if info.isreg() and not _META.match(info.name) else None
+                if name is None:
+                    continue  # folders, links, and files without an extension are no samples' members
+                key, extension = name[1], name[2].lower()
+                if current is None or current.key != key:
+                    if key in samples:
+                        raise InputError(
+                            f"{self.url}: key {key!r} appears twice (again at byte {info.offset:,})",
+                            "make keys unique and keep a sample's members together: write the tar again",
+                        )
+                    current = samples[key] = TarSample(key)
+                if any(member.extension == extension for member in current.members):
+                    raise InputError(
+                        f"{self.url}: two members are {f'{key}.{extension}'!r} (again at byte {info.offset:,})",
+                        "name each member once: write the tar again",
+                    )
+                current.members.append(Member(extension, info.offset_data, info.size))
+        except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, RecursionError) as error:
+            raise self._damaged(f"{error} (behind byte {offset:,})") from error
+        self._check_end(offset, bytes_total)
+        return list(samples.values())
+
+    def _check(self, info: tarfile.TarInfo, bytes_total: int) -> None:
+        if info.issparse():
+            raise InputError(
+                f"{self.url}: member {info.name!r} is stored as a sparse file", "write the tar again without --sparse"
+            )
+        if info.size < 0 or (info.isreg() and info.offset_data + info.size > bytes_total):
+            raise self._damaged(f"it ends inside {info.name!r}")
+        if not _is_unicode(info.name):
+            raise InputError(
+                f"{self.url}: the member name {info.name!r} at byte {info.offset:,} is not UTF-8",
+                "rename the file and write the tar again",
+            )
+
+    def _check_end(self, offset: int, bytes_total: int) -> None:
+        """From `offset` on must be zeros up to the file's end, one block of them or more."""
+        self.file.seek(offset)
+        if bytes_total < offset + _BLOCK or any(self.file.read(_BLOCK)):
+            raise self._damaged(f"no end-of-archive mark, or a damaged header, at byte {offset:,}")
+        for begin in range(offset + _BLOCK, bytes_total, _PADDING_BYTES):
+            padding = self.file.read(min(_PADDING_BYTES, bytes_total - begin))
+            if padding.count(0) != len(padding):
+                raise InputError(
+                    f"{self.url}: behind the archive's end at byte {offset:,} lies more, which readers pass over",
+                    "if tars were joined by cat, use the single ones; else write the tar again",
+                )
+
+    def _damaged(self, what: str) -> InputError:
+        return InputError(
+            f"{self.url} is not a whole tar: {what}",
+            "the file was cut, damaged or is still being written: fetch or write it again, or leave it out of --shards",
+        )
+
+
+class _WholeReads(io.BufferedReader):
+    """A file whose reads give all that is asked for or raise: at a short one tarfile stops in silence, or hangs."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        content = super().read(size)
+        if len(content) != size:
+            raise EOFError("the file ends too early")
+        return content
+
+
+def _is_unicode(name: str) -> bool:
+    """Whether a name is text; tarfile turns bytes that are not UTF-8 into lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def open_tar(url: str) -> Iterator[Tar]:
+    """Open a tar at any URL; a gzip-compressed one is unpacked to a temporary file first."""
+    with local_file(url) as source, contextlib.ExitStack() as stack:
+        path = source
+        with path.open("rb") as probe:
+            compressed = probe.read(2) == b"\x1f\x8b"
+        if compressed:
+            unpacked = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "unpacked.tar"
+            try:
+                with gzip.open(source, "rb") as content, unpacked.open("wb") as target:
+                    shutil.copyfileobj(content, target)
+            except (OSError, EOFError, zlib.error) as error:
+                raise InputError(f"{url} cannot be unpacked ({error})", "fetch or write it again") from error
+            path = unpacked
+        yield Tar(path, url, stack.enter_context(_WholeReads(io.FileIO(path))), source, compressed=compressed)
+
+
+def expand_shards(pattern: str) -> list[str]:
+    """The tars that a path with braces ({000..331}), * or ? names, in order of name; InputError when there are none."""
+    import braceexpand
+
+    urls: list[str] = []
+    try:
+        parts = [(part, *file_system(part)) for part in braceexpand.braceexpand(pattern)]
+    except (ValueError, ImportError) as error:
+        raise InputError(f"--shards {pattern}: {error}", "write it as in 'cc3m/{0000..0331}.tar'") from None
+    for part, fs, path in parts:
+        with reaching(part):
+            if fs.isdir(path):
+                part, path = f"{part.rstrip('/')}/*.tar", f"{path.rstrip('/')}/*.tar"
+            if any(mark in path for mark in "*?[") and not fs.exists(path):
+                urls += [fs.unstrip_protocol(found) if "://" in part else found for found in sorted(fs.glob(path))]
+            else:
+                urls.append(part)
+    if not urls:
+        raise InputError(
+            f"no tar matches {pattern}",
+            "check --shards; quote a pattern with * so that the shell leaves it alone",
+        )
+    check_names(urls)
+    return urls
+
+
+def check_names(urls: Sequence[str]) -> None:
+    """Sidecars are named after tars: two tars of one name cannot share a store."""
+    seen: dict[str, str] = {}
+    for url in urls:
+        other = seen.setdefault(tar_stem(url), url)
+        if other != url:
+            raise InputError(f"{other} and {url} have the same name", "rename one, or use a store for each folder")
+
+
+def tar_stem(url: str) -> str:
+    """The tar's name without .tar, .tgz or .tar.gz: its sidecar is STEM.graph.parquet."""
+    return re.sub(r"\.(tar|tgz|tar\.gz)$", "", url.rsplit("/", 1)[-1])

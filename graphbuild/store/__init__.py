@@ -1,0 +1,1 @@
+"""A store, local or remote: its files read, written and mapped."""

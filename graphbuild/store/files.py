@@ -1,0 +1,83 @@
+"""Input files outside the store, on any fsspec URL: a local path to read them by, and what tells that they changed."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO
+
+import fsspec
+
+from graphbuild.errors import InputError
+from graphbuild.store.remote import READERS, file_system, reaching
+
+
+@contextlib.contextmanager
+def local_file(url: str) -> Iterator[Path]:
+    """A local path with the content of any input file; a remote one is copied to a temporary file for the while."""
+    fs, path = _file_system(url)
+    if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
+        if not Path(path).exists():
+            raise _absent(url)
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / Path(path).name
+        try:
+            with reaching(url):
+                fs.get_file(path, str(copy))
+        except FileNotFoundError:
+            raise _absent(url) from None
+        yield copy
+
+
+@contextlib.contextmanager
+def open_parts(url: str) -> Iterator[IO[bytes]]:
+    """Any input file, opened to read some of its bytes; of a remote one nothing else is fetched."""
+    fs, path = _file_system(url)
+    try:
+        with reaching(url):
+            file = fs.open(path, "rb", cache_type="none")
+    except FileNotFoundError:
+        raise _absent(url) from None
+    with file, reaching(url):
+        yield file
+
+
+def is_there(url: str) -> bool:
+    """Whether an input file exists."""
+    fs, path = _file_system(url)
+    with reaching(url):
+        return bool(fs.exists(path))
+
+
+def file_identity(url: str) -> str:
+    """Name, size and last change of an input file outside the store: what tells that it is still the same."""
+    fs, path = _file_system(url)
+    try:
+        with reaching(url):
+            info = fs.info(path)
+    except FileNotFoundError:
+        raise InputError(f"{url} does not exist", "check the path") from None
+    changed = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("created")
+    return f"{Path(path).name}, {info['size']} bytes, {changed}"
+
+
+def file_identities(urls: Sequence[str]) -> dict[str, str]:
+    """`file_identity` of each; of many remote files at once."""
+    with ThreadPoolExecutor(READERS) as pool:
+        return dict(zip(urls, pool.map(file_identity, urls), strict=True))
+
+
+def _absent(url: str) -> InputError:
+    return InputError(f"{url} does not exist", "check the path; a pattern with * or {0..9} must be quoted in the shell")
+
+
+def _file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    try:
+        return file_system(url)
+    except ValueError as error:
+        raise InputError(f"{url} cannot be opened ({error})", "name a path, or a URL that fsspec knows") from None

@@ -1,0 +1,103 @@
+"""One logical array over a store's shard files: rows 0..N-1, memory-mapped, read by block or gathered by id.
+
+A shard's file is opened (of an object store: copied to this machine) when its rows are first asked for, so a task pays
+for the shards that it reads, not for all. `table` opens them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from graphbuild.errors import InputError, StageError
+from graphbuild.store.remote import READERS
+from graphbuild.store.shards import Shards
+from graphbuild.store.store import Store
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class ShardedArray:
+    """Files `pattern` of these names, .npy arrays [n_s, width] behind each other. `len()` is the number of rows."""
+
+    def __init__(self, store: Store, names: Sequence[str], lengths: Sequence[int] | Array, pattern: str = "{}") -> None:
+        self._store, self._names, self._pattern = store, names, pattern
+        self._opened: dict[int, Array] = {}
+        self.starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        self.width = self._part(0).shape[1]
+        self.dtype = self._part(0).dtype
+
+    def _part(self, number: int) -> Array:
+        if number not in self._opened:
+            name, length = self._pattern.format(self._names[number]), int(self.starts[number + 1] - self.starts[number])
+            part = self._store.array(name)
+            if len(part) != length:
+                raise StageError(
+                    f"{self._store.display(name)} has {len(part):,} rows; the manifest says {length:,}",
+                    f"run `graphbuild verify {self._store.url}`",
+                )
+            self._opened[number] = part
+        return self._opened[number]
+
+    def _parts(self, numbers: Iterable[int]) -> list[Array]:
+        """Some shards' arrays, those of an object store fetched side by side."""
+        wanted = list(numbers)
+        if self._store.is_local or len(wanted) < 2:
+            return [self._part(number) for number in wanted]
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(self._part, wanted))
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def blocks(self, rows: int) -> Iterator[tuple[int, Array]]:
+        """(id of the first row, array [<= rows, width]) in order of id, never across a shard's end."""
+        for first in range(0, len(self._names), READERS):
+            some = range(first, min(first + READERS, len(self._names)))
+            for number, part in zip(some, self._parts(some), strict=True):
+                for begin in range(0, len(part), rows):
+                    yield int(self.starts[number]) + begin, part[begin : begin + rows]
+
+    def table(self) -> tuple[Array, Array, Array, int]:
+        """What a compiled loop finds row `id` by: address and first id of each shard, the shard of each 256th id, and
+        the bytes of a row. Valid as long as this object lives."""
+        addresses = np.array([part.ctypes.data for part in self._parts(range(len(self._names)))], np.int64)
+        every = np.arange(0, len(self), 256)
+        guess = (np.searchsorted(self.starts, every, side="right") - 1).astype(np.int32)
+        return addresses, self.starts, guess, self.width * self.dtype.itemsize
+
+    def span(self, first: int, count: int) -> Array:
+        """Rows first..first+count-1, copied into one array."""
+        shards = range(
+            int(np.searchsorted(self.starts, first, side="right")) - 1,
+            int(np.searchsorted(self.starts, first + count, side="left")),
+        )
+        parts = [
+            part[max(first - int(self.starts[s]), 0) : first + count - int(self.starts[s])]
+            for s, part in zip(shards, self._parts(shards), strict=True)
+        ]
+        return np.concatenate(parts) if parts else np.empty((0, self.width), self.dtype)
+
+    def take(self, ids: Array) -> Array:
+        """Rows of any ids [...] in their order, as [..., width]; InputError names an id out of range."""
+        flat = np.asarray(ids).reshape(-1)
+        if flat.size and (flat.min() < 0 or flat.max() >= len(self)):
+            bad = flat[(flat < 0) | (flat >= len(self))][0]
+            raise InputError(f"node id {bad} is not in 0..{len(self) - 1}", "use ids of this store's nodes")
+        result = np.empty((flat.size, self.width), self.dtype)
+        shard = np.searchsorted(self.starts, flat, side="right") - 1
+        order = np.argsort(shard, kind="stable")
+        numbers, begins = np.unique(shard[order], return_index=True)
+        ends = [*begins[1:], len(order)]
+        for number, part, begin, end in zip(numbers, self._parts(numbers.tolist()), begins, ends, strict=False):
+            mine = order[begin:end]
+            result[mine] = part[flat[mine] - self.starts[number]]
+        return result.reshape(*np.shape(ids), self.width)
+
+
+def node_array(store: Store, shards: Shards, pattern: str) -> ShardedArray:
+    """The array of all nodes whose shard files are named by `pattern`, as in "graph/{}.neighbors.npy"."""
+    return ShardedArray(store, shards.with_nodes.names, shards.with_nodes.column("nodes"), pattern)

@@ -1,0 +1,341 @@
+"""A job's output folder, on any fsspec URL: where files lie, and the commit protocol that keeps half-written ones out.
+
+A file is written under a temporary name, flushed to disk and renamed (one upload on an object store); the record that
+a task is done (`graphbuild.runner.stage`) is written after all its files. Layout and formats: docs/format.md.
+Memory: nothing is held; arrays are memory-mapped (a remote store's arrays are first copied to a local cache folder).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import fsspec
+
+from graphbuild.errors import ConfigError, StageError, StorageError
+from graphbuild.store.leftovers import hold
+from graphbuild.store.remote import cache_folder, cached_copy, file_system, reaching
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+FORMAT_VERSION = 1
+TABLE_VERSION = 2  # of a manifest whose shards lie in a table (graphbuild.store.shards); older graphbuilds refuse it
+HEADER_BYTES = 128  # of a .npy file that `Writer.array` wrote
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Output:
+    """One committed file: its path in the store, its size in bytes and the sha256 of its content ("" of scratch)."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Store:
+    """The store at `url`, a local folder or any fsspec URL. Cheap to pickle; opens its file system on first use."""
+
+    url: str
+
+    def __post_init__(self) -> None:
+        _, root = file_system(self.url)
+        if "://" not in self.url:  # workers may run in another folder
+            object.__setattr__(self, "url", root)
+
+    @cached_property
+    def fs(self) -> fsspec.AbstractFileSystem:
+        return file_system(self.url, use_listings_cache=False)[0]
+
+    @cached_property
+    def root(self) -> str:
+        return str(file_system(self.url)[1]).rstrip("/")
+
+    @cached_property
+    def is_local(self) -> bool:
+        return "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
+
+    def path(self, name: str) -> str:
+        """The full path of a file of the store, as its file system spells it."""
+        return f"{self.root}/{name}"
+
+    def resolve(self, url: str) -> str:
+        """A path or URL as recorded in the store: one without a root lies in the store."""
+        return url if "://" in url or url.startswith("/") else self.display(url)
+
+    def display(self, name: str = "") -> str:
+        """The path or URL to print for a file of the store."""
+        return f"{self.url.rstrip('/')}/{name}" if name else self.url
+
+    # -- reading
+
+    def exists(self, name: str) -> bool:
+        with reaching(self.display(name)):
+            return bool(self.fs.exists(self.path(name)))
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Name in the store -> bytes, for each file of one folder; one listing, empty when there is no folder."""
+        try:
+            with reaching(self.display(folder)):
+                entries = self.fs.ls(self.path(folder), detail=True)
+        except FileNotFoundError:
+            return {}
+        files = [entry for entry in entries if entry["type"] == "file"]
+        return {f"{folder}/{entry['name'].rsplit('/', 1)[-1]}": int(entry["size"]) for entry in files}
+
+    def read_bytes(self, name: str) -> bytes:
+        with reaching(self.display(name)):
+            return bytes(self.fs.cat_file(self.path(name)))
+
+    def read_json(self, name: str) -> Json | None:
+        """The JSON object in a file, or None when the file is not there."""
+        try:
+            text = self.read_bytes(name)
+        except FileNotFoundError:
+            return None
+        try:
+            value: Json = json.loads(text)
+        except ValueError as error:
+            raise StageError(
+                f"{self.display(name)} is not valid JSON ({error})", "restore it, or build into a new folder"
+            ) from error
+        return value
+
+    def read_jsons(self, sizes: Mapping[str, int]) -> list[Json | None]:
+        """Many JSON objects, files of these sizes, at once; None for one that is damaged.
+
+        An object store fetches them side by side: a request each, as their sizes are known.
+        """
+        names = list(sizes)
+        if self.is_local or not names:
+            contents = [Path(self.path(name)).read_bytes() for name in names]
+        else:
+            with reaching(self.display(names[0])):
+                paths = [self.path(name) for name in names]
+                contents = self.fs.cat_ranges(paths, [0] * len(paths), list(sizes.values()), on_error="raise")
+        values: list[Json | None] = []
+        for content in contents:
+            try:
+                value = json.loads(content)
+            except ValueError:
+                value = None
+            values.append(value if isinstance(value, dict) else None)
+        return values
+
+    def local_copy(self, name: str) -> Path:
+        """A local path with the file's content: the file itself, or a copy in this user's cache folder."""
+        if self.is_local:
+            return Path(self.path(name))
+        with reaching(self.display(name)):
+            return cached_copy(self.fs, self.path(name), f"{self.url}|{name}|{self.fs.ukey(self.path(name))}")
+
+    def array(self, name: str) -> np.ndarray[Any, Any]:
+        """A .npy file, memory-mapped read-only; never unpickles."""
+        from graphbuild.store.mapped import map_array
+
+        try:
+            return map_array(self.local_copy(name))
+        except (ValueError, OSError) as error:
+            raise StageError(
+                f"{self.display(name)} cannot be read as a .npy array ({error})",
+                f"run `graphbuild verify {self.url}` to see what is damaged",
+            ) from error
+
+    def rows(self, name: str, begin: int, end: int) -> np.ndarray[Any, Any]:
+        """Rows begin..end-1 of a .npy file; of a remote one no others are fetched."""
+        import numpy as np
+
+        from graphbuild.store.mapped import read_header
+
+        if self.is_local:
+            return self.array(name)[begin:end]
+        with reaching(self.display(name)):
+            header = io.BytesIO(self.fs.cat_file(self.path(name), start=0, end=HEADER_BYTES))
+            shape, _, dtype = read_header(header)
+            row = dtype.itemsize * math.prod(shape[1:])
+            places = {"start": header.tell() + begin * row, "end": header.tell() + end * row}
+            content = self.fs.cat_file(self.path(name), **places) if begin < end else b""
+        if len(content) != (end - begin) * row:
+            raise StageError(
+                f"{self.display(name)} ends before its row {end:,}",
+                f"run `graphbuild verify {self.url}` to see what is damaged",
+            )
+        return np.frombuffer(content, dtype).reshape(end - begin, *shape[1:])
+
+    def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """A parquet file as an Arrow table."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            with reaching(self.display(name)), self.fs.open(self.path(name), "rb") as file:
+                # Arrow's own threads may outlive the interpreter and abort it while they hold a Python file's buffers.
+                parquet = pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
+                return parquet.read(columns=columns, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise StageError(
+                f"{self.display(name)} cannot be read as parquet ({error})",
+                f"run `graphbuild verify {self.url}` to see what is damaged",
+            ) from error
+
+    # -- writing
+
+    @contextlib.contextmanager
+    def staged(self, name: str, *, durable: bool = True) -> Iterator[Path]:
+        """A local path to write to; committed under `name` on a clean exit, removed otherwise.
+
+        durable: flushed to disk before it gets its name; scratch is not. The temporary file is locked while it is
+        written, which tells it from the leftovers of a killed process (`graphbuild.store.leftovers`).
+        """
+        final = self.path(name)
+        folder = Path(final).parent if self.is_local else cache_folder()
+        temporary = folder / f".{Path(final).name}.{uuid.uuid4().hex}.tmp"
+        with reaching(self.display(name), folder=folder):
+            if self.is_local:
+                folder.mkdir(parents=True, exist_ok=True)
+            locked = hold(temporary)
+            try:
+                yield temporary
+                if not self.is_local:
+                    self.fs.put_file(str(temporary), final)
+                elif durable:
+                    _flush(temporary)
+                    temporary.rename(final)
+                    _flush(folder)
+                else:
+                    temporary.rename(final)
+            finally:
+                temporary.unlink(missing_ok=True)
+                locked.close()
+
+    def write_bytes(self, name: str, content: bytes, *, durable: bool = True) -> None:
+        with self.staged(name, durable=durable) as path:
+            path.write_bytes(content)
+
+    def write_json(self, name: str, value: Mapping[str, Any], *, durable: bool = True) -> None:
+        self.write_bytes(name, json_text(value), durable=durable)
+
+    def remove(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError), reaching(self.display(name)):
+            self.fs.rm_file(self.path(name))
+
+    def remove_folder(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError), reaching(self.display(name)):
+            self.fs.rm(self.path(name), recursive=True)
+
+    def check_writable(self) -> None:
+        """Raise ConfigError when nothing can be written here; leaves nothing behind (killed: until the next time)."""
+        probe = ".graphbuild-probe"
+        try:
+            self.write_bytes(probe, b"")
+            self.remove(probe)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write to the store {self.url} ({error.strerror or error})",
+                "give STORE a folder or URL that you may write to",
+            ) from error
+
+    # -- the manifest
+
+    def manifest(self) -> Json:
+        """manifest.json, or an empty one; ConfigError when this graphbuild does not know its format version."""
+        found = self.read_json("manifest.json")
+        if found is None:
+            return {"format_version": FORMAT_VERSION, "stages": {}}
+        version = found.get("format_version")
+        if version not in (FORMAT_VERSION, TABLE_VERSION):
+            raise ConfigError(
+                f"{self.display('manifest.json')} has format version {version}; "
+                f"this graphbuild reads {FORMAT_VERSION} and {TABLE_VERSION}",
+                "use the graphbuild that wrote the store, or build into a new folder",
+            )
+        return found
+
+
+def shard_name(number: int) -> str:
+    """What the files of a shard, and of a task that has a number, are named by: five digits, from 100,000 on more."""
+    return f"{number:05d}"
+
+
+def by_number(name: str) -> tuple[int, str]:
+    """The key by which names of `shard_name`, or paths to them in one folder, sort as their numbers do."""
+    return len(name), name
+
+
+def json_text(value: Mapping[str, Any]) -> bytes:
+    """A JSON file's bytes: the same whenever the value is."""
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+
+
+class Writer:
+    """Commits one task's files to the store and remembers them as `outputs`, hashed as they lie on disk.
+
+    As a context manager it removes them again when the task fails: each is whole, but the task is not.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.outputs: list[Output] = []
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        with contextlib.suppress(StorageError):  # the next attempt writes them anew
+            for output in self.outputs if kind is not None else ():
+                self.store.remove(output.path)
+
+    @contextlib.contextmanager
+    def file(self, name: str, *, durable: bool = True) -> Iterator[Path]:
+        """A local path to write to, committed as `name` on a clean exit."""
+        with self.store.staged(name, durable=durable) as path:
+            yield path
+            self.outputs.append(Output(name, path.stat().st_size, file_sha256(path) if durable else ""))
+
+    def array(self, name: str, values: np.ndarray[Any, Any], *, durable: bool = True) -> None:
+        """A plain C-order .npy file."""
+        import numpy as np
+
+        with self.file(name, durable=durable) as path, path.open("wb") as file:
+            np.save(file, np.ascontiguousarray(values), allow_pickle=False)
+
+    def table(self, name: str, table: pa.Table, **options: Any) -> None:
+        """A zstd-compressed parquet file, its pages with checksums."""
+        import pyarrow.parquet as pq
+
+        with self.file(name) as path:
+            pq.write_table(table, path, compression="zstd", write_page_checksum=True, **options)
+
+    def records(self) -> list[Json]:
+        return [asdict(output) for output in self.outputs]
+
+
+def _flush(path: Path) -> None:
+    """A file's content, or a folder's names, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return stream_sha256(file)
+
+
+def stream_sha256(file: IO[bytes] | io.BufferedReader) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]

@@ -1,0 +1,306 @@
+"""The explorer in a real browser: what it shows, by clicking, against the store's files and the encoder itself."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import subprocess
+import sys
+import unicodedata
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+from browser import Tab
+
+from graphbuild.demo.scenes import encode_jpeg, make_scenes, render
+from graphbuild.errors import StorageError
+from graphbuild.job.steps import run_verb
+from graphbuild.look.explore import server
+from graphbuild.nodes.encoder import find_encoder, open_model
+from graphbuild.recipe import Embed, Index, Recipe
+from graphbuild.runner.runner import Runner
+from graphbuild.store.store import Store
+
+Serve = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def serve() -> Iterator[Serve]:
+    """Start `graphbuild explore ARGUMENTS` on a free port; gives the address that it prints."""
+    running = []
+
+    def start(*arguments: object) -> str:
+        program = str(Path(sys.executable).with_name("graphbuild"))
+        command = [program, "explore", *map(str, arguments), "--port", "0"]
+        running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        line = running[-1].stdout.readline()  # type: ignore[union-attr]
+        return line.split()[1]
+
+    yield start
+    for process in running:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def address(serve: Serve, store: Path) -> str:
+    return serve(store)
+
+
+@pytest.fixture(scope="module")
+def texts(store: Path) -> list[str]:
+    tables = [pq.read_table(path) for path in sorted((store / "nodes").glob("*.parquet"))]
+    return [text for table in tables for text in table["text"].to_pylist()]
+
+
+def similarities(store: Path) -> np.ndarray[Any, Any]:
+    vectors = np.concatenate([np.load(path) for path in sorted((store / "nodes").glob("*.npy"))]).astype(np.float64)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors @ vectors.T)
+
+
+def shown_nodes(tab: Tab, side: int = 0) -> list[int]:
+    found = tab.page.locator(".side").nth(side).locator(".card:visible")
+    return [int(one.get_attribute("data-node")) for one in found.all()]
+
+
+def wait_for(tab: Tab, node: int) -> None:
+    tab.wait(f"document.querySelector('.asked dd')?.textContent === '{node}'")
+
+
+def test_search_shows_the_nearest_and_a_click_walks(tab: Tab, address: str, store: Path, texts: list[str]) -> None:
+    tab.page.goto(address)
+    wait_for(tab, 0)
+    query = "a dog runs through the snow"
+    tab.page.select_option("#how", "text")
+    tab.page.fill("#what", query)
+    tab.page.press("#what", "Enter")
+    tab.wait("!document.querySelector('.asked') && document.querySelector('.card')")
+    encoder = open_model(find_encoder("sentence-transformers/all-MiniLM-L6-v2"), "cpu", "float32")
+    wanted = encoder.reference([query])[0].astype(np.float64)
+    vectors = np.concatenate([np.load(path) for path in sorted((store / "nodes").glob("*.npy"))]).astype(np.float64)
+    scores = vectors @ wanted / np.linalg.norm(vectors, axis=1) / np.linalg.norm(wanted)
+    found = shown_nodes(tab)
+    assert len(found) == 24
+    assert scores[found].min() >= np.sort(scores)[-24] - 2e-3  # bfloat16 may order near-ties otherwise
+    best = found[0]
+    assert tab.page.locator(".card .caption").first.text_content() == texts[best]
+
+    tab.page.locator(".card .open").first.click()
+    wait_for(tab, best)
+    assert tab.page.locator(".asked .text").text_content() == texts[best]
+    lists = np.concatenate([np.load(path) for path in sorted((store / "graph").glob("*.neighbors.npy"))])
+    assert shown_nodes(tab) == lists[best].tolist()
+    picture = tab.page.locator(".asked img")
+    assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
+    second = shown_nodes(tab)[1]
+    tab.page.locator(".card .open").nth(1).click()
+    wait_for(tab, second)
+    tab.page.go_back()
+    wait_for(tab, best)
+    assert tab.page.input_value("#how") == "node"
+    tab.page.fill("#what", "words, not a number")
+    tab.page.press("#what", "Enter")
+    tab.wait("!document.querySelector('.asked') && document.querySelector('.card')")
+    assert tab.page.input_value("#how") == "text"
+
+
+def test_a_key_is_found_and_copied(tab: Tab, address: str, store: Path) -> None:
+    tab.page.goto(address)
+    wait_for(tab, 0)
+    row = pq.read_table(sorted((store / "samples").glob("*.parquet"))[1]).to_pylist()[40]
+    tab.page.select_option("#how", "key")
+    tab.page.fill("#what", row["key"])
+    tab.page.click("text=Find >> nth=-1")
+    wait_for(tab, row["node"])
+    tab.page.click(".copy")
+    tab.page.wait_for_selector("text=Copied")
+    first = tab.page.evaluate("navigator.clipboard.readText()")
+    rows = [one for path in sorted((store / "samples").glob("*.parquet")) for one in pq.read_table(path).to_pylist()]
+    keys = [one["key"] for one in rows if one["node"] == row["node"]]
+    assert first == keys[0]
+    tab.page.fill("#what", "no such key")
+    tab.page.press("#what", "Enter")
+    tab.page.wait_for_selector("#problem:has-text('no sample of it has the key no such key')")
+    assert tab.page.locator(".card, .asked").count() == 0, "the answer to another question is gone"
+
+
+def test_of_a_sample_that_the_other_store_lacks_one_side_is_shown(
+    tab: Tab, serve: Serve, store: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "list.csv").write_text("id,caption\n" + "".join(f"other {n},caption {n}\n" for n in range(30)))
+    recipe = Recipe(embed=Embed(captions=str(tmp_path / "list.csv"), key_column="id"), index=Index(k=4))
+    with Runner(workers=0) as runner:
+        for verb in ("embed", "index"):
+            run_verb(verb, recipe, Store(str(tmp_path / "other")), runner)
+    tab.page.goto(serve(store, "--compare", tmp_path / "other"))
+    wait_for(tab, 0)
+    tab.wait("document.querySelectorAll('.side').length === 2")
+    key = pq.read_table(store / "samples/00000.parquet")["key"][0].as_py()
+    beside = tab.page.locator(".side").nth(1)
+    assert f"Not in {tmp_path / 'other'}: no sample of it has the key {key}" in beside.text_content()
+    assert tab.page.locator(".side").first.locator(".card").count() > 0
+    assert tab.page.locator("#problem").text_content() == ""
+    tab.page.select_option("#how", "key")
+    tab.page.fill("#what", "other 3")
+    tab.page.press("#what", "Enter")
+    wait_for(tab, 3)
+    assert "no sample of it has the key other 3" in tab.page.locator(".side").first.text_content()
+    assert len(shown_nodes(tab, 1)) == 4
+    tab.page.select_option("#how", "text")
+    tab.page.fill("#what", "")
+    tab.page.press("#what", "Enter")
+    tab.wait("document.getElementById('problem').textContent !== ''")
+    assert "--" not in tab.page.locator("#problem").text_content(), "an option of the command line"
+    assert tab.page.locator(".side").count() == 0
+    tab.problems[:] = [one for one in tab.problems if "400" not in one]  # the browser logs the refused request
+    tab.accessible()
+
+
+def test_the_filter_hides_what_is_less_similar(tab: Tab, address: str, store: Path) -> None:
+    tab.page.goto(f"{address}#node=3")
+    wait_for(tab, 3)
+    values = np.concatenate([np.load(path) for path in sorted((store / "graph").glob("*.similarities.npy"))])[3]
+    least = float(values[3])
+    tab.page.locator("#least").evaluate("(e, v) => { e.value = v; e.dispatchEvent(new Event('input')); }", str(least))
+    limit = float(tab.page.locator("#least").input_value())
+    assert len(shown_nodes(tab)) == (values >= limit).sum() < len(values)
+
+
+def test_two_stores_stand_side_by_side(tab: Tab, serve: Serve, store: Path, other_store: Path) -> None:
+    tab.page.goto(f"{serve(store, '--compare', other_store)}#node=7")
+    wait_for(tab, 7)
+    tab.wait("document.querySelectorAll('.side .cards').length === 2")
+    lists = [
+        np.concatenate([np.load(path) for path in sorted((one / "graph").glob("*.neighbors.npy"))])[7]
+        for one in (store, other_store)
+    ]
+    assert [shown_nodes(tab, side) for side in (0, 1)] == [one.tolist() for one in lists]
+    both = len(set(lists[0].tolist()) & set(lists[1].tolist()))
+    assert tab.page.locator(".card.both").count() == 2 * both
+    assert f"{both} in both lists" in tab.page.locator("#status").text_content()
+    tab.page.locator(".side").nth(1).locator(".card .open").nth(2).click()
+    wait_for(tab, int(lists[1][2]))
+    tab.accessible()
+
+
+def test_every_hostile_caption_is_text_and_runs_nothing(tab: Tab, address: str, texts: list[str]) -> None:
+    pixel = encode_jpeg(render(make_scenes(1)[0], 32))
+    tab.page.route("**/image/**", lambda route: route.fulfill(body=pixel, content_type="image/jpeg"))
+    tab.page.goto(f"{address}#node=1")
+    wait_for(tab, 1)
+    tab.page.locator("#count").evaluate("input => { input.value = 2; }")
+    shown = tab.page.evaluate(
+        """async (count) => {
+            const found = [];
+            for (let node = 0; node < count; node++) {
+                location.hash = `#node=${node}`;
+                while (document.querySelector('.asked dd')?.textContent !== String(node))
+                    await new Promise((done) => setTimeout(done, 2));
+                found.push([...document.querySelectorAll('.asked .text, .card .caption')].map((e) => e.textContent));
+            }
+            return found;
+        }""",
+        len(texts),
+    )
+    assert [one[0] for one in shown] == texts
+    known = {unicodedata.normalize("NFC", text) for text in texts}
+    assert {re.sub(r" \(x\d+\)$", "", text) for one in shown for text in one[1:]} <= known
+    assert tab.page.evaluate("document.querySelectorAll('.text *, .caption *').length") == 0
+    tab.page.click("#map-show")
+    tab.page.wait_for_selector("#map circle")
+    assert tab.page.locator("script").count() == 1
+
+
+def test_the_map_shows_principal_components_and_communities(tab: Tab, address: str, store: Path) -> None:
+    tab.page.goto(address)
+    wait_for(tab, 0)
+    tab.page.click("#map-show")
+    tab.page.wait_for_selector("#map circle")
+    vectors = np.concatenate([np.load(path) for path in sorted((store / "nodes").glob("*.npy"))]).astype(np.float64)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    left, sizes, _ = np.linalg.svd(vectors - vectors.mean(axis=0), full_matrices=False)
+    points = np.array(
+        tab.page.evaluate("points.map(p => [p.x, p.y])"),
+    )
+    for axis in (0, 1):  # up to sign and scale
+        assert abs(np.corrcoef(points[:, axis], left[:, axis] * sizes[axis])[0, 1]) > 0.999
+    label = np.array(tab.page.evaluate("points.map(p => Number([...p.circle.classList][0].slice(1)))"))
+    cosines = similarities(store)
+    np.fill_diagonal(cosines, np.nan)
+    same = label[:, None] == label[None, :]
+    assert np.nanmean(cosines[same & (label[:, None] < 10)]) > np.nanmean(cosines[~same]) + 0.1
+    named = tab.page.locator("#map-legend li").all_text_contents()
+    assert sum(int(re.findall(r"\((\d+)\)$", text)[0]) for text in named) == len(points)
+    tab.page.focus("#map")
+    tab.page.keyboard.press("ArrowRight")
+    tab.page.keyboard.press("ArrowRight")
+    chosen = tab.page.evaluate("points[chosen].node")
+    tab.page.keyboard.press("Enter")
+    wait_for(tab, chosen)
+    tab.accessible()
+
+
+def fetch(url: str, **headers: str) -> tuple[int, dict[str, str], str]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=20) as answer:
+            return answer.status, dict(answer.headers), answer.read().decode("latin-1")
+    except urllib.error.HTTPError as error:
+        return error.code, dict(error.headers), error.read().decode()
+
+
+def test_strangers_and_bad_requests_are_refused(serve: Serve, address: str, store: Path) -> None:
+    for path in ("", "page.js", "page.css", "api/stores", "api/0/node/3", "api/0/node/999999", "image/0/1", "none"):
+        _, headers, _ = fetch(address + path)
+        assert headers["Content-Security-Policy"].startswith("default-src 'none'; script-src 'self'"), path
+        assert headers["X-Content-Type-Options"] == "nosniff"
+    assert fetch(address, Host="evil.example")[0] == 403
+    for path, says in (
+        ("api/0/node/999999", "not in 0.."),
+        ("api/7/node/1", "no store 7"),
+        ("api/0/node/1?count=0", "1 to 200"),
+        ("api/0/search?text=", "cannot be searched"),
+        ("api/0/search?text=" + "a" * 10_001, "10,001 characters"),
+    ):
+        status, _, body = fetch(address + path)
+        assert (status, says in body) == (400, True), (path, body)
+    status, _, body = fetch(address + "api/0/key?key=../../etc/passwd")
+    assert (status, body) == (200, '{"node": null}'), "no sample has it"
+    open_to_all = serve(store, "--host", "0.0.0.0")
+    base, _, token = open_to_all.partition("?token=")
+    base = base.replace("0.0.0.0", "127.0.0.1")
+    assert len(token) >= 32
+    assert fetch(base)[0] == fetch(f"{base}api/stores")[0] == fetch(f"{base}?token=wrong")[0] == 403
+    assert fetch(f"{base}api/stores", Cookie=f"graphbuild_token={token}")[0] == 200
+
+
+def test_a_map_that_failed_is_drawn_when_asked_for_again_and_then_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[object] = []
+
+    def node_map(catalog: object) -> dict[str, int]:
+        drawn.append(catalog)
+        if len(drawn) == 1:
+            raise StorageError("the store cannot be reached", "try again")
+        return {"of": 7}
+
+    monkeypatch.setattr(server, "node_map", node_map)
+
+    async def asked() -> list[tuple[int, dict[str, Any]]]:
+        application = server.Explorer([SimpleNamespace()], "127.0.0.1").application()  # type: ignore[list-item]
+        async with TestClient(TestServer(application)) as client:
+            answers = [await client.get("/api/0/map") for _ in range(3)]
+            return [(answer.status, await answer.json()) for answer in answers]
+
+    failed, *later = ThreadPoolExecutor(1).submit(asyncio.run, asked()).result()  # playwright has a loop here
+    assert failed == (400, {"cause": "the store cannot be reached", "fix": "try again"})
+    assert later == [(200, {"of": 7})] * 2
+    assert len(drawn) == 2

@@ -1,0 +1,145 @@
+"""The report in a real browser: its numbers read back from the page, against the store's files by numpy alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from browser import Tab
+
+from graphbuild.look.report.charts import _mass
+from graphbuild.look.report.numbers import _repeated_texts
+from graphbuild.look.report.page import render, write_report
+from graphbuild.store.store import Store
+
+
+@pytest.fixture(scope="module")
+def page(store: Path) -> Path:
+    return Path(write_report(Store(str(store))))
+
+
+def arrays(store: Path, pattern: str) -> np.ndarray[Any, Any]:
+    return np.concatenate([np.load(path) for path in sorted(store.glob(pattern))])
+
+
+def drawn(tab: Tab, chart: str) -> list[dict[str, Any]]:
+    """What plotly holds of a chart: name, x and y of each trace."""
+    tab.wait(f"Boolean(document.getElementById('{chart}').data)")
+    found: list[dict[str, Any]] = tab.page.evaluate(
+        f"document.getElementById('{chart}').data.map(t => ({{name: t.name, x: [...t.x], y: [...t.y]}}))"
+    )
+    return found
+
+
+def test_it_opens_from_disk_alone_and_is_accessible(tab: Tab, page: Path) -> None:
+    tab.page.goto(page.as_uri())
+    assert tab.page.title().startswith("graphbuild report")
+    for chart in tab.page.query_selector_all(".chart"):
+        assert chart.query_selector("svg.main-svg"), chart.get_attribute("id")
+    tab.accessible()
+    assert [url for url in tab.requests if not url.startswith(("file:", "data:"))] == []
+
+
+def test_charts_show_the_store_s_numbers(tab: Tab, page: Path, store: Path) -> None:
+    tab.page.goto(page.as_uri())
+    vectors = arrays(store, "nodes/*.npy").astype(np.float64)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = vectors @ vectors.T
+    count = len(vectors)
+    similarities, neighbors = arrays(store, "graph/*.similarities.npy"), arrays(store, "graph/*.neighbors.npy")
+    k = neighbors.shape[1]
+
+    densities = {one["name"]: one for one in drawn(tab, "chart-similarity")}
+    for name, values in (("edges", similarities.ravel()), ("the k-th neighbour", similarities[:, -1])):
+        middles, heights = np.array(densities[name]["x"]), np.array(densities[name]["y"])
+        bars = np.linspace(-1, 1, 201).round(4)
+        shares = np.histogram(values.astype(np.float64), bars)[0] / values.size
+        shares = shares[np.rint((middles + 0.995) * 100).astype(int)]
+        rounding = np.isin(values.astype(np.float64).round(6) % 0.01, (0.0, 0.01)).mean()  # on the edge of two bars
+        assert np.abs(heights * 0.01 - shares).max() <= 0.003 + rounding
+        assert np.isclose((heights * 0.01).sum(), 1)
+    off_diagonal = cosines[~np.eye(count, dtype=bool)]
+    heights = np.array(densities["random pairs"]["y"]) * 0.01
+    assert np.isclose((heights * densities["random pairs"]["x"]).sum(), off_diagonal.mean(), atol=0.005)
+
+    indegree = np.bincount(neighbors.ravel(), minlength=count)
+    (bars,) = drawn(tab, "chart-indegree")
+    for label, nodes in zip(bars["x"], bars["y"], strict=True):
+        low, _, high = label.partition("-")
+        assert nodes == ((indegree >= int(low)) & (indegree <= int(high or low))).sum()
+    assert sum(bars["y"]) == count
+    hubs = tab.page.locator("#hubs ~ .scroll").first.locator("tbody tr td:first-child").all_text_contents()
+    assert [int(hub) for hub in hubs] == np.sort(indegree)[::-1][:10].tolist()
+
+    (funnel,) = drawn(tab, "chart-funnel")
+    tables = [pq.read_table(path) for path in sorted((store / "samples").glob("*.parquet"))]
+    samples = sum(table.num_rows for table in tables)
+    captions = sum(table.num_rows - table["node"].null_count for table in tables)
+    assert dict(zip(funnel["y"], funnel["x"], strict=True)) == {
+        "samples": samples,
+        "usable captions": captions,
+        "nodes (distinct texts)": count,
+        "samples in sidecars": captions,
+    }
+
+    spread = drawn(tab, "chart-spread")[-1]
+    assert spread["name"] == "batch of 256"
+    batch = np.random.default_rng(1).choice(count, 256, replace=False)
+    for tau, value in zip(spread["x"], spread["y"], strict=True):
+        scores = np.exp((cosines[np.ix_(batch, batch)] - 1) / tau)
+        target = scores / scores.sum(axis=1, keepdims=True)
+        entropies = -(target * np.log(np.maximum(target, 1e-300))).sum(axis=1)
+        assert value == pytest.approx(np.exp(entropies.mean()), rel=1e-3)
+    mass = {one["name"]: one for one in drawn(tab, "chart-mass")}
+    anchors = np.sort(np.random.default_rng(0).choice(count, 256, replace=False))
+    for tau, share in zip(mass[f"+ nearest {k}"]["x"], mass[f"+ nearest {k}"]["y"], strict=True):
+        scores = np.exp((cosines[anchors] - 1) / tau)
+        best = np.sort(scores, axis=1)[:, ::-1][:, : k + 1].sum(axis=1) / scores.sum(axis=1)
+        assert share == pytest.approx(best.mean(), abs=2e-4)
+
+
+def test_edges_per_anchor_are_those_of_random_batches(tab: Tab, page: Path, store: Path) -> None:
+    tab.page.goto(page.as_uri())
+    neighbors = arrays(store, "graph/*.neighbors.npy")
+    count, k = neighbors.shape
+    random = next(one for one in drawn(tab, "chart-batches") if one["name"] == "random batches")
+    for batch, edges in zip((64, 256), random["y"], strict=True):
+        assert edges == pytest.approx(k * (batch - 1) / (count - 1), rel=0.25)  # each neighbour is in it by chance
+
+
+def test_hostile_captions_are_text_and_run_nothing(tab: Tab, page: Path, strings: list[str], tmp_path: Path) -> None:
+    numbers = json.loads((page.parent / "report.json").read_text())
+    numbers["edges"]["hubs"] = [{"node": at, "indegree": 1, "text": text} for at, text in enumerate(strings)]
+    numbers["duplicates"]["texts"] = [{"samples": 2, "text": text} for text in strings]
+    numbers["store"], numbers["funnel"][0]["name"] = strings[-1], "</script><script>alert(1)</script>"
+    hostile = tmp_path / "hostile.html"
+    hostile.write_text(render(numbers), "utf-8")
+    tab.page.goto(hostile.as_uri())
+    drawn(tab, "chart-funnel")
+    shown = tab.page.evaluate("[...document.querySelectorAll('#hubs ~ .scroll td.text')].map(e => e.textContent)")
+    plain = [text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "") for text in strings]  # as HTML reads them
+    assert shown[: len(strings)] == plain
+    assert tab.page.evaluate("document.querySelectorAll('td.text *:not(br)').length") == 0
+    assert tab.page.locator("script").count() == 3
+
+
+@pytest.mark.parametrize("k", [8, 64, 2048])
+def test_no_two_lines_of_a_chart_look_alike(k: int) -> None:
+    ranks = [0, *(2**power for power in range(k.bit_length()) if 2**power < k), k]
+    mass = _mass({"ranks": ranks, "tau_s": [0.1], "share": [[0.5] * len(ranks)]})
+    looks = [(line["line"]["color"], line["line"]["dash"]) for line in mass["data"]]
+    assert len(set(looks)) == len(ranks)
+
+
+def test_a_number_of_samples_that_no_node_has_is_a_bar_of_none(tmp_path: Path) -> None:
+    (tmp_path / "nodes").mkdir()
+    pq.write_table(pa.table({"samples": [1, 1, 7], "text": ["a", "b", "c"]}), tmp_path / "nodes" / "00000.parquet")
+    found = _repeated_texts(Store(str(tmp_path)), {"shards": [{"shard": "00000", "nodes": 3}]})
+    bars = [(one["from"], one["to"], one["nodes"]) for one in found["samples_per_node"]]
+    assert bars == [(1, 1, 2), (2, 2, 0), (3, 4, 0), (5, 8, 1)]
+    assert found["texts"] == [{"samples": 7, "text": "c"}]

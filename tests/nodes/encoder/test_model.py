@@ -1,0 +1,280 @@
+"""Encoders against sentence-transformers' own `encode` in float32, for each family of models that runs packed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from other_device import other_device
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import Dense, Normalize, Pooling, StaticEmbedding, Transformer
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    MPNetConfig,
+    MPNetModel,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
+
+from graphbuild.errors import ConfigError
+from graphbuild.nodes.encoder import DEFAULT_ENCODER, Model, find_encoder, open_model
+from graphbuild.nodes.encoder.model import _packed, fastest_precision
+from graphbuild.nodes.encoder.packed import Packed
+from graphbuild.nodes.encoder.tokens import batches, equal_batches, tokenize
+from graphbuild.nodes.fidelity import cosine
+
+SMALL = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96}
+VOCABULARY = 30_522
+FAMILIES = {
+    "bert": (BertModel, lambda: BertConfig(**SMALL, vocab_size=VOCABULARY)),
+    "xlm-roberta": (XLMRobertaModel, lambda: XLMRobertaConfig(**SMALL, vocab_size=VOCABULARY, pad_token_id=1)),
+    "mpnet": (MPNetModel, lambda: MPNetConfig(**SMALL, vocab_size=VOCABULARY)),
+    "distilbert": (
+        DistilBertModel,
+        lambda: DistilBertConfig(dim=48, n_heads=4, n_layers=2, hidden_dim=96, vocab_size=VOCABULARY),
+    ),
+}
+INT8 = pytest.param("int8", marks=pytest.mark.skipif(not find_spec("openvino"), reason="needs graphbuild[int8]"))
+WORDS = [
+    "a",
+    "red",
+    "fox",
+    "jumps",
+    "over",
+    "lighthouse",
+    "keepers",
+    "painting",
+    "seven",
+    "boats",
+    "Zürich",
+    "東京",
+    "!",
+]
+
+
+def captions(count: int, longest: int = 25) -> list[str]:
+    random = np.random.default_rng(7)
+    return [" ".join(random.choice(WORDS, random.integers(1, longest))) for _ in range(count)]
+
+
+def saved(folder: Path, family: str, pooling: str, *more: torch.nn.Module) -> Path:
+    """A small encoder of random weights, large enough that attention and position matter, saved to a folder."""
+    kind, config = FAMILIES[family]
+    torch.manual_seed(1)
+    model = kind(config())
+    for name, weights in model.named_parameters():
+        if "LayerNorm" not in name:
+            torch.nn.init.normal_(weights, std=0.2)
+    model.save_pretrained(folder / "bare")
+    AutoTokenizer.from_pretrained(find_encoder(DEFAULT_ENCODER).folder).save_pretrained(folder / "bare")
+    transformer = Transformer(str(folder / "bare"), max_seq_length=32)
+    whole = SentenceTransformer(modules=[transformer, Pooling(48, pooling_mode=pooling), *more, Normalize()])
+    whole.save_pretrained(str(folder / "whole"))
+    return folder / "whole"
+
+
+@pytest.mark.parametrize(
+    ("family", "pooling", "is_packed"),
+    [
+        ("bert", "mean", True),
+        ("bert", "cls", True),
+        ("xlm-roberta", "mean", True),
+        ("mpnet", "max", True),
+        ("distilbert", "mean", False),
+        ("bert", "weightedmean", False),
+    ],
+)
+def test_vectors_are_those_of_sentence_transformers(tmp_path, family, pooling, is_packed):
+    folder = saved(tmp_path, family, pooling)
+    model = open_model(find_encoder(str(folder)), "cpu", "float32")
+    assert (_packed(folder, "cpu", "float32") is not None) == is_packed
+    texts = captions(300, longest=50)
+    found = model.encode(texts)
+    expected = SentenceTransformer(str(folder), device="cpu").encode(texts, normalize_embeddings=True)
+    np.testing.assert_allclose(found.vectors.astype(np.float32), expected, atol=5e-4)  # float16's step
+    assert found.vectors.dtype == np.float16
+    assert found.truncated == sum(len(ids) > 32 for ids in model.whole.tokenizer(texts)["input_ids"]) > 0
+    assert found.tokens <= found.computed
+    low = open_model(find_encoder(str(folder)), "cpu", "bfloat16").encode(texts).vectors.astype(np.float64)
+    assert ((low * expected).sum(1) / np.linalg.norm(low, axis=1)).mean() > 0.999
+
+
+@pytest.mark.parametrize(("bfloat16", "precision"), [(True, "bfloat16"), (False, "float16")])
+def test_a_gpu_that_only_emulates_bfloat16_multiplies_float16(monkeypatch, bfloat16, precision):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or bfloat16
+    )
+    assert fastest_precision("cuda") == precision
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_attention_never_asks_for_kernels_that_are_planned_for_each_shape(tmp_path, monkeypatch, family):
+    cudnn, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*arguments, **options):
+        cudnn.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*arguments, **options)
+
+    model = open_model(find_encoder(str(saved(tmp_path, family, "mean"))), "cpu", "float32")
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    model.encode(captions(5))
+    model.reference(captions(5))
+    assert cudnn
+    assert not any(cudnn)
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_packed_runs_on_another_device(tmp_path, family):
+    kind, config = FAMILIES[family]
+    torch.manual_seed(0)
+    whole = kind(config()).eval()
+    tokens = tokenize(AutoTokenizer.from_pretrained(find_encoder(DEFAULT_ENCODER).folder), captions(40), 32)
+    here, rows = Packed(whole, "mean", dtype=torch.float32, rows=256).pooled(tokens)
+    with other_device() as device:
+        there, rows_there = Packed(whole.to(device), "mean", dtype=torch.float32, rows=256).pooled(tokens)
+        assert there.device == device
+        torch.testing.assert_close(there.cpu(), here)
+    assert rows_there == rows
+
+
+@pytest.mark.skipif(not find_spec("openvino"), reason="needs graphbuild[int8]")
+@pytest.mark.parametrize(("family", "pooling"), [("bert", "cls"), ("xlm-roberta", "mean"), ("mpnet", "max")])
+def test_int8_is_near_float32_for_each_family(tmp_path, family, pooling):
+    folder = saved(tmp_path, family, pooling)
+    texts = captions(300, longest=50)
+    found = open_model(find_encoder(str(folder)), "cpu", "int8").encode(texts)
+    expected = SentenceTransformer(str(folder), device="cpu").encode(texts, normalize_embeddings=True)
+    cosines = cosine(found.vectors, expected)
+    assert cosines.mean() > 0.995
+    assert cosines.min() > 0.98
+    assert found.computed == found.tokens
+    assert found.truncated > 0
+
+
+@pytest.mark.skipif(not find_spec("openvino"), reason="needs graphbuild[int8]")
+def test_int8_of_the_default_encoder_keeps_a_mean_cosine_of_0_995():
+    found = default("int8").encode(captions(200))
+    cosines = cosine(found.vectors, default("int8").reference(captions(200)))
+    assert 0.995 < cosines.mean() < 0.99999  # else its products are not of 8 bits
+
+
+@pytest.mark.skipif(not find_spec("openvino"), reason="needs graphbuild[int8]")
+def test_signals_are_heard_after_int8_encoders_are_gone():
+    """As when a DataLoader's worker ends. In a process of its own, for the fault is its end."""
+    script = """
+import faulthandler, os, signal
+from transformers import BertConfig, BertModel
+from graphbuild.nodes.encoder.int8 import Int8
+faulthandler.enable()  # gives signals a stack of their own, as Ray does
+config = BertConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1, intermediate_size=8, vocab_size=30)
+models = [Int8(BertModel(config), "mean") for _ in range(2)]
+while models:
+    models.pop(0)
+signal.signal(signal.SIGCHLD, lambda *_: print("heard", flush=True))
+os.kill(os.getpid(), signal.SIGCHLD)
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "heard\n"), ran.stderr
+
+
+def test_int8_is_refused_where_it_cannot_run(tmp_path):
+    with pytest.raises(ConfigError, match=r"CPUs only" if find_spec("openvino") else r"pip install"):
+        open_model(find_encoder(DEFAULT_ENCODER), "cuda", "int8")
+    if find_spec("openvino"):
+        with pytest.raises(ConfigError, match=r"none of bert, .* with ordinary pooling"):
+            open_model(find_encoder(str(saved(tmp_path, "distilbert", "mean"))), "cpu", "int8")
+
+
+def test_a_dense_layer_after_pooling_is_applied(tmp_path):
+    folder = saved(tmp_path, "bert", "mean", Dense(48, 20, activation_function=torch.nn.Tanh()))
+    found = open_model(find_encoder(str(folder)), "cpu", "float32").encode(captions(20)).vectors
+    expected = SentenceTransformer(str(folder), device="cpu").encode(captions(20))
+    assert found.shape == (20, 20)
+    np.testing.assert_allclose(found.astype(np.float32), expected, atol=5e-4)
+
+
+def test_a_static_encoder_is_told_and_agrees(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(find_encoder(DEFAULT_ENCODER).folder).backend_tokenizer
+    SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=32), Normalize()]).save(str(tmp_path / "s"))
+    model = open_model(find_encoder(str(tmp_path / "s")), "cpu")
+    assert model.is_static
+    assert not default("float32").is_static
+    expected = SentenceTransformer(str(tmp_path / "s"), device="cpu").encode(captions(50), normalize_embeddings=True)
+    np.testing.assert_allclose(model.reference(captions(50)), expected, atol=1e-6)
+    found = model.encode(captions(50)).vectors.astype(np.float64)
+    assert (found * expected).sum(1).min() > 0.999
+
+
+def default(precision: str = "auto", **options: object) -> Model:
+    return open_model(find_encoder(DEFAULT_ENCODER), "cpu", precision, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", INT8])
+def test_a_text_has_the_same_bytes_in_any_batch(precision):
+    texts = captions(400, longest=60)
+    model = default(precision)
+    together = model.encode(texts).vectors
+    random = np.random.default_rng(3)
+    for count in (1, 2, 17, 150):
+        chosen = random.permutation(len(texts))[:count]
+        alone = model.encode([texts[at] for at in chosen]).vectors
+        np.testing.assert_array_equal(alone.view(np.uint16), together[chosen].view(np.uint16))
+
+
+def test_less_than_a_twentieth_of_the_rows_computed_is_empty():
+    found = default("bfloat16").encode(captions(2_000))
+    assert found.computed < 1.05 * found.tokens
+
+
+def test_a_prompt_goes_before_each_text_and_dim_keeps_the_first_coordinates():
+    whole = SentenceTransformer(str(find_encoder(DEFAULT_ENCODER).folder), device="cpu")
+    expected = whole.encode(captions(30), prompt="query: ")[:, :100]
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    found = default("float32", prompt="query: ", dim=100).encode(captions(30)).vectors
+    np.testing.assert_allclose(found.astype(np.float32), expected, atol=5e-4)
+    with pytest.raises(ConfigError, match=r"--dim 385.*has 384 dimensions"):
+        default(dim=385).encode(["a"])
+
+
+def test_a_models_own_default_prompt_is_used(tmp_path):
+    folder = saved(tmp_path, "bert", "mean")
+    whole = SentenceTransformer(str(folder), device="cpu", prompts={"passage": "passage: "})
+    whole.default_prompt_name = "passage"
+    whole.save_pretrained(str(tmp_path / "prompted"))
+    prompted, plain = (open_model(find_encoder(str(path)), "cpu") for path in (tmp_path / "prompted", folder))
+    own = prompted.encode(captions(5)).vectors
+    np.testing.assert_array_equal(own, plain.encode([f"passage: {text}" for text in captions(5)]).vectors)
+    np.testing.assert_allclose(own.astype(np.float32), prompted.reference(captions(5)), atol=0.02)
+
+
+def test_token_ids_are_the_tokenizers_own_with_truncation_counted():
+    tokenizer = AutoTokenizer.from_pretrained(find_encoder(DEFAULT_ENCODER).folder)
+    texts = [*captions(50, longest=40), "", "word " * 3_000]
+    own = tokenizer(texts, truncation=True, max_length=20)["input_ids"]
+    tokens = tokenize(tokenizer, texts, 20)
+    np.testing.assert_array_equal(tokens.lengths, [len(ids) for ids in own])
+    np.testing.assert_array_equal(tokens.ids, np.concatenate(own))
+    assert tokens.truncated == sum(len(ids) > 20 for ids in tokenizer(texts)["input_ids"])
+
+
+def test_batches_hold_every_text_once_within_the_budget():
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        lengths = random.integers(1, 300, random.integers(1, 200))
+        found = batches(lengths, 256)
+        assert sorted(np.concatenate(found).tolist()) == list(range(len(lengths)))
+        assert all(lengths[chosen].sum() <= 256 or len(chosen) == 1 for chosen in found)
+        equal = equal_batches(lengths, 256)
+        assert sorted(np.concatenate(equal).tolist()) == list(range(len(lengths)))
+        assert all(lengths[chosen].sum() <= 256 or len(chosen) == 1 for chosen in equal)
+        assert all(len(set(lengths[chosen].tolist())) == 1 for chosen in equal)

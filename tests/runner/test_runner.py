@@ -1,0 +1,260 @@
+"""The runner on small stages of its own: resume, diffs, failures and dying workers, in this process and on real Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from graphbuild.errors import ConfigError, InputError, StageError
+from graphbuild.recipe import Index, Recipe
+from graphbuild.runner.runner import Runner
+from graphbuild.runner.stage import Stage, Task, records
+from graphbuild.runner.state import require
+from graphbuild.store.store import Json, Store, Writer
+
+WORKERS = [0, 2]
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import a test file
+
+
+def plan(recipe: Recipe, store: Store) -> list[Task]:
+    settings = {"k": recipe.index.k}
+    return [Task(stage="search", name=f"{n:05d}", settings=settings, inputs={"x": "same"}) for n in range(4)]
+
+
+def write(task: Task, store: Store, writer: Writer) -> Json:
+    with writer.file(f"graph/{task.name}.txt") as path:
+        path.write_text(f"{task.name} {task.settings['k']}")
+    return {"counts": {"files": 1}}
+
+
+def fail_one(task: Task, store: Store, writer: Writer) -> Json:
+    if task.name == "00002":
+        raise ZeroDivisionError("by zero")
+    return write(task, store, writer)
+
+
+def refuse_one(task: Task, store: Store, writer: Writer) -> Json:
+    if task.name == "00002":
+        raise InputError("two.tar is no tar", "fetch it again")
+    return write(task, store, writer)
+
+
+def fill_the_gpu(task: Task, store: Store, writer: Writer) -> Json:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def die_once(task: Task, store: Store, writer: Writer) -> Json:
+    mark = Path(store.url) / f"died-{task.name}"
+    if task.name == "00001" and not mark.exists():
+        mark.parent.mkdir(exist_ok=True)
+        mark.write_text("")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(task, store, writer)
+
+
+def die_always(task: Task, store: Store, writer: Writer) -> Json:
+    if task.name == "00003":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(task, store, writer)
+
+
+def stage(run: object) -> Stage:
+    return Stage(name="search", title="search", plan=plan, run=run)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_what_is_done_is_not_done_again(store: Store, workers: int) -> None:
+    with Runner(workers=workers) as runner:
+        entry = runner.run(stage(write), Recipe(), store)
+        before = {path: path.stat().st_mtime_ns for path in Path(store.url).rglob("*") if path.is_file()}
+        assert runner.run(stage(fail_one), Recipe(), store) == entry
+    assert entry["counts"] == {"files": 4}
+    assert {path: path.stat().st_mtime_ns for path in Path(store.url).rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_one_failure_lets_the_others_go_on_and_is_recorded(store: Store, workers: int) -> None:
+    with Runner(workers=workers) as runner:
+        with pytest.raises(StageError, match="00002: ZeroDivisionError: by zero"):
+            runner.run(stage(fail_one), Recipe(), store)
+        assert set(records(store, "search")) == {"00000", "00001", "00003"}
+        failure = records(store, "search", "failed")["00002"]
+        assert "ZeroDivisionError" in failure["traceback"]
+        with pytest.raises(ConfigError, match="`graphbuild index` is not finished"):
+            require(store, "search", "index")
+        runner.run(stage(write), Recipe(), store)
+    assert not records(store, "search", "failed")
+    assert len(require(store, "search", "index")) == 4
+
+
+def test_a_refused_input_asks_for_exit_code_2(store: Store) -> None:
+    with Runner(workers=0) as runner, pytest.raises(InputError, match=r"two\.tar is no tar") as error:
+        runner.run(stage(refuse_one), Recipe(), store)
+    assert "fetch it again" in str(error.value)
+
+
+def test_a_full_gpu_says_what_leaves_it_room(store: Store) -> None:
+    with Runner(workers=0) as runner, pytest.raises(StageError, match="CUDA out of memory") as error:
+        runner.run(stage(fill_the_gpu), Recipe(), store)
+    assert "--workers 1" in error.value.fix
+
+
+def test_a_worker_that_dies_has_its_task_run_again(store: Store) -> None:
+    with Runner(workers=2) as runner:
+        assert runner.run(stage(die_once), Recipe(), store)["tasks"] == 4
+    assert (Path(store.url) / "died-00001").exists()
+
+
+def test_a_task_that_kills_every_worker_fails_alone(store: Store) -> None:
+    with Runner(workers=2) as runner, pytest.raises(StageError, match="00003: its worker died 3 times"):
+        runner.run(stage(die_always), Recipe(), store)
+    assert set(records(store, "search")) == {"00000", "00001", "00002"}
+
+
+def on_cuda(recipe: Recipe, store: Store) -> list[Task]:
+    return [dataclasses.replace(task, hints={"device": "cuda"}) for task in stage(write).plan(recipe, store)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_gpu_that_is_asked_for_and_cannot_be_used_is_an_error_and_no_reason_to_take_the_cpu(
+    store: Store, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    one = dataclasses.replace(stage(write), on_device=True, plan=on_cuda)
+    with Runner(workers=workers) as runner, pytest.raises(ConfigError, match="torch can use no GPU here"):
+        runner.run(one, Recipe(), store)
+
+
+def test_gpus_of_this_machine_that_ray_counts_and_torch_cannot_use_are_left_alone(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0, "GPU": 1.0})
+    with Runner(workers=1) as runner:  # none of whose workers could start, with a share of a GPU that is not there
+        assert runner.run(dataclasses.replace(stage(write), on_device=True), Recipe(), store)["tasks"] == 4
+
+
+def test_workers_that_a_cluster_has_no_cpu_for_hold_nothing_up(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    ray.init(address="local", num_cpus=1, include_dashboard=False)
+    try:
+        with Runner(workers=3) as runner:
+            runner.run(stage(write), Recipe(), store)  # also until Ray is warm
+            begin = time.monotonic()
+            for k in range(3, 8):
+                runner.run(stage(write), Recipe(index=Index(k=k)), store, force=True)
+            assert time.monotonic() - begin < 20
+    finally:
+        ray.shutdown()
+
+
+def meet(task: Task, store: Store, writer: Writer) -> Json:
+    """Says whether another task ran at the same time; waits for one while there should be."""
+    folder = Path(store.url) / "now"
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / task.name
+    mark.write_text("")
+    end, met = time.monotonic() + (20 if task.settings["k"] == 2 else 0.2), False
+    while not met and time.monotonic() < end:
+        met = len(list(folder.iterdir())) > 1
+        time.sleep(0.01)
+    time.sleep(0.2)  # the other sees this one too
+    mark.unlink()
+    gpu = os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    return {**write(task, store, writer), "counts": {"met": int(met), "gpu": int(gpu)}}
+
+
+def test_two_workers_share_a_gpu_in_one_stage_and_one_has_it_alone_in_the_next(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    ray.init(address="local", num_cpus=1, num_gpus=1, include_dashboard=False)  # to Ray a GPU is a number
+    try:
+        with Runner() as runner:
+            for sharing, met in ((2, 4), (1, 0)):
+                one = dataclasses.replace(stage(meet), on_device=True, sharing=sharing)
+                entry = runner.run(one, Recipe(index=Index(k=sharing)), store, force=True)
+                assert entry["counts"] == {"gpu": 4, "met": met}
+    finally:
+        ray.shutdown()
+
+
+def test_other_settings_stop_with_a_diff_and_force_rebuilds(store: Store) -> None:
+    changed = Recipe(index=Index(k=7))
+    with Runner(workers=0) as runner:
+        runner.run(stage(write), Recipe(), store)
+        with pytest.raises(ConfigError, match="k: 64 -> 7"):
+            runner.run(stage(write), changed, store)
+        assert (Path(store.url) / "graph" / "00000.txt").read_text() == "00000 64"
+        runner.run(stage(write), changed, store, force=True)
+    assert (Path(store.url) / "graph" / "00000.txt").read_text() == "00000 7"
+
+
+def test_tasks_that_left_the_input_are_removed_by_force_only(store: Store) -> None:
+    fewer = Stage(name="search", title="search", plan=lambda recipe, store: plan(recipe, store)[:3], run=write)
+    with Runner(workers=0) as runner:
+        runner.run(stage(write), Recipe(), store)
+        with pytest.raises(ConfigError, match="no longer in the input: 00003"):
+            runner.run(fewer, Recipe(), store)
+        runner.run(fewer, Recipe(), store, force=True)
+    assert not (Path(store.url) / "graph" / "00003.txt").exists()
+    assert set(records(store, "search")) == {"00000", "00001", "00002"}
+
+
+def test_what_an_earlier_stage_built_anew_is_followed_without_force(store: Store) -> None:
+    def planned(digest: str) -> Stage:
+        tasks = [Task(stage="search", name="00000", settings={"k": 1}, built={"nodes": digest})]
+        return Stage(name="search", title="search", plan=lambda recipe, store: tasks, run=write)
+
+    with Runner(workers=0) as runner:
+        before = runner.run(planned("old"), Recipe(), store)
+        after = runner.run(planned("new"), Recipe(), store)
+    assert before["fingerprint"] != after["fingerprint"]
+
+
+def test_a_damaged_record_counts_as_not_done(store: Store) -> None:
+    with Runner(workers=0) as runner:
+        before = runner.run(stage(write), Recipe(), store)
+        (Path(store.url) / "_state" / "search" / "00002.done.json").write_text("{")
+        assert set(records(store, "search")) == {"00000", "00001", "00003"}
+        assert runner.run(stage(write), Recipe(), store) == before
+
+
+@pytest.mark.parametrize("damage", ["lost", "cut"])
+def test_an_output_that_is_gone_or_cut_is_made_again(store: Store, damage: str) -> None:
+    path = Path(store.url) / "graph" / "00001.txt"
+    with Runner(workers=0) as runner:
+        runner.run(stage(write), Recipe(), store)
+        path.unlink() if damage == "lost" else path.write_text("")
+        runner.run(stage(write), Recipe(), store)
+    assert path.read_text() == "00001 64"
+
+
+def test_a_stage_that_changes_takes_later_ones_out_of_the_manifest(store: Store) -> None:
+    with Runner(workers=0) as runner:
+        runner.run(stage(write), Recipe(), store)
+        manifest = store.manifest()
+        manifest["stages"]["export"] = {"fingerprint": "", "tasks": 0, "counts": {}}
+        store.write_json("manifest.json", manifest)
+        with pytest.raises(StageError):
+            runner.run(stage(fail_one), Recipe(index=Index(k=3)), store, force=True)
+    assert store.manifest()["stages"] == {}
+
+
+def test_an_address_where_no_cluster_is_names_the_option(store: Store) -> None:
+    with Runner(address="127.0.0.1:1") as runner, pytest.raises(ConfigError, match=r"127\.0\.0\.1:1"):
+        runner.run(stage(write), Recipe(), store)
