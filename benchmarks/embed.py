@@ -34,10 +34,10 @@ from embed_peers import peers
 from sentence_transformers import SentenceTransformer
 from torch.profiler import ProfilerActivity, profile
 
+from graphbuild.nodes.captions import normalize
 from graphbuild.nodes.encoder import DEFAULT_ENCODER, find_encoder, open_model
 from graphbuild.nodes.encoder.tokens import tokenize
 from graphbuild.nodes.fidelity import cosine
-from graphbuild.nodes.text import normalize
 
 CALIBRATION = 300  # captions that are not measured, for engines that want some
 CORES = len(os.sched_getaffinity(0))

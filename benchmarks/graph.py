@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from graphbuild import SampleGraph
-from graphbuild.graph.moments import BASIS
 from graphbuild.graph.sample_graph import Source
 from graphbuild.graph.sketch import BYTES, DIMENSIONS
+from graphbuild.store.layout import BASIS
 from graphbuild.store.shards import Shard, write_shards
 from graphbuild.store.store import Store, shard_name
 

@@ -23,6 +23,27 @@ class InputError(GraphbuildError):
     exit_code = 2
 
 
+class ShardError(InputError):
+    """A tar and its sidecar are missing, damaged, or do not belong together.
+
+    torch's DataLoader rebuilds an exception of a worker process from its text alone, so `fix` may be empty
+    here: the text of the rebuilt error already holds it.
+    """
+
+    def __init__(self, cause: str, fix: str = "") -> None:
+        super().__init__(cause, fix)
+
+    def __str__(self) -> str:
+        return super().__str__() if self.fix else self.cause
+
+
+class ImageError(InputError):
+    """An image that cannot be used; `cause` is the reason, without the image's name."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(cause, "replace the image, or leave it out")
+
+
 class ConfigError(GraphbuildError):
     """An option or recipe field is wrong, or differs from what the store was built with."""
 

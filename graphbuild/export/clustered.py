@@ -1,6 +1,6 @@
 """Stages arrange, scatter and cluster: tars in neighbour order, for loaders that can only read tars from end to end.
 
-A chunk is some samples behind each other that are neighbours: whole groups, as `NeighborBatchSampler` makes them.
+A chunk is some samples behind each other that are neighbours: whole groups, as `NeighborOrder` makes them.
 Chunks lie in random order, so a tar holds neighbourhoods from all over the graph; `graph_webdataset` shuffles chunks
 instead of samples. Every sample is written once, the samples without a usable caption at the end. Members are
 `<row>.<extension>`: keys of different tars may be equal, rows are not.
@@ -31,7 +31,7 @@ FOLDER = "clustered"
 SCRATCH = "_work_clustered"
 PLACES = f"{SCRATCH}/places.npy"
 SIZES = f"{FOLDER}/sizes.json"
-GROUP = 8  # samples that NeighborBatchSampler groups, at most
+GROUP = 8  # samples that NeighborOrder groups, at most
 
 
 def shards_with_tars(store: Store, layout: str) -> Shards:
@@ -65,14 +65,14 @@ def plan_arrange(recipe: Recipe, store: Store) -> list[Task]:
 
 
 def run_arrange(task: Task, store: Store, writer: Writer) -> Json:
+    from graphbuild.graph.order import NeighborOrder
     from graphbuild.graph.sample_graph import SampleGraph
-    from graphbuild.torch.samplers import NeighborBatchSampler
 
     graph = SampleGraph.open(store.url)
     chunk, seed = task.settings["chunk"], task.settings["seed"]
     nodes = graph.sample_nodes()
-    sampler = NeighborBatchSampler(graph, chunk, nodes=nodes, group=min(GROUP, chunk), seed=seed, rank=0, ranks=1)
-    order = np.concatenate([sampler.epoch_order(), np.flatnonzero(nodes < 0)])
+    planned = NeighborOrder(graph, chunk, nodes=nodes, group=min(GROUP, chunk), seed=seed)
+    order = np.concatenate([planned.items[planned.epoch(0).order], np.flatnonzero(nodes < 0)])
     places = np.empty(len(order), np.int64)
     places[order] = np.arange(len(order))
     writer.array(PLACES, places, durable=False)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from graphbuild.errors import ConfigError, InputError
+from graphbuild.errors import ConfigError, ShardError
 from graphbuild.export.quantized import unit_rows
 from graphbuild.graph import sketch
 from graphbuild.recipe import EmbeddingKind
@@ -32,20 +32,6 @@ METADATA_KEY = b"graphbuild"
 MAY_BE_NULL = ("caption", "image_offset", "image_size")  # where a sample has a node
 BLOCK_BYTES = 1 << 18  # of a remote sidecar, fetched at once where single columns are read
 EXPORT = "run `graphbuild export` again"
-
-
-class ShardError(InputError):
-    """A tar and its sidecar are missing, damaged, or do not belong together.
-
-    torch's DataLoader rebuilds an exception of a worker process from its text alone, so `fix` may be empty
-    here: the text of the rebuilt error already holds it.
-    """
-
-    def __init__(self, cause: str, fix: str = "") -> None:
-        super().__init__(cause, fix)
-
-    def __str__(self) -> str:
-        return super().__str__() if self.fix else self.cause
 
 
 class TarIdentity(BaseModel):

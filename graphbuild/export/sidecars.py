@@ -16,12 +16,11 @@ from graphbuild.export.quantized import quantize_int8
 from graphbuild.export.sidecar import SidecarHeader, TarIdentity, sidecar_schema
 from graphbuild.graph import sketch
 from graphbuild.graph.certify import require_graph
-from graphbuild.graph.index import VECTORS
-from graphbuild.graph.moments import BASIS
 from graphbuild.recipe import EmbeddingKind, Recipe
 from graphbuild.runner.stage import Stage, Task, outputs
 from graphbuild.runner.state import require
 from graphbuild.sources.tars import tar_stem
+from graphbuild.store.layout import BASIS, VECTORS
 from graphbuild.store.sharded import Array, node_array
 from graphbuild.store.shards import Shard, shards_of
 from graphbuild.store.store import Json, Store, Writer

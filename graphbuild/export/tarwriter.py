@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from graphbuild.errors import InputError
-from graphbuild.export.sidecar import ShardError
+from graphbuild.errors import InputError, ShardError
 from graphbuild.sources.ranges import TarRanges
 from graphbuild.sources.tars import Member
 from graphbuild.store.sharded import Array

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from graphbuild.errors import QualityError, StageError
-from graphbuild.graph.index import VECTORS, nodes_entry
+from graphbuild.graph.tasks import nodes_entry
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, records
 from graphbuild.runner.state import require
+from graphbuild.store.layout import VECTORS
 from graphbuild.store.sharded import Array, ShardedArray, node_array
 from graphbuild.store.shards import node_count, shards_of
 from graphbuild.store.store import Json, Store, Writer, shard_name

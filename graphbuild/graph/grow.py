@@ -9,13 +9,13 @@ shard, which keeps its lists in scratch: the search stage removes the old files.
 from __future__ import annotations
 
 from collections.abc import Container
-from functools import lru_cache
 
 import numpy as np
 
+from graphbuild.graph.tasks import engine_of, graph_fingerprint, index_task, nodes_entry, vectors_of
 from graphbuild.knn.lists import EMPTY, pack
 from graphbuild.recipe import Recipe
-from graphbuild.runner.stage import Task, digest, outputs, records
+from graphbuild.runner.stage import Task, records
 from graphbuild.store.sharded import Array
 from graphbuild.store.shards import shards_of
 from graphbuild.store.store import Json, Store, Writer
@@ -26,8 +26,6 @@ FIRST = 4.0  # added to the similarities of lists that must stay whole: more tha
 
 def plan(recipe: Recipe, store: Store) -> list[Task]:
     """A task a shard of the old graph; none where there is no graph that can be added to."""
-    from graphbuild.graph.index import engine_of, index_task, nodes_entry
-
     manifest = nodes_entry(store)
     begun = list(records(store, "base").values())
     engine, _ = engine_of(recipe.index, manifest)
@@ -67,29 +65,6 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
     for name, values in lists.items():
         writer.array(f"{FOLDER}/{task.name}.{name}.npy", values, durable=False)
     return {"counts": {"nodes": len(lists["neighbors"])}}
-
-
-def graph_fingerprint(searches: list[Json]) -> str:
-    """What names a graph: the digest of all files of the search stage."""
-    return digest(sorted(o["path"] + o["sha256"] for record in searches for o in record["outputs"]))
-
-
-def first_new_node(manifest: Json) -> int:
-    """Nodes 0.. below this one have their old lists; 0 where all are new."""
-    return int(manifest["stages"].get("base", {}).get("counts", {}).get("nodes", 0))
-
-
-def vectors_of(store: Store, manifest: Json) -> dict[str, str]:
-    """Path -> sha256 of each shard's vectors, from the records of the stage that wrote them: read once a process."""
-    return _vectors_of(
-        store, "vectors" if "vectors" in manifest["stages"] else "encode", manifest["embeddings"]["fingerprint"]
-    )
-
-
-@lru_cache(maxsize=1)
-def _vectors_of(store: Store, stage: str, fingerprint: str) -> dict[str, str]:
-    """fingerprint: of all the vectors, as the manifest has it; another one is read anew."""
-    return outputs(list(records(store, stage).values()), "nodes/", ".npy")
 
 
 def base_lists(store: Store, name: str, scales: Array, length: int, *, whole: bool) -> Array:

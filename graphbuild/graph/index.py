@@ -17,54 +17,25 @@ import numpy as np
 
 from graphbuild.errors import ConfigError
 from graphbuild.graph import grow, moments
-from graphbuild.graph.grow import base_lists, first_new_node, graph_fingerprint, vectors_of
+from graphbuild.graph.grow import base_lists
+from graphbuild.graph.tasks import (
+    MAPPED,
+    engine_of,
+    first_new_node,
+    forecast,
+    graph_fingerprint,
+    index_task,
+    nodes_entry,
+    vectors_of,
+)
 from graphbuild.machine.threads import torch_threads
 from graphbuild.recipe import Index, Recipe
 from graphbuild.runner.stage import Stage, Task, records
+from graphbuild.store import layout
+from graphbuild.store.layout import BASIS, PARTS, SCRATCH, VECTORS
 from graphbuild.store.mapped import check_mappings
 from graphbuild.store.shards import node_count, shards_of
 from graphbuild.store.store import Json, Store, Writer, shard_name
-
-VECTORS = "nodes/{}.npy"
-SCRATCH = "_work"
-MAPPED = {"exact": 4, "partition": 6}  # files a shard that a worker keeps mapped: vectors, codes, scales, floors, ...
-
-
-def nodes_entry(store: Store) -> Json:
-    """The manifest, once embeddings are finished; ConfigError before that."""
-    manifest = store.manifest()
-    if not {"encode", "vectors"} & manifest["stages"].keys():
-        raise ConfigError(
-            f"{store.url}: `graphbuild embed` is not finished", f"run `graphbuild embed {store.url}` first"
-        )
-    return manifest
-
-
-def engine_of(index: Index, manifest: Json) -> tuple[Any, str]:
-    """The engine of this build, and why it was taken."""
-    from graphbuild.knn.engine import choose
-
-    return choose(index, node_count(manifest), manifest["embeddings"]["d"])
-
-
-def forecast(recipe: Recipe, store: Store) -> str:
-    """The engine, why it was taken, and what memory and scratch the build will take."""
-    from graphbuild.knn import engine
-
-    manifest = nodes_entry(store)
-    old = first_new_node(manifest)
-    return engine.forecast(recipe.index, node_count(manifest), manifest["embeddings"]["d"], old)
-
-
-def index_task(index: Index, engine: Any, manifest: Json, stage: str, name: str, **built: Any) -> Task:
-    """A task of these stages: its settings are k and the engine's."""
-    return Task(
-        stage=stage,
-        name=name,
-        settings={"k": index.k, "engine": engine.name, **engine.settings()},
-        built={"embeddings": manifest["embeddings"]["fingerprint"], **built},
-        hints={"device": index.device if engine.on_device else "cpu", "index": index.model_dump()},
-    )
 
 
 def _engine(task: Task, manifest: Json) -> Any:
@@ -122,7 +93,7 @@ def run_codes(task: Task, store: Store, writer: Writer) -> Json:
         arrays = _engine(task, inputs.manifest).describe(inputs, codes, task.settings["k"])
     for what, values in {"codes": codes.codes, "scales": codes.scales, **arrays}.items():
         writer.array(f"{SCRATCH}/{what}/{task.name}.npy", values, durable=False)
-    writer.array(moments.PARTS.format(task.name), moments.moments_of(raw), durable=False)
+    writer.array(PARTS.format(task.name), moments.moments_of(raw), durable=False)
     return {"largest_rest": float(codes.scales[:, 1].max())}
 
 
@@ -245,11 +216,11 @@ def run_search(task: Task, store: Store, writer: Writer) -> Json:
     keys, searched_again = exact_lists(inputs, engine.name, task.name, first, k)
     similarities, neighbors = unpack(keys)
     raw = vectors.span(first, count)
-    background = moments.background_of(raw, similarities, store.array(moments.MOMENTS), len(vectors))
+    background = moments.background_of(raw, similarities, store.array(layout.MOMENTS), len(vectors))
     writer.array(f"graph/{task.name}.neighbors.npy", neighbors.astype(np.uint32))
     writer.array(f"graph/{task.name}.similarities.npy", similarities.astype(np.float16))
     writer.array(f"graph/{task.name}.background.npy", background)
-    writer.array(f"graph/{task.name}.sketch.npy", moments.sketches_of(raw, store.array(moments.BASIS)))
+    writer.array(f"graph/{task.name}.sketch.npy", moments.sketches_of(raw, store.array(BASIS)))
     return {"counts": {"nodes": count, "edges": count * k}, "searched_again": searched_again}
 
 

@@ -15,14 +15,12 @@ import numpy as np
 from graphbuild.graph import sketch
 from graphbuild.machine.threads import torch_threads
 from graphbuild.runner.stage import Task
+from graphbuild.store.layout import BASIS, MOMENTS, PARTS
 from graphbuild.store.remote import READERS
 from graphbuild.store.sharded import Array
 from graphbuild.store.shards import node_count, shards_of
 from graphbuild.store.store import Json, Store, Writer
 
-MOMENTS = "_state/moments/moments.npy"
-PARTS = "_work/moments/{}.npy"
-BASIS = "graph/basis.npy"
 BLOCK_ROWS = 8_192
 
 

@@ -14,8 +14,7 @@ import polars as pl
 
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.graph.certify import refuse_under_floor
-from graphbuild.graph.index import VECTORS
-from graphbuild.graph.moments import BASIS
+from graphbuild.store.layout import BASIS, VECTORS
 from graphbuild.store.sharded import ShardedArray, node_array
 from graphbuild.store.shards import shards_of
 from graphbuild.store.store import Json, Store

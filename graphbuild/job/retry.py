@@ -12,20 +12,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import polars as pl
-
 from graphbuild.errors import ConfigError
 from graphbuild.job.steps import run_step, run_verb, step_of, steps_of
 from graphbuild.job.summary import NEXT, refused_line
 from graphbuild.recipe import Recipe, resolve
 from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import Task, digest, outputs, records
+from graphbuild.sources.again import Wanted, matches
 from graphbuild.sources.download import DOWNLOAD, URLS, plan_urls
-from graphbuild.sources.fetch import may_pass_later
 from graphbuild.sources.fetched import failed_urls, refused, require_images
-from graphbuild.store.store import Json, Store, Writer, shard_name
+from graphbuild.store.store import Json, Store, shard_name
 
-Wanted = str | list[str]
 VERBS = ("download", "embed", "index", "export")
 
 
@@ -114,28 +111,3 @@ def _retry_urls(store: Store, recipe: Recipe, runner: Runner, wanted: Wanted) ->
     if left:
         lines.append(refused_line(left, store))
     return images, "\n".join(lines)
-
-
-def cut_retry(task: Task, store: Store, writer: Writer) -> Json:
-    """Write the lists of one retry, `_state/urls/<first>.parquet` and on."""
-    first = task.settings["first"]
-    failed = failed_urls(store, shards=first)
-    chosen = failed.filter(matches(failed, task.settings["reasons"]))
-    sources = list(outputs(list(records(store, "urls").values()), "_state/urls/"))[:first]
-    every = pl.concat([pl.DataFrame(pl.from_arrow(store.table(path))) for path in sources], how="diagonal_relaxed")
-    rows = every.with_row_index("place").join(chosen.select("place", "key"), on="place", maintain_order="left")
-    rows = rows.with_columns(pl.col("key").alias("retry_of")).drop("place", "key")
-    for number, part in enumerate(rows.iter_slices(task.settings["shard_size"])):
-        writer.table(f"_state/urls/{shard_name(first + number)}.parquet", part.to_arrow())
-    return {"retried": dict(Counter(chosen["reason"].to_list()))}
-
-
-def matches(failed: pl.DataFrame, wanted: Wanted) -> pl.Series:
-    """Which failures are wanted, bool [n]."""
-    if wanted == "all":
-        kept = [True] * failed.height
-    elif wanted == "passing":
-        kept = [may_pass_later(message) for message in failed["message"]]
-    else:
-        kept = [any(text in reason for text in wanted) for reason in failed["reason"]]
-    return pl.Series(kept, dtype=pl.Boolean)

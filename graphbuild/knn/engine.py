@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from graphbuild.errors import ConfigError
-from graphbuild.graph.index import SCRATCH
 from graphbuild.machine.gpus import gpu_here
 from graphbuild.recipe import Index
 from graphbuild.runner.stage import records
+from graphbuild.store.layout import SCRATCH
 from graphbuild.store.sharded import Array
 from graphbuild.store.store import Json, Writer
 

@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from graphbuild.graph.index import SCRATCH
 from graphbuild.knn import exact, kernels, partition
 from graphbuild.knn.inputs import LEADER_NODES, Inputs
 from graphbuild.knn.lists import EMPTY, pack, unpack
 from graphbuild.machine.threads import torch_threads
 from graphbuild.runner.stage import records
+from graphbuild.store.layout import SCRATCH
 from graphbuild.store.remote import READERS
 from graphbuild.store.sharded import Array
 from graphbuild.store.store import Store

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from functools import cached_property, lru_cache
 
-from graphbuild.graph.index import SCRATCH, VECTORS
 from graphbuild.knn.leaders import Leaders
+from graphbuild.store.layout import SCRATCH, VECTORS
 from graphbuild.store.sharded import ShardedArray, node_array
 from graphbuild.store.shards import Shards, shards_of
 from graphbuild.store.store import Store, Writer

@@ -24,9 +24,9 @@ from graphbuild.errors import ConfigError, InputError
 from graphbuild.graph.by_vector import VectorSearch
 from graphbuild.graph.certify import require_graph
 from graphbuild.graph.sample_graph import SampleGraph
+from graphbuild.nodes.captions import usable_text
 from graphbuild.nodes.encoder import find_encoder, open_model
 from graphbuild.nodes.matrix import is_matrix
-from graphbuild.nodes.text import usable_text
 from graphbuild.recipe import Recipe, resolve
 from graphbuild.sources.images import web_image
 from graphbuild.sources.ranges import TarRanges

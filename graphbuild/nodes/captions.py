@@ -1,17 +1,24 @@
 """A sample's caption: which member of a tar holds it, how a class number becomes a prompt, and why there is none.
 
 Reads one member a sample, at most UNPACKED_BYTES of a compressed one. Reasons are few, so that they can be counted.
+
+A text is a caption in Unicode NFC, every run of white space one space, ends stripped; case, accents and scripts stay.
+Texts that are the same are one node; a 128-bit hash stands for each. About 2 us a caption.
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import re
+import unicodedata
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from graphbuild.errors import InputError
 from graphbuild.sources.tars import Member, Tar, TarSample
@@ -20,6 +27,7 @@ from graphbuild.store.files import local_file
 CONTENT_CHARACTERS = 10_000  # of a rejected caption, kept
 UNPACKED_BYTES = 64 << 20
 FIELD = re.compile(r"\{([^{}]+)\}")
+MAX_CAPTION_BYTES = 1_000_000
 
 
 def sample_caption(tar: Tar, sample: TarSample, settings: Mapping[str, Any]) -> tuple[str | None, str | None]:
@@ -132,3 +140,30 @@ def read_class_names(path: str) -> list[str]:
             "see --class-names in docs/recipe.md",
         )
     return names
+
+
+# -- from caption to node text
+
+
+def normalize(caption: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", caption).split())
+
+
+def usable_text(caption: str | None) -> tuple[str | None, str | None]:
+    """(normalised text, None), or (None, the reason why this caption cannot be a node)."""
+    if caption is None:
+        return None, "no caption"
+    try:
+        if len(caption.encode()) > MAX_CAPTION_BYTES:
+            return None, f"caption over {MAX_CAPTION_BYTES:,} bytes"
+    except UnicodeEncodeError:
+        return None, "a lone surrogate, which is no Unicode text"
+    text = normalize(caption)
+    return (text, None) if text else (None, "empty caption")
+
+
+def hashes(texts: Sequence[str | None]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """blake2b-128 of each text as uint64 [n, 2]; zeros where there is none."""
+    none = bytes(16)
+    joined = b"".join(none if t is None else hashlib.blake2b(t.encode(), digest_size=16).digest() for t in texts)
+    return np.frombuffer(joined, dtype="<u8").reshape(-1, 2)

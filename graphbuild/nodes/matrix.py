@@ -16,8 +16,7 @@ import numpy as np
 
 from graphbuild.errors import ConfigError, InputError, StageError
 from graphbuild.machine.threads import torch_threads
-from graphbuild.nodes.captions import fill_template, read_class_names
-from graphbuild.nodes.text import usable_text
+from graphbuild.nodes.captions import fill_template, read_class_names, usable_text
 from graphbuild.recipe import Embed
 from graphbuild.store.files import local_file
 from graphbuild.store.store import Json

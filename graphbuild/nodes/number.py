@@ -18,15 +18,13 @@ import polars as pl
 import pyarrow as pa
 
 from graphbuild.errors import InputError
+from graphbuild.nodes.samples import COLUMNS, NO_NODE
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, digest, outputs
 from graphbuild.runner.state import require
 from graphbuild.store.remote import READERS
 from graphbuild.store.shards import PLACES, Shard, is_whole, write_shards
 from graphbuild.store.store import Json, Store, Writer, by_number
-
-NO_NODE = -1
-SAMPLES = ["row", "key", "node", "caption", "image_offset", "image_size", "members"]
 
 
 def plan_number(recipe: Recipe, store: Store) -> list[Task]:
@@ -97,7 +95,7 @@ def run_assign(task: Task, store: Store, writer: Writer) -> Json:
     scan = store.table(f"_state/scan/{task.name}.parquet")
     row = pa.array(np.arange(rows.start, rows.stop, dtype=np.int64))
     samples = scan.append_column("row", row).append_column("node", pa.array(nodes, mask=nodes == NO_NODE))
-    writer.table(f"samples/{task.name}.parquet", samples.select(SAMPLES))
+    writer.table(f"samples/{task.name}.parquet", samples.select(COLUMNS))
     ids, first = np.unique(nodes, return_index=True)
     texts = scan["text"].take(pa.array(first[ids >= first_node]))
     counts = store.rows("_state/number/counts.npy", first_node, first_node + new)

@@ -21,12 +21,14 @@ from graphbuild.nodes.captions import (
     CONTENT_CHARACTERS,
     fill_fields,
     fill_template,
+    hashes,
     is_number,
     read_class_names,
     sample_caption,
     template_fields,
+    usable_text,
 )
-from graphbuild.nodes.text import hashes, usable_text
+from graphbuild.nodes.samples import REJECTED, SCHEMA
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, records
 from graphbuild.sources.download import downloaded_tars
@@ -37,23 +39,6 @@ from graphbuild.store.shards import latest_shards
 from graphbuild.store.store import Json, Store, Writer, by_number, file_sha256, shard_name
 
 logger = logging.getLogger(__name__)
-
-MEMBER = pa.struct([("extension", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
-SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("caption", pa.string()),
-        ("text", pa.string()),
-        ("hash_high", pa.uint64()),
-        ("hash_low", pa.uint64()),
-        ("image_offset", pa.int64()),
-        ("image_size", pa.int64()),
-        ("members", pa.list_(MEMBER)),
-    ]
-)
-REJECTED = pa.schema(
-    [("position", pa.int64()), ("key", pa.string()), ("reason", pa.string()), ("content", pa.string())]
-)
 
 
 def plan(recipe: Recipe, store: Store) -> list[Task]:

@@ -18,8 +18,7 @@ import pyarrow.parquet as pq
 
 from graphbuild.errors import InputError
 from graphbuild.nodes.encode import embeddings_entry
-from graphbuild.nodes.number import SAMPLES
-from graphbuild.nodes.scan import SCHEMA
+from graphbuild.nodes.samples import COLUMNS, SCHEMA
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task
 from graphbuild.store.files import file_identity, open_parts
@@ -66,7 +65,7 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
     rows = np.arange(first, first + count)
     empty = {field.name: pa.nulls(count, field.type) for field in SCHEMA}
     columns = {**empty, "row": pa.array(rows), "key": pa.array(rows.astype(str)), "node": pa.array(rows)}
-    writer.table(f"samples/{task.name}.parquet", pa.table({name: columns[name] for name in SAMPLES}))
+    writer.table(f"samples/{task.name}.parquet", pa.table({name: columns[name] for name in COLUMNS}))
     writer.table(
         f"nodes/{task.name}.parquet",
         pa.table({"node": rows, "text": empty["text"], "samples": np.ones(count, np.int64)}),

@@ -27,6 +27,7 @@ from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, outputs, records
 from graphbuild.runner.state import require
 from graphbuild.sources import fetched
+from graphbuild.sources.again import cut_retry
 from graphbuild.sources.fetch import Policy, fetching
 from graphbuild.sources.tables import TableSpec, read_chunks
 from graphbuild.store.files import file_identity
@@ -71,8 +72,6 @@ def retries(whole: Task, store: Store) -> list[Task]:
 
 def run_urls(task: Task, store: Store, writer: Writer) -> Json:
     if task.name != "list":
-        from graphbuild.job.retry import cut_retry
-
         return cut_retry(task, store, writer)
     settings = task.settings
     columns = {"url": settings["url_column"], "caption": settings["caption_column"]}
@@ -186,7 +185,8 @@ class CheckedResizer:
         self.max_pixels = max_pixels
 
     def __call__(self, stream: io.BytesIO, boxes: Any = None) -> tuple[Any, ...]:
-        from graphbuild.sources.images import ImageError, check_size, web_image
+        from graphbuild.errors import ImageError
+        from graphbuild.sources.images import check_size, web_image
 
         try:
             stream.seek(0)

@@ -13,16 +13,9 @@ from typing import IO
 
 from PIL import Image, UnidentifiedImageError
 
-from graphbuild.errors import InputError
+from graphbuild.errors import ImageError
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-
-
-class ImageError(InputError):
-    """An image that cannot be used; `cause` is the reason, without the image's name."""
-
-    def __init__(self, cause: str) -> None:
-        super().__init__(cause, "replace the image, or leave it out")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from graphbuild.export.sidecar import ShardError
+from graphbuild.errors import ShardError
 from graphbuild.store.remote import file_system
 
 OPEN_FILES = 256  # a process; the usual limit is 1,024

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from webdataset.tariterators import base_plus_ext
 
-from graphbuild.export.sidecar import ShardError, SidecarHeader, read_columns
+from graphbuild.errors import ShardError
+from graphbuild.export.sidecar import SidecarHeader, read_columns
 from graphbuild.sources.ranges import TarRanges, member_behind
 from graphbuild.sources.tars import IMAGE_EXTENSIONS
 from graphbuild.store.remote import READERS

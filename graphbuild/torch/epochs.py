@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from graphbuild.errors import ConfigError
-from graphbuild.export.sidecar import ShardError, SidecarHeader, read_columns
+from graphbuild.errors import ConfigError, ShardError
+from graphbuild.export.sidecar import SidecarHeader, read_columns
 from graphbuild.store.remote import READERS
 from graphbuild.torch.shards import Shard, count_joined
 

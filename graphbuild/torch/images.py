@@ -13,9 +13,8 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import default_collate
 
-from graphbuild.errors import ConfigError
-from graphbuild.export.sidecar import ShardError
-from graphbuild.sources.images import ImageError, web_image
+from graphbuild.errors import ConfigError, ImageError, ShardError
+from graphbuild.sources.images import web_image
 
 logger = logging.getLogger(__name__)
 

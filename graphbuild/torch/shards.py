@@ -21,8 +21,8 @@ from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from graphbuild.errors import ConfigError
-from graphbuild.export.sidecar import ShardError, Sidecar, SidecarHeader, read_columns
+from graphbuild.errors import ConfigError, ShardError
+from graphbuild.export.sidecar import Sidecar, SidecarHeader, read_columns
 from graphbuild.sources.tars import IMAGE_EXTENSIONS, tar_stem
 from graphbuild.store.remote import file_system, reaching
 

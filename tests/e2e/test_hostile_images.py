@@ -28,7 +28,7 @@ import pytest
 from PIL import Image
 
 from graphbuild import SampleGraph
-from graphbuild.export.sidecar import ShardError
+from graphbuild.errors import ShardError
 from graphbuild.sources.images import FORMATS
 from graphbuild.torch import GraphDataset, graph_webdataset
 

@@ -20,7 +20,7 @@ import webdataset as wds
 from torch.utils.data import DataLoader
 
 from graphbuild import SampleGraph
-from graphbuild.export.sidecar import ShardError
+from graphbuild.errors import ShardError
 from graphbuild.torch import GraphDataset, Targets, graph_webdataset
 
 Picture = tuple[bytes, str]

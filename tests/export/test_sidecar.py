@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from graphbuild.errors import ConfigError, InputError
+from graphbuild.errors import ConfigError, InputError, ShardError
 from graphbuild.export.quantized import quantize_int8
-from graphbuild.export.sidecar import ShardError, Sidecar, SidecarHeader, TarIdentity, read_columns, sidecar_schema
+from graphbuild.export.sidecar import Sidecar, SidecarHeader, TarIdentity, read_columns, sidecar_schema
 
 D, K, ROWS, WITHOUT_NODE = 6, 3, 5, 2
 

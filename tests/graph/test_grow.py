@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graphbuild.graph import certify, index
+from graphbuild.graph import certify, index, tasks
 from graphbuild.graph.certify import certify_afresh
 from graphbuild.job.steps import STEPS, run_step, run_verb
 from graphbuild.recipe import Embed, Index, Recipe
@@ -169,6 +169,6 @@ def test_the_plan_says_what_is_kept(tmp_path: Path, vectors: np.ndarray) -> None
     with Runner(workers=0) as runner:
         run_verb("embed", settings, store, runner, force=True)
         runner.run(index.BASE, settings, store)
-        said = index.forecast(settings, store)
+        said = tasks.forecast(settings, store)
     assert "1,000 new nodes, the lists of 2,000 are kept" in said
     assert certify.STAGE.name not in store.manifest()["stages"]

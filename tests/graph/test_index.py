@@ -18,11 +18,12 @@ from graphbuild.graph.certify import (
     true_similarities,
     wilson_interval,
 )
-from graphbuild.graph.moments import MOMENTS, background_of
+from graphbuild.graph.moments import background_of
 from graphbuild.job.steps import run_verb
 from graphbuild.look.catalog import Catalog
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
+from graphbuild.store.layout import MOMENTS
 from graphbuild.store.sharded import ShardedArray
 from graphbuild.store.store import Store
 

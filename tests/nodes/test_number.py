@@ -7,8 +7,9 @@ import polars as pl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphbuild.nodes.number import NO_NODE, number_nodes
-from graphbuild.nodes.text import hashes
+from graphbuild.nodes.captions import hashes
+from graphbuild.nodes.number import number_nodes
+from graphbuild.nodes.samples import NO_NODE
 
 
 def frame(texts: list[str | None]) -> pl.DataFrame:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphbuild.nodes.text import MAX_CAPTION_BYTES, hashes, normalize, usable_text
+from graphbuild.nodes.captions import MAX_CAPTION_BYTES, hashes, normalize, usable_text
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
 

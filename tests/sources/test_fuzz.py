@@ -19,10 +19,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from graphbuild.errors import GraphbuildError
+from graphbuild.errors import GraphbuildError, ShardError
 from graphbuild.export.quantized import quantize_int8
-from graphbuild.export.sidecar import ShardError, Sidecar, SidecarHeader, TarIdentity, sidecar_schema
-from graphbuild.nodes.text import MAX_CAPTION_BYTES, usable_text
+from graphbuild.export.sidecar import Sidecar, SidecarHeader, TarIdentity, sidecar_schema
+from graphbuild.nodes.captions import MAX_CAPTION_BYTES, usable_text
 from graphbuild.sources.tables import TableSpec, read_chunks
 from graphbuild.sources.tars import open_tar
 

@@ -16,8 +16,8 @@ from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.graph.batches import pack
 from graphbuild.graph.groups import NeighborLists, groups_by_growth, groups_of_anchors, join_near, order_by_node
+from graphbuild.graph.order import WAYS
 from graphbuild.torch import NeighborBatchSampler
-from graphbuild.torch.samplers import WAYS
 from tests.graph.test_index import built
 
 CLIQUES, CLIQUE = 30, 10

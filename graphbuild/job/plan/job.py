@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.graph import grow
 from graphbuild.graph.certify import require_graph
-from graphbuild.graph.index import nodes_entry
+from graphbuild.graph.tasks import nodes_entry
 from graphbuild.job.plan import lists
 from graphbuild.job.plan.encoder_facts import NO_ENCODER, EncoderFacts, encoder_facts
 from graphbuild.job.plan.finished import Finished

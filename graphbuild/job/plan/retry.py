@@ -11,9 +11,10 @@ import polars as pl
 from graphbuild.job.plan.finished import shares_done
 from graphbuild.job.plan.job import job_of
 from graphbuild.job.plan.show import plan_job, plan_verb
-from graphbuild.job.retry import Wanted, failed_tasks, matches, nothing_failed
+from graphbuild.job.retry import failed_tasks, nothing_failed
 from graphbuild.recipe import resolve
 from graphbuild.runner.stage import records
+from graphbuild.sources.again import Wanted, matches
 from graphbuild.sources.fetched import failed_urls
 from graphbuild.store.store import Json, Store
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from graphbuild.errors import ConfigError
-from graphbuild.graph.index import MAPPED
+from graphbuild.graph.tasks import MAPPED
 from graphbuild.job.plan.case import Case, Cost
 from graphbuild.job.plan.embed_costs import FETCH_SECONDS
 from graphbuild.job.plan.engines import chosen_engine

@@ -231,11 +231,11 @@ def degree_bins(indegree: Array) -> list[Json]:
 
 def batch_edges(graph: SampleGraph) -> list[Json]:
     """By batch size: edges an anchor in random batches and in those of NeighborBatchSampler, its groups by default."""
-    from graphbuild.torch import NeighborBatchSampler
+    from graphbuild.graph.order import NeighborOrder
 
     rows = []
     for size in _batch_sizes(len(graph)):
-        measured = NeighborBatchSampler(graph, size, nodes=np.arange(len(graph)), rank=0, ranks=1).report(200)
+        measured = NeighborOrder(graph, size, nodes=np.arange(len(graph))).report(0, 200)
         names = ("random_edges_per_anchor", "edges_per_anchor", "random_anchors_with_edge", "anchors_with_edge")
         rows.append({"batch": size, **{name: measured[name] for name in names}})
     return rows

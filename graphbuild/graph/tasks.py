@@ -1,0 +1,74 @@
+"""What the stages of the index share: the engine that was chosen, their tasks, and what names a graph."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from graphbuild.errors import ConfigError
+from graphbuild.recipe import Index, Recipe
+from graphbuild.runner.stage import Task, digest, outputs, records
+from graphbuild.store.shards import node_count
+from graphbuild.store.store import Json, Store
+
+MAPPED = {"exact": 4, "partition": 6}  # files a shard that a worker keeps mapped: vectors, codes, scales, floors, ...
+
+
+def nodes_entry(store: Store) -> Json:
+    """The manifest, once embeddings are finished; ConfigError before that."""
+    manifest = store.manifest()
+    if not {"encode", "vectors"} & manifest["stages"].keys():
+        raise ConfigError(
+            f"{store.url}: `graphbuild embed` is not finished", f"run `graphbuild embed {store.url}` first"
+        )
+    return manifest
+
+
+def engine_of(index: Index, manifest: Json) -> tuple[Any, str]:
+    """The engine of this build, and why it was taken."""
+    from graphbuild.knn.engine import choose
+
+    return choose(index, node_count(manifest), manifest["embeddings"]["d"])
+
+
+def forecast(recipe: Recipe, store: Store) -> str:
+    """The engine, why it was taken, and what memory and scratch the build will take."""
+    from graphbuild.knn import engine
+
+    manifest = nodes_entry(store)
+    old = first_new_node(manifest)
+    return engine.forecast(recipe.index, node_count(manifest), manifest["embeddings"]["d"], old)
+
+
+def index_task(index: Index, engine: Any, manifest: Json, stage: str, name: str, **built: Any) -> Task:
+    """A task of these stages: its settings are k and the engine's."""
+    return Task(
+        stage=stage,
+        name=name,
+        settings={"k": index.k, "engine": engine.name, **engine.settings()},
+        built={"embeddings": manifest["embeddings"]["fingerprint"], **built},
+        hints={"device": index.device if engine.on_device else "cpu", "index": index.model_dump()},
+    )
+
+
+def graph_fingerprint(searches: list[Json]) -> str:
+    """What names a graph: the digest of all files of the search stage."""
+    return digest(sorted(o["path"] + o["sha256"] for record in searches for o in record["outputs"]))
+
+
+def first_new_node(manifest: Json) -> int:
+    """Nodes 0.. below this one have their old lists; 0 where all are new."""
+    return int(manifest["stages"].get("base", {}).get("counts", {}).get("nodes", 0))
+
+
+def vectors_of(store: Store, manifest: Json) -> dict[str, str]:
+    """Path -> sha256 of each shard's vectors, from the records of the stage that wrote them: read once a process."""
+    return _vectors_of(
+        store, "vectors" if "vectors" in manifest["stages"] else "encode", manifest["embeddings"]["fingerprint"]
+    )
+
+
+@lru_cache(maxsize=1)
+def _vectors_of(store: Store, stage: str, fingerprint: str) -> dict[str, str]:
+    """fingerprint: of all the vectors, as the manifest has it; another one is read anew."""
+    return outputs(list(records(store, stage).values()), "nodes/", ".npy")

@@ -1,0 +1,25 @@
+"""Where everything lies in a store: each path once, `{}` a shard's name. docs/format.md says what is inside."""
+
+from __future__ import annotations
+
+MANIFEST = "manifest.json"
+RECIPE = "recipe.yaml"
+SHARDS = "shards.parquet"
+STATE = "_state"
+
+URLS = "_state/urls/{}.parquet"
+SCANNED = "_state/scan/{}.parquet"
+SAMPLES = "samples/{}.parquet"
+TEXTS = "nodes/{}.parquet"
+VECTORS = "nodes/{}.npy"
+
+SCRATCH = "_work"
+MOMENTS = "_state/moments/moments.npy"
+PARTS = "_work/moments/{}.npy"
+BASIS = "graph/basis.npy"
+NEIGHBORS = "graph/{}.neighbors.npy"
+SIMILARITIES = "graph/{}.similarities.npy"
+BACKGROUND = "graph/{}.background.npy"
+SKETCH = "graph/{}.sketch.npy"
+
+SIDECAR = "shards/{}.graph.parquet"
