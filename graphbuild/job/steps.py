@@ -219,12 +219,11 @@ def run_step(
     if is_spared(step, recipe, store, force=force):
         return
     runner.run(stage or step.stage, recipe, store, force=force, stale=[other.name for other in readers(step)])
-    scratch = [other for other in STEPS if other.verb == step.verb and other.stage.scratch]
-    if {other.name for one in scratch for other in served(one)} <= store.manifest()["stages"].keys():
-        for other in scratch:
-            remove_step(other, store)
-        for folder in {other.owns.partition("/")[0] for other in scratch}:
-            store.remove_folder(folder)
+    scratch = [other for other in STEPS if other.stage.scratch and served(other)[-1] is step]
+    for other in scratch:
+        remove_step(other, store)
+    for folder in {other.owns.partition("/")[0] for other in scratch}:
+        store.remove_folder(folder)
 
 
 def is_spared(step: Step, recipe: Recipe, store: Store, *, force: bool) -> bool:
