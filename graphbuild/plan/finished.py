@@ -28,12 +28,12 @@ class Finished:
 
 def finished(store: Store, stages: Sequence[Stage]) -> dict[str, Finished]:
     """By stage, what its finished tasks in a store took, wherever they ran."""
-    done = {stage.name: list(records(store, stage.name).values()) for stage in stages}
-    return {
-        name: Finished(len(some), statistics.median(record["seconds"] for record in some), total_counts(some))
-        for name, some in done.items()
-        if some
-    }
+    found = {}
+    for stage in stages:
+        if done := list(records(store, stage.name).values()):
+            seconds = statistics.median(record["seconds"] for record in done)
+            found[stage.name] = Finished(len(done), seconds, total_counts(done))
+    return found
 
 
 def shares_done(verb: str, recipe: Recipe, store: Store, *, force: bool = False) -> dict[str, float]:

@@ -108,6 +108,7 @@ def test_the_seconds_that_a_stores_own_tasks_took_outrank_the_table(tmp_path: Pa
     store.remove("nodes/00003.npy")
     told = "\n".join(plan_verb("embed", recipe, store, 1))
     assert "vectors: by what this store's finished tasks took" in told
+    assert "finished tasks" not in "\n".join(plan_verb("embed", recipe, store, 1, force=True)), "of other settings"
     assert next(line for line in told.splitlines() if line.startswith("vectors ")).split()[1] == "1"
     job = replace(job_of("run", recipe), finished=finished(store, stages_of("run", recipe)))
     costs = by_stage(job, recipe, Rates())
