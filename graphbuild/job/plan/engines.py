@@ -54,11 +54,9 @@ def join_of(case: Case) -> Join:
     engine, _ = choose(index, job.nodes, job.d)
     nodes, new = job.nodes, job.nodes - job.first_new
     at_once = nodes_at_once(engine, index, nodes, job.d)
-    if engine.name == "exact" and nodes >= MANY_NODES:
-        groups = math.ceil(nodes / min(math.ceil(nodes / 8), at_once // 2))
-        plain = groups * (groups + 1) // 2
-    else:
-        plain = len(engine.joins(nodes, at_once))
+    groups = math.ceil(nodes / min(math.ceil(nodes / 8), at_once // 2))
+    counted = engine.name == "exact" and nodes >= MANY_NODES
+    plain = groups * (groups + 1) // 2 if counted else len(engine.joins(nodes, at_once))
     tasks = len(engine.joins(nodes, at_once, job.first_new)) if job.first_new else plain
     held_nodes, lists = engine.spread(nodes, plain)
     held_nodes = min(held_nodes, nodes)

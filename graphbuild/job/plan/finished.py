@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from graphbuild.job.steps import is_spared, replaced_by, steps_of
+from graphbuild.job.steps import Step, is_spared, replaced_by, steps_of
 from graphbuild.recipe import Recipe
-from graphbuild.runner.stage import Stage, records, total_counts
+from graphbuild.runner.stage import records, total_counts
 from graphbuild.runner.state import pending
 from graphbuild.store.store import Store
 
@@ -23,14 +23,14 @@ class Finished:
     counts: Mapping[str, int]
 
 
-def finished(store: Store, stages: Sequence[Stage]) -> dict[str, Finished]:
-    """By stage, what its finished tasks in a store took, wherever they ran."""
-    done = {stage.name: list(records(store, stage.name).values()) for stage in stages}
-    return {
-        name: Finished(len(some), statistics.median(record["seconds"] for record in some), total_counts(some))
-        for name, some in done.items()
-        if some
-    }
+def finished(store: Store, steps: Sequence[Step]) -> dict[str, Finished]:
+    """By step, what its finished tasks in a store took, wherever they ran."""
+    found = {}
+    for stage in stages:
+        if done := list(records(store, stage.name).values()):
+            seconds = statistics.median(record["seconds"] for record in done)
+            found[stage.name] = Finished(len(done), seconds, total_counts(done))
+    return found
 
 
 def shares_done(verb: str, recipe: Recipe, store: Store, *, force: bool = False) -> dict[str, float]:

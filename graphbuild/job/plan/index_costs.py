@@ -88,5 +88,5 @@ def certify(case: Case) -> Cost:
     sample = min(case.recipe.index.recall_sample, job.nodes)
     tasks = math.ceil(sample / SLICE_NODES)
     vectors = 2.0 * job.nodes * job.d
-    seconds = sample / tasks * (vectors * case.rates.flop * CERTIFY_FLOPS + 2 * job.k * case.rates.candidate)
+    seconds = sample / tasks * (vectors * case.rates.flop * CERTIFY_FLOPS + job.k * case.rates.certified_edge)
     return Cost(tasks, seconds, tasks * vectors + 6.0 * job.k * job.nodes, 0.0, mapped=vectors)

@@ -55,9 +55,10 @@ class Rates:
     list_row: float = _by("python", 5.5e-6)  # a row or sample of that stage, here and in the next four
     tar_sample: float = _by("python", 1.3e-4)
     number_row: float = _by("python", 4.4e-7)
-    assign_row: float = _by("python", 4.4e-5)
+    assign_row: float = _by("python", 5.0e-6)
     vector_row: float = _by("python", 1.2e-5)
     export_byte: float = _by("python", 2.7e-8)
+    certified_edge: float = _by("python", 5.0e-6)  # of a sampled node, looked up, scored and ordered
     text: float = _by("python", 3.1e-5)  # tokenised
     image: float = _by("python", 0.019)  # a web photograph checked, decoded, scaled and written again
     hash_byte: float = _by("hash_byte", 6.3e-10)

@@ -14,7 +14,7 @@ from graphbuild.job.plan.finished import finished, shares_done
 from graphbuild.job.plan.job import Job, job_of
 from graphbuild.job.plan.rates import Rates, rates_here
 from graphbuild.job.steps import steps_of
-from graphbuild.recipe import Recipe
+from graphbuild.recipe import Recipe, resolve
 
 if TYPE_CHECKING:
     from graphbuild.store.store import Store
@@ -35,7 +35,8 @@ def plan_recipe(
     job = job_of("run", recipe, None, rows)
     described = [machine.parse(text) for text in on]
     yield headline(job)
-    job = replace(job, finished=finished(store, [step.stage for step in steps_of("run", recipe)]) if store else {})
+    if store and resolve(store, "export", {}) == recipe:  # seconds of other settings tell nothing
+        job = replace(job, finished=finished(store, steps_of("run", recipe)))
     machines = [replace(one, workers=workers) for one in described or machine.standard(store)]
     yield tell(job, recipe, rates_here(store), machines)
 
@@ -48,12 +49,12 @@ def plan_verb(verb: str, recipe: Recipe, store: Store, workers: int | None, *, f
             a stage that has to run first.
     """
     done = shares_done(verb, recipe, store, force=force)
-    return plan_job(replace(job_of(verb, recipe, store), done=done), recipe, store, workers)
+    known = {} if force else finished(store, steps_of(verb, recipe))  # what is forced may have other settings
+    return plan_job(replace(job_of(verb, recipe, store), done=done, finished=known), recipe, store, workers)
 
 
 def plan_job(job: Job, recipe: Recipe, store: Store, workers: int | None) -> Iterator[str]:
     yield headline(job)
-    job = replace(job, finished=finished(store, [step.stage for step in steps_of(job.verb, recipe)]))
     yield tell(job, recipe, rates_here(store), [replace(machine.here(store), workers=workers)])
 
 

@@ -35,11 +35,8 @@ def warnings(case: Case, found: Sequence[Cost]) -> list[str]:
         )
     config = recipe.download
     waiting = job.rows * FETCH_SECONDS / config.threads
-    if (
-        job.source == "list"
-        and waiting > 2 * job.samples * case.rates.image
-        and any(cost.name == "download" for cost in lasting)
-    ):
+    downloads = job.source == "list" and any(cost.name == "download" for cost in lasting)
+    if downloads and waiting > 2 * job.samples * case.rates.image:
         lines.append(f"download waits for answers, not for cores: threads: {2 * config.threads} would nearly halve it")
     per_node = min(machine.slots(), machine.cores * machine.nodes) / machine.nodes
     for cost in sorted(todo, key=lambda cost: -cost.ram):
@@ -79,12 +76,7 @@ def warnings(case: Case, found: Sequence[Cost]) -> list[str]:
 
 def source_warnings(job: Job) -> list[str]:
     """How much of the list is gone, by its age."""
-    if job.source != "list":
+    if job.source != "list" or job.success >= LOW_SUCCESS:
         return []
-    lines = []
-    if job.success < LOW_SUCCESS:
-        lines.append(
-            f"expect images from {job.success:.0%} of the URLs: links of {job.year} die by 6% a year; "
-            "`graphbuild retry` fetches what fails for a time only"
-        )
-    return lines
+    dead = f"expect images from {job.success:.0%} of the URLs: links of {job.year} die by 6% a year; "
+    return [dead + "`graphbuild retry` fetches what fails for a time only"]

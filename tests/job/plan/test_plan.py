@@ -62,7 +62,8 @@ def test_the_first_plan_on_a_new_machine_prints_everything_within_15_seconds(tmp
     ):
         command = [str(BIN / "graphbuild"), "plan", str(PIPELINES / f"{recipe}.yaml"), *options]
         begin, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr
         seconds, after = time.monotonic() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
         assert says in done.stdout
         for column in ("2 cores", "1 H200*", "32 x 32 cores", "computed, not measured", "WARNING"):

@@ -18,7 +18,7 @@ from graphbuild.job.plan.job import Job, job_of
 from graphbuild.job.plan.probe import probe_here
 from graphbuild.job.plan.rates import KINDS, PROBED, Rates, kind_here, scaled
 from graphbuild.job.plan.show import cases, plan_verb
-from graphbuild.job.steps import run_verb, stages_of
+from graphbuild.job.steps import run_verb, steps_of
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import records, state_path
@@ -108,8 +108,9 @@ def test_the_seconds_that_a_stores_own_tasks_took_outrank_the_table(tmp_path: Pa
     store.remove("nodes/00003.npy")
     told = "\n".join(plan_verb("embed", recipe, store, 1))
     assert "vectors: by what this store's finished tasks took" in told
+    assert "finished tasks" not in "\n".join(plan_verb("embed", recipe, store, 1, force=True)), "of other settings"
     assert next(line for line in told.splitlines() if line.startswith("vectors ")).split()[1] == "1"
-    job = replace(job_of("run", recipe), finished=finished(store, stages_of("run", recipe)))
+    job = replace(job_of("run", recipe), finished=finished(store, steps_of("run", recipe)))
     costs = by_stage(job, recipe, Rates())
     assert costs["vectors"].core_seconds == pytest.approx(40)
     assert costs["search"].core_seconds == pytest.approx(60)
