@@ -26,10 +26,10 @@ class Finished:
 def finished(store: Store, steps: Sequence[Step]) -> dict[str, Finished]:
     """By step, what its finished tasks in a store took, wherever they ran."""
     found = {}
-    for stage in stages:
-        if done := list(records(store, stage.name).values()):
+    for step in steps:
+        if done := list(records(store, step.name).values()):
             seconds = statistics.median(record["seconds"] for record in done)
-            found[stage.name] = Finished(len(done), seconds, total_counts(done))
+            found[step.name] = Finished(len(done), seconds, total_counts(done))
     return found
 
 
