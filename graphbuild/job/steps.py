@@ -250,10 +250,10 @@ def replaced_by(step: Step, recipe: Recipe, store: Store, *, force: bool) -> lis
         return []
     gone = STEPS[next(number for number, other in enumerate(STEPS) if other.verb == step.verb) :]
     if not force:
-        owned = [pattern for other in gone if other.finished(store) for pattern in other.owns.split()]
+        owned = [pattern.split("#")[0] for other in gone if other.finished(store) for pattern in other.owns.split()]
         raise ConfigError(
             f"{store.url} was made from {before}, and this is another source ({now}), which would replace:\n    "
-            + ", ".join(dict.fromkeys(pattern for pattern in owned if not pattern.startswith("_"))),
+            + ", ".join(dict.fromkeys(path for path in owned if not path.startswith("_"))),
             "use another STORE, or add --force to replace these files",
         )
     return list(gone)
