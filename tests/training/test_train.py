@@ -248,7 +248,8 @@ def test_bfloat16_is_near_float32_and_keeps_weights_in_it(scenes_store: str, tmp
         train(small(scenes_store, epochs=1, precision=precision), tmp_path / precision, HERE)
     exact, rounded = ([line["loss"] for line in steps(tmp_path / name)] for name in ("float32", "bfloat16"))
     assert exact != rounded
-    assert rounded == pytest.approx(exact, rel=0.01)
+    assert rounded[0] == pytest.approx(exact[0], rel=0.005)  # of the same weights
+    assert rounded == pytest.approx(exact, rel=0.03)  # Adam makes steps of rounding errors, others on other processors
     _, model = load_run(tmp_path / "bfloat16")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
