@@ -38,18 +38,6 @@ class Inputs:
     def leaders(self) -> Leaders:
         return _leaders(self.store, str(self.manifest["stages"]["prepare"]["fingerprint"]))
 
-    @cached_property
-    def floors(self) -> ShardedArray:
-        return self.of("floors")
-
-    @cached_property
-    def codes(self) -> ShardedArray:
-        return self.of("codes")
-
-    @cached_property
-    def scales(self) -> ShardedArray:
-        return self.of("scales")
-
 
 def write_leaders(leaders: Leaders, writer: Writer) -> None:
     for part in fields(leaders):

@@ -111,12 +111,12 @@ def test_a_graph_under_the_floor_fails_and_is_not_marked_done(
 ) -> None:
     from graphbuild.knn import exact, lists
 
-    def poor(groups: list[tuple[int, int]], *rest: object) -> tuple[np.ndarray, np.ndarray]:
+    def poor(*_: object) -> tuple[np.ndarray, np.ndarray]:
         ids = np.arange(200)
         keys = lists.pack(np.zeros((200, 9)), (ids[:, None] + 1 + np.arange(9)) % 200)
         return ids, np.sort(keys, axis=1)[:, ::-1]
 
-    monkeypatch.setattr(exact, "join", poor)
+    monkeypatch.setattr(exact.Exact, "join", poor)
     monkeypatch.setattr(exact, "proved", lambda candidates, *rest: np.ones(len(candidates), bool))
     with pytest.raises(GraphbuildError, match="under the floor") as error:
         built(tmp_path, vectors, k=9)
