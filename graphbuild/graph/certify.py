@@ -9,7 +9,6 @@ every row of its share of the graph's shards. Memory: a block of vectors and SLI
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -153,9 +152,9 @@ def measure(store: Store, manifest: Json, ids: Array) -> tuple[Array, Array]:
     listed = node_array(store, shards, "graph/{}.neighbors.npy").take(ids).astype(np.int64)
     check_lists(ids, listed, node_count(manifest))
     vectors = node_array(store, shards, VECTORS)
-    queries = _unit(vectors.take(ids), np.float32)
+    queries = _unit(vectors.take(ids))
     rows = zip(listed, queries, strict=True)
-    found = np.sort(np.stack([_unit(vectors.take(row), np.float32) @ query for row, query in rows]), axis=1)[:, ::-1]
+    found = np.sort(np.stack([_unit(vectors.take(row)) @ query for row, query in rows]), axis=1)[:, ::-1]
     true = true_similarities(vectors, queries, ids, found)
     recalls: Array = (found >= true[:, -1:] - TOLERANCE).mean(axis=1)
     return recalls, (true - found).mean(axis=1)
@@ -197,7 +196,7 @@ def true_similarities(vectors: ShardedArray, queries: Array, ids: Array, found: 
     rows, scores = [np.repeat(np.arange(len(ids)), k)], [np.full(found.size, -np.inf, np.float32)]
     floor = found[:, -1:] - TOLERANCE
     for first, block in vectors.blocks(BLOCK_ROWS):
-        tile = queries @ _unit(block, np.float32).T
+        tile = queries @ _unit(block).T
         inside = np.flatnonzero((ids >= first) & (ids < first + len(block)))
         tile[inside, ids[inside] - first] = -np.inf
         row, column = np.nonzero(tile >= floor)
@@ -217,6 +216,6 @@ def wilson_interval(share: float, n: int, z: float = 1.959964) -> tuple[float, f
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
-def _unit(raw: Array, dtype: Any) -> Array:
-    exact = raw.astype(dtype)
+def _unit(raw: Array) -> Array:
+    exact = raw.astype(np.float32)
     return np.asarray(exact / np.linalg.norm(exact, axis=1, keepdims=True))

@@ -12,12 +12,13 @@ from collections.abc import Container
 
 import numpy as np
 
-from graphbuild.graph.tasks import engine_of, graph_fingerprint, index_task, nodes_entry, vectors_of
+from graphbuild.graph.tasks import graph_fingerprint, nodes_entry, shard_tasks, vectors_of
 from graphbuild.knn.lists import EMPTY, pack
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Task, records
+from graphbuild.store.layout import VECTORS
 from graphbuild.store.sharded import Array
-from graphbuild.store.shards import shards_of
+from graphbuild.store.shards import Shard
 from graphbuild.store.store import Json, Store, Writer
 
 FOLDER = "_work/base"
@@ -28,12 +29,12 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
     """A task a shard of the old graph; none where there is no graph that can be added to."""
     manifest = nodes_entry(store)
     begun = list(records(store, "base").values())
-    engine, _ = engine_of(recipe.index, manifest)
     vectors = vectors_of(store, manifest)
-    tasks = [
-        index_task(recipe.index, engine, manifest, "base", name, vectors=vectors.get(f"nodes/{name}.npy"), nodes=nodes)
-        for name, _, _, _, nodes, _ in shards_of(store, manifest).with_nodes
-    ]
+
+    def built(shard: Shard) -> Json:
+        return {"vectors": vectors.get(VECTORS.format(shard.name)), "nodes": shard.nodes}
+
+    tasks = shard_tasks(recipe, store, "base", built)
     known = {(record["task"], record["fingerprint"]) for record in begun}
     kept = [task for task in tasks if (task.name, task.fingerprint) in known]
     if begun and len(kept) == len(begun):  # the search may have removed the old graph since

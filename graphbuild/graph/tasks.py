@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 from graphbuild.errors import ConfigError
 from graphbuild.recipe import Index, Recipe
 from graphbuild.runner.stage import Task, digest, outputs, records
-from graphbuild.store.shards import node_count
+from graphbuild.store.shards import Shard, node_count, shards_of
 from graphbuild.store.store import Json, Store
 
 MAPPED = {"exact": 4, "partition": 6}  # files a shard that a worker keeps mapped: vectors, codes, scales, floors, ...
@@ -49,6 +50,16 @@ def index_task(index: Index, engine: Any, manifest: Json, stage: str, name: str,
         built={"embeddings": manifest["embeddings"]["fingerprint"], **built},
         hints={"device": index.device if engine.on_device else "cpu", "index": index.model_dump()},
     )
+
+
+def shard_tasks(recipe: Recipe, store: Store, stage: str, built: Callable[[Shard], Json]) -> list[Task]:
+    """A task of these stages for each shard with nodes; built: what it is made from."""
+    manifest = nodes_entry(store)
+    engine, _ = engine_of(recipe.index, manifest)
+    return [
+        index_task(recipe.index, engine, manifest, stage, shard.name, **built(shard))
+        for shard in shards_of(store, manifest).with_nodes
+    ]
 
 
 def graph_fingerprint(searches: list[Json]) -> str:

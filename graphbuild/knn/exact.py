@@ -135,8 +135,8 @@ def search_again(vectors: ShardedArray, ids: Array, keys: Array) -> None:
     keys: exact similarities of some neighbours, or EMPTY. A float32 product, whose error is at most (d + 8) 2^-24 for
     unit vectors (Higham 2002, section 3.1), tells which nodes can reach a list; those are computed in float64.
     """
-    queries = unit(torch.from_numpy(vectors.take(ids)), torch.float32)
+    queries = unit(vectors.take(ids))
     margin = (vectors.width + 8) * 2.0**-23
     for first, block in vectors.blocks(BLOCK_ROWS):
-        tile = (queries @ unit(torch.from_numpy(np.array(block)), torch.float32).T).numpy()
+        tile = (queries @ unit(block).T).numpy()
         kernels.offer_exactly(tile, ids, first, margin, keys, vectors.table(), vectors.width)

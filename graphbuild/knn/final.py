@@ -20,15 +20,15 @@ from graphbuild.store.store import Store
 ENTRIES, WALK = 32, 64  # leaders that a walk begins at; nodes that it keeps
 
 
-def lists_of(store: Store, stage: str, first: int, count: int) -> Iterator[tuple[Array, Array]]:
-    """What each task of a stage found of nodes first..first+count-1: their places among these, and keys [m, c]."""
+def lists_of(store: Store, first: int, count: int) -> Iterator[tuple[Array, Array]]:
+    """What each join task found of nodes first..first+count-1: their places among these, and keys [m, c]."""
 
     def of(name: str) -> tuple[Array, Array]:
-        ids = store.array(f"{SCRATCH}/{stage}/{name}.ids.npy")
+        ids = store.array(f"{SCRATCH}/join/{name}.ids.npy")
         begin, end = np.searchsorted(ids, [first, first + count]).tolist()
-        return ids[begin:end] - first, store.rows(f"{SCRATCH}/{stage}/{name}.keys.npy", begin, end)
+        return ids[begin:end] - first, store.rows(f"{SCRATCH}/join/{name}.keys.npy", begin, end)
 
-    names = list(records(store, stage))
+    names = list(records(store, "join"))
     with ThreadPoolExecutor(1 if store.is_local else READERS) as pool:
         for at in range(0, len(names), READERS):
             yield from pool.map(of, names[at : at + READERS])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from graphbuild.errors import GraphbuildError, QualityError, StageError
 from graphbuild.graph import SampleGraph
@@ -62,7 +63,7 @@ def test_background_is_mean_and_deviation_over_the_nodes_outside_the_list(tmp_pa
 
 
 def test_background_is_zero_when_every_other_node_is_a_neighbour() -> None:
-    assert not background_of(np.eye(3, dtype=np.float16), np.zeros((3, 2), np.float32), np.zeros((4, 3)), 3).any()
+    assert not background_of(torch.eye(3), np.zeros((3, 2), np.float32), np.zeros((4, 3)), 3).any()
 
 
 def test_certificate_of_an_exact_graph_is_one(tmp_path: Path, vectors: np.ndarray) -> None:

@@ -496,7 +496,7 @@ def test_real_captions_agree_with_faiss(tmp_path: Path, shared_data: Path) -> No
     faiss = faiss_index.import_faiss()
     x = np.load(shared_data / "embeddings" / "minilm_50k.npy", mmap_mode="r")[:6_000]
     neighbors, similarities = graph(build(tmp_path, x, shard_size=2_500, engine="exact", k=32))
-    unit = faiss_index.unit(whole(Store(str(tmp_path / "store")), "nodes/*.npy"))
+    unit = products.unit(whole(Store(str(tmp_path / "store")), "nodes/*.npy")).numpy()
     scores, found = faiss.knn(unit, unit, 33, metric=faiss.METRIC_INNER_PRODUCT)
     np.testing.assert_allclose(similarities[:1_000], scores[:1_000, 1:], atol=6e-4)
     agreement = np.mean(
