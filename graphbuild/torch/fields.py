@@ -6,7 +6,7 @@ embedding float32 [B, d], unit norm, or sketch float32 [B, b].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from graphbuild.graph.sample_graph import SampleGraph
 
 Nodes = NDArray[np.int64]
+GRAPH_FIELDS = ("embedding", "sketch", "neighbors", "similarities", "background")
 
 
 class Fields(Protocol):
@@ -74,7 +75,6 @@ class SidecarFields:
         }
         if header.embeddings == "sketch:64":
             self._columns["sketch"] = np.empty((count, min(header.d, BYTES)), np.uint8)
-            self._sketch_steps = np.array(header.sketch_steps, np.float32)
         elif header.embeddings != "none":
             self._columns["embedding"] = np.empty((count, header.d), header.embeddings)
         with ThreadPoolExecutor(READERS) as pool:
@@ -89,11 +89,15 @@ class SidecarFields:
 
     def take(self, nodes: Nodes) -> dict[str, NDArray[Any]]:
         places = np.searchsorted(self._nodes, nodes)
-        stored = {name: column[places] for name, column in self._columns.items()}
-        types = {"neighbors": np.int64, "similarities": np.float32, "background": np.float32}
-        fields = {name: stored[name].astype(kind) for name, kind in types.items()}
-        if "embedding" in stored:
-            fields["embedding"] = unit_rows(stored["embedding"])
-        if "sketch" in stored:
-            fields["sketch"] = unpack(stored["sketch"], self._sketch_steps)
-        return fields
+        return as_in_batch({name: column[places] for name, column in self._columns.items()}, self._header)
+
+
+def as_in_batch(stored: Mapping[str, NDArray[Any]], header: SidecarHeader) -> dict[str, NDArray[Any]]:
+    """GRAPH_FIELDS as a batch holds them, of rows [B] of a sidecar's columns; those that it lacks are left out."""
+    types = {"neighbors": np.int64, "similarities": np.float32, "background": np.float32}
+    fields = {name: stored[name].astype(kind) for name, kind in types.items()}
+    if "embedding" in stored:
+        fields["embedding"] = unit_rows(stored["embedding"])
+    if "sketch" in stored:
+        fields["sketch"] = unpack(stored["sketch"], np.array(header.sketch_steps, np.float32))
+    return fields
