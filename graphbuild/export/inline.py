@@ -51,15 +51,12 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
     url = store.resolve(task.built["tar"]["url"])
     check_members(samples, url)
     row, node = samples["row"].to_numpy(), samples["node"].fill_null(-1).to_numpy()
-    nodes, inverse = np.unique(node[node >= 0], return_inverse=True)
-    fields = graph_fields(store, store.manifest(), nodes, task.settings["embeddings"])
-    place = np.full(len(node), -1)
-    place[node >= 0] = inverse
+    fields = graph_fields(store, store.manifest(), np.maximum(node, 0), task.settings["embeddings"])
 
     def member(i: int) -> tuple[str, bytes] | None:
         if node[i] < 0:
             return None
-        own = {name: values[place[i]] for name, values in fields.items()}
+        own = {name: values[i] for name, values in fields.items()}
         return MEMBER, npz({"row": row[i], "node": node[i], **own})
 
     with writer.file(f"{FOLDER}/{tar_stem(url)}.tar") as path:

@@ -79,11 +79,10 @@ def sidecar_table(
         sketch_steps=sketch.steps(store.array(BASIS)).tolist() if embeddings == "sketch:64" else None,
     )
     node = samples["node"].fill_null(-1).to_numpy()
-    nodes, inverse = np.unique(node[node >= 0], return_inverse=True)
-    gathered = graph_fields(store, manifest, nodes, embeddings)
+    gathered = graph_fields(store, manifest, np.maximum(node, 0), embeddings)
     schema = sidecar_schema(header.d, header.k, embeddings)
     columns = [
-        _column(gathered[field.name], inverse, node >= 0, field.type)
+        _column(gathered[field.name], node >= 0, field.type)
         if field.name in gathered
         else samples[field.name].combine_chunks().cast(field.type)
         for field in schema
@@ -128,15 +127,9 @@ def tar_sizes(shards: Iterable[Shard]) -> dict[str, int] | None:
 STAGE = Stage(name="export", title="export", plan=plan, run=run, finish=finish)
 
 
-def _column(values: Array, inverse: Array, named: Array, kind: Any) -> pa.Array:
-    """Values of distinct nodes [m, ...] spread over the samples [n], null where a sample has no node."""
-    index = np.zeros(len(named), np.int64)
-    index[named] = inverse
-    if not named.any():
-        return pa.nulls(len(named), kind)
-    spread = np.ascontiguousarray(values[index])
-    mask = None if named.all() else pa.array(~named)
-    if pa.types.is_fixed_size_list(kind):
-        flat = pa.Array.from_buffers(kind.value_type, spread.size, [None, pa.py_buffer(spread)])
-        return pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=mask)
-    return pa.array(spread, kind, mask=~named)
+def _column(values: Array, named: Array, kind: Any) -> pa.Array:
+    """Values of samples [n, ...], null where a sample has no node."""
+    if not pa.types.is_fixed_size_list(kind):
+        return pa.array(values, kind, mask=~named)
+    flat = pa.Array.from_buffers(kind.value_type, values.size, [None, pa.py_buffer(values)])
+    return pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=None if named.all() else pa.array(~named))
