@@ -18,7 +18,6 @@ from graphbuild.export.quantized import unit_rows
 from graphbuild.export.sidecar import SidecarHeader
 from graphbuild.graph.sketch import BYTES, unpack
 from graphbuild.store.remote import READERS
-from graphbuild.store.store import Store
 from graphbuild.torch.shards import Shard, read_sidecar
 
 if TYPE_CHECKING:
@@ -40,10 +39,9 @@ class StoreFields:
     """
 
     def __init__(self, graph: SampleGraph, sidecar: str, header: SidecarHeader) -> None:
-        built = Store(graph.url).manifest()["graph"]["fingerprint"]
-        if built != header.graph:
+        if graph.fingerprint != header.graph:
             raise ConfigError(
-                f"{sidecar} was exported from graph {header.graph!r}; {graph.url} holds {built!r}",
+                f"{sidecar} was exported from graph {header.graph!r}; {graph.url} holds {graph.fingerprint!r}",
                 "open the graph of the sidecars' store, or run `graphbuild export` on that store again",
             )
         self._graph = graph
