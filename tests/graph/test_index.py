@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from graphbuild import SampleGraph
 from graphbuild.errors import GraphbuildError, QualityError, StageError
-from graphbuild.graph import SampleGraph
 from graphbuild.graph.certify import (
     certify_afresh,
     check_lists,
