@@ -11,7 +11,6 @@ stages lie in _work/ and are removed when the graph is whole. Memory: codes and 
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import numpy as np
 
@@ -29,6 +28,8 @@ from graphbuild.graph.tasks import (
     shard_tasks,
     vectors_of,
 )
+from graphbuild.knn import engine as engines
+from graphbuild.knn.lists import EMPTY, merge_lists, unpack
 from graphbuild.machine.threads import torch_threads
 from graphbuild.recipe import Index, Recipe
 from graphbuild.runner.stage import Stage, Task, records
@@ -39,7 +40,7 @@ from graphbuild.store.shards import Shard, node_count, shards_of
 from graphbuild.store.store import Json, Store, Writer, shard_name
 
 
-def _engine(task: Task, manifest: Json) -> Any:
+def _engine(task: Task, manifest: Json) -> engines.Engine:
     return engine_of(Index.model_validate({**task.hints["index"], "engine": task.settings["engine"]}), manifest)[0]
 
 
@@ -64,8 +65,7 @@ def run_prepare(task: Task, store: Store, writer: Writer) -> Json:
 
     inputs = Inputs(store)
     with torch_threads(os.cpu_count() or 1):  # nothing else runs
-        facts: Json = _engine(task, inputs.manifest).prepare(inputs, task.settings["k"], writer)
-    return facts
+        return _engine(task, inputs.manifest).prepare(inputs, task.settings["k"], writer)
 
 
 # -- codes: int8 codes of each shard's nodes, and the sums that moments are made of
@@ -109,12 +109,10 @@ def plan_moments(recipe: Recipe, store: Store) -> list[Task]:
 
 
 def plan_join(recipe: Recipe, store: Store) -> list[Task]:
-    from graphbuild.knn.engine import nodes_at_once
-
     manifest = nodes_entry(store)
     engine, _ = engine_of(recipe.index, manifest)
     nodes = node_count(manifest)
-    at_once = nodes_at_once(engine, recipe.index, nodes, manifest["embeddings"]["d"])
+    at_once = engines.nodes_at_once(engine, recipe.index, nodes, manifest["embeddings"]["d"])
     codes = manifest["stages"]["codes"]["fingerprint"]
     return [
         index_task(recipe.index, engine, manifest, "join", shard_name(number), codes=codes, argument=argument)
@@ -151,7 +149,6 @@ def plan_merge(recipe: Recipe, store: Store) -> list[Task]:
 
 def run_merge(task: Task, store: Store, writer: Writer) -> Json:
     from graphbuild.knn.final import lists_of
-    from graphbuild.knn.lists import EMPTY, merge_lists
 
     manifest = store.manifest()
     first, count = task.built["first_node"], task.built["nodes"]
@@ -184,7 +181,6 @@ def plan_search(recipe: Recipe, store: Store) -> list[Task]:
 def run_search(task: Task, store: Store, writer: Writer) -> Json:
     from graphbuild.knn.final import exact_lists
     from graphbuild.knn.inputs import Inputs
-    from graphbuild.knn.lists import unpack
     from graphbuild.knn.products import unit
 
     inputs = Inputs(store)

@@ -7,6 +7,8 @@ from functools import lru_cache
 from typing import Any
 
 from graphbuild.errors import ConfigError
+from graphbuild.knn import engine
+from graphbuild.knn.engine import Engine
 from graphbuild.recipe import Index, Recipe
 from graphbuild.runner.stage import Task, digest, outputs, records
 from graphbuild.store.shards import Shard, node_count, shards_of
@@ -25,39 +27,35 @@ def nodes_entry(store: Store) -> Json:
     return manifest
 
 
-def engine_of(index: Index, manifest: Json) -> tuple[Any, str]:
+def engine_of(index: Index, manifest: Json) -> tuple[Engine, str]:
     """The engine of this build, and why it was taken."""
-    from graphbuild.knn.engine import choose
-
-    return choose(index, node_count(manifest), manifest["embeddings"]["d"])
+    return engine.choose(index, node_count(manifest), manifest["embeddings"]["d"])
 
 
 def forecast(recipe: Recipe, store: Store) -> str:
     """The engine, why it was taken, and what memory and scratch the build will take."""
-    from graphbuild.knn import engine
-
     manifest = nodes_entry(store)
     old = first_new_node(manifest)
     return engine.forecast(recipe.index, node_count(manifest), manifest["embeddings"]["d"], old)
 
 
-def index_task(index: Index, engine: Any, manifest: Json, stage: str, name: str, **built: Any) -> Task:
+def index_task(index: Index, chosen: Engine, manifest: Json, stage: str, name: str, **built: Any) -> Task:
     """A task of these stages: its settings are k and the engine's."""
     return Task(
         stage=stage,
         name=name,
-        settings={"k": index.k, "engine": engine.name, **engine.settings()},
+        settings={"k": index.k, "engine": chosen.name, **chosen.settings()},
         built={"embeddings": manifest["embeddings"]["fingerprint"], **built},
-        hints={"device": index.device if engine.on_device else "cpu", "index": index.model_dump()},
+        hints={"device": index.device if chosen.on_device else "cpu", "index": index.model_dump()},
     )
 
 
 def shard_tasks(recipe: Recipe, store: Store, stage: str, built: Callable[[Shard], Json]) -> list[Task]:
     """A task of these stages for each shard with nodes; built: what it is made from."""
     manifest = nodes_entry(store)
-    engine, _ = engine_of(recipe.index, manifest)
+    chosen, _ = engine_of(recipe.index, manifest)
     return [
-        index_task(recipe.index, engine, manifest, stage, shard.name, **built(shard))
+        index_task(recipe.index, chosen, manifest, stage, shard.name, **built(shard))
         for shard in shards_of(store, manifest).with_nodes
     ]
 
