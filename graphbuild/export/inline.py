@@ -20,6 +20,7 @@ from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, outputs
 from graphbuild.runner.state import require
 from graphbuild.sources.tars import tar_stem
+from graphbuild.store.layout import SAMPLES
 from graphbuild.store.sharded import Array
 from graphbuild.store.shards import shards_of
 from graphbuild.store.store import Json, Store, Writer
@@ -40,14 +41,14 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
             stage="inline",
             name=shard.name,
             settings={"embeddings": recipe.export.embeddings},
-            built={"graph": graph, "samples": samples[f"samples/{shard.name}.parquet"], "tar": shard.tar},
+            built={"graph": graph, "samples": samples[SAMPLES.format(shard.name)], "tar": shard.tar},
         )
         for shard in shards
     ]
 
 
 def run(task: Task, store: Store, writer: Writer) -> Json:
-    samples = store.table(f"samples/{task.name}.parquet")
+    samples = store.table(SAMPLES.format(task.name))
     url = store.resolve(task.built["tar"]["url"])
     check_members(samples, url)
     row, node = samples["row"].to_numpy(), samples["node"].fill_null(-1).to_numpy()

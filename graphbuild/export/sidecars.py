@@ -20,7 +20,7 @@ from graphbuild.recipe import EmbeddingKind, Recipe
 from graphbuild.runner.stage import Stage, Task, outputs
 from graphbuild.runner.state import require
 from graphbuild.sources.tars import tar_stem
-from graphbuild.store.layout import BASIS, VECTORS
+from graphbuild.store.layout import BACKGROUND, BASIS, NEIGHBORS, SAMPLES, SIDECAR, SIMILARITIES, SKETCH, VECTORS
 from graphbuild.store.sharded import Array, node_array
 from graphbuild.store.shards import Shard, shards_of
 from graphbuild.store.store import Json, Store, Writer
@@ -39,19 +39,19 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
             stage="export",
             name=shard.name,
             settings={"embeddings": recipe.export.embeddings},
-            built={**built, "samples": samples[f"samples/{shard.name}.parquet"], "tar": shard.tar},
+            built={**built, "samples": samples[SAMPLES.format(shard.name)], "tar": shard.tar},
         )
         for shard in shards_of(store, manifest)
     ]
 
 
 def run(task: Task, store: Store, writer: Writer) -> Json:
-    samples = store.table(f"samples/{task.name}.parquet")
+    samples = store.table(SAMPLES.format(task.name))
     tar = task.built["tar"]
     identity = None if tar is None else TarIdentity(name=tar["name"], bytes=tar["bytes"], sha256=tar["sha256"])
     table = sidecar_table(store, store.manifest(), samples, task.settings["embeddings"], shard=task.name, tar=identity)
     name = task.name if tar is None else tar_stem(tar["name"])
-    writer.table(f"shards/{name}.graph.parquet", table)
+    writer.table(SIDECAR.format(name), table)
     return {"counts": {"samples": len(samples), "without_node": samples["node"].null_count}}
 
 
@@ -93,15 +93,15 @@ def sidecar_table(
 def graph_fields(store: Store, manifest: Json, nodes: Array, embeddings: EmbeddingKind) -> dict[str, Array]:
     """What a sidecar says of nodes [n], by the name of its column."""
     shards = shards_of(store, manifest)
-    background = node_array(store, shards, "graph/{}.background.npy").take(nodes)
+    background = node_array(store, shards, BACKGROUND).take(nodes)
     fields = {
-        "neighbors": node_array(store, shards, "graph/{}.neighbors.npy").take(nodes),
-        "similarities": node_array(store, shards, "graph/{}.similarities.npy").take(nodes),
+        "neighbors": node_array(store, shards, NEIGHBORS).take(nodes),
+        "similarities": node_array(store, shards, SIMILARITIES).take(nodes),
         "background_mean": background[:, 0],
         "background_std": background[:, 1],
     }
     if embeddings == "sketch:64":
-        fields["sketch"] = node_array(store, shards, "graph/{}.sketch.npy").take(nodes)
+        fields["sketch"] = node_array(store, shards, SKETCH).take(nodes)
     elif embeddings != "none":
         embedded = node_array(store, shards, VECTORS).take(nodes)
         if embeddings == "int8":

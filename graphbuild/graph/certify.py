@@ -17,7 +17,7 @@ from graphbuild.graph.tasks import nodes_entry
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, records
 from graphbuild.runner.state import require
-from graphbuild.store.layout import VECTORS
+from graphbuild.store.layout import NEIGHBORS, SIMILARITIES, VECTORS
 from graphbuild.store.sharded import Array, ShardedArray, node_array
 from graphbuild.store.shards import node_count, shards_of
 from graphbuild.store.store import Json, Store, Writer, shard_name
@@ -62,9 +62,9 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
     shards = shards_of(store, manifest).with_nodes
     for shard in (shards[place] for place in range(number, len(shards), slices)):
         ids = np.arange(shard.first_node, shard.first_node + shard.nodes)
-        listed = np.array(store.array(f"graph/{shard.name}.neighbors.npy")).astype(np.int64)
+        listed = np.array(store.array(NEIGHBORS.format(shard.name))).astype(np.int64)
         check_lists(ids, listed, node_count(manifest))
-        check_similarities(ids, np.array(store.array(f"graph/{shard.name}.similarities.npy")))
+        check_similarities(ids, np.array(store.array(SIMILARITIES.format(shard.name))))
     ids = sampled(task.settings["sample"], task.settings["seed"], node_count(manifest))[number::slices]
     recalls, deficits = measure(store, manifest, ids)
     return facts_of(recalls, deficits)
@@ -149,7 +149,7 @@ def certificate_of(k: int, facts: list[Json]) -> Json:
 def measure(store: Store, manifest: Json, ids: Array) -> tuple[Array, Array]:
     """Recall and mean similarity deficit [n] of nodes `ids` [n]."""
     shards = shards_of(store, manifest)
-    listed = node_array(store, shards, "graph/{}.neighbors.npy").take(ids).astype(np.int64)
+    listed = node_array(store, shards, NEIGHBORS).take(ids).astype(np.int64)
     check_lists(ids, listed, node_count(manifest))
     vectors = node_array(store, shards, VECTORS)
     queries = _unit(vectors.take(ids))

@@ -34,7 +34,7 @@ from graphbuild.machine.threads import torch_threads
 from graphbuild.recipe import Index, Recipe
 from graphbuild.runner.stage import Stage, Task, records
 from graphbuild.store import layout
-from graphbuild.store.layout import BASIS, PARTS, SCRATCH, VECTORS
+from graphbuild.store.layout import BACKGROUND, BASIS, NEIGHBORS, PARTS, SCRATCH, SIMILARITIES, SKETCH, VECTORS
 from graphbuild.store.mapped import check_mappings
 from graphbuild.store.shards import Shard, node_count, shards_of
 from graphbuild.store.store import Json, Store, Writer, shard_name
@@ -192,10 +192,10 @@ def run_search(task: Task, store: Store, writer: Writer) -> Json:
     with torch_threads(1):
         x = unit(vectors.span(first, count))
     background = moments.background_of(x, similarities, store.array(layout.MOMENTS), len(vectors))
-    writer.array(f"graph/{task.name}.neighbors.npy", neighbors.astype(np.uint32))
-    writer.array(f"graph/{task.name}.similarities.npy", similarities.astype(np.float16))
-    writer.array(f"graph/{task.name}.background.npy", background)
-    writer.array(f"graph/{task.name}.sketch.npy", sketch.pack(x.numpy(), store.array(BASIS)))
+    writer.array(NEIGHBORS.format(task.name), neighbors.astype(np.uint32))
+    writer.array(SIMILARITIES.format(task.name), similarities.astype(np.float16))
+    writer.array(BACKGROUND.format(task.name), background)
+    writer.array(SKETCH.format(task.name), sketch.pack(x.numpy(), store.array(BASIS)))
     return {"counts": {"nodes": count, "edges": count * k}, "searched_again": searched_again}
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from graphbuild.errors import ConfigError
 from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.runner.stage import Stage, Task, perform
+from graphbuild.store.layout import SAMPLES
 from graphbuild.store.remote import reaching
 from graphbuild.store.shards import shards_of
 from graphbuild.store.store import FORMAT_VERSION, Json, Store, Writer
@@ -155,7 +156,7 @@ def samples(graph: SampleGraph, columns: list[str]) -> Iterator[tuple[str, pa.Ta
     """Each shard's name and its samples that have a node; `node` must be one of the columns."""
     store = Store(graph.url)
     for name in shards_of(store, store.manifest()).names:
-        table = store.table(f"samples/{name}.parquet", columns)
+        table = store.table(SAMPLES.format(name), columns)
         yield name, table.filter(pc.is_valid(table["node"]))
 
 
