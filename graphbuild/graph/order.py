@@ -7,7 +7,7 @@ It is planned on one core, in some 30 bytes a sample beside the mapped graph.
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, InitVar, dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,7 +20,7 @@ from graphbuild.graph.groups import NeighborLists, StoredGraph
 Samples = NDArray[np.int32]
 Way = Literal["window", "walk", "communities"]
 MOST_ITEMS = 2**31 - 1
-WAYS = ("window", "walk", "communities")
+WAYS = get_args(Way)
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,13 @@ class Inputs:
     def of(self, what: str) -> ShardedArray:
         """codes, scales, floors or leaves, of the stage codes, or the merged lists."""
         stage = self.manifest["stages"]["merge" if what == "merged" else "codes"]
-        return self._opened(f"{SCRATCH}/{what}/{{}}.npy", stage)
+        return self._array(f"{SCRATCH}/{what}/{{}}.npy", stage)
 
     @cached_property
     def vectors(self) -> ShardedArray:
-        return self._opened(VECTORS, self.manifest["embeddings"])
+        return self._array(VECTORS, self.manifest["embeddings"])
 
-    def _opened(self, pattern: str, of: Json) -> ShardedArray:
+    def _array(self, pattern: str, of: Json) -> ShardedArray:
         return _opened(self.store, shards_of(self.store, self.manifest), pattern, str(of["fingerprint"]))
 
     @property

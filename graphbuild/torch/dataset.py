@@ -24,7 +24,7 @@ from graphbuild.export.sidecar import SidecarHeader, read_columns
 from graphbuild.sources.ranges import TarRanges, member_behind
 from graphbuild.sources.tars import IMAGE_EXTENSIONS
 from graphbuild.store.remote import READERS
-from graphbuild.torch.fields import Fields, SidecarFields, StoreFields
+from graphbuild.torch.fields import SidecarFields, StoreFields
 from graphbuild.torch.images import BadImages, ImageDecoder
 from graphbuild.torch.shards import Shard, check_same_graph, check_tar_size, find_shards
 
@@ -102,7 +102,7 @@ class GraphDataset(Dataset[dict[str, Any]]):
         self._texts = samples.select(["key", "caption"])
         if not len(self):
             raise ShardError(f"{self.shards[0].sidecar}: no sample here or in the others has a node", "name other tars")
-        self._fields: Fields = (
+        self._fields: SidecarFields | StoreFields = (
             SidecarFields(self.shards, header, self.nodes)
             if graph is None
             else StoreFields(graph, self.shards[0].sidecar, header)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +27,6 @@ Nodes = NDArray[np.int64]
 GRAPH_FIELDS = ("embedding", "sketch", "neighbors", "similarities", "background")
 
 
-class Fields(Protocol):
-    def take(self, nodes: Nodes) -> dict[str, NDArray[Any]]:
-        """The fields of nodes [B], by name."""
-
-
 class StoreFields:
     """Fields from a store: nothing in memory, some pages of mapped files a node; embeddings as stored, in float16.
 
@@ -47,6 +42,7 @@ class StoreFields:
         self._graph = graph
 
     def take(self, nodes: Nodes) -> dict[str, NDArray[Any]]:
+        """The fields of nodes [B], by name."""
         neighbors, similarities = self._graph.neighbors(nodes)
         return {
             "neighbors": neighbors,
@@ -86,6 +82,7 @@ class SidecarFields:
             column[places] = getattr(sidecar, name)[wanted]
 
     def take(self, nodes: Nodes) -> dict[str, NDArray[Any]]:
+        """The fields of nodes [B], by name."""
         places = np.searchsorted(self._nodes, nodes)
         return as_in_batch({name: column[places] for name, column in self._columns.items()}, self._header)
 
