@@ -12,7 +12,8 @@ from graphbuild.job.plan.case import Case, Cost
 from graphbuild.job.plan.job import Job
 from graphbuild.job.plan.machine import Machine
 from graphbuild.knn import device as gpu
-from graphbuild.knn.engine import FAISS_TASK_NODES, Engine, bytes_a_node, choose, nodes_at_once
+from graphbuild.knn.engine import Engine, bytes_a_node, choose, nodes_at_once
+from graphbuild.knn.faiss_index import TASK_NODES as FAISS_TASK_NODES
 from graphbuild.knn.leaders import NODES_PER_LEADER
 from graphbuild.knn.partition import FANS, MISSING_AFTER_REFINEMENT
 from graphbuild.recipe import Index, Recipe
