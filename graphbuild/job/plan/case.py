@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from graphbuild.job.plan.job import Job
 from graphbuild.job.plan.machine import Machine
 from graphbuild.job.plan.rates import NEAR_BYTES, Rates
-from graphbuild.recipe import Recipe
+from graphbuild.knn.engine import Engine, choose
+from graphbuild.recipe import Index, Recipe
 
 WIDTH = 384  # numbers of a vector, for which rates are
 
@@ -35,7 +37,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Case:
-    """What a stage's formula gets: the job, its recipe, where it runs, and the rates of a core."""
+    """What a formula gets: the job, its recipe, where it runs, and the rates of a core."""
 
     job: Job
     recipe: Recipe
@@ -53,6 +55,22 @@ class Case:
     @property
     def width(self) -> float:
         return self.job.d / WIDTH
+
+    @property
+    def index(self) -> Index:
+        """The recipe's section, its device settled as on that machine."""
+        device = "cuda" if self.machine.card else "cpu"
+        index = self.recipe.index
+        return index if index.device != "auto" else index.model_copy(update={"device": device})
+
+    @property
+    def engine(self) -> Engine:
+        return self.choice[0]
+
+    @cached_property
+    def choice(self) -> tuple[Engine, str]:
+        """The engine that a build would choose there, and why."""
+        return choose(self.index, self.job.nodes, self.job.d)
 
     def far(self, table_bytes: float) -> float:
         """How much longer random reads of a table take than of a small one."""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from graphbuild.job.plan import machine, warn
 from graphbuild.job.plan.case import Case, Cost
 from graphbuild.job.plan.costs import costs
-from graphbuild.job.plan.engines import chosen_engine
 from graphbuild.job.plan.finished import finished, shares_done
 from graphbuild.job.plan.job import Job, job_of
 from graphbuild.job.plan.rates import Rates, rates_here
@@ -60,8 +59,8 @@ def plan_job(job: Job, recipe: Recipe, store: Store, workers: int | None) -> Ite
 
 def cases(job: Job, recipe: Recipe, rates: Rates, machines: Sequence[machine.Machine]) -> list[tuple[Case, list[Cost]]]:
     """The costs of the job's stages on each machine."""
-    stages = [step.stage for step in steps_of(job.verb, recipe) if step.name != "base" or job.first_new]
-    return [(case, costs(case, stages)) for case in (Case(job, recipe, one, rates) for one in machines)]
+    steps = [step for step in steps_of(job.verb, recipe) if step.name != "base" or job.first_new]
+    return [(case, costs(case, steps)) for case in (Case(job, recipe, one, rates) for one in machines)]
 
 
 def headline(job: Job) -> str:
@@ -100,7 +99,7 @@ def tell(job: Job, recipe: Recipe, rates: Rates, machines: Sequence[machine.Mach
     if len(machines) > 1:
         lines.append(f"tasks and bytes are those of {machines[0].name}")
     for one, (case, each) in zip(machines, found, strict=True):
-        engine, reason = chosen_engine(recipe, job, one)
+        engine, reason = case.choice
         parts = [f"{engine.name} ({reason})"] if any(cost.name == "join" for cost in each) else []
         vram = max((cost.vram for cost in each), default=0)
         parts += [f"up to {size(vram)} of a GPU's memory*"] if vram else []

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from graphbuild.errors import ConfigError
 from graphbuild.graph.tasks import MAPPED
 from graphbuild.job.plan.case import Case, Cost
-from graphbuild.job.plan.embed_costs import FETCH_SECONDS
-from graphbuild.job.plan.engines import chosen_engine
+from graphbuild.job.plan.formulas import FETCH_SECONDS
 from graphbuild.job.plan.job import Job
 from graphbuild.store.mapped import check_mappings
 
@@ -52,7 +51,7 @@ def warnings(case: Case, found: Sequence[Cost]) -> list[str]:
             break
     if any(cost.name == "join" for cost in todo):
         try:
-            check_mappings(MAPPED.get(chosen_engine(recipe, job, machine)[0].name, 1) * job.shards)
+            check_mappings(MAPPED.get(case.engine.name, 1) * job.shards)
         except ConfigError as error:
             lines.append(f"{error.cause}: {error.fix}")
     card = machine.card
@@ -68,7 +67,7 @@ def warnings(case: Case, found: Sequence[Cost]) -> list[str]:
         if cost.seconds <= LONG_SECONDS:
             continue
         more = "; it can be stopped and resumed at any time"
-        if cost.name == "join" and chosen_engine(recipe, job, machine)[0].name == "exact":
+        if cost.name == "join" and case.engine.name == "exact":
             more = "; --engine partition compares few pairs only" + (" (on CPUs: --device cpu)" if machine.card else "")
         lines.append(f"{cost.title} takes {cost.seconds / 86_400:.1f} days{more}")
     return lines
