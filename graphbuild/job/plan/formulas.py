@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from graphbuild.graph.certify import SLICE_NODES
 from graphbuild.graph.sketch import BYTES as SKETCH_BYTES
-from graphbuild.job.plan.case import Case, Cost
 from graphbuild.job.plan.encoder_facts import MINILM
+from graphbuild.job.plan.job import Job
+from graphbuild.job.plan.machine import Machine
+from graphbuild.job.plan.rates import NEAR_BYTES, Rates
 from graphbuild.knn import device as gpu
-from graphbuild.knn.engine import FAISS_TASK_NODES, bytes_a_node, nodes_at_once
+from graphbuild.knn.engine import FAISS_TASK_NODES, Engine, bytes_a_node, choose, nodes_at_once
 from graphbuild.knn.leaders import FLAT_GROUPS, GROUP_LEADERS, NODES_PER_LEADER, PROBED_GROUPS, leader_count
 from graphbuild.knn.partition import FANS, MISSING_AFTER_REFINEMENT
 from graphbuild.knn.sample import SAMPLE
 from graphbuild.nodes.encode import STAGE as ENCODE
 from graphbuild.nodes.encoder.model import CPU_TOKENS, GPU_TOKENS
 from graphbuild.nodes.fidelity import SAMPLE as FIDELITY_TEXTS
+from graphbuild.recipe import Index, Recipe
 
 CHUNK_ROWS = 100_000  # of a list that are read at a time
 FETCH_SECONDS = 1.2  # of a URL, dead ones too: img2dataset's page on CC3M has 850/s with 16 x 64 requests in flight
@@ -37,6 +41,71 @@ LEAF_SCAN = 2e-9  # seconds a number: a task looks through all nodes' leaves for
 PAIR_BYTES = 19  # moved a pair on a GPU: int32 product out and in, float32 out and in, a byte of comparison out and in
 # twice more for compaction (graphbuild.knn.device): 4 + 4 + 4 + 4 + 1 + 1 + 1
 FAISS_PAIRS_FAR = 64  # vectors that an inverted-list search at the usual settings compares, in units of sqrt(N)
+WIDTH = 384  # numbers of a vector, for which rates are
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage takes; bytes of all its tasks, unless said otherwise."""
+
+    tasks: int = 1  # still to run
+    core_seconds: float = 0.0  # of a task
+    read: float = 0.0  # bytes
+    written: float = 0.0
+    held: float = 0.0  # bytes of a task's arrays
+    mapped: float = 0.0  # bytes of files that a node reads at random and would keep in its page cache
+    vram: float = 0.0  # bytes of a GPU
+    on_gpu: bool = False
+    gpu_seconds: float = 0.0  # of a task, computed
+    least_seconds: float = 0.0  # of the stage, whatever its cores do
+    name: str = ""  # of the stage; this and what follows is set by costs.py
+    title: str = ""
+    seconds: float = 0.0  # until all tasks have run
+    ram: float = 0.0  # bytes of a worker at most
+    resident: float = 0.0  # ram, and a worker's share of what is mapped
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a formula gets: the job, its recipe, where it runs, and the rates of a core."""
+
+    job: Job
+    recipe: Recipe
+    machine: Machine
+    rates: Rates
+
+    @property
+    def shard_rows(self) -> float:
+        return self.job.samples / self.job.shards
+
+    @property
+    def shard_nodes(self) -> float:
+        return self.job.nodes / self.job.shards
+
+    @property
+    def width(self) -> float:
+        return self.job.d / WIDTH
+
+    @property
+    def index(self) -> Index:
+        """The recipe's section, its device settled as on that machine."""
+        device = "cuda" if self.machine.card else "cpu"
+        index = self.recipe.index
+        return index if index.device != "auto" else index.model_copy(update={"device": device})
+
+    @property
+    def engine(self) -> Engine:
+        return self.choice[0]
+
+    @cached_property
+    def choice(self) -> tuple[Engine, str]:
+        """The engine that a build would choose there, and why."""
+        return choose(self.index, self.job.nodes, self.job.d)
+
+    def far(self, table_bytes: float) -> float:
+        """How much longer random reads of a table take than of a small one."""
+        beyond = max(1 - NEAR_BYTES / max(table_bytes, 1.0), 0.0)
+        return 1 + (self.rates.far - 1) * beyond
 
 
 def download_costs(case: Case) -> dict[str, Cost]:

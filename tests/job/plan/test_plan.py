@@ -27,7 +27,7 @@ from aiohttp import web
 
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.job.plan import lists, machine
-from graphbuild.job.plan.case import Case, Cost
+from graphbuild.job.plan.formulas import Case, Cost
 from graphbuild.job.plan.job import Job, job_of
 from graphbuild.job.plan.rates import Rates
 from graphbuild.job.plan.show import cases, tell
@@ -245,10 +245,11 @@ def test_links_die_with_the_years_as_users_reported() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("cores=x", "no number"),
-        ("memory=3", "cores=... is needed"),
-        ("cores=4,gpu=abacus", "gpu=abacus"),
-        ("4", "none of"),
+        ("cores=x", "cores: Input should be a valid integer"),
+        ("memory=3", "cores: Field required"),
+        ("cores=4,disk=0", "disk: Input should be greater than 0"),
+        ("cores=4,gpu=abacus", "gpu: Input should be 'h200', 'h100', 'a100' or 'l4'"),
+        ("cores=4,core=4", "core: Extra inputs are not permitted"),
     ],
 )
 def test_a_machine_that_makes_no_sense_is_refused(text: str, says: str) -> None:
