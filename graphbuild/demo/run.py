@@ -37,26 +37,20 @@ LIST = "scenes.parquet"
 def run_demo(url: str, *, scenes: int, workers: int | None, address: str | None) -> None:
     """Make `scenes` scenes, serve them, and bring the store at the local folder `url` up to date with them."""
     folder, store, recipe = _job(url)
-    with writing(store, "demo"):
-        _run(url, folder, store, recipe, scenes, workers, address)
-
-
-def _run(
-    url: str, folder: Path, store: Store, recipe: Recipe, scenes: int, workers: int | None, address: str | None
-) -> None:
     made = make_scenes(scenes)
-    port = _known_port(folder / LIST, scenes)
-    try:
-        server = SceneServer(made, pixels=PIXELS, port=port)
-    except OSError as error:
-        raise ConfigError(
-            f"the demo's web server cannot have port {port}, which {folder / LIST} names ({error.strerror})",
-            "end what listens there, or name another STORE",
-        ) from error
-    with server, Runner(workers=workers, address=address) as runner:
-        if not port:
-            write_url_list(folder / LIST, made, server.url)
-        manifest = run_verb("run", recipe, store, runner)
+    with writing(store, "demo"):
+        port = _known_port(folder / LIST, scenes)
+        try:
+            server = SceneServer(made, pixels=PIXELS, port=port)
+        except OSError as error:
+            raise ConfigError(
+                f"the demo's web server cannot have port {port}, which {folder / LIST} names ({error.strerror})",
+                "end what listens there, or name another STORE",
+            ) from error
+        with server, Runner(workers=workers, address=address) as runner:
+            if not port:
+                write_url_list(folder / LIST, made, server.url)
+            manifest = run_verb("run", recipe, store, runner)
     echo(summary("demo", manifest, store))
     echo(f"          ({expected_images(assign_faults(scenes)):,} images expected: the server's faults are known)")
     echo("seconds   " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in runner.seconds.items()))
