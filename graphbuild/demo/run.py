@@ -23,6 +23,7 @@ from graphbuild.look.catalog import Catalog, printable
 from graphbuild.machine.terminal import echo
 from graphbuild.recipe import Download, Index, Recipe
 from graphbuild.runner.runner import Runner
+from graphbuild.store.layout import SAMPLES
 from graphbuild.store.lock import writing
 from graphbuild.store.shards import shards_of
 from graphbuild.store.store import Json, Store
@@ -123,6 +124,6 @@ def _some_samples(store: Store, manifest: Json) -> list[Json]:
     names = shards_of(store, manifest).names
     samples = []
     for name in (names[0], names[len(names) // 2], names[-1]):
-        rows = store.table(f"samples/{name}.parquet", ["key", "node", "caption"]).to_pylist()
+        rows = store.table(SAMPLES.format(name), ["key", "node", "caption"]).to_pylist()
         samples += [row for row in rows if row["node"] is not None][:1]
     return samples

@@ -18,6 +18,7 @@ from graphbuild.look.catalog import Catalog
 from graphbuild.look.report.targets import batch_targets, neighbor_mass
 from graphbuild.runner.progress import UNITS
 from graphbuild.runner.stage import records
+from graphbuild.store.layout import TEXTS
 from graphbuild.store.sharded import Array
 from graphbuild.store.shards import shards_of
 from graphbuild.store.store import Json, Store, by_number
@@ -140,7 +141,7 @@ def _repeated_texts(store: Store, manifest: Json) -> Json:
     counts = np.zeros(len(EDGES) - 1, np.int64)
     best: list[tuple[int, str]] = []
     for name in shards_of(store, manifest).with_nodes.names:
-        table = store.table(f"nodes/{name}.parquet", ["samples", "text"])
+        table = store.table(TEXTS.format(name), ["samples", "text"])
         samples = table["samples"].to_numpy()
         counts += np.histogram(samples, EDGES)[0]
         top = np.argsort(-samples, kind="stable")[:SHOWN]
