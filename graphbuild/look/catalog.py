@@ -32,7 +32,6 @@ from graphbuild.recipe import Recipe, resolve
 from graphbuild.sources.images import web_image
 from graphbuild.sources.ranges import TarRanges
 from graphbuild.store.layout import SAMPLES, TEXTS
-from graphbuild.store.sharded import Array
 from graphbuild.store.shards import shards_of
 from graphbuild.store.store import Store
 
@@ -153,7 +152,9 @@ class Catalog:
             raise InputError(
                 f"the text {text[:40]!r} cannot be searched for: {reason}", "give some words to search by (--text)"
             )
-        return self.describe(*self._vectors.nearest(self._encode([normalized])[0], count))
+        with self._one_encodes:
+            vector = np.asarray(self._model.encode([normalized]).vectors)[0]
+        return self.describe(*self._vectors.nearest(vector, count))
 
     @cached_property
     def searchable(self) -> bool:
@@ -207,10 +208,6 @@ class Catalog:
                 "ask by KEY, or by node (--node)" if self.has_samples else "ask by node (--node)",
             )
         return open_model(find_encoder(embed.encoder), "cpu", embed.precision, embed.prompt, embed.dim)
-
-    def _encode(self, texts: list[str]) -> Array:
-        with self._one_encodes:
-            return np.asarray(self._model.encode(texts).vectors)
 
     @cached_property
     def has_samples(self) -> bool:

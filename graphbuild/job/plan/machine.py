@@ -112,7 +112,7 @@ def standard(store: Store | None) -> list[Machine]:
 def parse(text: str) -> Machine:
     """A description, as in `nodes=32,cores=64,memory=256,gpus=8,gpu=h100,network=25` (`Described`)."""
     try:
-        node = Described(**dict(part.strip().lower().partition("=")[::2] for part in text.split(",")))  # type: ignore[arg-type]
+        node = Described(**dict(part.strip().lower().partition("=")[::2] for part in text.split(",")))
     except ValidationError as error:
         wrong = error.errors()[0]
         raise ConfigError(
