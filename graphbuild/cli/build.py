@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graphbuild.cli.options import Changes, How, RecipeArg, StoreArg, builds, open_store, option
-from graphbuild.machine.terminal import ProgressMode, echo
+from graphbuild.machine.terminal import echo, log_as_json
 
 if TYPE_CHECKING:
     from graphbuild.recipe import Recipe
-    from graphbuild.runner.progress import Progress
     from graphbuild.runner.runner import Runner
     from graphbuild.store.store import Store
 
@@ -138,18 +137,12 @@ def _say(texts: Iterable[str]) -> None:
 @contextlib.contextmanager
 def _runner(verb: str, store: Store, how: How) -> Iterator[Runner]:
     """A runner while no other command writes the store: its workers end before the lock is given back."""
+    from graphbuild.runner.progress import Progress
     from graphbuild.runner.runner import Runner
     from graphbuild.store.lock import writing
 
-    progress = _progress(how.progress)
+    if how.progress == "json":
+        log_as_json()
+    progress = Progress(how.progress)
     with writing(store, verb), Runner(workers=how.workers, address=how.address, progress=progress) as runner:
         yield runner
-
-
-def _progress(mode: ProgressMode) -> Progress:
-    from graphbuild.machine.terminal import log_as_json
-    from graphbuild.runner.progress import Progress
-
-    if mode == "json":
-        log_as_json()
-    return Progress(mode)

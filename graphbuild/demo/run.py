@@ -23,6 +23,7 @@ from graphbuild.look.catalog import Catalog, printable
 from graphbuild.machine.terminal import echo
 from graphbuild.recipe import Download, Index, Recipe
 from graphbuild.runner.runner import Runner
+from graphbuild.store.layout import SAMPLES
 from graphbuild.store.lock import writing
 from graphbuild.store.shards import shards_of
 from graphbuild.store.store import Json, Store
@@ -37,26 +38,20 @@ LIST = "scenes.parquet"
 def run_demo(url: str, *, scenes: int, workers: int | None, address: str | None) -> None:
     """Make `scenes` scenes, serve them, and bring the store at the local folder `url` up to date with them."""
     folder, store, recipe = _job(url)
-    with writing(store, "demo"):
-        _run(url, folder, store, recipe, scenes, workers, address)
-
-
-def _run(
-    url: str, folder: Path, store: Store, recipe: Recipe, scenes: int, workers: int | None, address: str | None
-) -> None:
     made = make_scenes(scenes)
-    port = _known_port(folder / LIST, scenes)
-    try:
-        server = SceneServer(made, pixels=PIXELS, port=port)
-    except OSError as error:
-        raise ConfigError(
-            f"the demo's web server cannot have port {port}, which {folder / LIST} names ({error.strerror})",
-            "end what listens there, or name another STORE",
-        ) from error
-    with server, Runner(workers=workers, address=address) as runner:
-        if not port:
-            write_url_list(folder / LIST, made, server.url)
-        manifest = run_verb("run", recipe, store, runner)
+    with writing(store, "demo"):
+        port = _known_port(folder / LIST, scenes)
+        try:
+            server = SceneServer(made, pixels=PIXELS, port=port)
+        except OSError as error:
+            raise ConfigError(
+                f"the demo's web server cannot have port {port}, which {folder / LIST} names ({error.strerror})",
+                "end what listens there, or name another STORE",
+            ) from error
+        with server, Runner(workers=workers, address=address) as runner:
+            if not port:
+                write_url_list(folder / LIST, made, server.url)
+            manifest = run_verb("run", recipe, store, runner)
     echo(summary("demo", manifest, store))
     echo(f"          ({expected_images(assign_faults(scenes)):,} images expected: the server's faults are known)")
     echo("seconds   " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in runner.seconds.items()))
@@ -129,6 +124,6 @@ def _some_samples(store: Store, manifest: Json) -> list[Json]:
     names = shards_of(store, manifest).names
     samples = []
     for name in (names[0], names[len(names) // 2], names[-1]):
-        rows = store.table(f"samples/{name}.parquet", ["key", "node", "caption"]).to_pylist()
+        rows = store.table(SAMPLES.format(name), ["key", "node", "caption"]).to_pylist()
         samples += [row for row in rows if row["node"] is not None][:1]
     return samples

@@ -193,25 +193,20 @@ class _Handler(BaseHTTPRequestHandler):
                     self._answer(site.image(index))
             case "hang":
                 site.closing.wait()
-            case "moved_permanently":
-                self._status(301, location=f"/moved/{index:06d}.jpg")
-            case "moved_temporarily":
-                self._status(302, location=f"/moved/{index:06d}.jpg")
+            case "moved_permanently" | "moved_temporarily":
+                self._status(301 if kind == "moved_permanently" else 302, location=f"/moved/{index:06d}.jpg")
             case "redirect_loop":
                 self._status(302, location=self.path)
             case "html_page":
                 page = b"<!doctype html><title>Gallery</title><p>Please enable cookies.</p>\n"
                 self._answer(page, "text/html; charset=utf-8")
-            case "truncated":
+            case "truncated" | "cut_off":
                 body = site.image(index)
-                self._answer(body[: len(body) // 2])
+                self._answer(body[: len(body) // 2], claimed_bytes=len(body) if kind == "cut_off" else None)
             case "wrong_type":
                 self._answer(site.image(index), "text/plain")
             case "placeholder":
                 self._answer(site.placeholder)
-            case "cut_off":
-                body = site.image(index)
-                self._answer(body[: len(body) // 2], claimed_bytes=len(body))
             case _:
                 raise ValueError(f"no such fault: {kind}")
 

@@ -48,7 +48,8 @@ def retry_store(
         raise nothing_failed(store)
     if "download" in verbs:
         verbs.remove("download")
-        yield _run_again("download", recipe, store, runner)
+        run_verb("download", recipe, store, runner)
+        yield "retry     failed tasks of download ran again"
         downloaded = True
     images = 0
     if downloaded:
@@ -56,15 +57,11 @@ def retry_store(
         yield said
         require_images(store)
     for verb in verbs:
-        yield _run_again(verb, recipe, store, runner)
+        run_verb(verb, recipe, store, runner)
+        yield f"retry     failed tasks of {verb} ran again"
     last = verbs[-1] if verbs else "download" if images else None
     if last in NEXT:
         yield f"next      graphbuild {NEXT[last]} {store.url}"
-
-
-def _run_again(verb: str, recipe: Recipe, store: Store, runner: Runner) -> str:
-    run_verb(verb, recipe, store, runner)
-    return f"retry     failed tasks of {verb} ran again"
 
 
 def failed_tasks(recipe: Recipe, store: Store) -> dict[str, list[Json]]:

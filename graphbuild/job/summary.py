@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from graphbuild.job.steps import STEPS
 from graphbuild.machine.terminal import counted
 from graphbuild.sources.fetch import REFUSED
 from graphbuild.sources.fetched import fetch_failed, fetch_refused, refused
@@ -17,7 +18,8 @@ EXPORTED = {"export": ("sidecar", "shards/"), "inline": ("tar", "inline/"), "clu
 def summary(verb: str, manifest: Json, store: Store) -> str:
     """The closing lines of a verb, from the manifest alone."""
     parts = {"download": _download, "embed": _embed, "index": _index, "export": _export}
-    verbs = [name for name in parts if _has(name, manifest)] if verb in ("run", "demo") else [verb]
+    ran = {step.verb for step in STEPS if step.name in manifest["stages"]}
+    verbs = [name for name in parts if name in ran] if verb in ("run", "demo") else [verb]
     lines = []
     for name in verbs:
         lines += parts[name](manifest)
@@ -33,16 +35,6 @@ def summary(verb: str, manifest: Json, store: Store) -> str:
 def refused_line(count: int, store: Store) -> str:
     """Where the URLs that were refused can be had, a line."""
     return f"          {count:,} refused: `{fetch_refused(store)}` if the list may name them"
-
-
-def _has(verb: str, manifest: Json) -> bool:
-    stages = {
-        "download": {"download"},
-        "embed": {"encode", "vectors"},
-        "index": {"certify"},
-        "export": EXPORTED.keys(),
-    }[verb]
-    return bool(stages & manifest["stages"].keys())
 
 
 def _download(manifest: Json) -> list[str]:

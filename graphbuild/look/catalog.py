@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from PIL import ImageOps
 
 from graphbuild.errors import ConfigError, InputError
@@ -30,7 +31,7 @@ from graphbuild.nodes.matrix import is_matrix
 from graphbuild.recipe import Recipe, resolve
 from graphbuild.sources.images import web_image
 from graphbuild.sources.ranges import TarRanges
-from graphbuild.store.sharded import Array
+from graphbuild.store.layout import SAMPLES, TEXTS
 from graphbuild.store.shards import shards_of
 from graphbuild.store.store import Store
 
@@ -151,7 +152,9 @@ class Catalog:
             raise InputError(
                 f"the text {text[:40]!r} cannot be searched for: {reason}", "give some words to search by (--text)"
             )
-        return self.describe(*self._vectors.nearest(self._encode([normalized])[0], count))
+        with self._one_encodes:
+            vector = np.asarray(self._model.encode([normalized]).vectors)[0]
+        return self.describe(*self._vectors.nearest(vector, count))
 
     @cached_property
     def searchable(self) -> bool:
@@ -206,10 +209,6 @@ class Catalog:
             )
         return open_model(find_encoder(embed.encoder), "cpu", embed.precision, embed.prompt, embed.dim)
 
-    def _encode(self, texts: list[str]) -> Array:
-        with self._one_encodes:
-            return np.asarray(self._model.encode(texts).vectors)
-
     @cached_property
     def has_samples(self) -> bool:
         return bool({"scan", "assign"} & self.store.manifest()["stages"].keys())
@@ -239,10 +238,10 @@ class Catalog:
         return int(self._with_nodes[int(np.searchsorted(self._first_nodes, node, side="right")) - 1])
 
     def _read_samples(self, number: int) -> pa.Table:
-        return self.store.table(f"samples/{self._shards.names[number]}.parquet", COLUMNS)
+        return self.store.table(SAMPLES.format(self._shards.names[number]), COLUMNS)
 
     def _read_texts(self, number: int) -> pa.Table:
-        return self.store.table(f"nodes/{self._shards.names[number]}.parquet", ["samples", "text"])
+        return self.store.table(TEXTS.format(self._shards.names[number]), ["samples", "text"])
 
     def _sample(self, number: int, at: int) -> Sample:
         values = self._samples(number).slice(at, 1).to_pylist()[0]
@@ -253,10 +252,7 @@ class Catalog:
 
 def key_range(store: Store, shard: str) -> tuple[str, str] | None:
     """Least and greatest key of a shard, from its parquet footer; None when that does not tell."""
-    import pyarrow.parquet as pq
-
-    name = f"samples/{shard}.parquet"
-    with store.fs.open(store.path(name), "rb") as file:
+    with store.fs.open(store.path(SAMPLES.format(shard)), "rb") as file:
         metadata = pq.ParquetFile(file, pre_buffer=False).metadata
     column = metadata.schema.to_arrow_schema().get_field_index("key")
     found = [metadata.row_group(group).column(column).statistics for group in range(metadata.num_row_groups)]

@@ -24,6 +24,7 @@ from graphbuild.machine.terminal import counted
 from graphbuild.runner.stage import records
 from graphbuild.sources.tars import open_tar, tar_stem
 from graphbuild.store.files import is_there
+from graphbuild.store.layout import BACKGROUND, NEIGHBORS, SAMPLES, SIDECAR, SIMILARITIES, SKETCH, TEXTS, VECTORS
 from graphbuild.store.sharded import Array
 from graphbuild.store.shards import Shard, node_count, shards_of
 from graphbuild.store.store import Json, Store, stream_sha256
@@ -107,29 +108,24 @@ def _checked_shard(store: Store, manifest: Json, shard: Shard) -> tuple[bool, li
 
 
 def _check_shard(store: Store, manifest: Json, shard: Shard) -> Iterator[str] | list[str]:
-    name = shard.name
-    samples = store.table(f"samples/{name}.parquet")
+    name, end = shard.name, shard.first_row + shard.samples
+    sampled, texts, embedded = (path.format(name) for path in (SAMPLES, TEXTS, VECTORS))
+    samples = store.table(sampled)
     problems = []
-    if samples["row"].to_pylist() != list(range(shard.first_row, shard.first_row + shard.samples)):
-        problems.append(
-            f"samples/{name}.parquet: rows are not {shard.first_row} to {shard.first_row + shard.samples - 1}"
-        )
-    nodes = store.table(f"nodes/{name}.parquet", ["node"])["node"].to_numpy()
+    if samples["row"].to_pylist() != list(range(shard.first_row, end)):
+        problems.append(f"{sampled}: rows are not {shard.first_row} to {end - 1}")
+    nodes = store.table(texts, ["node"])["node"].to_numpy()
     ids = np.arange(shard.first_node, shard.first_node + shard.nodes)
     if not np.array_equal(nodes, ids):
-        problems.append(
-            f"nodes/{name}.parquet: nodes are not {ids[0]} to {ids[-1]}"
-            if len(ids)
-            else f"nodes/{name}.parquet: not empty"
-        )
+        problems.append(f"{texts}: nodes are not {ids[0]} to {ids[-1]}" if len(ids) else f"{texts}: not empty")
     if shard.tar is not None:
         problems += _check_tar(store, shard.name, shard.tar, samples)
     if {"encode", "vectors"} & manifest["stages"].keys():
-        vectors = store.array(f"nodes/{name}.npy")
+        vectors = store.array(embedded)
         if vectors.shape != (shard.nodes, manifest["embeddings"]["d"]) or vectors.dtype != np.float16:
-            problems.append(f"nodes/{name}.npy: {vectors.dtype} {list(vectors.shape)}")
+            problems.append(f"{embedded}: {vectors.dtype} {list(vectors.shape)}")
         elif len(ids) and np.abs(np.linalg.norm(vectors.astype(np.float32), axis=1) - 1).max() > 2e-3:
-            problems.append(f"nodes/{name}.npy: a vector is not of unit norm")
+            problems.append(f"{embedded}: a vector is not of unit norm")
     if "certify" in manifest["stages"] and len(ids):
         problems += _check_graph(store, manifest, name, ids)
     if "export" in manifest["stages"] and not problems:
@@ -145,20 +141,16 @@ def _check_tar(store: Store, shard: str, tar: Json, samples: pa.Table) -> list[s
         images = [None if opened.compressed or s.image is None else s.image.offset for s in found]
     keys = [sample.key for sample in found]
     if keys != samples["key"].to_pylist():
-        return [f"{tar['name']}: its {len(keys)} keys are not those of samples/{shard}.parquet ({len(samples)})"]
+        return [f"{tar['name']}: its {len(keys)} keys are not those of {SAMPLES.format(shard)} ({len(samples)})"]
     if images != samples["image_offset"].to_pylist():
-        return [f"{tar['name']}: images do not lie where samples/{shard}.parquet says"]
+        return [f"{tar['name']}: images do not lie where {SAMPLES.format(shard)} says"]
     return [] if same else [f"{tar['name']}: its content has changed (sha256 differs)"]
 
 
 def _check_graph(store: Store, manifest: Json, name: str, ids: Array) -> list[str]:
     k = manifest["graph"]["k"]
-    neighbors, similarities = (
-        store.array(f"graph/{name}.neighbors.npy"),
-        store.array(f"graph/{name}.similarities.npy"),
-    )
-    background = store.array(f"graph/{name}.background.npy")
-    sketches = store.array(f"graph/{name}.sketch.npy")
+    paths = [path.format(name) for path in (NEIGHBORS, SIMILARITIES, BACKGROUND, SKETCH)]
+    neighbors, similarities, background, sketches = map(store.array, paths)
     problems = []
     if neighbors.shape != (len(ids), k) or similarities.shape != (len(ids), k) or background.shape != (len(ids), 2):
         return [
@@ -166,39 +158,33 @@ def _check_graph(store: Store, manifest: Json, name: str, ids: Array) -> list[st
         ]
     check_lists(ids, neighbors.astype(np.int64), node_count(manifest))
     if (np.diff(similarities.astype(np.float32), axis=1) > 0).any() or not np.isfinite(similarities).all():
-        problems.append(f"graph/{name}.similarities.npy: a row is not in descending order")
+        problems.append(f"{paths[1]}: a row is not in descending order")
     if sketches.shape != (len(ids), min(manifest["embeddings"]["d"], sketch.BYTES)):
-        problems.append(f"graph/{name}.sketch.npy: {sketches.shape}, not one of {sketch.BYTES} bytes a node")
+        problems.append(f"{paths[3]}: {sketches.shape}, not one of {sketch.BYTES} bytes a node")
     if not np.isfinite(background).all():
-        problems.append(f"graph/{name}.background.npy: not finite")
+        problems.append(f"{paths[2]}: not finite")
     return problems
 
 
 def _check_sidecar(store: Store, manifest: Json, shard: Shard, samples: pa.Table) -> list[str]:
     name = shard.name if shard.tar is None else tar_stem(shard.tar["name"])
-    path = f"shards/{name}.graph.parquet"
+    path = SIDECAR.format(name)
     sidecar = Sidecar.read(store.display(path))
     if sidecar.header.graph != manifest["graph"]["fingerprint"]:
         return [f"{path}: written from another graph"]
-    node = samples["node"].fill_null(-1).to_numpy() if samples["node"].null_count else samples["node"].to_numpy()
-    for column, values in (("key", sidecar.key.tolist()), ("row", sidecar.row.tolist())):
-        if values != samples[column].to_pylist():
-            return [f"{path}: column {column} differs from samples/{shard.name}.parquet"]
-    if not np.array_equal(sidecar.node, node):
-        return [f"{path}: column node differs from samples/{shard.name}.parquet"]
+    node = samples["node"].fill_null(-1).to_numpy()
+    for column, written in (("key", samples["key"].to_numpy()), ("row", samples["row"].to_numpy()), ("node", node)):
+        if not np.array_equal(getattr(sidecar, column), written):
+            return [f"{path}: column {column} differs from {SAMPLES.format(shard.name)}"]
     own = np.flatnonzero((node >= shard.first_node) & (node < shard.first_node + shard.nodes))
     at = node[own] - shard.first_node
     problems = []
-    if len(own):
-        if not np.array_equal(sidecar.neighbors[own], store.array(f"graph/{shard.name}.neighbors.npy")[at]):
-            problems.append(f"{path}: column neighbors differs from graph/{shard.name}.neighbors.npy")
-        vectors = store.array(f"nodes/{shard.name}.npy")[at]
-        expected = quantize_int8(vectors)[0] if sidecar.header.embeddings == "int8" else vectors
-        if sidecar.embedding is not None and not np.array_equal(sidecar.embedding[own], expected):
-            problems.append(f"{path}: column embedding differs from nodes/{shard.name}.npy")
-        sketches = store.array(f"graph/{shard.name}.sketch.npy")[at]
-        if sidecar.sketch is not None and not np.array_equal(sidecar.sketch[own], sketches):
-            problems.append(f"{path}: column sketch differs from graph/{shard.name}.sketch.npy")
+    for column, of in (("neighbors", NEIGHBORS), ("embedding", VECTORS), ("sketch", SKETCH)) if len(own) else ():
+        carried, expected = getattr(sidecar, column), store.array(of.format(shard.name))[at]
+        if column == "embedding" and sidecar.header.embeddings == "int8":
+            expected = quantize_int8(expected)[0]
+        if carried is not None and not np.array_equal(carried[own], expected):
+            problems.append(f"{path}: column {column} differs from {of.format(shard.name)}")
     return problems
 
 

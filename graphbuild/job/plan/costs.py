@@ -1,34 +1,22 @@
-"""The cost model: what each stage of a job takes on a machine. One formula a stage, its reasons beside it:
-embed_costs.py, index_costs.py, export_costs.py.
+"""The cost model: what each stage of a job takes on a machine, from its formula (formulas.py).
 
-Times of cores are rates (rates.py) times how much there is to do; where the store has finished tasks of a stage, the
-formula only tells how much more or less the other tasks have to do than those, and their seconds are what they took. A
-stage ends when its slowest slot does, so its time is rounds x a task's, and no less than its bytes over the network.
-Times of a GPU are computed, never measured: operations / published peak + bytes / published bandwidth, and are thus a
-lower bound. Memory is what a worker has imported, and what the job's sizes add to it.
+Where the store has finished tasks of a stage, the formula only tells how much more or less the other tasks have to do
+than those, and their seconds are what they took. A stage ends when its slowest slot does, so its time is rounds x a
+task's, and no less than its bytes over the network. Memory is what a worker has imported, and what the job's sizes add
+to it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from graphbuild.job.plan import embed_costs, export_costs, index_costs
-from graphbuild.job.plan.case import Case, Cost
+from graphbuild.job.plan.formulas import FORMULAS, Case, Cost
 from graphbuild.job.plan.rates import WORKER_BYTES
-from graphbuild.runner.stage import Stage
+from graphbuild.job.steps import Step
 
 KEPT_BYTES = 200e6  # of earlier stages' small arrays, that a worker does not give back; large ones it does
-FORMULAS: dict[str, Callable[[Case], Cost]] = {
-    name: getattr(module, name)
-    for module, names in (
-        (embed_costs, "urls download scan number assign encode fidelity vectors"),
-        (index_costs, "base prepare codes moments join merge search certify"),
-        (export_costs, "export inline arrange scatter cluster"),
-    )
-    for name in names.split()
-}
 IMPORTS = {
     "download": "img2dataset",
     **dict.fromkeys(("encode", "fidelity"), "torch transformers"),
@@ -38,18 +26,21 @@ IMPORTS = {
 """What a worker imports for a stage, and then has for all after it; of `WORKER_BYTES`."""
 
 
-def costs(case: Case, stages: Sequence[Stage]) -> list[Cost]:
-    """What the stages take, in their order."""
+def costs(case: Case, steps: Sequence[Step]) -> list[Cost]:
+    """What the steps take, in their order."""
+    by_verb = {verb: FORMULAS[verb](case) for verb in {step.verb for step in steps}}
     found: list[Cost] = []
     imported: set[str] = {"python"}
     kept = mapped = 0.0
-    for stage in stages:
-        cost = replace(FORMULAS[stage.name](case), name=stage.name, title=stage.title)
-        if stage.name in case.job.finished and (case.machine.own or not stage.on_device):  # seconds of a GPU, or not
-            cost = _as_finished(cost, case, stage)
-        new = set(IMPORTS.get(stage.name, "").split()) - imported
+    for step in steps:
+        cost = replace(by_verb[step.verb][step.name], name=step.name, title=step.stage.title)
+        if step.name in case.job.finished and (
+            case.machine.own or not step.stage.on_device
+        ):  # seconds of a GPU, or not
+            cost = _as_finished(cost, case, step)
+        new = set(IMPORTS.get(step.name, "").split()) - imported
         loading = sum(getattr(case.rates, f"load_{part}", 0.0) for part in new)
-        cost = _timed(cost, case, loading + (case.rates.start if stage is stages[0] else 0.0))
+        cost = _timed(cost, case, loading + (0.0 if found else case.rates.start))
         if cost.tasks:
             imported |= new
             mapped = max(mapped, cost.mapped)
@@ -62,20 +53,30 @@ def costs(case: Case, stages: Sequence[Stage]) -> list[Cost]:
     return found
 
 
-def _as_finished(cost: Cost, case: Case, stage: Stage) -> Cost:
+def _as_finished(cost: Cost, case: Case, step: Step) -> Cost:
     """With the seconds of finished tasks, times the formula's ratio of a task now to one of those. (Of a stage whose
     records do not outlive its verb, `scratch`, those are of this very job.)"""
-    job, done, ratio = case.job, case.job.finished[stage.name], 1.0
-    if not stage.scratch:
+    job, done, ratio = case.job, case.job.finished[step.name], 1.0
+    if not step.stage.scratch:
         nodes = max(done.counts.get("nodes", done.counts.get("embeddings", job.first_new or job.nodes)), 1)
         samples = done.counts.get("samples", done.counts.get("images", job.samples))
         edges = done.counts.get("edges", job.k * nodes)
-        before = replace(job, samples=samples, nodes=nodes, shards=done.tasks, k=max(edges // nodes, 1), first_new=0)
         share = samples / max(job.samples, 1)
-        before = replace(before, rows=round(job.rows * share), tar_bytes=job.tar_bytes * share)
-        then = FORMULAS[stage.name](replace(case, job=before))
+        before = replace(
+            job,
+            samples=samples,
+            nodes=nodes,
+            shards=done.tasks,
+            k=max(edges // nodes, 1),
+            first_new=0,
+            rows=round(job.rows * share),
+            tar_bytes=job.tar_bytes * share,
+        )
+        then = FORMULAS[step.verb](replace(case, job=before))[step.name]
         ratio = (cost.core_seconds + cost.gpu_seconds) / ((then.core_seconds + then.gpu_seconds) or 1.0)
-    return replace(cost, core_seconds=done.seconds * ratio / (stage.sharing if cost.on_gpu else 1), gpu_seconds=0.0)
+    return replace(
+        cost, core_seconds=done.seconds * ratio / (step.stage.sharing if cost.on_gpu else 1), gpu_seconds=0.0
+    )
 
 
 def _timed(cost: Cost, case: Case, loading: float) -> Cost:

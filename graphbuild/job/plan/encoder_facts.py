@@ -42,10 +42,8 @@ def encoder_facts(recipe: Recipe) -> EncoderFacts:
             for name in file.keys():  # noqa: SIM118 no mapping
                 shape = file.get_slice(name).get_shape()
                 layers += math.prod(shape) if len(shape) == 2 and "embedding" not in name.lower() else 0
-    config = next(
-        (path for path in (folder / "config.json", folder / "0_Transformer/config.json") if path.exists()), None
-    )
-    known = json.loads(config.read_bytes()) if config else {}
+    configs = [path for path in (folder / "config.json", folder / "0_Transformer/config.json") if path.exists()]
+    known = json.loads(configs[0].read_bytes()) if configs else {}
     hidden = int(known.get("hidden_size", 384))
     dense = sorted(folder.glob("*_Dense/config.json"))
     width = json.loads(dense[-1].read_bytes())["out_features"] if dense else hidden

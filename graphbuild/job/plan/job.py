@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+
+import pyarrow.parquet as pq
 
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.graph import grow
@@ -18,19 +20,30 @@ from graphbuild.graph.certify import require_graph
 from graphbuild.graph.tasks import nodes_entry
 from graphbuild.job.plan import lists
 from graphbuild.job.plan.encoder_facts import NO_ENCODER, EncoderFacts, encoder_facts
-from graphbuild.job.plan.finished import Finished
+from graphbuild.job.steps import Step, is_spared, replaced_by, steps_of
 from graphbuild.nodes.captions import read_class_names
+from graphbuild.nodes.vectors import npy_header
 from graphbuild.recipe import Recipe
-from graphbuild.runner.state import require
+from graphbuild.runner.stage import records, total_counts
+from graphbuild.runner.state import pending, require
 from graphbuild.sources.fetched import require_images
 from graphbuild.sources.tars import expand_shards, open_tar
 from graphbuild.store.files import open_parts
-from graphbuild.store.remote import READERS, file_system, reaching
+from graphbuild.store.remote import file_system, reaching
 from graphbuild.store.shards import shards_of
 from graphbuild.store.store import Store
 
 IMAGE_BYTES = 30_000  # of a JPEG at 256 pixels: img2dataset's page on CC12M has 331 GB for 11M images
 JSON_BYTES = 600  # img2dataset's json and txt of a sample; and tar headers are 512 bytes a member
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Tasks of a stage that are done: how many, the seconds of the median one, and the sums of what they counted."""
+
+    tasks: int
+    seconds: float
+    counts: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -67,15 +80,19 @@ def job_of(verb: str, recipe: Recipe, store: Store | None = None, rows: int | No
         ConfigError, InputError: the recipe names no source, or one that cannot be read (unless rows are given or its
             numbers are published).
     """
-    chosen = [name for name in ("shards", "captions", "vectors") if getattr(recipe.embed, name) is not None]
-    if verb in ("index", "export") or (verb == "embed" and not chosen):
-        if store is None:
-            raise ConfigError(f"a plan of {verb} needs a STORE", "plan the whole recipe instead")
-        job = _of_downloaded(recipe, store) if verb == "embed" else _of_embedded(verb, recipe, store)
-    elif verb == "download" or (verb == "run" and recipe.download.urls is not None):
+    embed = recipe.embed
+    if verb == "download" or (verb == "run" and recipe.download.urls is not None):
         job = _of_urls(recipe, rows)
-    elif chosen:
-        job = {"shards": _of_tars, "captions": _of_captions, "vectors": _of_vectors}[chosen[0]](recipe, rows)
+    elif store is not None and verb in ("index", "export"):
+        job = _of_embedded(verb, recipe, store)
+    elif embed.shards is not None:
+        job = _of_tars(recipe, embed.shards, rows)
+    elif embed.captions is not None:
+        job = _of_captions(recipe, embed.captions, rows)
+    elif embed.vectors is not None:
+        job = _of_vectors(recipe, embed.vectors, rows)
+    elif store is not None and verb == "embed":
+        job = _of_downloaded(recipe, store)
     else:
         raise ConfigError("the recipe names no source", "give download.urls, or embed.shards, captions or vectors")
     return replace(job, verb=verb, k=job.k or min(recipe.index.k, max(job.nodes - 1, 1)), shards=max(job.shards, 1))
@@ -85,12 +102,8 @@ def job_of(verb: str, recipe: Recipe, store: Store | None = None, rows: int | No
 
 
 def _of_urls(recipe: Recipe, rows: int | None) -> Job:
-    config = recipe.download
-    if config.urls is None:
-        raise ConfigError(
-            "no URL list given", "name it: `graphbuild download STORE URLS`, or download.urls in the recipe"
-        )
-    encoder = encoder_facts(recipe)
+    config, encoder = recipe.download, encoder_facts(recipe)
+    assert config.urls is not None
     columns = {"url": config.url_column, "caption": config.caption_column}
     known = lists.look(config.urls, config.preset, columns, rows, encoder.folder)
     success = lists.expected_success(known.year)
@@ -100,10 +113,9 @@ def _of_urls(recipe: Recipe, rows: int | None) -> Job:
     return replace(job, tar_bytes=tar_bytes, success=success, year=known.year, assumed=(said, *job.assumed))
 
 
-def _of_captions(recipe: Recipe, rows: int | None) -> Job:
+def _of_captions(recipe: Recipe, url: str, rows: int | None) -> Job:
     embed, encoder = recipe.embed, encoder_facts(recipe)
-    assert embed.captions is not None
-    known = lists.look(embed.captions, embed.preset, {"caption": embed.caption_column}, rows, encoder.folder)
+    known = lists.look(url, embed.preset, {"caption": embed.caption_column}, rows, encoder.folder)
     return _of_list("captions", known, known.rows, embed.shard_size, encoder)
 
 
@@ -114,13 +126,7 @@ def _of_list(source: str, known: lists.Known, samples: int, shard_size: int, enc
     return replace(job, tokens=known.tokens, characters=known.characters, list_bytes=known.bytes)
 
 
-def _of_vectors(recipe: Recipe, rows: int | None) -> Job:
-    import pyarrow.parquet as pq
-
-    from graphbuild.nodes.vectors import npy_header
-
-    url = recipe.embed.vectors
-    assert url is not None
+def _of_vectors(recipe: Recipe, url: str, rows: int | None) -> Job:
     try:
         with open_parts(url) as file:
             if url.endswith(".npy"):
@@ -138,11 +144,10 @@ def _of_vectors(recipe: Recipe, rows: int | None) -> Job:
     return Job("vectors", rows, rows, rows, shards, encoder, list_bytes=row_bytes * rows, characters=0.0)
 
 
-def _of_tars(recipe: Recipe, rows: int | None) -> Job:
-    assert recipe.embed.shards is not None
-    urls = expand_shards(recipe.embed.shards)
-    with ThreadPoolExecutor(READERS) as pool:
-        sizes = list(pool.map(_bytes, urls))
+def _of_tars(recipe: Recipe, shards: str, rows: int | None) -> Job:
+    urls = expand_shards(shards)
+    with reaching(shards):
+        sizes = [int(size or 0) for size in file_system(urls[0])[0].sizes([file_system(url)[1] for url in urls])]
     with open_tar(urls[0]) as tar:
         first = len(tar.samples())
     samples = rows if rows is not None else round(first * sum(sizes) / max(sizes[0], 1))
@@ -159,12 +164,6 @@ def _of_samples(recipe: Recipe, samples: int, sizes: list[int], assumed: tuple[s
         assumed = (*assumed, "every caption differs (fewer nodes, where they repeat)")
     encoder, size = encoder_facts(recipe), float(sum(sizes))
     return Job("tars", samples, samples, nodes, len(sizes), encoder, tar_bytes=size, assumed=assumed)
-
-
-def _bytes(url: str) -> int:
-    files, path = file_system(url)
-    with reaching(url):
-        return int(files.size(path) or 0)
 
 
 # -- stores
@@ -189,3 +188,41 @@ def _of_embedded(verb: str, recipe: Recipe, store: Store) -> Job:
     kept = sum(task.built["nodes"] for task in grow.plan(recipe, store)) if verb == "index" else 0
     job = Job(source, samples, samples, nodes, len(shards), EncoderFacts(d=manifest["embeddings"]["d"]))
     return replace(job, k=manifest["graph"]["k"] if verb == "export" else 0, tar_bytes=tar_bytes, first_new=kept)
+
+
+# -- what is done
+
+
+def finished(store: Store, steps: Sequence[Step]) -> dict[str, Finished]:
+    """By step, what its finished tasks in a store took, wherever they ran."""
+    found = {}
+    for step in steps:
+        if done := list(records(store, step.name).values()):
+            seconds = statistics.median(record["seconds"] for record in done)
+            found[step.name] = Finished(len(done), seconds, total_counts(done))
+    return found
+
+
+def shares_done(verb: str, recipe: Recipe, store: Store, *, force: bool = False) -> dict[str, float]:
+    """By stage; stages behind the first with something to do count as not done at all.
+
+    Raises what the verb would raise before it runs anything: changed settings (unless force), a missing stage or input.
+    """
+    steps = steps_of(verb, recipe)
+    for step in steps:
+        step.stage.check(recipe)
+    if replaced_by(steps[0], recipe, store, force=force):
+        return {}
+    shares: dict[str, float] = {}
+    for step in steps:
+        stage = step.stage
+        if is_spared(step, recipe, store, force=force):
+            shares[stage.name] = 1.0
+            continue
+        tasks = stage.plan(recipe, store)
+        done = records(store, stage.name)
+        todo = pending(stage, tasks, done, store, force=force, remove=False)
+        shares[stage.name] = 1 - len(todo) / len(tasks) if tasks else 1.0
+        if todo:
+            break
+    return shares

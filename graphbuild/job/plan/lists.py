@@ -10,11 +10,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from graphbuild.errors import InputError
 from graphbuild.sources.tables import TableSpec, read_chunks
 from graphbuild.store.remote import file_system, reaching
 
-SAMPLE_ROWS, SAMPLE_BYTES, PLACES = 2_000, 1 << 20, 8
+SAMPLE_ROWS, SAMPLE_BYTES = 2_000, 8 << 20
 FRESH, KEPT_A_YEAR = 0.90, 0.94  # see expected_success
 
 
@@ -84,34 +86,16 @@ def _sampled(spec: TableSpec, usual: Known, info: Mapping[str, Any], tokenizer: 
 
 def _rows(spec: TableSpec, size: float) -> int:
     """Rows of a list, a header too: by the footer of parquet; else lines, of which a long list has as many as its bytes
-    by their mean length at some places of it."""
-    import pyarrow.parquet as pq
-
+    by the mean length of its first ones."""
     files, path = file_system(spec.path)
     with reaching(spec.path), files.open(path, "rb") as file:
         if spec.name.endswith(".parquet"):
             return int(pq.ParquetFile(file, pre_buffer=False).metadata.num_rows)
-        if spec.name.endswith(".gz"):
-            plain = gzip.GzipFile(fileobj=file).read(PLACES * SAMPLE_BYTES)
-            packed = file.tell()
-            if len(plain) < PLACES * SAMPLE_BYTES:
-                return _lines(plain)
-            return int(size / packed * plain.count(b"\n"))
-        if size <= PLACES * SAMPLE_BYTES:
-            return _lines(file.read())
-        read = lines = 0
-        for place in range(PLACES):
-            file.seek(int(place * (size - SAMPLE_BYTES) / (PLACES - 1)))
-            block = file.read(SAMPLE_BYTES)
-            read, lines = read + len(block), lines + block.count(b"\n")
-    if not lines:
-        raise InputError(f"{spec.path} has no line end in {read:,} bytes read", "check the list's format")
+        text = (gzip.GzipFile(fileobj=file) if spec.name.endswith(".gz") else file).read(SAMPLE_BYTES)
+        lines, read = text.count(b"\n"), file.tell()
+    if len(text) < SAMPLE_BYTES:  # all of it, whose last line may lack its end
+        return int(lines + (not text.endswith(b"\n")))
     return int(size * lines / read)
-
-
-def _lines(content: bytes) -> int:
-    """Of a whole list, whose last line may lack its end."""
-    return content.count(b"\n") + (not content.endswith(b"\n"))
 
 
 def tokens_of(texts: Sequence[str], folder: Path | None) -> float:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import re
 import shutil
 from dataclasses import dataclass
+from typing import Literal
 
 import psutil
+from pydantic import BaseModel, PositiveFloat, PositiveInt, ValidationError
 
 from graphbuild.errors import ConfigError
 from graphbuild.job.plan.rates import nearest_folder
 from graphbuild.machine.gpus import cores_here, gpu_here
+from graphbuild.machine.terminal import counted
 from graphbuild.store.store import Store
 
 
@@ -34,7 +37,6 @@ GPUS = {  # the makers' data sheets; "with sparsity" halved
     "a100": Gpu(312e12, 624e12, 2.0e12, 80e9),
     "l4": Gpu(121e12, 242e12, 0.3e12, 24e9),
 }
-KEYS = {"nodes": int, "cores": int, "gpus": int, "gpu": str, "memory": float, "disk": float, "network": float}
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,6 @@ class Machine:
     """`nodes` nodes of `cores` cores, `gpus` GPUs, `memory_bytes` and a link of `network` bytes/s each; disk_bytes:
     free in the store's place, None: not known; `shared`: its store is reached over the network."""
 
-    name: str
     nodes: int
     cores: int
     memory_bytes: float
@@ -52,6 +53,12 @@ class Machine:
     disk_bytes: float | None = None
     workers: int | None = None
     own: bool = False  # this one, not one that is only described
+
+    @property
+    def name(self) -> str:
+        nodes = f"{self.nodes} x " if self.nodes > 1 else ""
+        gpus = f" + {self.gpus} {self.gpu.upper()}" if self.gpu else ""
+        return f"{nodes}{counted(self.cores, 'core')}{gpus}{' here' if self.own else ''}"
 
     @property
     def shared(self) -> bool:
@@ -69,25 +76,28 @@ class Machine:
         return max(min(self.workers, most) if on_device and self.card else self.workers, 1)
 
 
+class Described(BaseModel, extra="forbid"):
+    """What `--on` tells of each node: memory and disk in GB, network in Gbit/s."""
+
+    cores: PositiveInt
+    nodes: PositiveInt = 1
+    gpus: PositiveInt | None = None
+    gpu: Literal["h200", "h100", "a100", "l4"] | None = None
+    memory: PositiveFloat | None = None
+    disk: PositiveFloat | None = None
+    network: PositiveFloat | None = None
+
+
 def here(store: Store | None = None) -> Machine:
     """This machine, and the disk that the store is on; its GPUs where torch can use them and GPUS knows them."""
-    folder = nearest_folder(store)
-    disk = float(shutil.disk_usage(folder).free) if folder else None
-    memory = float(psutil.virtual_memory().total)
-    gpus, gpu = gpus_here()
-    cores = cores_here()
-    name = f"{_count(cores, 'core')}{f' + {gpus} {gpu.upper()}' if gpu else ''} here"
-    return Machine(name, 1, cores, memory, 1e9 / 8, gpus, gpu, disk, own=True)
-
-
-def gpus_here() -> tuple[int, str | None]:
     import torch
 
-    if not gpu_here():
-        return 0, None
-    words = re.split(r"[\W_]+", torch.cuda.get_device_name().lower())  # as in NVIDIA A100-SXM4-80GB
+    folder = nearest_folder(store)
+    disk = float(shutil.disk_usage(folder).free) if folder else None
+    words = re.split(r"[\W_]+", torch.cuda.get_device_name().lower()) if gpu_here() else []  # NVIDIA A100-SXM4-80GB
     gpu = next((known for known in GPUS if known in words), None)
-    return (torch.cuda.device_count(), gpu) if gpu else (0, None)
+    gpus = torch.cuda.device_count() if gpu else 0
+    return Machine(1, cores_here(), float(psutil.virtual_memory().total), 1e9 / 8, gpus, gpu, disk, own=True)
 
 
 def standard(store: Store | None) -> list[Machine]:
@@ -100,34 +110,18 @@ def standard(store: Store | None) -> list[Machine]:
 
 
 def parse(text: str) -> Machine:
-    """A description, as in `nodes=32,cores=64,memory=256,gpus=8,gpu=h100,network=25`: of each node; memory and disk in
-    GB, network in Gbit/s (default 1, on more than one node 10)."""
-    given: dict[str, float | str] = {}
-    for part in text.split(","):
-        name, _, value = part.strip().partition("=")
-        if name not in KEYS or not value:
-            raise ConfigError(
-                f"--on {text}: {part.strip()!r} is none of {', '.join(f'{key}=...' for key in KEYS)}",
-                "describe a node, as in --on nodes=32,cores=64,memory=256,gpus=8,gpu=h100,network=25",
-            )
-        try:
-            given[name] = KEYS[name](value)
-        except ValueError:
-            raise ConfigError(f"--on {text}: {part.strip()!r} is no number", "as in cores=64") from None
-    gpu = str(given.get("gpu", "h100")).lower() if given.get("gpus") or given.get("gpu") else None
-    if gpu is not None and gpu not in GPUS:
-        raise ConfigError(f"--on {text}: no figures are known of gpu={gpu}", f"take one of {', '.join(GPUS)}")
-    numbers = {name: float(value) for name, value in given.items() if name != "gpu"}
-    if min(numbers.values(), default=1) <= 0 or "cores" not in numbers:
-        raise ConfigError(f"--on {text}: cores=... is needed, and nothing may be 0", "as in --on cores=16,memory=64")
-    nodes, cores, gpus = int(numbers.get("nodes", 1)), int(numbers["cores"]), int(numbers.get("gpus", 1 if gpu else 0))
-    name = f"{nodes} x {_count(cores, 'core')}" if nodes > 1 else _count(cores, "core")
-    name += f" + {gpus} {gpu.upper()}" if gpu else ""
-    memory = numbers.get("memory", 4.0 * cores) * 1e9
-    network = numbers.get("network", 10 if nodes > 1 else 1) * 1e9 / 8
-    disk = numbers["disk"] * 1e9 if "disk" in numbers else None
-    return Machine(name, nodes, cores, memory, network, gpus, gpu, disk)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
+    """A description, as in `nodes=32,cores=64,memory=256,gpus=8,gpu=h100,network=25` (`Described`)."""
+    try:
+        node = Described(**dict(part.strip().lower().partition("=")[::2] for part in text.split(",")))
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise ConfigError(
+            f"--on {text}: {wrong['loc'][0]}: {wrong['msg']}",
+            "describe a node, as in --on nodes=32,cores=64,memory=256,gpus=8,gpu=h100,network=25",
+        ) from None
+    gpu = node.gpu or ("h100" if node.gpus else None)
+    gpus = node.gpus or (1 if gpu else 0)
+    memory = (node.memory or 4 * node.cores) * 1e9
+    network = (node.network or (10 if node.nodes > 1 else 1)) * 1e9 / 8
+    disk = node.disk * 1e9 if node.disk else None
+    return Machine(node.nodes, node.cores, memory, network, gpus, gpu, disk)

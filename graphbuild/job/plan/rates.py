@@ -1,4 +1,4 @@
-"""What a core takes for each kind of work: a table of measured rates, scaled to this machine by a probe (probe.py).
+"""What a core takes for each kind of work: a table of measured rates, scaled to this machine by a short probe.
 
 What the processor's matrix instructions decide has a row for each kind of CPU (`KINDS`); all else was measured on one
 machine, that of AVX2. A rate is multiplied by what the probe takes here over what it took there. What finished tasks of
@@ -7,12 +7,40 @@ a store took outranks these for their stages (costs.py).
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from graphbuild.job.plan.probe import Probe, probe_here
+import numpy as np
+import torch
+
+from graphbuild.machine.threads import torch_threads
+from graphbuild.nodes.encoder.model import fastest_precision
 from graphbuild.store.store import Store
+
+ROUNDS = 5
+TOKENS, HIDDEN, WIDE = 1_024, 384, 1_536  # a product of the default encoder
+TABLE_ROWS, READ_ROWS = 100_000, 20_000  # 77 MB: more than most caches hold
+BLOCK_BYTES, DISK_BLOCKS = 1 << 20, 16
+
+
+@dataclass(frozen=True)
+class Probe:
+    """CPU seconds: of a FLOP of products in float32 and in the encoder's precision here, of a row of 384 float16 read
+    at random, of one small record to JSON and back, of a byte of sha256. And bytes a second written and flushed."""
+
+    float32: float
+    encoder: float
+    memory: float
+    python: float
+    hash_byte: float
+    disk_bytes_second: float
+
 
 PROBED = Probe(1.2e-11, 1.2e-11, 1.15e-7, 4.9e-6, 6.3e-10, 6e8)
 """What the probe took on two cores of an AMD EPYC (Zen 3), where `Rates` was measured."""
@@ -105,8 +133,6 @@ def scaled(kind: str, probe: Probe) -> Rates:
 
 def kind_here() -> str:
     """The best of KINDS that this CPU is; AVX2 also for any other, of whose products the probe tells the speed."""
-    import torch
-
     able = torch.cpu.get_capabilities()
     if able.get("amx_int8") and able.get("amx_bf16"):
         return "AMX"
@@ -119,3 +145,53 @@ def nearest_folder(store: Store | None) -> Path | None:
         return None
     place = Path(store.root if store else ".")
     return next(folder for folder in (place, *place.absolute().parents) if folder.exists())
+
+
+def probe_here(folder: Path | None = None) -> Probe:
+    """Measured now. folder: where the disk is tried, with 16 MB; else the folder for temporary files.
+
+    Under a second beside the import of torch, and 150 MB of memory. All but the disk is CPU time of one thread, so that
+    other programs on the machine lengthen it little.
+    """
+    flop = 2 * TOKENS * HIDDEN * WIDE
+    seconds = {}
+    with torch_threads(1):
+        for name in {"float32", precision := fastest_precision("cpu")}:
+            dtype = getattr(torch, name)
+            a, b = torch.ones(TOKENS, HIDDEN, dtype=dtype), torch.ones(WIDE, HIDDEN, dtype=dtype)
+            seconds[name] = _least(lambda a=a, b=b: torch.nn.functional.linear(a, b)) / flop  # type: ignore[misc]
+    table = np.ones((TABLE_ROWS, HIDDEN), np.float16)
+    rows = np.random.default_rng(0).integers(0, TABLE_ROWS, READ_ROWS)
+    out = np.empty((READ_ROWS, HIDDEN), np.float16)
+    records = [{"key": f"{number:09}", "caption": "a dog and two cats", "node": number} for number in range(5_000)]
+    block = bytes(8 * BLOCK_BYTES)
+    return Probe(
+        seconds["float32"],
+        seconds[precision],
+        _least(lambda: np.take(table, rows, axis=0, out=out, mode="clip")) / READ_ROWS,
+        _least(lambda: [json.loads(json.dumps(record)) for record in records]) / len(records),
+        _least(lambda: hashlib.sha256(block)) / len(block),
+        _disk(folder),
+    )
+
+
+def _least(call: Callable[[], object]) -> float:
+    """CPU seconds of the quickest of some calls, after one that is not counted."""
+    call()
+    times = []
+    for _ in range(ROUNDS):
+        begin = time.thread_time()
+        call()
+        times.append(time.thread_time() - begin)
+    return min(times)
+
+
+def _disk(folder: Path | None) -> float:
+    block = os.urandom(BLOCK_BYTES)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        begin = time.perf_counter()
+        for _ in range(DISK_BLOCKS):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        return DISK_BLOCKS * BLOCK_BYTES / (time.perf_counter() - begin)

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import polars as pl
 
-from graphbuild.job.plan.finished import shares_done
-from graphbuild.job.plan.job import job_of
+from graphbuild.job.plan.job import job_of, shares_done
 from graphbuild.job.plan.show import plan_job, plan_verb
 from graphbuild.job.retry import failed_tasks, nothing_failed
+from graphbuild.machine.terminal import counted
 from graphbuild.recipe import resolve
 from graphbuild.runner.stage import records
 from graphbuild.sources.again import Wanted, matches
@@ -32,34 +32,30 @@ def plan_retry(store: Store, wanted: Wanted, workers: int | None) -> Iterator[st
     fetched = bool(records(store, "download"))
     if not tasks and not fetched:
         raise nothing_failed(store)
-    if "download" in tasks:
-        yield _tasks("download", tasks["download"])
+    known = "download" not in tasks  # what later verbs find
+    if not known:
+        yield _tasks("download", tasks.pop("download"))
         yield from plan_verb("download", recipe, store, workers)
-    again = 0
     if fetched:
+        shares_done("download", recipe, store)
         failed = failed_urls(store)
         chosen = failed.filter(matches(failed, wanted))
-        again = chosen.height
-        shares_done("download", recipe, store)
         yield _urls(failed, chosen, wanted)
-        if again:
-            job = replace(
-                job_of("download", recipe, rows=again),
-                samples=again,
-                nodes=again,
-                success=1.0,
-                assumed=("each gives an image this time",),
+        if again := chosen.height:
+            known = False
+            job = job_of("download", recipe, rows=again)
+            said = ("each gives an image this time",)
+            yield from plan_job(
+                replace(job, samples=again, nodes=again, success=1.0, assumed=said), recipe, store, workers
             )
-            yield from plan_job(job, recipe, store, workers)
-    later = [verb for verb in tasks if verb != "download"]
-    for verb in later:
-        yield _tasks(verb, tasks[verb])
-    if later and not again and "download" not in tasks:  # what the others find is not known before
-        yield from plan_verb(later[0], recipe, store, workers)
+    for verb, failures in tasks.items():
+        yield _tasks(verb, failures)
+    if tasks and known:
+        yield from plan_verb(next(iter(tasks)), recipe, store, workers)
 
 
 def _tasks(verb: str, failed: list[Json]) -> str:
-    lines = [f"retry     would run {len(failed):,} failed task{'s' * (len(failed) != 1)} of {verb} again"]
+    lines = [f"retry     would run {counted(len(failed), 'failed task')} of {verb} again"]
     lines += [f"{'':14}{record['task']}: {record['cause']}" for record in failed[:MOST_TASKS]]
     if len(failed) > MOST_TASKS:
         lines.append(f"{'':14}... and {len(failed) - MOST_TASKS:,} more")

@@ -80,7 +80,7 @@ class Explorer:
             [
                 web.get("/", _file("page.html", "text/html")),
                 web.get("/page.js", _file("page.js", "text/javascript")),
-                web.get("/page.css", _style),
+                web.get("/page.css", _file("page.css", "text/css", base_css())),
                 web.get("/favicon.ico", _no_icon),
                 web.get("/api/stores", self._stores),
                 web.get(r"/api/{store:\d+}/search", self._search),
@@ -207,9 +207,9 @@ def _number(request: web.Request, name: str, default: int) -> int:
     return int(given)
 
 
-def _file(name: str, kind: str) -> Handler:
+def _file(name: str, kind: str, before: str = "") -> Handler:
     async def handler(request: web.Request) -> web.Response:
-        return web.Response(text=own_text(__package__, name), content_type=kind)
+        return web.Response(text=before + own_text(__package__, name), content_type=kind)
 
     return handler
 
@@ -220,10 +220,6 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
 
 async def _no_icon(request: web.Request) -> web.Response:
     return web.Response(status=204)
-
-
-async def _style(request: web.Request) -> web.Response:
-    return web.Response(text=base_css() + own_text(__package__, "page.css"), content_type="text/css")
 
 
 @web.middleware

@@ -97,37 +97,28 @@ def _bins(bins: list[Json], x: str, y: str) -> Json:
     return _figure([bar], _axis(x, type="category"), _axis(y, **span))
 
 
+def _line(name: str, x: list[float], y: list[float], **line: str) -> Json:
+    return {"type": "scatter", "mode": "lines+markers", "name": name, "x": x, "y": y, "line": line}
+
+
 def _tau_axis() -> Json:
     return _axis("tau_s", type="log", tickvals=TICKS, ticktext=[str(tick) for tick in TICKS])
 
 
 def _spread(targets: list[Json]) -> Json:
     data = [
-        {
-            "type": "scatter",
-            "mode": "lines+markers",
-            "name": f"batch of {one['batch']:,}",
-            "x": one["tau_s"],
-            "y": one["spread"],
-            "line": {"color": SCALE[3 * at % len(SCALE)]},
-        }
+        _line(f"batch of {one['batch']:,}", one["tau_s"], one["spread"], color=SCALE[3 * at % len(SCALE)])
         for at, one in enumerate(targets)
     ]
     return _figure(data, _tau_axis(), _axis("exp(entropy)", **LOG))
 
 
 def _mass(mass: Json) -> Json:
-    data = [
-        {
-            "type": "scatter",
-            "mode": "lines+markers",
-            "name": f"+ nearest {rank}" if rank else "the sample itself",
-            "x": mass["tau_s"],
-            "y": [share[at] for share in mass["share"]],
-            "line": {"color": SCALE[at % len(SCALE)], "dash": "dash" if at >= len(SCALE) else "solid"},
-        }
-        for at, rank in enumerate(mass["ranks"])
-    ]
+    data = []
+    for at, rank in enumerate(mass["ranks"]):
+        name, shares = f"+ nearest {rank}" if rank else "the sample itself", [share[at] for share in mass["share"]]
+        dash = "dash" if at >= len(SCALE) else "solid"
+        data.append(_line(name, mass["tau_s"], shares, color=SCALE[at % len(SCALE)], dash=dash))
     return _figure(data, _tau_axis(), _axis("share of mass", tickformat=".0%", rangemode="tozero"))
 
 

@@ -18,6 +18,7 @@ from graphbuild.look.catalog import Catalog
 from graphbuild.look.report.targets import batch_targets, neighbor_mass
 from graphbuild.runner.progress import UNITS
 from graphbuild.runner.stage import records
+from graphbuild.store.layout import TEXTS
 from graphbuild.store.sharded import Array
 from graphbuild.store.shards import shards_of
 from graphbuild.store.store import Json, Store, by_number
@@ -29,6 +30,7 @@ SHOWN = 10  # rows of a table of examples
 BATCHES = (64, 256, 1024, 4096)
 DELIVERED = {"export": "in sidecars", "inline": "in inline tars", "cluster": "in clustered tars"}
 BINS = np.linspace(-1, 1, 201)
+EDGES = [0, 1, 2, *(2**power + 1 for power in range(1, 33))]  # of in-degrees and samples: 0, 1, 2, 3-4, 5-8, ...
 
 
 def numbers(store: Store) -> Json:
@@ -136,22 +138,17 @@ def stage_times(store: Store, manifest: Json) -> list[Json]:
 
 def _repeated_texts(store: Store, manifest: Json) -> Json:
     """Samples a node: how many nodes have 1, 2, 3-4, 5-8, ... samples, and the texts that most samples have."""
-    by_power: dict[int, int] = {}
+    counts = np.zeros(len(EDGES) - 1, np.int64)
     best: list[tuple[int, str]] = []
     for name in shards_of(store, manifest).with_nodes.names:
-        table = store.table(f"nodes/{name}.parquet", ["samples", "text"])
+        table = store.table(TEXTS.format(name), ["samples", "text"])
         samples = table["samples"].to_numpy()
-        powers, sizes = np.unique(np.ceil(np.log2(np.maximum(samples, 1))).astype(int), return_counts=True)
-        for power, size in zip(powers.tolist(), sizes.tolist(), strict=True):
-            by_power[power] = by_power.get(power, 0) + size
+        counts += np.histogram(samples, EDGES)[0]
         top = np.argsort(-samples, kind="stable")[:SHOWN]
         texts = table["text"].take(top).to_pylist()
         best = heapq.nlargest(SHOWN, [*best, *zip(samples[top].tolist(), texts, strict=True)], key=lambda pair: pair[0])
     return {
-        "samples_per_node": [
-            {"from": 2 ** (power - 1) + 1 if power else 1, "to": 2**power, "nodes": by_power.get(power, 0)}
-            for power in range(max(by_power, default=-1) + 1)
-        ],
+        "samples_per_node": _bins(counts)[1:],
         "texts": [{"samples": count, "text": text} for count, text in best if count > 1 and text is not None],
     }
 
@@ -212,7 +209,7 @@ def edge_numbers(graph: SampleGraph, catalog: Catalog) -> Json:
         "last_similarity": last.tolist(),
         "near_duplicate_nodes": first_duplicates,
         "near_duplicate": DUPLICATE,
-        "indegree": degree_bins(indegree),
+        "indegree": _bins(np.histogram(indegree, EDGES)[0]),
         "indegree_skewness": float(((indegree - k) ** 3).mean()) / deviation**3 if deviation else 0.0,
         "no_indegree": int((indegree == 0).sum()),
         "hubs": [
@@ -222,11 +219,10 @@ def edge_numbers(graph: SampleGraph, catalog: Catalog) -> Json:
     }
 
 
-def degree_bins(indegree: Array) -> list[Json]:
-    """Nodes by in-degree: 0, 1, 2, 3-4, 5-8, 9-16, ..."""
-    edges = [0, 1, 2, *(2**power + 1 for power in range(1, 33))]
-    counts = np.histogram(indegree, edges[: int(np.searchsorted(edges, indegree.max(), side="right")) + 1])[0]
-    return [{"from": edges[i], "to": edges[i + 1] - 1, "nodes": int(count)} for i, count in enumerate(counts)]
+def _bins(counts: Array) -> list[Json]:
+    """The bins of EDGES by the nodes in each, up to the last that has any."""
+    full = counts[: int(np.flatnonzero(counts).max(initial=-1)) + 1]
+    return [{"from": EDGES[i], "to": EDGES[i + 1] - 1, "nodes": int(count)} for i, count in enumerate(full)]
 
 
 def batch_edges(graph: SampleGraph) -> list[Json]:
