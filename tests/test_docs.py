@@ -83,7 +83,8 @@ def test_every_test_that_a_document_names_exists(page: Path) -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
 def test_every_path_of_the_project_that_a_document_names_exists(page: Path) -> None:
-    for path in re.findall(r"`((?:graphbuild|tests|benchmarks|training|pipelines|docs|docker)/[\w./-]*)", page.read_text()):
+    folders = "graphbuild|tests|benchmarks|training|pipelines|docs|docker"
+    for path in re.findall(rf"`((?:{folders})/[\w./-]*)", page.read_text()):
         assert (ROOT / path).exists(), f"{page.name} names {path}"
 
 
