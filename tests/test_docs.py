@@ -11,9 +11,10 @@ import typer
 
 from graphbuild.cli import app
 from graphbuild.recipe import Recipe, read_recipe
+from tests.test_house import FLOORS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "pipelines" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "pipelines" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_every_setting_of_a_recipe_is_documented_with_its_default() -> None:
@@ -78,6 +79,19 @@ def test_every_test_that_a_document_names_exists(page: Path) -> None:
     names = [name for path in tests.values() for name in re.findall(r"def (test_\w+)", path.read_text())]
     for part in re.findall(r"`\.\.\._(\w+?)(?:_\.\.\.)?`", page.read_text()):
         assert any(part in name for name in names), f"{page.name} names ...{part}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
+def test_every_path_of_the_project_that_a_document_names_exists(page: Path) -> None:
+    folders = "graphbuild|tests|benchmarks|training|pipelines|docs|docker"
+    for path in re.findall(rf"`((?:{folders})/[\w./-]*)", page.read_text()):
+        assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+def test_the_architecture_has_every_floor_from_the_ground_up() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", page, re.M)
+    assert rows == [name for floor in FLOORS for name in floor]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pipelines").glob("*.yaml")), ids=lambda path: path.name)

@@ -97,7 +97,7 @@ def search_tile(tile: Any, rows: Any, first: int, scales: Any, keys: Any) -> Non
 
 @inlined
 def row_address(table: Any, node: Any) -> Any:
-    """Where a node's row begins in memory; table is `graphbuild.knn.rows.table`."""
+    """Where a node's row begins in memory; table is `ShardedArray.table()` (graphbuild.store.sharded)."""
     addresses, starts, guess, stride = table
     shard = guess[node >> GUESS_SHIFT]
     while node >= starts[shard + 1]:
