@@ -27,8 +27,9 @@ IMPORTS = {
 
 
 def costs(case: Case, steps: Sequence[Step]) -> list[Cost]:
-    """What the steps take, in their order."""
+    """What the steps take, in their order; a step that has no formula is left out."""
     by_verb = {verb: FORMULAS[verb](case) for verb in {step.verb for step in steps}}
+    steps = [step for step in steps if step.name in by_verb[step.verb]]
     found: list[Cost] = []
     imported: set[str] = {"python"}
     kept = mapped = 0.0

@@ -231,7 +231,7 @@ def batch_edges(graph: SampleGraph) -> list[Json]:
 
     rows = []
     for size in _batch_sizes(len(graph)):
-        measured = NeighborOrder(graph, size, nodes=np.arange(len(graph))).report(0, 200)
+        measured = NeighborOrder(graph, size, nodes=np.arange(len(graph)), group=min(8, size)).report(0, 200)
         names = ("random_edges_per_anchor", "edges_per_anchor", "random_anchors_with_edge", "anchors_with_edge")
         rows.append({"batch": size, **{name: measured[name] for name in names}})
     return rows
