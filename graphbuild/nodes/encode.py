@@ -16,7 +16,7 @@ from graphbuild.errors import InputError, StageError
 from graphbuild.nodes import matrix
 from graphbuild.nodes.encoder import find_encoder, open_model
 from graphbuild.recipe import Recipe
-from graphbuild.runner.stage import Stage, Task, digest, outputs
+from graphbuild.runner.stage import Stage, Task, digest, outputs, total_counts
 from graphbuild.runner.state import require
 from graphbuild.store.files import file_identity
 from graphbuild.store.store import Json, Store, Writer
@@ -88,7 +88,7 @@ def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
         "static": facts[0]["static"],
         "prompt": recipe.embed.prompt,
         "max_tokens": facts[0]["max_tokens"],
-        "truncated": sum(fact["counts"]["truncated"] for fact in facts),
+        "truncated": total_counts(done)["truncated"],
         "precision": sorted({fact["precision"] for fact in facts}),
     }
     if entry["truncated"]:

@@ -30,7 +30,7 @@ from graphbuild.nodes.captions import (
 )
 from graphbuild.nodes.samples import REJECTED, SCHEMA
 from graphbuild.recipe import Recipe
-from graphbuild.runner.stage import Stage, Task, records
+from graphbuild.runner.stage import Stage, Task, records, summed, total_counts
 from graphbuild.sources.download import downloaded_tars
 from graphbuild.sources.tables import FIELD_ROLE, TableSpec, read_chunks
 from graphbuild.sources.tars import expand_shards, open_tar, tar_stem
@@ -78,11 +78,7 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
 
 
 def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
-    reasons: dict[str, int] = {}
-    for record in done:
-        for reason, count in record["facts"]["reasons"].items():
-            reasons[reason] = reasons.get(reason, 0) + count
-    captions = sum(record["facts"]["counts"]["captions"] for record in done)
+    captions = total_counts(done)["captions"]
     numbers = sum(record["facts"].get("numbers", 0) for record in done)
     if captions and captions == numbers and recipe.embed.class_names is None:
         logger.warning(
@@ -90,7 +86,7 @@ def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
             "captions",
             "name the classes by --class-names" if recipe.embed.captions is None else "list the classes' names instead",
         )
-    return {"rejected": dict(sorted(reasons.items()))}
+    return {"rejected": dict(sorted(summed(done, "reasons").items()))}
 
 
 STAGE = Stage(name="scan", title="captions", plan=plan, run=run, finish=finish, entries=("rejected",))
@@ -152,7 +148,7 @@ def _spec(url: str, settings: Mapping[str, Any]) -> TableSpec:
 def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
     spec = _spec(url, settings)
     shards: dict[str, Json] = {}
-    reasons: dict[str, int] = {}
+    reasons: Counter[str] = Counter()
     rejected_rows = numbers = 0
     keys: list[str] = []
     captions: list[str | None] = []
@@ -182,8 +178,7 @@ def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
             cut(settings["shard_size"])
         _write_rejected(shard_name(number), rejected, writer)
         rejected_rows += len(rejected)
-        for reason, count in _reasons(rejected).items():
-            reasons[reason] = reasons.get(reason, 0) + count
+        reasons.update(_reasons(rejected))
     if keys:
         cut(len(keys))
     samples = sum(shard["samples"] for shard in shards.values())

@@ -10,7 +10,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -144,12 +145,16 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def total_counts(done: Sequence[Json]) -> dict[str, int]:
-    total: dict[str, int] = {}
+def summed(done: Iterable[Json], fact: str) -> Counter[str]:
+    """A fact that holds numbers by name, such as counts or reasons, over all these tasks."""
+    total: Counter[str] = Counter()
     for record in done:
-        for key, value in record["facts"].get("counts", {}).items():
-            total[key] = total.get(key, 0) + value
-    return dict(sorted(total.items()))
+        total.update(record["facts"].get(fact, {}))
+    return total
+
+
+def total_counts(done: Iterable[Json]) -> dict[str, int]:
+    return dict(sorted(summed(done, "counts").items()))
 
 
 def sealed(record: Mapping[str, Any]) -> Json:

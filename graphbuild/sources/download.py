@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from graphbuild.errors import ConfigError, InputError, StageError
 from graphbuild.recipe import Recipe
-from graphbuild.runner.stage import Stage, Task, outputs, records
+from graphbuild.runner.stage import Stage, Task, outputs, records, summed
 from graphbuild.runner.state import require
 from graphbuild.sources import fetched
 from graphbuild.sources.again import cut_retry
@@ -143,20 +143,15 @@ def run_download(task: Task, store: Store, writer: Writer) -> Json:
         for name, path in produced.items():
             with writer.file(f"shards/{task.name}{name}") as target:
                 shutil.copyfile(path, target)
-    reasons: dict[str, int] = {}
-    for value, message in zip(status["status"].to_pylist(), status["error_message"].to_pylist(), strict=True):
-        if value != "success":
-            reason = fetched.reason_of(value, message)
-            reasons[reason] = reasons.get(reason, 0) + 1
-    images = status["status"].to_pylist().count("success")
-    return {"counts": {"urls": len(urls), "images": images, "failed": len(urls) - images}, "reasons": reasons}
+    tries = zip(status["status"].to_pylist(), status["error_message"].to_pylist(), strict=True)
+    failures = [fetched.reason_of(value, message) for value, message in tries if value != "success"]
+    images = len(urls) - len(failures)
+    return {"counts": {"urls": len(urls), "images": images, "failed": len(failures)}, "reasons": Counter(failures)}
 
 
 def finish_download(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     """What became of the list: failures by reason and host, placeholders; a URL tried again counts once."""
-    reasons: Counter[str] = Counter()
-    for record in done:
-        reasons.update(record["facts"]["reasons"])
+    reasons = summed(done, "reasons")
     again = fetched.retried(store)
     reasons.subtract(again)
     tries = fetched.last_tries(store, ["url", "status", "sha256"])
