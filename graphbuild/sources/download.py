@@ -10,19 +10,19 @@ images of `threads` requests.
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from graphbuild.errors import ConfigError, InputError, StageError
+from graphbuild.errors import ConfigError, ImageError, InputError, StageError
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, outputs, records, summed
 from graphbuild.runner.state import require
@@ -45,7 +45,8 @@ RESERVED = (
     "sha256",
     "retry_of",
 )
-POLICY = ("timeout_seconds", "retries", "max_bytes", "host_connections", "allow_private_hosts")
+LIST = {"urls", "preset", "url_column", "caption_column"}  # settings that tell what is fetched
+HINTS = {"threads", "host_connections", "allow_private_hosts"}  # and how fast; all others decide what a shard holds
 
 
 def plan_urls(recipe: Recipe, store: Store) -> list[Task]:
@@ -106,24 +107,13 @@ def run_urls(task: Task, store: Store, writer: Writer) -> Json:
 def plan_download(recipe: Recipe, store: Store) -> list[Task]:
     _check_installed()
     config = recipe.download
-    names = {
-        "image_size",
-        "resize_mode",
-        "resize_only_if_bigger",
-        "encode_quality",
-        "timeout_seconds",
-        "retries",
-        "max_bytes",
-        "max_pixels",
-        "shard_size",
-    }
     return [
         Task(
             stage="download",
             name=path.rsplit("/", 1)[-1].removesuffix(".parquet"),
-            settings=config.model_dump(include=names),
+            settings=config.model_dump(exclude=LIST | HINTS),
             built={"urls": sha256},
-            hints=config.model_dump(include={"threads", "host_connections", "allow_private_hosts"}),
+            hints=config.model_dump(include=HINTS),
         )
         for path, sha256 in outputs(require(store, "urls", "download"), "_state/urls/").items()
     ]
@@ -180,7 +170,6 @@ class CheckedResizer:
         self.max_pixels = max_pixels
 
     def __call__(self, stream: io.BytesIO, boxes: Any = None) -> tuple[Any, ...]:
-        from graphbuild.errors import ImageError
         from graphbuild.sources.images import check_size, web_image
 
         try:
@@ -233,11 +222,10 @@ def _img2dataset(task: Task, urls: pa.Table, folder: Path) -> None:
         user_agent_token=None,
         disallowed_header_directives=None,
     )
-    policy = Policy(**{name: settings.get(name, task.hints.get(name)) for name in POLICY})
+    given = {**settings, **task.hints}
+    policy = Policy(**{setting.name: given[setting.name] for setting in fields(Policy)})
     with fetching(policy):
         downloader.download_shard((int(task.name), str(source)))
-    stats = folder / f"{task.name}_stats.json"
-    json.loads(stats.read_text())
 
 
 def _renamed(rows: pa.Table) -> pa.Table:
