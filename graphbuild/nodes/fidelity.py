@@ -33,13 +33,7 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
             stage="fidelity",
             name="all",
             built={"embeddings": store.manifest()["embeddings"]["fingerprint"], "sample": SAMPLE},
-            hints={
-                "encoder": embed.encoder,
-                "prompt": embed.prompt,
-                "dim": embed.dim,
-                "device": embed.device,
-                "precision": embed.precision,
-            },
+            hints=embed.model_dump(include={"encoder", "prompt", "dim", "device", "precision"}),
         )
     ]
 
