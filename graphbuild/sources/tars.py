@@ -28,6 +28,7 @@ from graphbuild.store.remote import file_system, reaching
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META = re.compile(r"__[^/]*__($|/)")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # what tarfile makes of bytes that are not UTF-8
 _BLOCK = 512
 _PADDING_BYTES = 1 << 20
 
@@ -106,7 +107,7 @@ class Tar:
             )
         if info.size < 0 or (info.isreg() and info.offset_data + info.size > bytes_total):
             raise self._damaged(f"it ends inside {info.name!r}")
-        if not _is_unicode(info.name):
+        if _SURROGATE.search(info.name):
             raise InputError(
                 f"{self.url}: the member name {info.name!r} at byte {info.offset:,} is not UTF-8",
                 "rename the file and write the tar again",
@@ -140,15 +141,6 @@ class _WholeReads(io.BufferedReader):
         if len(content) != size:
             raise EOFError("the file ends too early")
         return content
-
-
-def _is_unicode(name: str) -> bool:
-    """Whether a name is text; tarfile turns bytes that are not UTF-8 into lone surrogates."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 @contextlib.contextmanager
