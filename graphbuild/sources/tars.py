@@ -53,15 +53,15 @@ class TarSample:
         return next((m for m in self.members if m.extension.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS), None)
 
 
+@dataclass(frozen=True, eq=False)
 class Tar:
     """An open, uncompressed tar on local disk. url: the name to print; source: the file there, maybe compressed."""
 
-    def __init__(self, path: Path, url: str, file: IO[bytes], source: Path, *, compressed: bool) -> None:
-        self.path = path
-        self.source = source
-        self.url = url
-        self.file = file
-        self.compressed = compressed  # offsets then have no meaning in the file at `url`
+    path: Path
+    url: str
+    file: IO[bytes]
+    source: Path
+    compressed: bool  # offsets then have no meaning in the file at `url`
 
     def read(self, member: Member) -> bytes:
         self.file.seek(member.offset)
@@ -158,7 +158,7 @@ def open_tar(url: str) -> Iterator[Tar]:
             except (OSError, EOFError, zlib.error) as error:
                 raise InputError(f"{url} cannot be unpacked ({error})", "fetch or write it again") from error
             path = unpacked
-        yield Tar(path, url, stack.enter_context(_WholeReads(io.FileIO(path))), source, compressed=compressed)
+        yield Tar(path, url, stack.enter_context(_WholeReads(io.FileIO(path))), source, compressed)
 
 
 def expand_shards(pattern: str) -> list[str]:
