@@ -35,6 +35,7 @@ from graphbuild.sources.download import downloaded_tars
 from graphbuild.sources.tables import FIELD_ROLE, TableSpec, read_chunks
 from graphbuild.sources.tars import expand_shards, open_tar, tar_stem
 from graphbuild.store.files import file_identities, file_identity
+from graphbuild.store.layout import SCANNED
 from graphbuild.store.shards import latest_shards
 from graphbuild.store.store import Json, Store, Writer, by_number, file_sha256, shard_name
 
@@ -218,16 +219,13 @@ def _write_shard(
         "hash_low": hashed[:, 1],
     }
     columns |= {name: places.get(name, [None] * len(keys)) for name in ("image_offset", "image_size", "members")}
-    table = pa.table([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
-    writer.table(f"_state/scan/{shard}.parquet", table)
+    writer.table(SCANNED.format(shard), pa.table(columns, schema=SCHEMA))
 
 
 def _write_rejected(shard: str, rejected: Sequence[tuple[Any, ...]], writer: Writer) -> None:
     if rejected:
         rows = [(p, k, r, None if c is None else c[:CONTENT_CHARACTERS]) for p, k, r, c in rejected]
-        columns = [
-            pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), REJECTED, strict=True)
-        ]
+        columns = dict(zip(REJECTED.names, zip(*rows, strict=True), strict=True))
         writer.table(f"rejected/scan/{shard}.parquet", pa.table(columns, schema=REJECTED))
 
 

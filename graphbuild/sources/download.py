@@ -30,6 +30,7 @@ from graphbuild.sources import fetched
 from graphbuild.sources.again import cut_retry
 from graphbuild.sources.fetch import Policy, fetching
 from graphbuild.sources.tables import TableSpec, read_chunks
+from graphbuild.store import layout
 from graphbuild.store.files import file_identity
 from graphbuild.store.store import Json, Store, Writer, shard_name
 
@@ -83,7 +84,7 @@ def run_urls(task: Task, store: Store, writer: Writer) -> Json:
     def cut(size: int) -> None:
         nonlocal waiting, shards
         table = pa.concat_tables(waiting)
-        writer.table(f"_state/urls/{shard_name(shards)}.parquet", table.slice(0, size))
+        writer.table(layout.URLS.format(shard_name(shards)), table.slice(0, size))
         waiting = [table.slice(size)] if size < len(table) else []
         shards += 1
 
@@ -110,7 +111,7 @@ def plan_download(recipe: Recipe, store: Store) -> list[Task]:
     return [
         Task(
             stage="download",
-            name=path.rsplit("/", 1)[-1].removesuffix(".parquet"),
+            name=Path(path).stem,
             settings=config.model_dump(exclude=LIST | HINTS),
             built={"urls": sha256},
             hints=config.model_dump(include=HINTS),
@@ -120,7 +121,7 @@ def plan_download(recipe: Recipe, store: Store) -> list[Task]:
 
 
 def run_download(task: Task, store: Store, writer: Writer) -> Json:
-    urls = store.table(f"_state/urls/{task.name}.parquet")
+    urls = store.table(layout.URLS.format(task.name))
     with tempfile.TemporaryDirectory() as folder:
         _img2dataset(task, urls, Path(folder))
         produced = {name: Path(folder) / f"{task.name}{name}" for name in (".tar", ".parquet", "_stats.json")}
@@ -196,13 +197,12 @@ def _img2dataset(task: Task, urls: pa.Table, folder: Path) -> None:
     source = folder / "urls.arrow"
     with pa.OSFile(str(source), "wb") as file, pa.ipc.new_file(file, urls.schema) as batches:
         batches.write_table(urls)
-    keep = settings["resize_mode"] == "no"
     resizer = Resizer(
         image_size=settings["image_size"],
         resize_mode=settings["resize_mode"],
         resize_only_if_bigger=settings["resize_only_if_bigger"],
         encode_quality=settings["encode_quality"],
-        skip_reencode=keep,
+        skip_reencode=settings["resize_mode"] == "no",
     )
     downloader = Downloader(
         sample_writer_class=WebDatasetSampleWriter,
