@@ -64,12 +64,8 @@ def number_nodes(hashes: pl.DataFrame) -> tuple[np.ndarray[Any, Any], np.ndarray
     key = ["hash_high", "hash_low"]
     present = (pl.col("hash_high") != 0) | (pl.col("hash_low") != 0)
     distinct = hashes.filter(present).unique(key, keep="first", maintain_order=True).with_row_index("node")
-    nodes = (
-        hashes.join(distinct, on=key, how="left", maintain_order="left")["node"]
-        .cast(pl.Int64)
-        .fill_null(NO_NODE)
-        .to_numpy()
-    )
+    joined = hashes.join(distinct, on=key, how="left", maintain_order="left")
+    nodes = joined["node"].cast(pl.Int64).fill_null(NO_NODE).to_numpy()
     return nodes, np.bincount(nodes[nodes >= 0], minlength=distinct.height).astype(np.int64)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from graphbuild.store.layout import MANIFEST
 from graphbuild.store.store import FORMAT_VERSION, Json, Store, Writer, by_number
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def sealed(record: Mapping[str, Any]) -> Json:
 
 
 def write_manifest(store: Store, manifest: Mapping[str, Any]) -> None:
-    store.write_json("manifest.json", sealed(manifest))
+    store.write_json(MANIFEST, sealed(manifest))
 
 
 def _short(value: Any) -> str:

@@ -24,6 +24,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from graphbuild.errors import ConfigError, StageError, StorageError
+from graphbuild.store.layout import MANIFEST
 from graphbuild.store.leftovers import hold
 from graphbuild.store.remote import cache_folder, cached_copy, file_system, reaching
 
@@ -251,13 +252,13 @@ class Store:
 
     def manifest(self) -> Json:
         """manifest.json, or an empty one; ConfigError when this graphbuild does not know its format version."""
-        found = self.read_json("manifest.json")
+        found = self.read_json(MANIFEST)
         if found is None:
             return {"format_version": FORMAT_VERSION, "stages": {}}
         version = found.get("format_version")
         if version not in (FORMAT_VERSION, TABLE_VERSION):
             raise ConfigError(
-                f"{self.display('manifest.json')} has format version {version}; "
+                f"{self.display(MANIFEST)} has format version {version}; "
                 f"this graphbuild reads {FORMAT_VERSION} and {TABLE_VERSION}",
                 "use the graphbuild that wrote the store, or build into a new folder",
             )
