@@ -33,9 +33,7 @@ MAX_CAPTION_BYTES = 1_000_000
 def sample_caption(tar: Tar, sample: TarSample, settings: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """(caption, None), or (what stands in its place, why that is no caption)."""
     fields = template_fields(settings["template"])
-    if fields:
-        return _joined_fields(tar, sample, settings["template"], fields)
-    wanted, _, field = settings["caption_member"].partition(":")
+    wanted, _, field = ("json" if fields else settings["caption_member"]).partition(":")
     extensions = [wanted.lower().removeprefix(".")] if wanted != "auto" else ["txt", "json"]
     by_extension = {member.extension.removesuffix(".gz"): member for member in reversed(sample.members)}
     extension = next((extension for extension in extensions if extension in by_extension), None)
@@ -44,6 +42,8 @@ def sample_caption(tar: Tar, sample: TarSample, settings: Mapping[str, Any]) -> 
     text, reason = _member_text(tar, by_extension[extension])
     if text is None or reason is not None:
         return text, reason
+    if fields:
+        return _joined_fields(text, settings["template"], fields)
     if extension == "json":
         text, reason = _json_field(text, field or "caption")
     names = settings.get("class_names")
@@ -55,13 +55,7 @@ def sample_caption(tar: Tar, sample: TarSample, settings: Mapping[str, Any]) -> 
     return (fill_template(settings["template"], text), None) if reason is None else (text, reason)
 
 
-def _joined_fields(tar: Tar, sample: TarSample, template: str, fields: list[str]) -> tuple[str | None, str | None]:
-    member = next((member for member in sample.members if member.extension.removesuffix(".gz") == "json"), None)
-    if member is None:
-        return None, "no member .json"
-    content, reason = _member_text(tar, member)
-    if content is None or reason is not None:
-        return content, reason
+def _joined_fields(content: str, template: str, fields: list[str]) -> tuple[str | None, str | None]:
     values = {}
     for field in fields:
         values[field], reason = _json_field(content, field)

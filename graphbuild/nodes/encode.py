@@ -16,9 +16,10 @@ from graphbuild.errors import InputError, StageError
 from graphbuild.nodes import matrix
 from graphbuild.nodes.encoder import find_encoder, open_model
 from graphbuild.recipe import Recipe
-from graphbuild.runner.stage import Stage, Task, digest, outputs
+from graphbuild.runner.stage import Stage, Task, digest, outputs, total_counts
 from graphbuild.runner.state import require
 from graphbuild.store.files import file_identity
+from graphbuild.store.layout import TEXTS, VECTORS
 from graphbuild.store.store import Json, Store, Writer
 
 logger = logging.getLogger(__name__)
@@ -50,10 +51,10 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
 
 
 def run(task: Task, store: Store, writer: Writer) -> Json:
-    texts = store.table(f"nodes/{task.name}.parquet", ["text"])["text"].to_pylist()
+    texts = store.table(TEXTS.format(task.name), ["text"])["text"].to_pylist()
     if "classes" in task.hints:
         vectors, facts = matrix.vectors(task.hints["encoder"], task.hints["classes"], texts)
-        writer.array(f"nodes/{task.name}.npy", vectors)
+        writer.array(VECTORS.format(task.name), vectors)
         return {"counts": {"embeddings": len(texts)}, **facts}
     settings = task.settings
     encoder = find_encoder(task.hints["encoder"])
@@ -64,7 +65,7 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
         )
     model = open_model(encoder, task.hints["device"], settings["precision"], settings["prompt"], settings["dim"])
     found = model.encode(texts or ["-"])  # a shard all of whose texts appeared before has a file of no rows
-    writer.array(f"nodes/{task.name}.npy", found.vectors[: len(texts)])
+    writer.array(VECTORS.format(task.name), found.vectors[: len(texts)])
     counts = {
         "embeddings": len(texts),
         "truncated": found.truncated,
@@ -88,7 +89,7 @@ def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
         "static": facts[0]["static"],
         "prompt": recipe.embed.prompt,
         "max_tokens": facts[0]["max_tokens"],
-        "truncated": sum(fact["counts"]["truncated"] for fact in facts),
+        "truncated": total_counts(done)["truncated"],
         "precision": sorted({fact["precision"] for fact in facts}),
     }
     if entry["truncated"]:

@@ -16,6 +16,7 @@ from graphbuild.nodes.encoder import find_encoder, open_model
 from graphbuild.nodes.matrix import is_matrix
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task
+from graphbuild.store.layout import TEXTS, VECTORS
 from graphbuild.store.sharded import Array
 from graphbuild.store.shards import node_count, shards_of
 from graphbuild.store.store import Json, Store, Writer
@@ -33,13 +34,7 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
             stage="fidelity",
             name="all",
             built={"embeddings": store.manifest()["embeddings"]["fingerprint"], "sample": SAMPLE},
-            hints={
-                "encoder": embed.encoder,
-                "prompt": embed.prompt,
-                "dim": embed.dim,
-                "device": embed.device,
-                "precision": embed.precision,
-            },
+            hints=embed.model_dump(include={"encoder", "prompt", "dim", "device", "precision"}),
         )
     ]
 
@@ -81,8 +76,8 @@ def sampled(store: Store) -> tuple[list[str], Array]:
         inside = chosen[(chosen >= shard.first_node) & (chosen < shard.first_node + shard.nodes)]
         if len(inside):
             rows = inside - shard.first_node
-            texts += store.table(f"nodes/{shard.name}.parquet", ["text"])["text"].take(rows).to_pylist()
-            vectors.append(np.asarray(store.array(f"nodes/{shard.name}.npy"))[rows])
+            texts += store.table(TEXTS.format(shard.name), ["text"])["text"].take(rows).to_pylist()
+            vectors.append(np.asarray(store.array(VECTORS.format(shard.name)))[rows])
     return texts, np.concatenate(vectors)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from graphbuild.nodes.samples import COLUMNS, NO_NODE
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, digest, outputs
 from graphbuild.runner.state import require
+from graphbuild.store.layout import SAMPLES, SCANNED, TEXTS
 from graphbuild.store.remote import READERS
 from graphbuild.store.shards import PLACES, Shard, is_whole, write_shards
 from graphbuild.store.store import Json, Store, Writer, by_number
@@ -33,7 +35,7 @@ def plan_number(recipe: Recipe, store: Store) -> list[Task]:
 
 
 def run_number(task: Task, store: Store, writer: Writer) -> Json:
-    names = [path.rsplit("/", 1)[-1].removesuffix(".parquet") for path in task.built]
+    names = [Path(path).stem for path in task.built]
     columns = ["hash_high", "hash_low"]
     with ThreadPoolExecutor(READERS) as pool:
         tables = list(pool.map(lambda path: store.table(path, columns), task.built))
@@ -50,14 +52,8 @@ def run_number(task: Task, store: Store, writer: Writer) -> Json:
         mine = nodes[first_row : first_row + size]
         new = max(int(mine.max(initial=NO_NODE)) + 1 - first_node, 0)
         counted = counts[first_node : first_node + new]
-        content = hashlib.sha256(mine.tobytes() + counted.tobytes()).hexdigest()
-        shards[name] = {
-            "first_row": first_row,
-            "samples": size,
-            "first_node": first_node,
-            "nodes": new,
-            "sha256": content,
-        }
+        places = dict(zip(PLACES, (first_row, size, first_node, new), strict=True))
+        shards[name] = {**places, "sha256": hashlib.sha256(mine.tobytes() + counted.tobytes()).hexdigest()}
         first_row += size
         first_node += new
     return {"counts": {"samples": first_row, "nodes": first_node}, "shards": shards}
@@ -68,12 +64,8 @@ def number_nodes(hashes: pl.DataFrame) -> tuple[np.ndarray[Any, Any], np.ndarray
     key = ["hash_high", "hash_low"]
     present = (pl.col("hash_high") != 0) | (pl.col("hash_low") != 0)
     distinct = hashes.filter(present).unique(key, keep="first", maintain_order=True).with_row_index("node")
-    nodes = (
-        hashes.join(distinct, on=key, how="left", maintain_order="left")["node"]
-        .cast(pl.Int64)
-        .fill_null(NO_NODE)
-        .to_numpy()
-    )
+    joined = hashes.join(distinct, on=key, how="left", maintain_order="left")
+    nodes = joined["node"].cast(pl.Int64).fill_null(NO_NODE).to_numpy()
     return nodes, np.bincount(nodes[nodes >= 0], minlength=distinct.height).astype(np.int64)
 
 
@@ -81,27 +73,24 @@ def plan_assign(recipe: Recipe, store: Store) -> list[Task]:
     scans = outputs(require(store, "scan", "embed"), "_state/scan/")
     (numbering,) = require(store, "number", "embed")
     shards = numbering["facts"]["shards"]
-    names = {path: path.rsplit("/", 1)[-1].removesuffix(".parquet") for path in scans}
-    return [
-        Task(stage="assign", name=name, built={**shards[name], "scan": scans[path]}) for path, name in names.items()
-    ]
+    names = {Path(path).stem: sha256 for path, sha256 in scans.items()}
+    return [Task(stage="assign", name=name, built={**shards[name], "scan": names[name]}) for name in names]
 
 
 def run_assign(task: Task, store: Store, writer: Writer) -> Json:
     shard = task.built
-    rows = slice(shard["first_row"], shard["first_row"] + shard["samples"])
-    first_node, new = shard["first_node"], shard["nodes"]
-    nodes = store.rows("_state/number/nodes.npy", rows.start, rows.stop)
-    scan = store.table(f"_state/scan/{task.name}.parquet")
-    row = pa.array(np.arange(rows.start, rows.stop, dtype=np.int64))
+    first, count, first_node, new = (shard[place] for place in PLACES)
+    nodes = store.rows("_state/number/nodes.npy", first, first + count)
+    scan = store.table(SCANNED.format(task.name))
+    row = pa.array(np.arange(first, first + count, dtype=np.int64))
     samples = scan.append_column("row", row).append_column("node", pa.array(nodes, mask=nodes == NO_NODE))
-    writer.table(f"samples/{task.name}.parquet", samples.select(COLUMNS))
-    ids, first = np.unique(nodes, return_index=True)
-    texts = scan["text"].take(pa.array(first[ids >= first_node]))
+    writer.table(SAMPLES.format(task.name), samples.select(COLUMNS))
+    ids, places = np.unique(nodes, return_index=True)
+    texts = scan["text"].take(pa.array(places[ids >= first_node]))
     counts = store.rows("_state/number/counts.npy", first_node, first_node + new)
     table = pa.table({"node": np.arange(first_node, first_node + new), "text": texts, "samples": counts})
-    writer.table(f"nodes/{task.name}.parquet", table)
-    return {"counts": {"samples": shard["samples"], "nodes": new}, "texts_sha256": digest(texts.to_pylist())}
+    writer.table(TEXTS.format(task.name), table)
+    return {"counts": {"samples": count, "nodes": new}, "texts_sha256": digest(texts.to_pylist())}
 
 
 def finish_assign(recipe: Recipe, store: Store, done: list[Json]) -> Json:

@@ -30,11 +30,12 @@ from graphbuild.nodes.captions import (
 )
 from graphbuild.nodes.samples import REJECTED, SCHEMA
 from graphbuild.recipe import Recipe
-from graphbuild.runner.stage import Stage, Task, records
+from graphbuild.runner.stage import Stage, Task, records, summed, total_counts
 from graphbuild.sources.download import downloaded_tars
 from graphbuild.sources.tables import FIELD_ROLE, TableSpec, read_chunks
 from graphbuild.sources.tars import expand_shards, open_tar, tar_stem
 from graphbuild.store.files import file_identities, file_identity
+from graphbuild.store.layout import SCANNED
 from graphbuild.store.shards import latest_shards
 from graphbuild.store.store import Json, Store, Writer, by_number, file_sha256, shard_name
 
@@ -78,11 +79,7 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
 
 
 def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
-    reasons: dict[str, int] = {}
-    for record in done:
-        for reason, count in record["facts"]["reasons"].items():
-            reasons[reason] = reasons.get(reason, 0) + count
-    captions = sum(record["facts"]["counts"]["captions"] for record in done)
+    captions = total_counts(done)["captions"]
     numbers = sum(record["facts"].get("numbers", 0) for record in done)
     if captions and captions == numbers and recipe.embed.class_names is None:
         logger.warning(
@@ -90,7 +87,7 @@ def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
             "captions",
             "name the classes by --class-names" if recipe.embed.captions is None else "list the classes' names instead",
         )
-    return {"rejected": dict(sorted(reasons.items()))}
+    return {"rejected": dict(sorted(summed(done, "reasons").items()))}
 
 
 STAGE = Stage(name="scan", title="captions", plan=plan, run=run, finish=finish, entries=("rejected",))
@@ -152,7 +149,7 @@ def _spec(url: str, settings: Mapping[str, Any]) -> TableSpec:
 def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
     spec = _spec(url, settings)
     shards: dict[str, Json] = {}
-    reasons: dict[str, int] = {}
+    reasons: Counter[str] = Counter()
     rejected_rows = numbers = 0
     keys: list[str] = []
     captions: list[str | None] = []
@@ -182,8 +179,7 @@ def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
             cut(settings["shard_size"])
         _write_rejected(shard_name(number), rejected, writer)
         rejected_rows += len(rejected)
-        for reason, count in _reasons(rejected).items():
-            reasons[reason] = reasons.get(reason, 0) + count
+        reasons.update(_reasons(rejected))
     if keys:
         cut(len(keys))
     samples = sum(shard["samples"] for shard in shards.values())
@@ -223,16 +219,13 @@ def _write_shard(
         "hash_low": hashed[:, 1],
     }
     columns |= {name: places.get(name, [None] * len(keys)) for name in ("image_offset", "image_size", "members")}
-    table = pa.table([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
-    writer.table(f"_state/scan/{shard}.parquet", table)
+    writer.table(SCANNED.format(shard), pa.table(columns, schema=SCHEMA))
 
 
 def _write_rejected(shard: str, rejected: Sequence[tuple[Any, ...]], writer: Writer) -> None:
     if rejected:
         rows = [(p, k, r, None if c is None else c[:CONTENT_CHARACTERS]) for p, k, r, c in rejected]
-        columns = [
-            pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), REJECTED, strict=True)
-        ]
+        columns = dict(zip(REJECTED.names, zip(*rows, strict=True), strict=True))
         writer.table(f"rejected/scan/{shard}.parquet", pa.table(columns, schema=REJECTED))
 
 

@@ -22,6 +22,7 @@ from graphbuild.nodes.samples import COLUMNS, SCHEMA
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task
 from graphbuild.store.files import file_identity, open_parts
+from graphbuild.store.layout import SAMPLES, TEXTS, VECTORS
 from graphbuild.store.mapped import read_header
 from graphbuild.store.shards import Shard, is_whole, write_shards
 from graphbuild.store.store import Json, Store, Writer, shard_name
@@ -65,12 +66,12 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
     rows = np.arange(first, first + count)
     empty = {field.name: pa.nulls(count, field.type) for field in SCHEMA}
     columns = {**empty, "row": pa.array(rows), "key": pa.array(rows.astype(str)), "node": pa.array(rows)}
-    writer.table(f"samples/{task.name}.parquet", pa.table({name: columns[name] for name in COLUMNS}))
+    writer.table(SAMPLES.format(task.name), pa.table({name: columns[name] for name in COLUMNS}))
     writer.table(
-        f"nodes/{task.name}.parquet",
+        TEXTS.format(task.name),
         pa.table({"node": rows, "text": empty["text"], "samples": np.ones(count, np.int64)}),
     )
-    writer.array(f"nodes/{task.name}.npy", vectors)
+    writer.array(VECTORS.format(task.name), vectors)
     return {"counts": {"samples": count, "nodes": count}, "d": vectors.shape[1]}
 
 

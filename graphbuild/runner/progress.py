@@ -1,8 +1,8 @@
 """How far a stage is, told as it goes: a live view on a terminal, plain lines in a log, or JSON lines for programs.
 
 All of it goes to stderr. Counts and reasons are those of finished tasks; the time left takes the tasks still to do to
-last as long as those of this run, so it is not told before one has ended. On a Ray cluster the same numbers are metrics
-(graphbuild/runner/metrics.py).
+last as long as those of this run, so it is not told before one has ended. Inside a Ray session the same numbers are
+metrics too, which its own exporter offers to Prometheus; pipelines/grafana.json shows them.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import logging
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -22,13 +23,20 @@ from graphbuild.machine.terminal import ProgressMode, harmless
 from graphbuild.store.store import Json
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.live import Live
 
 logger = logging.getLogger(__name__)
 UNITS = ("urls", "embeddings", "samples", "nodes", "edges")  # a stage is told by the first that it counts
 EVERY_SECONDS = {"plain": 10.0, "json": 1.0}
 REASONS = 3
 BAR_COLUMNS = 30
+GAUGES = {
+    "total": "tasks of the stage",
+    "done": "tasks that need nothing more",
+    "failed": "tasks that failed",
+    "running": "tasks in flight",
+    "again": "tasks tried again, as their worker died",
+}
 
 
 @dataclass
@@ -42,8 +50,8 @@ class State:
     failed: int = 0
     running: int = 0
     again: int = 0  # tasks whose worker died
-    counts: dict[str, int] = field(default_factory=dict)
-    reasons: dict[str, int] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
     begin: float = field(default_factory=time.monotonic)
 
     @property
@@ -103,14 +111,15 @@ class Progress:
     def __init__(self, mode: ProgressMode = "auto") -> None:
         self.mode = mode if mode != "auto" else "live" if sys.stderr.isatty() else "plain"
         self.state = State()
-        self._view: _Live | _Ticker | None = None
+        self._view: Live | _Ticker | None = None
 
     def begin(self, stage: str, *, total: int, done: int) -> None:
         self.state = State(stage, total, done, skipped=done)
         if self.mode == "json":
             emit(self.state.as_json("begin"))
         if done < total:
-            self._view = _Live(self.state) if self.mode == "live" else _Ticker(self.state, self.mode)
+            self._view = live_view(self.state) if self.mode == "live" else _Ticker(self.state, self.mode)
+            self._view.start()
 
     def running(self, tasks: int) -> None:
         """So many tasks are in flight now."""
@@ -125,9 +134,8 @@ class Progress:
         state = self.state
         state.done += 1
         state.failed += failed
-        for total, more in ((state.counts, counts), (state.reasons, reasons)):
-            for key, value in more.items():
-                total[key] = total.get(key, 0) + value
+        state.counts.update(counts)
+        state.reasons.update(reasons)
 
     def end(self, counts: Mapping[str, int] | None = None) -> None:
         """Close the stage with one line that stays. counts: of all its tasks, those done before too."""
@@ -148,66 +156,49 @@ class Progress:
     def close(self) -> None:
         """Show nothing more of the stage, however it ended; a terminal gets its cursor back."""
         if self._view is not None:
-            self._view.close()
+            self._view.stop()
             self._view = None
 
 
-class _Ticker:
+class _Ticker(threading.Thread):
     """Says where a stage is, every so often, from a thread of its own: long tasks are silent."""
 
     def __init__(self, state: State, mode: str) -> None:
+        super().__init__(daemon=True)
         self._state, self._mode = state, mode
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._tick, daemon=True)
-        self._thread.start()
 
-    def _tick(self) -> None:
+    def run(self) -> None:
         while not self._over.wait(EVERY_SECONDS[self._mode]):
             if self._mode == "json":
                 emit(self._state.as_json("progress"))
             else:
                 logger.info("%-9s %s", self._state.stage, "; ".join(lines(self._state)))
 
-    def close(self) -> None:
+    def stop(self) -> None:
         self._over.set()
-        self._thread.join()
+        self.join()
 
 
-class _Live:
+def live_view(state: State) -> Live:
     """The live view: lines that fit the terminal's width, drawn anew four times a second, gone at the end.
 
     They stay short on a wide terminal too: when it shrinks it breaks long lines in two, of which one would stay.
     """
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.progress_bar import ProgressBar
+    from rich.table import Column, Table
+    from rich.text import Text
 
-    def __init__(self, state: State) -> None:
-        from rich.console import Console
-        from rich.live import Live
-
-        self._state = state
-        self._console = Console(stderr=True)
-        self._live = Live(get_renderable=self._drawn, console=self._console, transient=True, refresh_per_second=4)
-        self._live.start()
-
-    def _drawn(self) -> RenderableType:
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
-        first, *others = lines(self._state)
-        head = Table.grid(padding=(0, 1))
-        head.add_column(no_wrap=True)
-        head.add_column(no_wrap=True)
-        head.add_column(no_wrap=True, overflow="ellipsis")
-        room = self._console.width - len(first) - 14
-        bar = ProgressBar(
-            total=max(self._state.total, 1), completed=self._state.done, width=max(min(BAR_COLUMNS, room), 5)
-        )
-        head.add_row(Text(f"{self._state.stage:<9}", style="bold"), bar, Text(first))
+    def drawn() -> Group:
+        first, *others = lines(state)
+        words = Column(no_wrap=True, overflow="ellipsis")
+        head = Table.grid(Column(no_wrap=True), Column(max_width=BAR_COLUMNS), words, padding=(0, 1))
+        head.add_row(Text(f"{state.stage:<9}", style="bold"), ProgressBar(state.total, state.done), Text(first))
         return Group(head, *(Text(f"{'':10}{line}", no_wrap=True, overflow="ellipsis", style="dim") for line in others))
 
-    def close(self) -> None:
-        self._live.stop()
+    return Live(get_renderable=drawn, console=Console(stderr=True), transient=True, refresh_per_second=4)
 
 
 def lines(state: State) -> list[str]:
@@ -254,3 +245,32 @@ def memory_bytes() -> int:
             continue
         total += memory.rss - getattr(memory, "shared", 0)
     return total
+
+
+class Metrics:
+    """The state as gauges of a Ray session, set by `show`. Prometheus sees each under the prefix `ray_`.
+
+    Labels: store (its URL) and stage; and unit of items, or reason, of which the most frequent are shown.
+    """
+
+    def __init__(self, store: str) -> None:
+        from ray.util.metrics import Gauge
+
+        labels = ("store", "stage")
+        self._store = store
+        self._tasks: dict[str, Any] = {
+            name: Gauge(f"graphbuild_tasks_{name}", text, labels) for name, text in GAUGES.items()
+        }
+        self._items = Gauge("graphbuild_items", "items of finished tasks of this run, by unit", (*labels, "unit"))
+        self._rejected = Gauge(
+            "graphbuild_rejected", "items turned away by finished tasks of this run", (*labels, "reason")
+        )
+
+    def show(self, state: State) -> None:
+        labels = {"store": self._store, "stage": state.stage}
+        for name, gauge in self._tasks.items():
+            gauge.set(getattr(state, name), labels)
+        for unit, count in state.counts.items():
+            self._items.set(count, {**labels, "unit": unit})
+        for reason, count in state.top_reasons():
+            self._rejected.set(count, {**labels, "reason": reason})

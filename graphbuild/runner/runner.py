@@ -20,7 +20,7 @@ from typing import Any
 from graphbuild.errors import ConfigError, GraphbuildError, InputError, StageError
 from graphbuild.machine.gpus import gpu_here
 from graphbuild.recipe import Recipe
-from graphbuild.runner.progress import Progress
+from graphbuild.runner.progress import Metrics, Progress
 from graphbuild.runner.stage import Stage, Task, digest, records, write_manifest
 from graphbuild.runner.state import invalidate, pending, write_recipe
 from graphbuild.runner.workers import ATTEMPTS, Failure, Pool, attempt, record_failure
@@ -44,7 +44,7 @@ class Runner:
         self.progress = progress or Progress()
         self.seconds: dict[str, float] = {}  # by stage, wall time of the last run
         self._started_ray = self._in_ray = False
-        self._metrics: Any = None
+        self._metrics: Metrics | None = None
         self._pools: dict[float, Pool] = {}  # by a worker's share of a GPU
 
     def __enter__(self) -> Runner:
@@ -212,10 +212,7 @@ class Runner:
         """The state as metrics of the Ray session, if there is one."""
         if not self._in_ray:
             return
-        if self._metrics is None:
-            from graphbuild.runner.metrics import Metrics
-
-            self._metrics = Metrics(store.url)
+        self._metrics = self._metrics or Metrics(store.url)
         self._metrics.show(self.progress.state)
 
     def start_ray(self) -> Any:

@@ -10,10 +10,12 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from graphbuild.store.layout import MANIFEST
 from graphbuild.store.store import FORMAT_VERSION, Json, Store, Writer, by_number
 
 if TYPE_CHECKING:
@@ -145,12 +147,16 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def total_counts(done: Sequence[Json]) -> dict[str, int]:
-    total: dict[str, int] = {}
+def summed(done: Iterable[Json], fact: str) -> Counter[str]:
+    """A fact that holds numbers by name, such as counts or reasons, over all these tasks."""
+    total: Counter[str] = Counter()
     for record in done:
-        for key, value in record["facts"].get("counts", {}).items():
-            total[key] = total.get(key, 0) + value
-    return dict(sorted(total.items()))
+        total.update(record["facts"].get(fact, {}))
+    return total
+
+
+def total_counts(done: Iterable[Json]) -> dict[str, int]:
+    return dict(sorted(summed(done, "counts").items()))
 
 
 def sealed(record: Mapping[str, Any]) -> Json:
@@ -160,7 +166,7 @@ def sealed(record: Mapping[str, Any]) -> Json:
 
 
 def write_manifest(store: Store, manifest: Mapping[str, Any]) -> None:
-    store.write_json("manifest.json", sealed(manifest))
+    store.write_json(MANIFEST, sealed(manifest))
 
 
 def _short(value: Any) -> str:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from graphbuild.errors import ConfigError
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, records, state_path, write_manifest
+from graphbuild.store.layout import RECIPE
 from graphbuild.store.remote import READERS
 from graphbuild.store.store import Json, Store
 
@@ -78,12 +79,12 @@ def is_done(stage: Stage, recipe: Recipe, store: Store, *, force: bool) -> bool:
 def write_recipe(recipe: Recipe, store: Store) -> None:
     """The resolved recipe, beside what it made; written once its changes are accepted."""
     text = sealed_text(recipe.dump().encode())
-    if store.exists("recipe.yaml") and store.read_bytes("recipe.yaml") == text:
+    if store.exists(RECIPE) and store.read_bytes(RECIPE) == text:
         return
     manifest = store.manifest()
     if manifest.pop("recipe", None) is not None:  # its sha256, until the command has ended
         write_manifest(store, manifest)
-    store.write_bytes("recipe.yaml", text)
+    store.write_bytes(RECIPE, text)
 
 
 def sealed_text(text: bytes) -> bytes:

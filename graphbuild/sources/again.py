@@ -9,6 +9,7 @@ import polars as pl
 from graphbuild.runner.stage import Task, outputs, records
 from graphbuild.sources.fetch import may_pass_later
 from graphbuild.sources.fetched import failed_urls
+from graphbuild.store import layout
 from graphbuild.store.store import Json, Store, Writer, shard_name
 
 Wanted = str | list[str]
@@ -24,7 +25,7 @@ def cut_retry(task: Task, store: Store, writer: Writer) -> Json:
     rows = every.with_row_index("place").join(chosen.select("place", "key"), on="place", maintain_order="left")
     rows = rows.with_columns(pl.col("key").alias("retry_of")).drop("place", "key")
     for number, part in enumerate(rows.iter_slices(task.settings["shard_size"])):
-        writer.table(f"_state/urls/{shard_name(first + number)}.parquet", part.to_arrow())
+        writer.table(layout.URLS.format(shard_name(first + number)), part.to_arrow())
     return {"retried": dict(Counter(chosen["reason"].to_list()))}
 
 

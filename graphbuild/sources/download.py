@@ -10,26 +10,27 @@ images of `threads` requests.
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from graphbuild.errors import ConfigError, InputError, StageError
+from graphbuild.errors import ConfigError, ImageError, InputError, StageError
 from graphbuild.recipe import Recipe
-from graphbuild.runner.stage import Stage, Task, outputs, records
+from graphbuild.runner.stage import Stage, Task, outputs, records, summed
 from graphbuild.runner.state import require
 from graphbuild.sources import fetched
 from graphbuild.sources.again import cut_retry
 from graphbuild.sources.fetch import Policy, fetching
 from graphbuild.sources.tables import TableSpec, read_chunks
+from graphbuild.store import layout
 from graphbuild.store.files import file_identity
 from graphbuild.store.store import Json, Store, Writer, shard_name
 
@@ -45,7 +46,8 @@ RESERVED = (
     "sha256",
     "retry_of",
 )
-POLICY = ("timeout_seconds", "retries", "max_bytes", "host_connections", "allow_private_hosts")
+LIST = {"urls", "preset", "url_column", "caption_column"}  # settings that tell what is fetched
+HINTS = {"threads", "host_connections", "allow_private_hosts"}  # and how fast; all others decide what a shard holds
 
 
 def plan_urls(recipe: Recipe, store: Store) -> list[Task]:
@@ -82,7 +84,7 @@ def run_urls(task: Task, store: Store, writer: Writer) -> Json:
     def cut(size: int) -> None:
         nonlocal waiting, shards
         table = pa.concat_tables(waiting)
-        writer.table(f"_state/urls/{shard_name(shards)}.parquet", table.slice(0, size))
+        writer.table(layout.URLS.format(shard_name(shards)), table.slice(0, size))
         waiting = [table.slice(size)] if size < len(table) else []
         shards += 1
 
@@ -106,31 +108,20 @@ def run_urls(task: Task, store: Store, writer: Writer) -> Json:
 def plan_download(recipe: Recipe, store: Store) -> list[Task]:
     _check_installed()
     config = recipe.download
-    names = {
-        "image_size",
-        "resize_mode",
-        "resize_only_if_bigger",
-        "encode_quality",
-        "timeout_seconds",
-        "retries",
-        "max_bytes",
-        "max_pixels",
-        "shard_size",
-    }
     return [
         Task(
             stage="download",
-            name=path.rsplit("/", 1)[-1].removesuffix(".parquet"),
-            settings=config.model_dump(include=names),
+            name=Path(path).stem,
+            settings=config.model_dump(exclude=LIST | HINTS),
             built={"urls": sha256},
-            hints=config.model_dump(include={"threads", "host_connections", "allow_private_hosts"}),
+            hints=config.model_dump(include=HINTS),
         )
         for path, sha256 in outputs(require(store, "urls", "download"), "_state/urls/").items()
     ]
 
 
 def run_download(task: Task, store: Store, writer: Writer) -> Json:
-    urls = store.table(f"_state/urls/{task.name}.parquet")
+    urls = store.table(layout.URLS.format(task.name))
     with tempfile.TemporaryDirectory() as folder:
         _img2dataset(task, urls, Path(folder))
         produced = {name: Path(folder) / f"{task.name}{name}" for name in (".tar", ".parquet", "_stats.json")}
@@ -143,20 +134,15 @@ def run_download(task: Task, store: Store, writer: Writer) -> Json:
         for name, path in produced.items():
             with writer.file(f"shards/{task.name}{name}") as target:
                 shutil.copyfile(path, target)
-    reasons: dict[str, int] = {}
-    for value, message in zip(status["status"].to_pylist(), status["error_message"].to_pylist(), strict=True):
-        if value != "success":
-            reason = fetched.reason_of(value, message)
-            reasons[reason] = reasons.get(reason, 0) + 1
-    images = status["status"].to_pylist().count("success")
-    return {"counts": {"urls": len(urls), "images": images, "failed": len(urls) - images}, "reasons": reasons}
+    tries = zip(status["status"].to_pylist(), status["error_message"].to_pylist(), strict=True)
+    failures = [fetched.reason_of(value, message) for value, message in tries if value != "success"]
+    images = len(urls) - len(failures)
+    return {"counts": {"urls": len(urls), "images": images, "failed": len(failures)}, "reasons": Counter(failures)}
 
 
 def finish_download(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     """What became of the list: failures by reason and host, placeholders; a URL tried again counts once."""
-    reasons: Counter[str] = Counter()
-    for record in done:
-        reasons.update(record["facts"]["reasons"])
+    reasons = summed(done, "reasons")
     again = fetched.retried(store)
     reasons.subtract(again)
     tries = fetched.last_tries(store, ["url", "status", "sha256"])
@@ -185,7 +171,6 @@ class CheckedResizer:
         self.max_pixels = max_pixels
 
     def __call__(self, stream: io.BytesIO, boxes: Any = None) -> tuple[Any, ...]:
-        from graphbuild.errors import ImageError
         from graphbuild.sources.images import check_size, web_image
 
         try:
@@ -212,13 +197,12 @@ def _img2dataset(task: Task, urls: pa.Table, folder: Path) -> None:
     source = folder / "urls.arrow"
     with pa.OSFile(str(source), "wb") as file, pa.ipc.new_file(file, urls.schema) as batches:
         batches.write_table(urls)
-    keep = settings["resize_mode"] == "no"
     resizer = Resizer(
         image_size=settings["image_size"],
         resize_mode=settings["resize_mode"],
         resize_only_if_bigger=settings["resize_only_if_bigger"],
         encode_quality=settings["encode_quality"],
-        skip_reencode=keep,
+        skip_reencode=settings["resize_mode"] == "no",
     )
     downloader = Downloader(
         sample_writer_class=WebDatasetSampleWriter,
@@ -238,11 +222,10 @@ def _img2dataset(task: Task, urls: pa.Table, folder: Path) -> None:
         user_agent_token=None,
         disallowed_header_directives=None,
     )
-    policy = Policy(**{name: settings.get(name, task.hints.get(name)) for name in POLICY})
+    given = {**settings, **task.hints}
+    policy = Policy(**{setting.name: given[setting.name] for setting in fields(Policy)})
     with fetching(policy):
         downloader.download_shard((int(task.name), str(source)))
-    stats = folder / f"{task.name}_stats.json"
-    json.loads(stats.read_text())
 
 
 def _renamed(rows: pa.Table) -> pa.Table:

@@ -9,7 +9,6 @@ addresses that are not public are refused. Errors that may pass are tried again 
 from __future__ import annotations
 
 import contextlib
-import email.message
 import functools
 import http.client
 import io
@@ -147,8 +146,7 @@ _PASSING_MESSAGE = re.compile(
 
 def pause(attempt: int, error: BaseException) -> float:
     """Seconds to wait after a try, 0 the first: what the server asks for, else twice as long each time, at random."""
-    headers = error.headers if isinstance(error, urllib.error.HTTPError) else email.message.Message()
-    asked = headers.get("Retry-After", "")
+    asked = error.headers.get("Retry-After", "") if isinstance(error, urllib.error.HTTPError) else ""
     seconds = float(asked) if asked.isdigit() else 2.0**attempt * random.uniform(0.5, 1)
     return min(seconds, LONGEST_PAUSE)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from graphbuild.errors import StageError
-from graphbuild.runner.stage import outputs, records, total_counts
+from graphbuild.runner.stage import outputs, records, summed, total_counts
 from graphbuild.sources.fetch import REFUSED
 from graphbuild.store.store import Json, Store
 
@@ -63,10 +63,7 @@ def failed_urls(store: Store, shards: int | None = None) -> pl.DataFrame:
 
 def retried(store: Store) -> Counter[str]:
     """How many URLs were tried again, by the reason of the try before."""
-    found: Counter[str] = Counter()
-    for record in records(store, "urls").values():
-        found.update(record["facts"].get("retried", {}))
-    return found
+    return summed(records(store, "urls").values(), "retried")
 
 
 def counts(store: Store, done: Sequence[Json]) -> dict[str, int]:
@@ -124,6 +121,6 @@ def require_images(store: Store) -> None:
     most = max(failures, key=lambda reason: failures[reason])
     command = fetch_failed(store, failures)
     fix = f"run `{command}`"
-    if command.startswith("graphbuild retry") and not refused(failures):
+    if not refused(failures):
         fix += ", once the servers can be reached; --all fetches also what failed for good"
     raise StageError(f"{store.url}: the download gave no image ({failures[most]:,} URLs: {most})", fix)

@@ -28,6 +28,7 @@ from graphbuild.store.remote import file_system, reaching
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META = re.compile(r"__[^/]*__($|/)")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # what tarfile makes of bytes that are not UTF-8
 _BLOCK = 512
 _PADDING_BYTES = 1 << 20
 
@@ -52,15 +53,15 @@ class TarSample:
         return next((m for m in self.members if m.extension.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS), None)
 
 
+@dataclass(frozen=True, eq=False)
 class Tar:
     """An open, uncompressed tar on local disk. url: the name to print; source: the file there, maybe compressed."""
 
-    def __init__(self, path: Path, url: str, file: IO[bytes], source: Path, *, compressed: bool) -> None:
-        self.path = path
-        self.source = source
-        self.url = url
-        self.file = file
-        self.compressed = compressed  # offsets then have no meaning in the file at `url`
+    path: Path
+    url: str
+    file: IO[bytes]
+    source: Path
+    compressed: bool  # offsets then have no meaning in the file at `url`
 
     def read(self, member: Member) -> bytes:
         self.file.seek(member.offset)
@@ -106,7 +107,7 @@ class Tar:
             )
         if info.size < 0 or (info.isreg() and info.offset_data + info.size > bytes_total):
             raise self._damaged(f"it ends inside {info.name!r}")
-        if not _is_unicode(info.name):
+        if _SURROGATE.search(info.name):
             raise InputError(
                 f"{self.url}: the member name {info.name!r} at byte {info.offset:,} is not UTF-8",
                 "rename the file and write the tar again",
@@ -142,15 +143,6 @@ class _WholeReads(io.BufferedReader):
         return content
 
 
-def _is_unicode(name: str) -> bool:
-    """Whether a name is text; tarfile turns bytes that are not UTF-8 into lone surrogates."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 @contextlib.contextmanager
 def open_tar(url: str) -> Iterator[Tar]:
     """Open a tar at any URL; a gzip-compressed one is unpacked to a temporary file first."""
@@ -166,7 +158,7 @@ def open_tar(url: str) -> Iterator[Tar]:
             except (OSError, EOFError, zlib.error) as error:
                 raise InputError(f"{url} cannot be unpacked ({error})", "fetch or write it again") from error
             path = unpacked
-        yield Tar(path, url, stack.enter_context(_WholeReads(io.FileIO(path))), source, compressed=compressed)
+        yield Tar(path, url, stack.enter_context(_WholeReads(io.FileIO(path))), source, compressed)
 
 
 def expand_shards(pattern: str) -> list[str]:

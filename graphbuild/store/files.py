@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from graphbuild.errors import InputError
 from graphbuild.store.remote import READERS, file_system, reaching
@@ -19,7 +20,7 @@ from graphbuild.store.remote import READERS, file_system, reaching
 def local_file(url: str) -> Iterator[Path]:
     """A local path with the content of any input file; a remote one is copied to a temporary file for the while."""
     fs, path = _file_system(url)
-    if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
+    if isinstance(fs, LocalFileSystem):
         if not Path(path).exists():
             raise _absent(url)
         yield Path(path)

@@ -105,10 +105,7 @@ class _Lock:
                     elif seen is not None:
                         logger.info("%-9s %s has died; this command follows it", "lock", _name(seen))
         except OSError as error:
-            raise ConfigError(
-                f"cannot write to the store {self.store.url} ({error.strerror or error})",
-                "give STORE a folder or URL that you may write to",
-            ) from error
+            raise self.store.unwritable(error) from error
         self._renewing.start()
 
     def end(self) -> None:

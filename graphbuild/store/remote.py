@@ -25,10 +25,8 @@ import fsspec
 from graphbuild.errors import ConfigError, GraphbuildError, StorageError
 
 S3 = ("s3://", "s3a://")
-S3_RETRIES = {
-    "mode": "legacy",
-    "max_attempts": 6,
-}  # waits of 0.5, 1, 2, ... 16 seconds on average; throttled ones for longer
+# Waits of 0.5, 1, 2, ... 16 seconds on average; throttled ones for longer.
+S3_RETRIES = {"mode": "legacy", "max_attempts": 6}
 S3_CONNECTIONS = 64  # botocore's own 10 make ten thousand small files a matter of minutes
 READERS = 32  # small files that a process asks for at once
 S3_VARIABLES = {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"}  # by which users choose their own

@@ -20,10 +20,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from graphbuild.errors import StageError
+from graphbuild.store.layout import SHARDS
 from graphbuild.store.remote import reaching
 from graphbuild.store.store import TABLE_VERSION, Json, Store, Writer
 
-TABLE = "shards.parquet"
 PLACES = ("first_row", "samples", "first_node", "nodes")
 TAR = ("url", "name", "bytes", "sha256")
 SCHEMA = pa.schema(
@@ -93,7 +93,7 @@ def latest_shards(store: Store) -> Iterable[Shard]:
     if not isinstance(manifest.get("shards"), dict):
         return shards_of(store, manifest)
     try:
-        return Shards("", store.table(TABLE))
+        return Shards("", store.table(SHARDS))
     except StageError:
         return ()
 
@@ -109,7 +109,7 @@ def write_shards(store: Store, shards: Iterable[Shard]) -> Json:
     rows = [{**shard._asdict(), "shard": shard.name} for shard in shards]
     table = _table(rows)
     writer = Writer(store)
-    writer.table(TABLE, table)
+    writer.table(SHARDS, table)
     totals = {name: pc.sum(table[name]).as_py() or 0 for name in ("samples", "nodes")}
     return {"format_version": TABLE_VERSION, "shards": {**writer.records()[0], "shards": len(table), **totals}}
 
@@ -120,8 +120,8 @@ def is_whole(store: Store, manifest: Json) -> bool:
     if not isinstance(entry, dict):
         return True
     try:
-        with reaching(store.display(TABLE)):
-            return bool(store.fs.size(store.path(TABLE)) == entry["bytes"])
+        with reaching(store.display(SHARDS)):
+            return bool(store.fs.size(store.path(SHARDS)) == entry["bytes"])
     except FileNotFoundError:
         return False
 
@@ -130,12 +130,12 @@ def is_whole(store: Store, manifest: Json) -> bool:
 def _read(store: Store, sha256: str) -> Shards:
     fix = f"run `graphbuild embed {store.url}` again, which writes it anew from the records"
     try:
-        content = store.read_bytes(TABLE)
+        content = store.read_bytes(SHARDS)
     except FileNotFoundError:
-        raise StageError(f"{store.display(TABLE)} is missing", fix) from None
+        raise StageError(f"{store.display(SHARDS)} is missing", fix) from None
     if hashlib.sha256(content).hexdigest() != sha256:
         raise StageError(
-            f"{store.display(TABLE)} is not the table that manifest.json was made with",
+            f"{store.display(SHARDS)} is not the table that manifest.json was made with",
             f"{fix}; if it is damaged, delete it before",
         )
     return Shards(sha256, pq.read_table(io.BytesIO(content), use_threads=False, pre_buffer=False))
@@ -151,8 +151,7 @@ def _table(rows: list[Json]) -> pa.Table:
     tars = [row.get("tar") or {} for row in rows]
     columns = [[row.get(name) for row in rows] for name in ("shard", *PLACES)]
     columns += [[tar.get(name) for tar in tars] for name in TAR]
-    arrays = [pa.array(column, one.type) for column, one in zip(columns, SCHEMA, strict=True)]
-    return pa.table(arrays, schema=SCHEMA)
+    return pa.table(columns, schema=SCHEMA)
 
 
 def _shard(name: str, first_row: int, samples: int, first_node: int, nodes: int, *tar: Any) -> Shard:

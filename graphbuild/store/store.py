@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from graphbuild.errors import ConfigError, StageError, StorageError
+from graphbuild.store.layout import MANIFEST
 from graphbuild.store.leftovers import hold
 from graphbuild.store.remote import cache_folder, cached_copy, file_system, reaching
 
@@ -66,7 +68,7 @@ class Store:
 
     @cached_property
     def is_local(self) -> bool:
-        return "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
+        return isinstance(self.fs, LocalFileSystem)
 
     def path(self, name: str) -> str:
         """The full path of a file of the store, as its file system spells it."""
@@ -149,10 +151,7 @@ class Store:
         try:
             return map_array(self.local_copy(name))
         except (ValueError, OSError) as error:
-            raise StageError(
-                f"{self.display(name)} cannot be read as a .npy array ({error})",
-                f"run `graphbuild verify {self.url}` to see what is damaged",
-            ) from error
+            raise self._damaged(name, f"cannot be read as a .npy array ({error})") from error
 
     def rows(self, name: str, begin: int, end: int) -> np.ndarray[Any, Any]:
         """Rows begin..end-1 of a .npy file; of a remote one no others are fetched."""
@@ -169,10 +168,7 @@ class Store:
             places = {"start": header.tell() + begin * row, "end": header.tell() + end * row}
             content = self.fs.cat_file(self.path(name), **places) if begin < end else b""
         if len(content) != (end - begin) * row:
-            raise StageError(
-                f"{self.display(name)} ends before its row {end:,}",
-                f"run `graphbuild verify {self.url}` to see what is damaged",
-            )
+            raise self._damaged(name, f"ends before its row {end:,}")
         return np.frombuffer(content, dtype).reshape(end - begin, *shape[1:])
 
     def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
@@ -186,10 +182,10 @@ class Store:
                 parquet = pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
                 return parquet.read(columns=columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            raise StageError(
-                f"{self.display(name)} cannot be read as parquet ({error})",
-                f"run `graphbuild verify {self.url}` to see what is damaged",
-            ) from error
+            raise self._damaged(name, f"cannot be read as parquet ({error})") from error
+
+    def _damaged(self, name: str, fault: str) -> StageError:
+        return StageError(f"{self.display(name)} {fault}", f"run `graphbuild verify {self.url}` to see what is damaged")
 
     # -- writing
 
@@ -243,22 +239,26 @@ class Store:
             self.write_bytes(probe, b"")
             self.remove(probe)
         except OSError as error:
-            raise ConfigError(
-                f"cannot write to the store {self.url} ({error.strerror or error})",
-                "give STORE a folder or URL that you may write to",
-            ) from error
+            raise self.unwritable(error) from error
+
+    def unwritable(self, error: OSError) -> ConfigError:
+        """The error for a store that one may not write to."""
+        return ConfigError(
+            f"cannot write to the store {self.url} ({error.strerror or error})",
+            "give STORE a folder or URL that you may write to",
+        )
 
     # -- the manifest
 
     def manifest(self) -> Json:
         """manifest.json, or an empty one; ConfigError when this graphbuild does not know its format version."""
-        found = self.read_json("manifest.json")
+        found = self.read_json(MANIFEST)
         if found is None:
             return {"format_version": FORMAT_VERSION, "stages": {}}
         version = found.get("format_version")
         if version not in (FORMAT_VERSION, TABLE_VERSION):
             raise ConfigError(
-                f"{self.display('manifest.json')} has format version {version}; "
+                f"{self.display(MANIFEST)} has format version {version}; "
                 f"this graphbuild reads {FORMAT_VERSION} and {TABLE_VERSION}",
                 "use the graphbuild that wrote the store, or build into a new folder",
             )

@@ -31,17 +31,12 @@ def tokenize(tokenizer: Any, texts: Sequence[str], longest: int) -> Tokens:
     """Token ids of texts, at most `longest` each, special tokens included; of a fast (Rust) transformers tokenizer."""
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
-    backend.no_truncation()
-    found = [encoding.ids for encoding in backend.encode_batch_fast(list(texts))]
-    long = [at for at, ids in enumerate(found) if len(ids) > longest]
-    if long:
-        backend.enable_truncation(longest)
-        for at, encoding in zip(long, backend.encode_batch_fast([texts[at] for at in long]), strict=True):
-            found[at] = encoding.ids
-        backend.no_truncation()
-    lengths = np.array([len(ids) for ids in found], dtype=np.int64)
-    ids = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in found]) if found else np.empty(0, np.int64)
-    return Tokens(ids, lengths, len(long))
+    backend.enable_truncation(longest)
+    found = backend.encode_batch_fast(list(texts))
+    parts = [np.asarray(encoding.ids, dtype=np.int64) for encoding in found]
+    lengths = np.array([len(ids) for ids in parts], dtype=np.int64)
+    ids = np.concatenate([np.empty(0, np.int64), *parts])
+    return Tokens(ids, lengths, sum(bool(encoding.overflowing) for encoding in found))
 
 
 def equal_batches(lengths: Ints, budget: int) -> list[Ints]:
