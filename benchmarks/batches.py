@@ -24,8 +24,8 @@ from graphbuild import SampleGraph
 from graphbuild.export.clustered import GROUP
 from graphbuild.graph.batches import edges_in_batches
 from graphbuild.graph.groups import NeighborLists, StoredGraph
+from graphbuild.graph.order import WAYS
 from graphbuild.torch import NeighborBatchSampler
-from graphbuild.torch.samplers import WAYS
 
 SHARD = 250_000
 K = 64

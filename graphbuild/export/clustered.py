@@ -23,6 +23,7 @@ from graphbuild.graph.certify import require_graph
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, digest, outputs
 from graphbuild.runner.state import require
+from graphbuild.store.layout import SAMPLES
 from graphbuild.store.sharded import Array
 from graphbuild.store.shards import Shards, shards_of
 from graphbuild.store.store import Json, Store, Writer, shard_name
@@ -99,7 +100,7 @@ def plan_scatter(recipe: Recipe, store: Store) -> list[Task]:
 
 def run_scatter(task: Task, store: Store, writer: Writer) -> Json:
     first, count = task.built["rows"]
-    samples = store.table(f"samples/{task.name}.parquet")
+    samples = store.table(SAMPLES.format(task.name))
     check_members(samples, store.resolve(task.hints["tar"]["url"]))
     samples = samples.append_column("place", pa.array(store.rows(PLACES, first, first + count))).sort_by("place")
     with (

@@ -20,6 +20,7 @@ from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, outputs
 from graphbuild.runner.state import require
 from graphbuild.sources.tars import tar_stem
+from graphbuild.store.layout import SAMPLES
 from graphbuild.store.sharded import Array
 from graphbuild.store.shards import shards_of
 from graphbuild.store.store import Json, Store, Writer
@@ -40,26 +41,23 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
             stage="inline",
             name=shard.name,
             settings={"embeddings": recipe.export.embeddings},
-            built={"graph": graph, "samples": samples[f"samples/{shard.name}.parquet"], "tar": shard.tar},
+            built={"graph": graph, "samples": samples[SAMPLES.format(shard.name)], "tar": shard.tar},
         )
         for shard in shards
     ]
 
 
 def run(task: Task, store: Store, writer: Writer) -> Json:
-    samples = store.table(f"samples/{task.name}.parquet")
+    samples = store.table(SAMPLES.format(task.name))
     url = store.resolve(task.built["tar"]["url"])
     check_members(samples, url)
     row, node = samples["row"].to_numpy(), samples["node"].fill_null(-1).to_numpy()
-    nodes, inverse = np.unique(node[node >= 0], return_inverse=True)
-    fields = graph_fields(store, store.manifest(), nodes, task.settings["embeddings"])
-    place = np.full(len(node), -1)
-    place[node >= 0] = inverse
+    fields = graph_fields(store, store.manifest(), np.maximum(node, 0), task.settings["embeddings"])
 
     def member(i: int) -> tuple[str, bytes] | None:
         if node[i] < 0:
             return None
-        own = {name: values[place[i]] for name, values in fields.items()}
+        own = {name: values[i] for name, values in fields.items()}
         return MEMBER, npz({"row": row[i], "node": node[i], **own})
 
     with writer.file(f"{FOLDER}/{tar_stem(url)}.tar") as path:

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from graphbuild.errors import ConfigError, ShardError
-from graphbuild.export.quantized import unit_rows
 from graphbuild.graph import sketch
 from graphbuild.recipe import EmbeddingKind
 from graphbuild.runner.stage import sealed
@@ -113,9 +112,9 @@ class Sidecar:
     zero.
 
     row int64 [n]; key and caption object [n] (str; a caption may be None); node int64 [n]; embedding int8 or
-    float16 [n, d], or None; embedding_scale float32 [n], or None; sketch uint8 [n, 64 or fewer], or None; neighbors
-    uint32 [n, k]; similarities float16 [n, k], descending; background float32 [n, 2], mean and deviation; image_offset
-    and image_size int64 [n], bytes in the tar, -1 where the tar holds no image for the sample.
+    float16 [n, d], or None; sketch uint8 [n, 64 or fewer], or None; neighbors uint32 [n, k]; similarities float16
+    [n, k], descending; background float32 [n, 2], mean and deviation; image_offset and image_size int64 [n], bytes in
+    the tar, -1 where the tar holds no image for the sample.
     """
 
     url: str
@@ -125,7 +124,6 @@ class Sidecar:
     node: NDArray[np.int64]
     caption: NDArray[np.object_]
     embedding: NDArray[np.int8] | NDArray[np.float16] | None
-    embedding_scale: NDArray[np.float32] | None
     sketch: NDArray[np.uint8] | None
     neighbors: NDArray[np.uint32]
     similarities: NDArray[np.float16]
@@ -156,7 +154,6 @@ class Sidecar:
                 node=_numbers(columns["node"], absent=-1),
                 caption=columns["caption"].to_numpy(zero_copy_only=False),
                 embedding=_matrix(columns["embedding"]) if "embedding" in columns else None,
-                embedding_scale=_numbers(columns["embedding_scale"]) if "embedding_scale" in columns else None,
                 sketch=_matrix(columns["sketch"]) if "sketch" in columns else None,
                 neighbors=_matrix(columns["neighbors"]),
                 similarities=_matrix(columns["similarities"]),
@@ -166,19 +163,6 @@ class Sidecar:
             )
         sidecar._check_values(columns)
         return sidecar
-
-    def embeddings(self) -> NDArray[np.float32]:
-        """The embeddings of all rows, unit norm, float32 [n, d]; zero where the sample has no node.
-
-        Raises:
-            ConfigError: the store was exported with `--embeddings none`.
-        """
-        if self.embedding is None:
-            raise ConfigError(
-                f"{self.url} carries no embeddings",
-                "export with `--embeddings int8` or `--embeddings float16`",
-            )
-        return unit_rows(self.embedding)
 
     def _check_values(self, columns: dict[str, pa.Array]) -> None:
         """Keys of a tar unique, of a list not; where a node is named nothing is missing and the embedding is usable."""

@@ -20,7 +20,7 @@ from graphbuild.recipe import EmbeddingKind, Recipe
 from graphbuild.runner.stage import Stage, Task, outputs
 from graphbuild.runner.state import require
 from graphbuild.sources.tars import tar_stem
-from graphbuild.store.layout import BASIS, VECTORS
+from graphbuild.store.layout import BACKGROUND, BASIS, NEIGHBORS, SAMPLES, SIDECAR, SIMILARITIES, SKETCH, VECTORS
 from graphbuild.store.sharded import Array, node_array
 from graphbuild.store.shards import Shard, shards_of
 from graphbuild.store.store import Json, Store, Writer
@@ -39,19 +39,19 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
             stage="export",
             name=shard.name,
             settings={"embeddings": recipe.export.embeddings},
-            built={**built, "samples": samples[f"samples/{shard.name}.parquet"], "tar": shard.tar},
+            built={**built, "samples": samples[SAMPLES.format(shard.name)], "tar": shard.tar},
         )
         for shard in shards_of(store, manifest)
     ]
 
 
 def run(task: Task, store: Store, writer: Writer) -> Json:
-    samples = store.table(f"samples/{task.name}.parquet")
+    samples = store.table(SAMPLES.format(task.name))
     tar = task.built["tar"]
     identity = None if tar is None else TarIdentity(name=tar["name"], bytes=tar["bytes"], sha256=tar["sha256"])
     table = sidecar_table(store, store.manifest(), samples, task.settings["embeddings"], shard=task.name, tar=identity)
     name = task.name if tar is None else tar_stem(tar["name"])
-    writer.table(f"shards/{name}.graph.parquet", table)
+    writer.table(SIDECAR.format(name), table)
     return {"counts": {"samples": len(samples), "without_node": samples["node"].null_count}}
 
 
@@ -79,11 +79,10 @@ def sidecar_table(
         sketch_steps=sketch.steps(store.array(BASIS)).tolist() if embeddings == "sketch:64" else None,
     )
     node = samples["node"].fill_null(-1).to_numpy()
-    nodes, inverse = np.unique(node[node >= 0], return_inverse=True)
-    gathered = graph_fields(store, manifest, nodes, embeddings)
+    gathered = graph_fields(store, manifest, np.maximum(node, 0), embeddings)
     schema = sidecar_schema(header.d, header.k, embeddings)
     columns = [
-        _column(gathered[field.name], inverse, node >= 0, field.type)
+        _column(gathered[field.name], node >= 0, field.type)
         if field.name in gathered
         else samples[field.name].combine_chunks().cast(field.type)
         for field in schema
@@ -94,15 +93,15 @@ def sidecar_table(
 def graph_fields(store: Store, manifest: Json, nodes: Array, embeddings: EmbeddingKind) -> dict[str, Array]:
     """What a sidecar says of nodes [n], by the name of its column."""
     shards = shards_of(store, manifest)
-    background = node_array(store, shards, "graph/{}.background.npy").take(nodes)
+    background = node_array(store, shards, BACKGROUND).take(nodes)
     fields = {
-        "neighbors": node_array(store, shards, "graph/{}.neighbors.npy").take(nodes),
-        "similarities": node_array(store, shards, "graph/{}.similarities.npy").take(nodes),
+        "neighbors": node_array(store, shards, NEIGHBORS).take(nodes),
+        "similarities": node_array(store, shards, SIMILARITIES).take(nodes),
         "background_mean": background[:, 0],
         "background_std": background[:, 1],
     }
     if embeddings == "sketch:64":
-        fields["sketch"] = node_array(store, shards, "graph/{}.sketch.npy").take(nodes)
+        fields["sketch"] = node_array(store, shards, SKETCH).take(nodes)
     elif embeddings != "none":
         embedded = node_array(store, shards, VECTORS).take(nodes)
         if embeddings == "int8":
@@ -128,15 +127,9 @@ def tar_sizes(shards: Iterable[Shard]) -> dict[str, int] | None:
 STAGE = Stage(name="export", title="export", plan=plan, run=run, finish=finish)
 
 
-def _column(values: Array, inverse: Array, named: Array, kind: Any) -> pa.Array:
-    """Values of distinct nodes [m, ...] spread over the samples [n], null where a sample has no node."""
-    index = np.zeros(len(named), np.int64)
-    index[named] = inverse
-    if not named.any():
-        return pa.nulls(len(named), kind)
-    spread = np.ascontiguousarray(values[index])
-    mask = None if named.all() else pa.array(~named)
-    if pa.types.is_fixed_size_list(kind):
-        flat = pa.Array.from_buffers(kind.value_type, spread.size, [None, pa.py_buffer(spread)])
-        return pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=mask)
-    return pa.array(spread, kind, mask=~named)
+def _column(values: Array, named: Array, kind: Any) -> pa.Array:
+    """Values of samples [n, ...], null where a sample has no node."""
+    if not pa.types.is_fixed_size_list(kind):
+        return pa.array(values, kind, mask=~named)
+    flat = pa.Array.from_buffers(kind.value_type, values.size, [None, pa.py_buffer(values)])
+    return pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=None if named.all() else pa.array(~named))

@@ -34,8 +34,7 @@ class VectorSearch:
         """Ids int64 and similarities float32, [<= count] each, descending, ties by smaller id, of a vector [d]."""
         query = vector.astype(np.float32) / np.linalg.norm(vector)
         ids, scores = self._all(query, count) if self.exact else self._walk(query, max(count, POOL))
-        best = np.lexsort((ids, -scores))[:count]
-        return ids[best], np.clip(scores[best], -1, 1)
+        return ids[:count], np.clip(scores[:count], -1, 1)
 
     def _all(self, query: Array, count: int) -> tuple[Ids, Float32]:
         ids, scores = np.empty(0, np.int64), np.empty(0, np.float32)

@@ -9,7 +9,6 @@ every row of its share of the graph's shards. Memory: a block of vectors and SLI
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from graphbuild.graph.tasks import nodes_entry
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, records
 from graphbuild.runner.state import require
-from graphbuild.store.layout import VECTORS
+from graphbuild.store.layout import NEIGHBORS, SIMILARITIES, VECTORS
 from graphbuild.store.sharded import Array, ShardedArray, node_array
 from graphbuild.store.shards import node_count, shards_of
 from graphbuild.store.store import Json, Store, Writer, shard_name
@@ -63,9 +62,9 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
     shards = shards_of(store, manifest).with_nodes
     for shard in (shards[place] for place in range(number, len(shards), slices)):
         ids = np.arange(shard.first_node, shard.first_node + shard.nodes)
-        listed = np.array(store.array(f"graph/{shard.name}.neighbors.npy")).astype(np.int64)
+        listed = np.array(store.array(NEIGHBORS.format(shard.name))).astype(np.int64)
         check_lists(ids, listed, node_count(manifest))
-        check_similarities(ids, np.array(store.array(f"graph/{shard.name}.similarities.npy")))
+        check_similarities(ids, np.array(store.array(SIMILARITIES.format(shard.name))))
     ids = sampled(task.settings["sample"], task.settings["seed"], node_count(manifest))[number::slices]
     recalls, deficits = measure(store, manifest, ids)
     return facts_of(recalls, deficits)
@@ -150,12 +149,12 @@ def certificate_of(k: int, facts: list[Json]) -> Json:
 def measure(store: Store, manifest: Json, ids: Array) -> tuple[Array, Array]:
     """Recall and mean similarity deficit [n] of nodes `ids` [n]."""
     shards = shards_of(store, manifest)
-    listed = node_array(store, shards, "graph/{}.neighbors.npy").take(ids).astype(np.int64)
+    listed = node_array(store, shards, NEIGHBORS).take(ids).astype(np.int64)
     check_lists(ids, listed, node_count(manifest))
     vectors = node_array(store, shards, VECTORS)
-    queries = _unit(vectors.take(ids), np.float32)
+    queries = _unit(vectors.take(ids))
     rows = zip(listed, queries, strict=True)
-    found = np.sort(np.stack([_unit(vectors.take(row), np.float32) @ query for row, query in rows]), axis=1)[:, ::-1]
+    found = np.sort(np.stack([_unit(vectors.take(row)) @ query for row, query in rows]), axis=1)[:, ::-1]
     true = true_similarities(vectors, queries, ids, found)
     recalls: Array = (found >= true[:, -1:] - TOLERANCE).mean(axis=1)
     return recalls, (true - found).mean(axis=1)
@@ -197,7 +196,7 @@ def true_similarities(vectors: ShardedArray, queries: Array, ids: Array, found: 
     rows, scores = [np.repeat(np.arange(len(ids)), k)], [np.full(found.size, -np.inf, np.float32)]
     floor = found[:, -1:] - TOLERANCE
     for first, block in vectors.blocks(BLOCK_ROWS):
-        tile = queries @ _unit(block, np.float32).T
+        tile = queries @ _unit(block).T
         inside = np.flatnonzero((ids >= first) & (ids < first + len(block)))
         tile[inside, ids[inside] - first] = -np.inf
         row, column = np.nonzero(tile >= floor)
@@ -217,6 +216,6 @@ def wilson_interval(share: float, n: int, z: float = 1.959964) -> tuple[float, f
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
-def _unit(raw: Array, dtype: Any) -> Array:
-    exact = raw.astype(dtype)
+def _unit(raw: Array) -> Array:
+    exact = raw.astype(np.float32)
     return np.asarray(exact / np.linalg.norm(exact, axis=1, keepdims=True))

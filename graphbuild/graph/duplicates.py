@@ -53,7 +53,7 @@ def near_duplicates(graph: SampleGraph, threshold: float) -> Mined:
     """
     check_similarity("threshold", threshold)
     options = {"threshold": threshold}
-    return Mined("duplicates", graph.url, options, DUPLICATES, lambda: _samples_of_groups(graph, threshold))
+    return Mined("duplicates", graph, options, DUPLICATES, lambda: _samples_of_groups(graph, threshold))
 
 
 def _samples_of_groups(graph: SampleGraph, threshold: float) -> Iterator[Part]:

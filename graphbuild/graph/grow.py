@@ -12,15 +12,16 @@ from collections.abc import Container
 
 import numpy as np
 
-from graphbuild.graph.tasks import engine_of, graph_fingerprint, index_task, nodes_entry, vectors_of
+from graphbuild.graph.tasks import graph_fingerprint, nodes_entry, shard_tasks, vectors_of
 from graphbuild.knn.lists import EMPTY, pack
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Task, records
+from graphbuild.store.layout import NEIGHBORS, SCRATCH, SIMILARITIES, VECTORS
 from graphbuild.store.sharded import Array
-from graphbuild.store.shards import shards_of
+from graphbuild.store.shards import Shard
 from graphbuild.store.store import Json, Store, Writer
 
-FOLDER = "_work/base"
+OLD_NEIGHBORS, OLD_SIMILARITIES = f"{SCRATCH}/base/{{}}.neighbors.npy", f"{SCRATCH}/base/{{}}.similarities.npy"
 FIRST = 4.0  # added to the similarities of lists that must stay whole: more than any similarity
 
 
@@ -28,12 +29,12 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
     """A task a shard of the old graph; none where there is no graph that can be added to."""
     manifest = nodes_entry(store)
     begun = list(records(store, "base").values())
-    engine, _ = engine_of(recipe.index, manifest)
     vectors = vectors_of(store, manifest)
-    tasks = [
-        index_task(recipe.index, engine, manifest, "base", name, vectors=vectors.get(f"nodes/{name}.npy"), nodes=nodes)
-        for name, _, _, _, nodes, _ in shards_of(store, manifest).with_nodes
-    ]
+
+    def built(shard: Shard) -> Json:
+        return {"vectors": vectors.get(VECTORS.format(shard.name)), "nodes": shard.nodes}
+
+    tasks = shard_tasks(recipe, store, "base", built)
     known = {(record["task"], record["fingerprint"]) for record in begun}
     kept = [task for task in tasks if (task.name, task.fingerprint) in known]
     if begun and len(kept) == len(begun):  # the search may have removed the old graph since
@@ -61,10 +62,10 @@ def _still_holds(task: Task, old: Json, files: Container[str]) -> bool:
 
 
 def run(task: Task, store: Store, writer: Writer) -> Json:
-    lists = {name: store.array(f"graph/{task.name}.{name}.npy") for name in ("neighbors", "similarities")}
-    for name, values in lists.items():
-        writer.array(f"{FOLDER}/{task.name}.{name}.npy", values, durable=False)
-    return {"counts": {"nodes": len(lists["neighbors"])}}
+    neighbors = store.array(NEIGHBORS.format(task.name))
+    writer.array(OLD_NEIGHBORS.format(task.name), neighbors, durable=False)
+    writer.array(OLD_SIMILARITIES.format(task.name), store.array(SIMILARITIES.format(task.name)), durable=False)
+    return {"counts": {"nodes": len(neighbors)}}
 
 
 def base_lists(store: Store, name: str, scales: Array, length: int, *, whole: bool) -> Array:
@@ -72,8 +73,8 @@ def base_lists(store: Store, name: str, scales: Array, length: int, *, whole: bo
 
     whole: before all others, so that none of an exact list falls out.
     """
-    neighbors = store.array(f"{FOLDER}/{name}.neighbors.npy")
-    similarities = store.array(f"{FOLDER}/{name}.similarities.npy").astype(np.float32)
+    neighbors = store.array(OLD_NEIGHBORS.format(name))
+    similarities = store.array(OLD_SIMILARITIES.format(name)).astype(np.float32)
     keys = np.full((len(neighbors), length), EMPTY, np.int64)
     keys[:, : neighbors.shape[1]] = pack((similarities + FIRST * whole) / scales[:, :1], neighbors)
     keys[:, ::-1].sort(axis=1)

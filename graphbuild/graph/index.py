@@ -11,12 +11,11 @@ stages lie in _work/ and are removed when the graph is whole. Memory: codes and 
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import numpy as np
 
 from graphbuild.errors import ConfigError
-from graphbuild.graph import grow, moments
+from graphbuild.graph import grow, moments, sketch
 from graphbuild.graph.grow import base_lists
 from graphbuild.graph.tasks import (
     MAPPED,
@@ -26,19 +25,22 @@ from graphbuild.graph.tasks import (
     graph_fingerprint,
     index_task,
     nodes_entry,
+    shard_tasks,
     vectors_of,
 )
+from graphbuild.knn import engine as engines
+from graphbuild.knn.lists import EMPTY, merge_lists, unpack
 from graphbuild.machine.threads import torch_threads
 from graphbuild.recipe import Index, Recipe
 from graphbuild.runner.stage import Stage, Task, records
 from graphbuild.store import layout
-from graphbuild.store.layout import BASIS, PARTS, SCRATCH, VECTORS
+from graphbuild.store.layout import BACKGROUND, BASIS, NEIGHBORS, PARTS, SCRATCH, SIMILARITIES, SKETCH, VECTORS
 from graphbuild.store.mapped import check_mappings
-from graphbuild.store.shards import node_count, shards_of
+from graphbuild.store.shards import Shard, node_count, shards_of
 from graphbuild.store.store import Json, Store, Writer, shard_name
 
 
-def _engine(task: Task, manifest: Json) -> Any:
+def _engine(task: Task, manifest: Json) -> engines.Engine:
     return engine_of(Index.model_validate({**task.hints["index"], "engine": task.settings["engine"]}), manifest)[0]
 
 
@@ -63,21 +65,15 @@ def run_prepare(task: Task, store: Store, writer: Writer) -> Json:
 
     inputs = Inputs(store)
     with torch_threads(os.cpu_count() or 1):  # nothing else runs
-        facts: Json = _engine(task, inputs.manifest).prepare(inputs, task.settings["k"], writer)
-    return facts
+        return _engine(task, inputs.manifest).prepare(inputs, task.settings["k"], writer)
 
 
 # -- codes: int8 codes of each shard's nodes, and the sums that moments are made of
 
 
 def plan_codes(recipe: Recipe, store: Store) -> list[Task]:
-    manifest = nodes_entry(store)
-    engine, _ = engine_of(recipe.index, manifest)
-    prepared = manifest["stages"].get("prepare", {}).get("fingerprint")
-    return [
-        index_task(recipe.index, engine, manifest, "codes", shard.name, prepared=prepared, nodes=shard.nodes)
-        for shard in shards_of(store, manifest).with_nodes
-    ]
+    prepared = nodes_entry(store)["stages"].get("prepare", {}).get("fingerprint")
+    return shard_tasks(recipe, store, "codes", lambda shard: {"prepared": prepared, "nodes": shard.nodes})
 
 
 def run_codes(task: Task, store: Store, writer: Writer) -> Json:
@@ -113,12 +109,10 @@ def plan_moments(recipe: Recipe, store: Store) -> list[Task]:
 
 
 def plan_join(recipe: Recipe, store: Store) -> list[Task]:
-    from graphbuild.knn.engine import nodes_at_once
-
     manifest = nodes_entry(store)
     engine, _ = engine_of(recipe.index, manifest)
     nodes = node_count(manifest)
-    at_once = nodes_at_once(engine, recipe.index, nodes, manifest["embeddings"]["d"])
+    at_once = engines.nodes_at_once(engine, recipe.index, nodes, manifest["embeddings"]["d"])
     codes = manifest["stages"]["codes"]["fingerprint"]
     return [
         index_task(recipe.index, engine, manifest, "join", shard_name(number), codes=codes, argument=argument)
@@ -145,27 +139,16 @@ def run_join(task: Task, store: Store, writer: Writer) -> Json:
 
 
 def plan_merge(recipe: Recipe, store: Store) -> list[Task]:
-    manifest = nodes_entry(store)
-    engine, _ = engine_of(recipe.index, manifest)
-    joined = manifest["stages"]["join"]["fingerprint"]
-    return [
-        index_task(
-            recipe.index,
-            engine,
-            manifest,
-            "merge",
-            shard.name,
-            joined=joined,
-            first_node=shard.first_node,
-            nodes=shard.nodes,
-        )
-        for shard in shards_of(store, manifest).with_nodes
-    ]
+    joined = nodes_entry(store)["stages"]["join"]["fingerprint"]
+
+    def built(shard: Shard) -> Json:
+        return {"joined": joined, "first_node": shard.first_node, "nodes": shard.nodes}
+
+    return shard_tasks(recipe, store, "merge", built)
 
 
 def run_merge(task: Task, store: Store, writer: Writer) -> Json:
     from graphbuild.knn.final import lists_of
-    from graphbuild.knn.lists import EMPTY, merge_lists
 
     manifest = store.manifest()
     first, count = task.built["first_node"], task.built["nodes"]
@@ -176,7 +159,7 @@ def run_merge(task: Task, store: Store, writer: Writer) -> Json:
         keys = base_lists(store, task.name, scales, length, whole=engine.name == "exact")
     else:
         keys = np.full((count, length), EMPTY, np.int64)
-    for ids, lists in lists_of(store, "join", first, count):
+    for ids, lists in lists_of(store, first, count):
         merge_lists(keys, ids, lists)
     writer.array(f"{SCRATCH}/merged/{task.name}.npy", keys, durable=False)
     return {}
@@ -186,28 +169,19 @@ def run_merge(task: Task, store: Store, writer: Writer) -> Json:
 
 
 def plan_search(recipe: Recipe, store: Store) -> list[Task]:
-    manifest = nodes_entry(store)
-    engine, _ = engine_of(recipe.index, manifest)
-    vectors = vectors_of(store, manifest)
-    return [
-        index_task(
-            recipe.index,
-            engine,
-            manifest,
-            "search",
-            shard.name,
-            first_node=shard.first_node,
-            nodes=shard.nodes,
-            vectors=vectors.get(VECTORS.format(shard.name)),
-        )
-        for shard in shards_of(store, manifest).with_nodes
-    ]
+    vectors = vectors_of(store, nodes_entry(store))
+
+    def built(shard: Shard) -> Json:
+        of_shard = vectors.get(VECTORS.format(shard.name))
+        return {"first_node": shard.first_node, "nodes": shard.nodes, "vectors": of_shard}
+
+    return shard_tasks(recipe, store, "search", built)
 
 
 def run_search(task: Task, store: Store, writer: Writer) -> Json:
     from graphbuild.knn.final import exact_lists
     from graphbuild.knn.inputs import Inputs
-    from graphbuild.knn.lists import unpack
+    from graphbuild.knn.products import unit
 
     inputs = Inputs(store)
     engine = _engine(task, inputs.manifest)
@@ -215,12 +189,13 @@ def run_search(task: Task, store: Store, writer: Writer) -> Json:
     vectors = inputs.vectors
     keys, searched_again = exact_lists(inputs, engine.name, task.name, first, k)
     similarities, neighbors = unpack(keys)
-    raw = vectors.span(first, count)
-    background = moments.background_of(raw, similarities, store.array(layout.MOMENTS), len(vectors))
-    writer.array(f"graph/{task.name}.neighbors.npy", neighbors.astype(np.uint32))
-    writer.array(f"graph/{task.name}.similarities.npy", similarities.astype(np.float16))
-    writer.array(f"graph/{task.name}.background.npy", background)
-    writer.array(f"graph/{task.name}.sketch.npy", moments.sketches_of(raw, store.array(BASIS)))
+    with torch_threads(1):
+        x = unit(vectors.span(first, count))
+    background = moments.background_of(x, similarities, store.array(layout.MOMENTS), len(vectors))
+    writer.array(NEIGHBORS.format(task.name), neighbors.astype(np.uint32))
+    writer.array(SIMILARITIES.format(task.name), similarities.astype(np.float16))
+    writer.array(BACKGROUND.format(task.name), background)
+    writer.array(SKETCH.format(task.name), sketch.pack(x.numpy(), store.array(BASIS)))
     return {"counts": {"nodes": count, "edges": count * k}, "searched_again": searched_again}
 
 

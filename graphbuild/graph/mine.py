@@ -88,7 +88,7 @@ def hard_negatives(
     options: Json = {"count": count, "skip": skip, "positive": "by row" if scores.ndim else float(scores)}
     options |= {"absolute_margin": absolute_margin, "relative_margin": relative_margin}
     options |= {"min_similarity": min_similarity, "max_similarity": max_similarity}
-    return Mined("hard-negatives", graph.url, options, NEGATIVES, lambda: _negatives(graph, scores, options))
+    return Mined("hard-negatives", graph, options, NEGATIVES, lambda: _negatives(graph, scores, options))
 
 
 def false_negatives(
@@ -216,7 +216,7 @@ def _negatives(graph: SampleGraph, positive: NDArray[Any], options: Json) -> Ite
 
 
 def _edge_list(what: str, graph: SampleGraph, options: Json) -> Mined:
-    return Mined(what, graph.url, options, EDGES, lambda: _edges(graph, options))
+    return Mined(what, graph, options, EDGES, lambda: _edges(graph, options))
 
 
 def _edges(graph: SampleGraph, options: Json) -> Iterator[Part]:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from graphbuild.errors import ConfigError
 from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.runner.stage import Stage, Task, perform
+from graphbuild.store.layout import SAMPLES
 from graphbuild.store.remote import reaching
 from graphbuild.store.shards import shards_of
 from graphbuild.store.store import FORMAT_VERSION, Json, Store, Writer
@@ -35,14 +36,14 @@ Part = tuple[pa.Table, dict[str, int]]  # some rows, and what was counted while 
 class Mined:
     """A derived list, made anew whenever it is read: by iteration, `table()` or `save()`.
 
-    what, options: which list, and by what it was filtered. url: the store of the graph that its ids refer to. schema:
-    of the tables that iteration gives, in order.
+    what, options: which list, and by what it was filtered. graph: what its ids refer to. schema: of the tables that
+    iteration gives, in order.
     """
 
     def __init__(
-        self, what: str, url: str, options: Json, schema: pa.Schema, parts: Callable[[], Iterator[Part]]
+        self, what: str, graph: SampleGraph, options: Json, schema: pa.Schema, parts: Callable[[], Iterator[Part]]
     ) -> None:
-        self.what, self.url, self.options, self.schema = what, url, options, schema
+        self.what, self.graph, self.options, self.schema = what, graph, options, schema
         self._parts = parts
         self._counts: dict[str, int] | None = None
 
@@ -77,17 +78,14 @@ class Mined:
                 return self.write(path)
 
         options = json.loads(json.dumps(self.options, default=np.generic.item))
-        settings, built = {"what": self.what, **options}, {"graph": self._graph()}
+        settings, built = {"what": self.what, **options}, {"graph": self.graph.fingerprint}
         task = Task(stage=STAGE.name, name=stem, settings=settings, built=built, hints={"list": self})
         return int(perform(STAGE, task, store)["facts"]["counts"]["rows"])
-
-    def _graph(self) -> Any:
-        return Store(self.url).manifest()["graph"]["fingerprint"]
 
     def write(self, path: Path) -> int:
         """Write the parquet file and return its rows."""
         about: Json = {"format_version": FORMAT_VERSION, "what": self.what, "options": self.options, "rows": 0}
-        about["graph"] = self._graph()
+        about["graph"] = self.graph.fingerprint
         with pq.ParquetWriter(path, self.schema, compression="zstd", write_page_checksum=True) as writer:
             for group in self._row_groups():
                 writer.write_table(group, row_group_size=ROW_GROUP)
@@ -158,7 +156,7 @@ def samples(graph: SampleGraph, columns: list[str]) -> Iterator[tuple[str, pa.Ta
     """Each shard's name and its samples that have a node; `node` must be one of the columns."""
     store = Store(graph.url)
     for name in shards_of(store, store.manifest()).names:
-        table = store.table(f"samples/{name}.parquet", columns)
+        table = store.table(SAMPLES.format(name), columns)
         yield name, table.filter(pc.is_valid(table["node"]))
 
 

@@ -8,7 +8,7 @@ the sketches.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from graphbuild.store.remote import READERS
 from graphbuild.store.sharded import Array
 from graphbuild.store.shards import node_count, shards_of
 from graphbuild.store.store import Json, Store, Writer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK_ROWS = 8_192
 
@@ -33,7 +36,7 @@ def moments_of(raw: Array) -> Array:
     sums = torch.zeros(raw.shape[1] + 1, raw.shape[1], dtype=torch.float64)
     with torch_threads(1):
         for begin in range(0, len(raw), BLOCK_ROWS):
-            x = unit(torch.from_numpy(np.array(raw[begin : begin + BLOCK_ROWS])), torch.float32)
+            x = unit(raw[begin : begin + BLOCK_ROWS])
             sums[0] += x.sum(dim=0)
             sums[1:] += x.T @ x
     result: Array = sums.numpy()
@@ -53,36 +56,22 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
     return {}
 
 
-def background_of(raw: Array, similarities: Array, moments: Array, total: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+def background_of(x: Tensor, similarities: Array, moments: Array, total: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Mean and standard deviation, float32 [n, 2], of the similarities of n nodes to those outside their lists.
 
-    raw: their stored vectors [n, d]; similarities: to their neighbours [n, k]; moments: of all `total` nodes. Zeros
+    x: their unit vectors float32 [n, d]; similarities: to their neighbours [n, k]; moments: of all `total` nodes. Zeros
     where every other node is a neighbour.
     """
     import torch
 
-    from graphbuild.knn.products import unit
-
     rest = total - 1 - similarities.shape[1]
     if rest == 0:
-        return np.zeros((len(raw), 2), np.float32)
+        return np.zeros((len(x), 2), np.float32)
     near = similarities.astype(np.float64)
     with torch_threads(1):
-        x = unit(torch.from_numpy(raw), torch.float32)
         all_moments = torch.from_numpy(moments / total).float()
         first = (x @ all_moments[0]).double().numpy() * total - 1 - near.sum(axis=1)
         second = ((x @ all_moments[1:]) * x).sum(dim=1).double().numpy() * total - 1 - (near**2).sum(axis=1)
     mean = first / rest
     deviation = np.sqrt(np.maximum(second / rest - mean**2, 0))
     return np.stack([mean, deviation], axis=1).astype(np.float32)
-
-
-def sketches_of(raw: Array, basis: Array) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Sketches uint8 [n, 64 or fewer] of stored vectors float16 [n, d]."""
-    import torch
-
-    from graphbuild.knn.products import unit
-
-    with torch_threads(1):
-        vectors = unit(torch.from_numpy(raw), torch.float32).numpy()
-    return sketch.pack(vectors, basis)

@@ -6,8 +6,8 @@ It is planned on one core, in some 30 bytes a sample beside the mapped graph.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import KW_ONLY, InitVar, dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,7 +20,7 @@ from graphbuild.graph.groups import NeighborLists, StoredGraph
 Samples = NDArray[np.int32]
 Way = Literal["window", "walk", "communities"]
 MOST_ITEMS = 2**31 - 1
-WAYS = ("window", "walk", "communities")
+WAYS = get_args(Way)
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Epoch:
     groups_cut: int
 
 
+@dataclass(eq=False)
 class NeighborOrder:
     """Plans epochs; `graphbuild.torch.NeighborBatchSampler` says what its arguments mean.
 
@@ -42,36 +43,26 @@ class NeighborOrder:
         ConfigError: an option out of range, or no batch for each rank. InputError: a node that is not in the graph.
     """
 
-    def __init__(
-        self,
-        graph: StoredGraph,
-        batch_size: int,
-        *,
-        nodes: ArrayLike,
-        neighbors: Way = "window",
-        group: int = 8,
-        skip: int = 0,
-        width: int | None = None,
-        restart: float = 0.15,
-        same_node: int = 1,
-        random_share: float = 0.0,
-        seed: int = 0,
-        drop_last: bool = False,
-        ranks: int = 1,
-    ) -> None:
-        self.graph = graph
-        self.batch_size = batch_size
-        self.neighbors = neighbors
-        self.group = group
-        self.skip = skip
-        self.width = graph.k - skip if width is None else width
-        self.restart = restart
-        self.same_node = same_node
-        self.random_share = random_share
-        self.seed = seed
+    graph: StoredGraph
+    batch_size: int
+    _: KW_ONLY
+    nodes: InitVar[ArrayLike]
+    neighbors: Way = "window"
+    group: int = 8
+    skip: int = 0
+    width: int | None = None
+    restart: float = 0.15
+    same_node: int = 1
+    random_share: float = 0.0
+    seed: int = 0
+    drop_last: InitVar[bool] = False
+    ranks: InitVar[int] = 1
+
+    def __post_init__(self, nodes: ArrayLike, drop_last: bool, ranks: int) -> None:
+        self._width = self.graph.k - self.skip if self.width is None else self.width
         self._check_options()
-        self.items, self._nodes = _items_with_nodes(graph, nodes)
-        self.bounds = batch_bounds(len(self.items), batch_size, ranks, drop_last)
+        self.items, self._nodes = _items_with_nodes(self.graph, nodes)
+        self.bounds = batch_bounds(len(self.items), self.batch_size, ranks, drop_last)
         self._planned: Epoch | None = None
 
     def epoch(self, number: int) -> Epoch:
@@ -82,13 +73,7 @@ class NeighborOrder:
         return self._planned
 
     def report(self, number: int, batches: int = 1_000) -> dict[str, int | float]:
-        """What an epoch's batches hold, beside random ones of the same sizes, on all ranks.
-
-        anchors: the samples of a batch. edges_per_anchor: stored edges i -> j (any of the k) to other samples j of
-        i's batch; anchors_with_edge: the share that has one or more; random_...: the same of random batches. All are
-        of batches_measured batches, evenly spaced: all of them, or at most `batches`. dropped: samples left out by
-        drop_last; groups_cut: those that a batch's end divides.
-        """
+        """What an epoch's batches hold, beside random ones: `graphbuild.torch.NeighborBatchSampler.report`."""
         plan = self.epoch(number)
         total = len(self.bounds) - 1
         chosen = np.unique(np.linspace(0, total - 1, min(batches, total)).astype(np.int64))
@@ -135,7 +120,7 @@ class NeighborOrder:
     def _labels(self, nodes: NDArray[np.uint32], rng: np.random.Generator) -> tuple[Samples, Samples, int]:
         """Samples of nodes [n] ordered by node, the group of each, and how many labels there are."""
         lists = NeighborLists(self.graph)
-        window = lists.window(self.skip, self.width)
+        window = lists.window(self.skip, self._width)
         by_node, starts = groups.order_by_node(nodes, lists.nodes)
         if self.neighbors == "communities":
             labels, count = groups.groups_by_growth(nodes, starts, window, self.group, self.same_node)
@@ -156,8 +141,8 @@ class NeighborOrder:
             (self.neighbors not in WAYS, f"neighbors = {self.neighbors!r}", f"use one of {', '.join(WAYS)}"),
             (not 2 <= self.group <= size, f"group = {self.group}", f"use 2..{size}, at most a batch"),
             (
-                self.skip < 0 or self.width < 1 or self.skip + self.width > k,
-                f"skip = {self.skip}, width = {self.width}: the graph has k = {k} neighbours a node",
+                self.skip < 0 or self._width < 1 or self.skip + self._width > k,
+                f"skip = {self.skip}, width = {self._width}: the graph has k = {k} neighbours a node",
                 "use skip >= 0 and width >= 1 with skip + width <= k, or index with a larger --k",
             ),
             (not 0 <= self.restart <= 1, f"restart = {self.restart}", "use a probability, such as 0.15"),

@@ -14,7 +14,7 @@ import polars as pl
 
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.graph.certify import refuse_under_floor
-from graphbuild.store.layout import BASIS, VECTORS
+from graphbuild.store.layout import BACKGROUND, BASIS, NEIGHBORS, SAMPLES, SIMILARITIES, SKETCH, VECTORS
 from graphbuild.store.sharded import ShardedArray, node_array
 from graphbuild.store.shards import shards_of
 from graphbuild.store.store import Json, Store
@@ -52,8 +52,8 @@ class SampleGraph:
         self.certificate: Json = self._manifest["recall"]
         self.fingerprint: str = self._manifest["graph"]["fingerprint"]
         self._shards = shards_of(self._store, self._manifest)
-        self._neighbors = self._array("graph/{}.neighbors.npy")
-        self._similarities = self._array("graph/{}.similarities.npy")
+        self._neighbors = self._array(NEIGHBORS)
+        self._similarities = self._array(SIMILARITIES)
 
     @classmethod
     def open(cls, url: str) -> SampleGraph:
@@ -75,13 +75,13 @@ class SampleGraph:
 
     @cached_property
     def _background(self) -> ShardedArray:
-        return self._array("graph/{}.background.npy")
+        return self._array(BACKGROUND)
 
     @cached_property
     def _sketches(self) -> ShardedArray:
         if not self._store.exists(BASIS):
             raise ConfigError(f"{self.url} was built without sketches", f"run `graphbuild index {self.url} --force`")
-        return self._array("graph/{}.sketch.npy")
+        return self._array(SKETCH)
 
     # -- nodes
 
@@ -121,7 +121,7 @@ class SampleGraph:
 
     @cached_property
     def _sample_nodes(self) -> Ids:
-        names = [f"samples/{name}.parquet" for name in self._shards.names]
+        names = [SAMPLES.format(name) for name in self._shards.names]
         columns = [pl.from_arrow(self._store.table(name, ["node"])["node"]) for name in names]
         return np.concatenate([pl.Series(column).fill_null(-1).to_numpy() for column in columns])
 

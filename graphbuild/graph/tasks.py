@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 from graphbuild.errors import ConfigError
+from graphbuild.knn import engine
+from graphbuild.knn.engine import Engine
 from graphbuild.recipe import Index, Recipe
 from graphbuild.runner.stage import Task, digest, outputs, records
-from graphbuild.store.shards import node_count
+from graphbuild.store.shards import Shard, node_count, shards_of
 from graphbuild.store.store import Json, Store
 
 MAPPED = {"exact": 4, "partition": 6}  # files a shard that a worker keeps mapped: vectors, codes, scales, floors, ...
@@ -24,31 +27,37 @@ def nodes_entry(store: Store) -> Json:
     return manifest
 
 
-def engine_of(index: Index, manifest: Json) -> tuple[Any, str]:
+def engine_of(index: Index, manifest: Json) -> tuple[Engine, str]:
     """The engine of this build, and why it was taken."""
-    from graphbuild.knn.engine import choose
-
-    return choose(index, node_count(manifest), manifest["embeddings"]["d"])
+    return engine.choose(index, node_count(manifest), manifest["embeddings"]["d"])
 
 
 def forecast(recipe: Recipe, store: Store) -> str:
     """The engine, why it was taken, and what memory and scratch the build will take."""
-    from graphbuild.knn import engine
-
     manifest = nodes_entry(store)
     old = first_new_node(manifest)
     return engine.forecast(recipe.index, node_count(manifest), manifest["embeddings"]["d"], old)
 
 
-def index_task(index: Index, engine: Any, manifest: Json, stage: str, name: str, **built: Any) -> Task:
+def index_task(index: Index, chosen: Engine, manifest: Json, stage: str, name: str, **built: Any) -> Task:
     """A task of these stages: its settings are k and the engine's."""
     return Task(
         stage=stage,
         name=name,
-        settings={"k": index.k, "engine": engine.name, **engine.settings()},
+        settings={"k": index.k, "engine": chosen.name, **chosen.settings()},
         built={"embeddings": manifest["embeddings"]["fingerprint"], **built},
-        hints={"device": index.device if engine.on_device else "cpu", "index": index.model_dump()},
+        hints={"device": index.device if chosen.on_device else "cpu", "index": index.model_dump()},
     )
+
+
+def shard_tasks(recipe: Recipe, store: Store, stage: str, built: Callable[[Shard], Json]) -> list[Task]:
+    """A task of these stages for each shard with nodes; built: what it is made from."""
+    manifest = nodes_entry(store)
+    chosen, _ = engine_of(recipe.index, manifest)
+    return [
+        index_task(recipe.index, chosen, manifest, stage, shard.name, **built(shard))
+        for shard in shards_of(store, manifest).with_nodes
+    ]
 
 
 def graph_fingerprint(searches: list[Json]) -> str:

@@ -71,7 +71,7 @@ STEPS = (
     Step(number.NUMBER,     "embed",    "_state/scan/",                  "_state/number/"),
     Step(number.ASSIGN,     "embed",    "_state/scan/ _state/number/",   "samples/#.parquet nodes/#.parquet"
                                                                          " shards.parquet"),
-    Step(encode.STAGE,       "embed",    "nodes/#.parquet",               "nodes/#.npy"),
+    Step(encode.STAGE,      "embed",    "nodes/#.parquet",               "nodes/#.npy"),
     Step(fidelity.STAGE,    "embed",    "nodes/",                        ""),
     Step(vectors.STAGE,     "embed",    "vectors",                       "samples/#.parquet nodes/#.parquet"
                                                                          " nodes/#.npy shards.parquet"),
@@ -84,7 +84,7 @@ STEPS = (
     Step(index.MERGE,       "index",    "_work/join/ _work/base/",       "_work/merged/"),
     Step(index.SEARCH,      "index",    "_work/ nodes/ graph/basis.npy", "graph/#.*.npy"),
     Step(certify.STAGE,     "index",    "nodes/#.npy graph/#.*.npy",     ""),
-    Step(sidecars.STAGE,      "export",   "_state/certify/ samples/",      "shards/*.graph.parquet shards/sizes.json"),
+    Step(sidecars.STAGE,    "export",   "_state/certify/ samples/",      "shards/*.graph.parquet shards/sizes.json"),
     Step(inline.STAGE,      "export",   "_state/certify/ samples/",      "inline/"),
     Step(clustered.ARRANGE, "export",   "_state/certify/ samples/",      "_work_clustered/places.npy"),
     Step(clustered.SCATTER, "export",   "_work_clustered/places.npy",    "_work_clustered/#.arrow"),
@@ -92,7 +92,6 @@ STEPS = (
     Step(mined.STAGE,       "mine",     "_state/certify/ samples/",      "mined/*.parquet"),
 )
 # fmt: on
-SOURCES = ("shards", "captions", "vectors")
 PACKAGES = (
     "graphbuild",
     "numpy",
@@ -162,20 +161,19 @@ def _example(text: str) -> str:
 def steps_of(verb: str, recipe: Recipe) -> list[Step]:
     """The steps of download, embed, index, export, or of `run`, which is all that the recipe's source needs."""
     if verb == "run":
-        chosen = [name for name in SOURCES if getattr(recipe.embed, name) is not None]
-        if recipe.download.urls is not None and chosen:
+        if recipe.download.urls is not None and recipe.embed.source:
             raise ConfigError(
-                f"the recipe has download.urls and embed.{chosen[0]}: two sources", "drop one of them from the recipe"
+                f"the recipe has download.urls and embed.{recipe.embed.source}: two sources",
+                "drop one of them from the recipe",
             )
         verbs = ("download", "embed", "index", "export")[recipe.download.urls is None :]
         return [step for part in verbs for step in steps_of(part, recipe)]
-    ready = recipe.embed.vectors is not None
     layout = {"sidecars": [sidecars.STAGE], "inline": [inline.STAGE], "clustered": clustered.STAGES}[
         recipe.export.layout
     ]
     steps = [step for step in STEPS if step.verb == verb]
     if verb == "embed":
-        return [step for step in steps if (step.stage is vectors.STAGE) == ready]
+        return [step for step in steps if (step.stage is vectors.STAGE) == (recipe.embed.source == "vectors")]
     return [step for step in steps if verb != "export" or step.stage in layout]
 
 
@@ -250,10 +248,10 @@ def replaced_by(step: Step, recipe: Recipe, store: Store, *, force: bool) -> lis
         return []
     gone = STEPS[next(number for number, other in enumerate(STEPS) if other.verb == step.verb) :]
     if not force:
-        owned = [pattern for other in gone if other.finished(store) for pattern in other.owns.split()]
+        owned = [pattern.split("#")[0] for other in gone if other.finished(store) for pattern in other.owns.split()]
         raise ConfigError(
             f"{store.url} was made from {before}, and this is another source ({now}), which would replace:\n    "
-            + ", ".join(dict.fromkeys(pattern for pattern in owned if not pattern.startswith("_"))),
+            + ", ".join(dict.fromkeys(path for path in owned if not path.startswith("_"))),
             "use another STORE, or add --force to replace these files",
         )
     return list(gone)

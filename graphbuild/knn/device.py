@@ -32,7 +32,7 @@ def encode(vectors: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.empty(vectors.shape, dtype=torch.int8, device=vectors.device)
     scales = torch.empty(len(vectors), device=vectors.device)
     for at in range(0, len(vectors), ROWS):
-        exact = unit(vectors[at : at + ROWS], torch.float32)
+        exact = unit(vectors[at : at + ROWS])
         scales[at : at + ROWS] = exact.abs().amax(dim=1) / 127
         codes[at : at + ROWS] = torch.round(exact / scales[at : at + ROWS, None]).to(torch.int8)
     return codes, scales

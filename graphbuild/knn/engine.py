@@ -1,23 +1,18 @@
-"""The three engines behind one protocol, and which of them a build takes.
+"""What an engine is, which of the three a build takes, and what memory and scratch it will take.
 
 An engine's work is `prepare` (one task over all nodes), `describe` (one a shard) and `join`s: independent tasks, each
 of which returns candidate lists of some nodes. What follows is the same for all: lists are merged by shard, scored
-again exactly, proved or completed (`graphbuild.graph.index`). Heavy imports wait until there is work.
+again exactly, proved or completed (`graphbuild.graph.index`). Heavy imports wait until an engine is chosen.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
 
 from graphbuild.errors import ConfigError
 from graphbuild.machine.gpus import gpu_here
 from graphbuild.recipe import Index
-from graphbuild.runner.stage import records
-from graphbuild.store.layout import SCRATCH
 from graphbuild.store.sharded import Array
 from graphbuild.store.store import Json, Writer
 
@@ -25,9 +20,6 @@ if TYPE_CHECKING:
     from graphbuild.knn.codes import Codes
     from graphbuild.knn.inputs import Inputs
 
-FAN = f"{SCRATCH}/fan.npy"
-FAISS_INDEX = f"{SCRATCH}/index.faiss"
-FAISS_TASK_NODES = 65_536
 BASE_BYTES = 1e9  # a worker with torch and numba loaded
 LEAST_NODES = 4_096
 EXACT_OPERATIONS = 2e14  # what `auto` spends on a CPU: about five minutes of one core with VNNI
@@ -35,6 +27,8 @@ EXACT_ON_GPU = 4e17  # and on a GPU: 32 million nodes of d = 384, an hour or two
 
 
 class Engine(Protocol):
+    """One of `Exact`, `Partition` and `Faiss`; what its methods promise is said here alone."""
+
     @property
     def name(self) -> str: ...
 
@@ -66,165 +60,12 @@ class Engine(Protocol):
         """ids int64 [m] ascending, and their candidate lists, keys int64 [m, length] (`graphbuild.knn.kernels`)."""
 
 
-@dataclass(frozen=True)
-class Exact:
-    seed: int
-    name: str = "exact"
-    on_device: bool = True
-
-    def settings(self) -> Json:
-        return {}
-
-    def prepare(self, inputs: Inputs, k: int, writer: Writer) -> Json:
-        from graphbuild.knn.inputs import write_leaders
-        from graphbuild.knn.leaders import Leaders, draw_leaders
-
-        write_leaders(Leaders.of(draw_leaders(inputs.vectors, self.seed)[1]), writer)
-        return {}
-
-    def describe(self, inputs: Inputs, codes: Codes, k: int) -> dict[str, Array]:
-        from graphbuild.knn.leaders import floor_leader
-
-        return {"floors": inputs.leaders.leaves(codes.codes, 0, floor_leader(k))[1]}
-
-    def joins(self, nodes: int, at_once: int, first_new: int = 0) -> list[Any]:
-        from graphbuild.knn import exact
-
-        return exact.joins(nodes, at_once, first_new)
-
-    def spread(self, nodes: int, tasks: int) -> tuple[float, float]:
-        from graphbuild.knn import exact
-
-        return exact.spread(nodes, tasks)
-
-    def length(self, k: int, nodes: int) -> int:
-        from graphbuild.knn import exact
-
-        return exact.list_length(k, nodes)
-
-    def join(self, argument: Any, inputs: Inputs, length: int, device: str) -> tuple[Array, Array]:
-        from graphbuild.knn import exact
-
-        groups = [(int(first), int(count)) for first, count in argument]
-        if device == "cpu":
-            return exact.join(groups, inputs.codes, inputs.scales, inputs.floors, length)
-        return exact.join_on_device(groups, inputs.codes, inputs.scales, inputs.floors, length, device)
-
-
-@dataclass(frozen=True)
-class Partition:
-    recall: float
-    seed: int
-    name: str = "partition"
-    on_device: bool = False
-
-    def settings(self) -> Json:
-        return {"recall": self.recall, "seed": self.seed}
-
-    def prepare(self, inputs: Inputs, k: int, writer: Writer) -> Json:
-        from graphbuild.knn import partition
-        from graphbuild.knn.inputs import LEADER_NODES, write_leaders
-        from graphbuild.knn.leaders import Leaders, draw_leaders
-
-        nodes, drawn = draw_leaders(inputs.vectors, self.seed)
-        leaders = Leaders.of(drawn)
-        fan, promised = partition.calibrate(inputs.vectors, leaders, k, self.recall, self.seed)
-        write_leaders(leaders, writer)
-        writer.array(LEADER_NODES, nodes, durable=False)
-        writer.array(FAN, np.array([fan]), durable=False)
-        return {"leaders": len(drawn), "fan": fan, "promised_recall": round(promised, 4)}
-
-    def describe(self, inputs: Inputs, codes: Codes, k: int) -> dict[str, Array]:
-        from graphbuild.knn.leaders import floor_leader
-
-        leaves, floors = inputs.leaders.leaves(codes.codes, int(inputs.store.array(FAN)[0]), floor_leader(k))
-        return {"leaves": leaves, "floors": floors}
-
-    def joins(self, nodes: int, at_once: int, first_new: int = 0) -> list[Any]:
-        from graphbuild.knn import partition
-
-        return partition.joins(nodes, at_once, first_new)
-
-    def spread(self, nodes: int, tasks: int) -> tuple[float, float]:
-        from graphbuild.knn import partition
-
-        return partition.spread(nodes, tasks)
-
-    def length(self, k: int, nodes: int) -> int:
-        from graphbuild.knn import partition
-
-        return partition.list_length(k, nodes)
-
-    def join(self, argument: Any, inputs: Inputs, length: int, device: str) -> tuple[Array, Array]:
-        from graphbuild.knn import partition
-
-        first, end, first_new = map(int, argument)
-        return partition.join(
-            (first, end, first_new), inputs.of("leaves"), inputs.floors, inputs.codes, inputs.scales, length
-        )
-
-
-@dataclass(frozen=True)
-class Faiss:
-    factory: str
-    recall: float
-    seed: int
-    on_device: bool = True
-
-    @property
-    def name(self) -> str:
-        return f"faiss:{self.factory}"
-
-    def settings(self) -> Json:
-        return {"recall": self.recall, "seed": self.seed}
-
-    def prepare(self, inputs: Inputs, k: int, writer: Writer) -> Json:
-        from graphbuild.knn import faiss_index
-
-        with writer.file(FAISS_INDEX, durable=False) as path:
-            facts = faiss_index.build(inputs.vectors, self.factory, k, self.recall, self.seed, path)
-        return facts
-
-    def describe(self, inputs: Inputs, codes: Codes, k: int) -> dict[str, Array]:
-        return {}
-
-    def joins(self, nodes: int, at_once: int, first_new: int = 0) -> list[Any]:
-        rows = min(FAISS_TASK_NODES, at_once)
-        return [(first, min(rows, nodes - first)) for first in range(0, nodes, rows)]
-
-    def spread(self, nodes: int, tasks: int) -> tuple[float, float]:
-        return nodes / tasks, 1
-
-    def length(self, k: int, nodes: int) -> int:
-        from graphbuild.knn import partition
-
-        return partition.list_length(k, nodes)
-
-    def join(self, argument: Any, inputs: Inputs, length: int, device: str) -> tuple[Array, Array]:
-        from graphbuild.knn import faiss_index, lists
-
-        first, count = argument
-        record = records(inputs.store, "prepare")["all"]
-        index = faiss_index.open_index(
-            inputs.store.local_copy(FAISS_INDEX),
-            record["fingerprint"],
-            record["facts"]["knob"],
-            record["facts"]["effort"],
-            device,
-        )
-        ids = np.arange(first, first + count)
-        keys = np.empty((count, length), np.int64)
-        for start in range(0, count, faiss_index.BLOCK_ROWS):
-            rows = ids[start : start + faiss_index.BLOCK_ROWS]
-            queries = faiss_index.unit(inputs.vectors.take(rows))
-            scores, found = faiss_index.search(index, queries, rows, length)
-            keys[start : start + len(rows)] = np.where(found < 0, lists.EMPTY, lists.pack(scores, found))
-        keys[:, ::-1].sort(axis=1)
-        return ids, keys
-
-
 def choose(index: Index, nodes: int, width: int) -> tuple[Engine, str]:
     """The engine of a build and why: as asked, or exact where it is affordable, else partition."""
+    from graphbuild.knn.exact import Exact
+    from graphbuild.knn.faiss_index import Faiss
+    from graphbuild.knn.partition import Partition
+
     if index.engine.startswith("faiss:"):
         return Faiss(index.engine.removeprefix("faiss:"), index.recall, index.seed), "asked for"
     if index.engine == "exact":

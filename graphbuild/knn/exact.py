@@ -10,14 +10,21 @@ memory: codes and lists of two groups.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import combinations_with_replacement
+from typing import Any
 
 import numpy as np
 import torch
 
-from graphbuild.knn import device, kernels, lists
+from graphbuild.knn import device as gpu
+from graphbuild.knn import kernels, lists
+from graphbuild.knn.codes import Codes
+from graphbuild.knn.inputs import Inputs, write_leaders
+from graphbuild.knn.leaders import Leaders, draw_leaders, floor_leader
 from graphbuild.knn.products import TILE_ROWS, products, tile_memory, unit
 from graphbuild.store.sharded import Array, ShardedArray
+from graphbuild.store.store import Json, Writer
 
 GROUP_ROWS = 25_600
 LARGE = 1_000_000
@@ -26,80 +33,82 @@ AGAIN_ROWS = 1_024
 FLOAT32_BITS = 2.0**-23  # a similarity is rounded to float32 once
 
 
-def list_length(k: int, nodes: int) -> int:
-    """Candidates kept a node, so that the proof nearly always succeeds."""
-    return min(2 * k + 16, nodes - 1)
+@dataclass(frozen=True)
+class Exact:
+    """The engine; what its methods promise: `graphbuild.knn.engine.Engine`."""
+
+    seed: int
+    name: str = "exact"
+    on_device: bool = True
+
+    def settings(self) -> Json:
+        return {}
+
+    def prepare(self, inputs: Inputs, k: int, writer: Writer) -> Json:
+        write_leaders(Leaders.of(draw_leaders(inputs.vectors, self.seed)[1]), writer)
+        return {}
+
+    def describe(self, inputs: Inputs, codes: Codes, k: int) -> dict[str, Array]:
+        return {"floors": inputs.leaders.leaves(codes.codes, 0, floor_leader(k))[1]}
+
+    def joins(self, nodes: int, at_once: int, first_new: int = 0) -> list[list[tuple[int, int]]]:
+        """The pairs of groups, a group being (first node, count): every pair of nodes is in one of them."""
+        count = min(math.ceil(nodes / GROUP_ROWS), 4 if nodes <= LARGE else 8)
+        rows = min(math.ceil(nodes / count), at_once // 2)
+        groups = [
+            (first, min(rows, end - first))
+            for begin, end in ((0, first_new), (first_new, nodes))
+            for first in range(begin, end, rows)
+        ]
+        return [sorted({a, b}) for a, b in combinations_with_replacement(groups, 2) if b[0] >= first_new]
+
+    def spread(self, nodes: int, tasks: int) -> tuple[float, float]:
+        groups = round((2 * tasks + 0.25) ** 0.5 - 0.5)
+        return 2 * nodes / groups, groups
+
+    def length(self, k: int, nodes: int) -> int:
+        """So many that the proof nearly always succeeds."""
+        return min(2 * k + 16, nodes - 1)
+
+    def join(self, argument: Any, inputs: Inputs, length: int, device: str) -> tuple[Array, Array]:
+        """Lists of one group's nodes within it, or of two groups' nodes in the other."""
+        groups = [(int(first), int(count)) for first, count in argument]
+        ids = np.concatenate([np.arange(first, first + count) for first, count in groups])
+        if device != "cpu":
+            return ids, _join_on_device(groups, inputs, length, device)
+        code = torch.from_numpy(np.concatenate([inputs.of("codes").span(*group) for group in groups]))
+        scale = np.concatenate([inputs.of("scales").span(*group)[:, 0] for group in groups])
+        floors = np.concatenate([inputs.of("floors").span(*group)[:, 0] for group in groups])
+        keys = np.full((len(ids), length), lists.EMPTY, np.int64)
+        places = np.arange(len(ids))
+        memory = tile_memory()
+        split = groups[0][1]
+        for a in range(0, split, TILE_ROWS):
+            for b in range(a if len(groups) == 1 else split, len(ids), TILE_ROWS):
+                rows = places[a : min(a + TILE_ROWS, split)]
+                columns = places[b : b + TILE_ROWS]
+                tile = products(code[rows[0] : rows[-1] + 1], code[columns[0] : columns[-1] + 1], memory)
+                kernels.join_tile(tile.numpy(), rows, columns, ids, scale, floors, keys, a == b)
+        return ids, keys
 
 
-def joins(nodes: int, at_once: int, first_new: int) -> list[list[tuple[int, int]]]:
-    """The pairs of groups, a group being (first node, count): one task each, of at most `at_once` nodes.
-
-    Every pair of nodes is in one of them, apart from pairs of nodes below `first_new`.
-    """
-    count = min(math.ceil(nodes / GROUP_ROWS), 4 if nodes <= LARGE else 8)
-    rows = min(math.ceil(nodes / count), at_once // 2)
-    groups = [
-        (first, min(rows, end - first))
-        for begin, end in ((0, first_new), (first_new, nodes))
-        for first in range(begin, end, rows)
-    ]
-    return [sorted({a, b}) for a, b in combinations_with_replacement(groups, 2) if b[0] >= first_new]
-
-
-def spread(nodes: int, tasks: int) -> tuple[float, float]:
-    groups = round((2 * tasks + 0.25) ** 0.5 - 0.5)
-    return 2 * nodes / groups, groups
-
-
-def join(
-    groups: list[tuple[int, int]], codes: ShardedArray, scales: ShardedArray, floor: ShardedArray, length: int
-) -> tuple[Array, Array]:
-    """Lists of one group's nodes within it, or of two groups' nodes in the other.
-
-    floor float32 [N, 1]: scores below it are not kept (`Leaders.leaves`).
-    Returns ids int64 [m], keys int64 [m, length].
-    """
-    ids = np.concatenate([np.arange(first, first + count) for first, count in groups])
-    code = torch.from_numpy(np.concatenate([codes.span(first, count) for first, count in groups]))
-    scale = np.concatenate([scales.span(first, count)[:, 0] for first, count in groups])
-    keys = np.full((len(ids), length), lists.EMPTY, np.int64)
-    floors = np.concatenate([floor.span(first, count)[:, 0] for first, count in groups])
-    places = np.arange(len(ids))
-    memory = tile_memory()
-    split = groups[0][1]
-    for a in range(0, split, TILE_ROWS):
-        for b in range(a if len(groups) == 1 else split, len(ids), TILE_ROWS):
-            rows = places[a : min(a + TILE_ROWS, split)]
-            columns = places[b : b + TILE_ROWS]
-            tile = products(code[rows[0] : rows[-1] + 1], code[columns[0] : columns[-1] + 1], memory)
-            kernels.join_tile(tile.numpy(), rows, columns, ids, scale, floors, keys, a == b)
-    return ids, keys
-
-
-def join_on_device(
-    groups: list[tuple[int, int]],
-    codes: ShardedArray,
-    scales: ShardedArray,
-    floor: ShardedArray,
-    length: int,
-    place: str,
-) -> tuple[Array, Array]:
+def _join_on_device(groups: list[tuple[int, int]], inputs: Inputs, length: int, place: str) -> Array:
     """The same lists by torch operations alone, each pair from both sides: what a GPU runs."""
     sides = [
-        device.Side(
-            first,
-            torch.from_numpy(codes.span(first, count)).to(place),
-            torch.from_numpy(scales.span(first, count)[:, 0].copy()).to(place),
-            torch.from_numpy(floor.span(first, count)[:, 0].copy()).to(place),
+        gpu.Side(
+            group[0],
+            torch.from_numpy(inputs.of("codes").span(*group)).to(place),
+            torch.from_numpy(inputs.of("scales").span(*group)[:, 0].copy()).to(place),
+            torch.from_numpy(inputs.of("floors").span(*group)[:, 0].copy()).to(place),
         )
-        for first, count in groups
+        for group in groups
     ]
     keys = [
-        device.keys(*part).cpu().numpy()
+        gpu.keys(*part).cpu().numpy()
         for own, others in zip(sides, sides[::-1], strict=True)
-        for part in device.search(own, others, length)
+        for part in gpu.search(own, others, length)
     ]
-    return np.concatenate([np.arange(first, first + count) for first, count in groups]), np.concatenate(keys)
+    return np.concatenate(keys)
 
 
 def slack(rests: Array, largest_rest: float) -> Array:
@@ -126,8 +135,8 @@ def search_again(vectors: ShardedArray, ids: Array, keys: Array) -> None:
     keys: exact similarities of some neighbours, or EMPTY. A float32 product, whose error is at most (d + 8) 2^-24 for
     unit vectors (Higham 2002, section 3.1), tells which nodes can reach a list; those are computed in float64.
     """
-    queries = unit(torch.from_numpy(vectors.take(ids)), torch.float32)
+    queries = unit(vectors.take(ids))
     margin = (vectors.width + 8) * 2.0**-23
     for first, block in vectors.blocks(BLOCK_ROWS):
-        tile = (queries @ unit(torch.from_numpy(np.array(block)), torch.float32).T).numpy()
+        tile = (queries @ unit(block).T).numpy()
         kernels.offer_exactly(tile, ids, first, margin, keys, vectors.table(), vectors.width)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,71 @@ import numpy as np
 import torch
 
 from graphbuild.errors import ConfigError
-from graphbuild.knn import products, sample
+from graphbuild.knn import lists, sample
+from graphbuild.knn.codes import Codes
+from graphbuild.knn.inputs import Inputs
+from graphbuild.knn.partition import list_length
+from graphbuild.knn.products import unit
+from graphbuild.runner.stage import records
+from graphbuild.store.layout import SCRATCH
 from graphbuild.store.sharded import Array, ShardedArray
+from graphbuild.store.store import Json, Writer
 
+INDEX = f"{SCRATCH}/index.faiss"
+TASK_NODES = 65_536
 TRAINING_ROWS = 262_144
 BLOCK_ROWS = 8_192
 LARGEST_EFFORT = 2_048
+
+
+@dataclass(frozen=True)
+class Faiss:
+    """The engine; what its methods promise: `graphbuild.knn.engine.Engine`."""
+
+    factory: str
+    recall: float
+    seed: int
+    on_device: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"faiss:{self.factory}"
+
+    def settings(self) -> Json:
+        return {"recall": self.recall, "seed": self.seed}
+
+    def prepare(self, inputs: Inputs, k: int, writer: Writer) -> Json:
+        with writer.file(INDEX, durable=False) as path:
+            facts = build(inputs.vectors, self.factory, k, self.recall, self.seed, path)
+        return facts
+
+    def describe(self, inputs: Inputs, codes: Codes, k: int) -> dict[str, Array]:
+        return {}
+
+    def joins(self, nodes: int, at_once: int, first_new: int = 0) -> list[tuple[int, int]]:
+        """Ranges of nodes (first, count); each is searched among all."""
+        rows = min(TASK_NODES, at_once)
+        return [(first, min(rows, nodes - first)) for first in range(0, nodes, rows)]
+
+    def spread(self, nodes: int, tasks: int) -> tuple[float, float]:
+        return nodes / tasks, 1
+
+    def length(self, k: int, nodes: int) -> int:
+        return list_length(k, nodes)
+
+    def join(self, argument: Any, inputs: Inputs, length: int, device: str) -> tuple[Array, Array]:
+        first, count = argument
+        record = records(inputs.store, "prepare")["all"]
+        facts, path = record["facts"], inputs.store.local_copy(INDEX)
+        index = open_index(path, record["fingerprint"], facts["knob"], facts["effort"], device)
+        ids = np.arange(first, first + count)
+        keys = np.empty((count, length), np.int64)
+        for start in range(0, count, BLOCK_ROWS):
+            rows = ids[start : start + BLOCK_ROWS]
+            scores, found = search(index, unit(inputs.vectors.take(rows)).numpy(), rows, length)
+            keys[start : start + len(rows)] = np.where(found < 0, lists.EMPTY, lists.pack(scores, found))
+        keys[:, ::-1].sort(axis=1)
+        return ids, keys
 
 
 def import_faiss() -> Any:
@@ -53,9 +113,9 @@ def build(vectors: ShardedArray, factory: str, k: int, recall: float, seed: int,
         random = np.random.default_rng(seed)
         if not index.is_trained:
             ids = np.sort(random.choice(len(vectors), min(TRAINING_ROWS, len(vectors)), replace=False))
-            index.train(unit(vectors.take(ids)))
+            index.train(unit(vectors.take(ids)).numpy())
         for _, block in vectors.blocks(BLOCK_ROWS):
-            index.add(unit(block))
+            index.add(unit(block).numpy())
     except RuntimeError as error:
         raise ConfigError(
             f"--engine faiss:{factory} cannot hold {len(vectors):,} vectors of {vectors.width} numbers "
@@ -63,7 +123,7 @@ def build(vectors: ShardedArray, factory: str, k: int, recall: float, seed: int,
             "use fewer lists, another factory, or --engine partition",
         ) from None
     ids = sample.draw(len(vectors), seed)
-    queries = unit(vectors.take(ids))
+    queries = unit(vectors.take(ids)).numpy()
     true, _ = sample.true_neighbors(vectors, ids, k)
     knob = _knob(faiss, index)
     effort = 1 if knob == "nprobe" else k + 1
@@ -71,7 +131,7 @@ def build(vectors: ShardedArray, factory: str, k: int, recall: float, seed: int,
         if knob:
             faiss.ParameterSpace().set_index_parameter(index, knob, effort)
         found = search(index, queries, ids, k)[1]
-        exact = [(unit(vectors.take(row[row >= 0])) @ query) for row, query in zip(found, queries, strict=True)]
+        exact = [unit(vectors.take(row[row >= 0])).numpy() @ query for row, query in zip(found, queries, strict=True)]
         reached = float(
             np.mean([(scores >= worst - 1e-6).sum() / k for scores, worst in zip(exact, true[:, -1], strict=True)])
         )
@@ -142,9 +202,3 @@ def _knob(faiss: Any, index: Any) -> str | None:
 
 def _last_line(error: RuntimeError) -> str:
     return str(error).strip().splitlines()[-1][:200]
-
-
-def unit(raw: Array) -> Array:
-    """float32 unit vectors of stored float16 [n, d]."""
-    exact: Array = products.unit(torch.from_numpy(np.array(raw)), torch.float32).numpy()
-    return exact

@@ -20,15 +20,15 @@ from graphbuild.store.store import Store
 ENTRIES, WALK = 32, 64  # leaders that a walk begins at; nodes that it keeps
 
 
-def lists_of(store: Store, stage: str, first: int, count: int) -> Iterator[tuple[Array, Array]]:
-    """What each task of a stage found of nodes first..first+count-1: their places among these, and keys [m, c]."""
+def lists_of(store: Store, first: int, count: int) -> Iterator[tuple[Array, Array]]:
+    """What each join task found of nodes first..first+count-1: their places among these, and keys [m, c]."""
 
     def of(name: str) -> tuple[Array, Array]:
-        ids = store.array(f"{SCRATCH}/{stage}/{name}.ids.npy")
+        ids = store.array(f"{SCRATCH}/join/{name}.ids.npy")
         begin, end = np.searchsorted(ids, [first, first + count]).tolist()
-        return ids[begin:end] - first, store.rows(f"{SCRATCH}/{stage}/{name}.keys.npy", begin, end)
+        return ids[begin:end] - first, store.rows(f"{SCRATCH}/join/{name}.keys.npy", begin, end)
 
-    names = list(records(store, stage))
+    names = list(records(store, "join"))
     with ThreadPoolExecutor(1 if store.is_local else READERS) as pool:
         for at in range(0, len(names), READERS):
             yield from pool.map(of, names[at : at + READERS])
@@ -69,7 +69,7 @@ def exact_lists(inputs: Inputs, engine: str, shard: str, first: int, k: int) -> 
 def _refine(inputs: Inputs, first: int, candidates: Array) -> None:
     """Neighbours' neighbours for a shard's lists, keys int64 [n, c] in place."""
     leaves = inputs.of("leaves")
-    tables = [part.table() for part in (inputs.of("merged"), inputs.codes, inputs.scales, leaves)]
+    tables = [part.table() for part in (*map(inputs.of, ("merged", "codes", "scales")), leaves)]
     depth = round(partition.DEPTH * candidates.shape[1])
     kernels.refine_lists(first, candidates, partition.EXPAND, depth, *tables, inputs.vectors.width, leaves.width)
 
@@ -83,7 +83,7 @@ def _complete_by_walk(inputs: Inputs, first: int, keys: Array, rows: Array) -> N
     """
     merged, vectors, k = inputs.of("merged"), inputs.vectors, keys.shape[1]
     leaders = np.array(inputs.store.array(LEADER_NODES))
-    entries, _ = inputs.leaders.leaves(inputs.codes.take(first + rows), min(ENTRIES, len(leaders)), 1)
+    entries, _ = inputs.leaders.leaves(inputs.of("codes").take(first + rows), min(ENTRIES, len(leaders)), 1)
     nothing = np.full(1, np.inf)
     for row, near in zip(rows, entries, strict=True):
         node = first + row

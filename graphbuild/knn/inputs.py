@@ -9,7 +9,7 @@ from graphbuild.knn.leaders import Leaders
 from graphbuild.store.layout import SCRATCH, VECTORS
 from graphbuild.store.sharded import ShardedArray, node_array
 from graphbuild.store.shards import Shards, shards_of
-from graphbuild.store.store import Store, Writer
+from graphbuild.store.store import Json, Store, Writer
 
 LEADERS, LEADER_NODES = f"{SCRATCH}/leaders/{{}}.npy", f"{SCRATCH}/leader_nodes.npy"
 
@@ -21,34 +21,21 @@ class Inputs:
         self.store = store
         self.manifest = store.manifest()
 
-    @cached_property
-    def shards(self) -> Shards:
-        return shards_of(self.store, self.manifest)
-
     def of(self, what: str) -> ShardedArray:
         """codes, scales, floors or leaves, of the stage codes, or the merged lists."""
         stage = self.manifest["stages"]["merge" if what == "merged" else "codes"]
-        return _opened(self.store, self.shards, f"{SCRATCH}/{what}/{{}}.npy", str(stage["fingerprint"]))
+        return self._array(f"{SCRATCH}/{what}/{{}}.npy", stage)
 
     @cached_property
     def vectors(self) -> ShardedArray:
-        return _opened(self.store, self.shards, VECTORS, str(self.manifest["embeddings"]["fingerprint"]))
+        return self._array(VECTORS, self.manifest["embeddings"])
+
+    def _array(self, pattern: str, of: Json) -> ShardedArray:
+        return _opened(self.store, shards_of(self.store, self.manifest), pattern, str(of["fingerprint"]))
 
     @property
     def leaders(self) -> Leaders:
         return _leaders(self.store, str(self.manifest["stages"]["prepare"]["fingerprint"]))
-
-    @cached_property
-    def floors(self) -> ShardedArray:
-        return self.of("floors")
-
-    @cached_property
-    def codes(self) -> ShardedArray:
-        return self.of("codes")
-
-    @cached_property
-    def scales(self) -> ShardedArray:
-        return self.of("scales")
 
 
 def write_leaders(leaders: Leaders, writer: Writer) -> None:

@@ -58,7 +58,7 @@ class Leaders:
     def of(cls, vectors: Array) -> Leaders:
         """vectors float16 [L, d], as `draw_leaders` orders them. Memory: 10 bytes a number."""
         count = 2 ** max(0, math.ceil(math.log2(len(vectors) / GROUP_LEADERS)))
-        exact = unit(torch.from_numpy(vectors), torch.float32)
+        exact = unit(vectors)
         means = [exact[a:b].mean(dim=0) for a, b in itertools.pairwise(_bounds(len(vectors), count))]
         return cls(*encode(vectors), *encode(torch.stack(means).half().numpy()))
 
@@ -113,7 +113,7 @@ def draw_leaders(vectors: ShardedArray, seed: int) -> tuple[Array, Array]:
     nodes = len(vectors)
     ids = np.sort(np.random.default_rng(seed).choice(nodes, leader_count(nodes), replace=False))
     raw = vectors.take(ids)
-    order = _bisected(unit(torch.from_numpy(raw), torch.float32), np.arange(len(raw)))
+    order = _bisected(unit(raw), np.arange(len(raw)))
     return ids[order], raw[order]
 
 

@@ -11,16 +11,22 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from graphbuild.knn import kernels, lists, sample
-from graphbuild.knn.codes import encode
-from graphbuild.knn.leaders import Leaders, leader_count
+from graphbuild.knn.codes import Codes, encode
+from graphbuild.knn.inputs import LEADER_NODES, Inputs, write_leaders
+from graphbuild.knn.leaders import Leaders, draw_leaders, floor_leader, leader_count
 from graphbuild.knn.products import TILE_ROWS, Tensor, products, tile_memory
+from graphbuild.store.layout import SCRATCH
 from graphbuild.store.sharded import Array, ShardedArray
+from graphbuild.store.store import Json, Writer
 
+FAN = f"{SCRATCH}/fan.npy"
 FANS = range(2, 41)
 EXPAND = 12
 DEPTH = 2 / 3  # of a list is offered to others
@@ -32,22 +38,77 @@ LARGEST_LEAF = 8_192  # a larger one is cut: equal vectors would all meet in one
 BLOCK_ROWS = 8_192
 
 
+@dataclass(frozen=True)
+class Partition:
+    """The engine; what its methods promise: `graphbuild.knn.engine.Engine`."""
+
+    recall: float
+    seed: int
+    name: str = "partition"
+    on_device: bool = False
+
+    def settings(self) -> Json:
+        return {"recall": self.recall, "seed": self.seed}
+
+    def prepare(self, inputs: Inputs, k: int, writer: Writer) -> Json:
+        nodes, drawn = draw_leaders(inputs.vectors, self.seed)
+        leaders = Leaders.of(drawn)
+        fan, promised = calibrate(inputs.vectors, leaders, k, self.recall, self.seed)
+        write_leaders(leaders, writer)
+        writer.array(LEADER_NODES, nodes, durable=False)
+        writer.array(FAN, np.array([fan]), durable=False)
+        return {"leaders": len(drawn), "fan": fan, "promised_recall": round(promised, 4)}
+
+    def describe(self, inputs: Inputs, codes: Codes, k: int) -> dict[str, Array]:
+        leaves, floors = inputs.leaders.leaves(codes.codes, int(inputs.store.array(FAN)[0]), floor_leader(k))
+        return {"leaves": leaves, "floors": floors}
+
+    def joins(self, nodes: int, at_once: int, first_new: int = 0) -> list[tuple[int, int, int]]:
+        """Ranges of leaves (first, end, first_new); near leaves have near numbers."""
+        tasks = max(min(math.ceil(nodes / TASK_NODES), TASKS), math.ceil(OVERLAP * nodes / at_once))
+        bounds = np.linspace(0, leader_count(nodes), tasks + 1).astype(int).tolist()
+        return [(first, end, first_new) for first, end in itertools.pairwise(bounds)]
+
+    def spread(self, nodes: int, tasks: int) -> tuple[float, float]:
+        return OVERLAP * nodes / tasks, OVERLAP
+
+    def length(self, k: int, nodes: int) -> int:
+        return list_length(k, nodes)
+
+    def join(self, argument: Any, inputs: Inputs, length: int, device: str) -> tuple[Array, Array]:
+        """All pairs of each leaf in a range."""
+        first, end, first_new = map(int, argument)
+        leaves = inputs.of("leaves")
+        nodes, numbers = [], []
+        for start, block in leaves.blocks(BLOCK_ROWS):
+            flat = block.reshape(-1)
+            hits = np.flatnonzero((flat >= first) & (flat < end))
+            nodes.append(hits // leaves.width + start)
+            numbers.append(flat[hits])
+        # Nodes ascending, each as often as it has leaves here.
+        node, leaf = np.concatenate(nodes), np.concatenate(numbers)
+        fresh = np.zeros(end - first, bool)
+        fresh[leaf[node >= first_new] - first] = True
+        node, leaf = node[fresh[leaf - first]], leaf[fresh[leaf - first]]
+        starts = np.concatenate([[True], node[1:] != node[:-1]])[: len(node)]
+        ids, place = node[starts], np.cumsum(starts) - 1
+        code = torch.from_numpy(inputs.of("codes").take(ids))
+        scale = inputs.of("scales").take(ids)[:, 0].copy()
+        keys = np.full((len(ids), length), lists.EMPTY, np.int64)
+        floors = inputs.of("floors").take(ids)[:, 0].copy()
+        memory = tile_memory()
+        new_place = int(np.searchsorted(ids, first_new))
+        members = place[np.argsort(leaf, kind="stable")]
+        ends = np.searchsorted(np.sort(leaf), np.arange(first, end + 1))
+        for begin, stop in itertools.pairwise(ends):
+            for cut in range(begin, stop, LARGEST_LEAF):
+                leaf_members = members[cut : min(cut + LARGEST_LEAF, stop)]
+                _join_leaf(leaf_members, new_place, code, ids, scale, floors, keys, memory)
+        return ids, keys
+
+
 def list_length(k: int, nodes: int) -> int:
     return min(k + max(4, k // 8), nodes - 1)
-
-
-def joins(nodes: int, at_once: int, first_new: int) -> list[tuple[int, int, int]]:
-    """Ranges of leaves (first, end, first_new), one task each, of about at most `at_once` nodes.
-
-    Near leaves have near numbers. Pairs of nodes below `first_new` are left out.
-    """
-    tasks = max(min(math.ceil(nodes / TASK_NODES), TASKS), math.ceil(OVERLAP * nodes / at_once))
-    bounds = np.linspace(0, leader_count(nodes), tasks + 1).astype(int).tolist()
-    return [(first, end, first_new) for first, end in itertools.pairwise(bounds)]
-
-
-def spread(nodes: int, tasks: int) -> tuple[float, float]:
-    return OVERLAP * nodes / tasks, OVERLAP
 
 
 def calibrate(vectors: ShardedArray, leaders: Leaders, k: int, recall: float, seed: int) -> tuple[int, float]:
@@ -67,43 +128,6 @@ def calibrate(vectors: ShardedArray, leaders: Leaders, k: int, recall: float, se
         if promised >= recall or tried == fan:
             break
     return tried, promised
-
-
-def join(
-    span: tuple[int, int, int],
-    leaves: ShardedArray,
-    floor: ShardedArray,
-    codes: ShardedArray,
-    scales: ShardedArray,
-    length: int,
-) -> tuple[Array, Array]:
-    """All pairs of each leaf in the span (`joins`): lists of their nodes, ids int64 [m] ascending, keys [m, length]."""
-    first, end, first_new = span
-    nodes, numbers = [], []
-    for start, block in leaves.blocks(BLOCK_ROWS):
-        flat = block.reshape(-1)
-        hits = np.flatnonzero((flat >= first) & (flat < end))
-        nodes.append(hits // leaves.width + start)
-        numbers.append(flat[hits])
-    node, leaf = np.concatenate(nodes), np.concatenate(numbers)  # nodes ascending, each as often as it has leaves here
-    fresh = np.zeros(end - first, bool)
-    fresh[leaf[node >= first_new] - first] = True
-    node, leaf = node[fresh[leaf - first]], leaf[fresh[leaf - first]]
-    starts = np.concatenate([[True], node[1:] != node[:-1]])[: len(node)]
-    ids, place = node[starts], np.cumsum(starts) - 1
-    code = torch.from_numpy(codes.take(ids))
-    scale = scales.take(ids)[:, 0].copy()
-    keys = np.full((len(ids), length), lists.EMPTY, np.int64)
-    floors = floor.take(ids)[:, 0].copy()
-    memory = tile_memory()
-    new_place = int(np.searchsorted(ids, first_new))
-    members = place[np.argsort(leaf, kind="stable")]
-    ends = np.searchsorted(np.sort(leaf), np.arange(first, end + 1))
-    for begin, stop in itertools.pairwise(ends):
-        for cut in range(begin, stop, LARGEST_LEAF):
-            leaf_members = members[cut : min(cut + LARGEST_LEAF, stop)]
-            _join_leaf(leaf_members, new_place, code, ids, scale, floors, keys, memory)
-    return ids, keys
 
 
 def _join_leaf(

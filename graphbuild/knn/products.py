@@ -1,19 +1,23 @@
-"""Integer products of int8 codes at the speed of the machine's int8 instructions. Imports torch alone."""
+"""Integer products of int8 codes at the speed of the machine's int8 instructions. Imports torch and numpy alone."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 import torch
+
+from graphbuild.store.sharded import Array
 
 Tensor = torch.Tensor
 LEAST_TERMS = 8  # torch 2.13 multiplies columns of one number wrongly
 FLOAT32_TERMS = 2**24 // 127**2  # up to this d, a float32 sum of int8 products is an exact integer
 
 
-def unit(raw: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows scaled to unit norm in `dtype`, from stored float16 [..., d] (whose norm is 1 only to 1e-3)."""
-    exact = raw.to(dtype)
+def unit(raw: Array | Tensor) -> Tensor:
+    """Rows scaled to unit norm, float32, from stored float16 [..., d] (whose norm is 1 only to 1e-3)."""
+    stored = raw if isinstance(raw, Tensor) else torch.from_numpy(np.require(raw, requirements="W"))
+    exact = stored.float()
     norms: Tensor = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
     return exact / norms
 

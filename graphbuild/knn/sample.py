@@ -23,11 +23,11 @@ def true_neighbors(vectors: ShardedArray, ids: Array, k: int) -> tuple[Array, Ar
 
     By float32 products with all N vectors: 2 n N d operations.
     """
-    queries = unit(torch.from_numpy(vectors.take(ids)), torch.float32)
+    queries = unit(vectors.take(ids))
     best = torch.full((len(ids), k), -torch.inf)
     best_ids = torch.zeros((len(ids), k), dtype=torch.int64)
     for first, block in vectors.blocks(BLOCK_ROWS):
-        tile = queries @ unit(torch.from_numpy(np.array(block)), torch.float32).T
+        tile = queries @ unit(block).T
         inside = torch.from_numpy(np.flatnonzero((ids >= first) & (ids < first + len(block))))
         tile[inside, torch.from_numpy(ids)[inside] - first] = -torch.inf
         best, best_ids = device.offer(best, best_ids, tile, first)

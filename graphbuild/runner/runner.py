@@ -21,7 +21,7 @@ from graphbuild.errors import ConfigError, GraphbuildError, InputError, StageErr
 from graphbuild.machine.gpus import gpu_here
 from graphbuild.recipe import Recipe
 from graphbuild.runner.progress import Progress
-from graphbuild.runner.stage import Stage, Task, digest, records, total_counts, write_manifest
+from graphbuild.runner.stage import Stage, Task, digest, records, write_manifest
 from graphbuild.runner.state import invalidate, pending, write_recipe
 from graphbuild.runner.workers import ATTEMPTS, Failure, Pool, attempt, record_failure
 from graphbuild.store.store import Json, Store
@@ -113,7 +113,7 @@ class Runner:
         entry = {
             "fingerprint": digest([[record["task"], record["fingerprint"]] for record in done]),
             "tasks": len(done),
-            "counts": total_counts(done),
+            "counts": stage.counts(store, done),
         }
         if manifest["stages"].get(stage.name) != entry or not stage.whole(store, manifest):
             manifest["stages"][stage.name] = entry

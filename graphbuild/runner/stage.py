@@ -63,12 +63,12 @@ class Stage:
     """The work of a step of the job (graphbuild.job.steps). It knows nothing of parallelism; that is the runner's.
 
     plan lists the tasks, reading only small files. run does one and returns its facts: JSON, its integer `counts` are
-    summed over the tasks. finish turns the records of all tasks into the `entries`, top-level keys of manifest.json;
-    whole: whether a file that it wrote beside is still there, or else it is run again. check: refuses settings before
-    any step of the verb runs. scratch: its files serve later steps of the verb alone; a crash of the machine may lose
-    them, and they go when those steps are done. note: a line to show before its first task: what was chosen, and what
-    it will take. on_device: a GPU serves it, if there is one. sharing: workers to a GPU: one computes while another
-    reads, prepares or writes.
+    summed over the tasks, or as the stage's own `counts` says. finish turns the records of all tasks into the
+    `entries`, top-level keys of manifest.json; whole: whether a file that it wrote beside is still there, or else it is
+    run again. check: refuses settings before any step of the verb runs. scratch: its files serve later steps of the
+    verb alone; a crash of the machine may lose them, and they go when those steps are done. note: a line to show before
+    its first task: what was chosen, and what it will take. on_device: a GPU serves it, if there is one. sharing:
+    workers to a GPU: one computes while another reads, prepares or writes.
     """
 
     name: str
@@ -78,6 +78,7 @@ class Stage:
     finish: Callable[[Recipe, Store, list[Json]], Json] = lambda recipe, store, records: {}
     entries: tuple[str, ...] = ()
     whole: Callable[[Store, Json], bool] = lambda store, manifest: True
+    counts: Callable[[Store, Sequence[Json]], dict[str, int]] = lambda store, records: total_counts(records)
     check: Callable[[Recipe], object] = lambda recipe: None
     scratch: bool = False
     on_device: bool = False

@@ -265,4 +265,5 @@ DOWNLOAD = Stage(
     run=run_download,
     finish=finish_download,
     entries=("download",),
+    counts=fetched.counts,
 )

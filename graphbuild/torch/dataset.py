@@ -10,7 +10,6 @@ import os
 import tarfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from graphbuild.export.sidecar import SidecarHeader, read_columns
 from graphbuild.sources.ranges import TarRanges, member_behind
 from graphbuild.sources.tars import IMAGE_EXTENSIONS
 from graphbuild.store.remote import READERS
-from graphbuild.torch.fields import Fields, SidecarFields, StoreFields
+from graphbuild.torch.fields import SidecarFields, StoreFields
 from graphbuild.torch.images import BadImages, ImageDecoder
 from graphbuild.torch.shards import Shard, check_same_graph, check_tar_size, find_shards
 
@@ -38,24 +37,6 @@ HEADERS = 16  # blocks of 512 bytes that may hold a member's headers, with a lon
 
 class SampleIndexError(ShardError, IndexError):
     """An index that names no sample. An IndexError too, which is how Python ends a loop over a sequence."""
-
-
-@dataclass(frozen=True)
-class ShardSamples:
-    """The samples of a shard that have a node and an image, in tar order: n of them.
-
-    row int64 [n]; position int32 [n]: in the tar; node, offset int64 [n] and size int32 [n]: of the image; key,
-    caption: string [n].
-    """
-
-    header: SidecarHeader
-    row: NDArray[np.int64]
-    position: NDArray[np.int32]
-    node: NDArray[np.int64]
-    offset: NDArray[np.int64]
-    size: NDArray[np.int32]
-    key: pa.StringArray
-    caption: pa.StringArray
 
 
 class Samples(Sequence[dict[str, Any]]):
@@ -110,20 +91,18 @@ class GraphDataset(Dataset[dict[str, Any]]):
         self._decoder = ImageDecoder(image_pixels, transform, bad_images)
         self.shards = find_shards(urls, sidecars)
         with ThreadPoolExecutor(READERS) as pool:
-            parts = list(pool.map(read_samples, self.shards))
-        header = parts[0].header
-        for shard, part in zip(self.shards, parts, strict=True):
-            check_same_graph(shard, part.header, header)
-        self._first_item = np.cumsum([0, *(len(part.node) for part in parts)])
-        self._row = np.concatenate([part.row for part in parts])
-        self._position = np.concatenate([part.position for part in parts])
-        self._offset = np.concatenate([part.offset for part in parts])
-        self._size = np.concatenate([part.size for part in parts])
-        self.nodes = np.concatenate([part.node for part in parts])
-        self._strings = [(part.key, part.caption) for part in parts]
+            headers, parts = zip(*pool.map(read_samples, self.shards), strict=True)
+        header = headers[0]
+        for shard, own in zip(self.shards, headers, strict=True):
+            check_same_graph(shard, own, header)
+        self._first_item = np.cumsum([0, *map(len, parts)])
+        samples = pa.concat_tables(parts)
+        numbers = ("row", "position", "offset", "size", "node")
+        self._row, self._position, self._offset, self._size, self.nodes = (np.array(samples[name]) for name in numbers)
+        self._texts = samples.select(["key", "caption"])
         if not len(self):
             raise ShardError(f"{self.shards[0].sidecar}: no sample here or in the others has a node", "name other tars")
-        self._fields: Fields = (
+        self._fields: SidecarFields | StoreFields = (
             SidecarFields(self.shards, header, self.nodes)
             if graph is None
             else StoreFields(graph, self.shards[0].sidecar, header)
@@ -142,21 +121,21 @@ class GraphDataset(Dataset[dict[str, Any]]):
         """Many samples, which is how a DataLoader asks for a batch; their bytes are read tar by tar."""
         items = self._checked(indices)
         tars = np.searchsorted(self._first_item, items, side="right") - 1
-        texts = [self._texts(item, tar) for item, tar in zip(items.tolist(), tars.tolist(), strict=True)]
-        images = self._images(items, tars, [key for key, _ in texts])
+        keys = self._strings("key", items)
+        images = self._images(items, tars, keys)
         names = [
             f"{self.shards[tar].tar}: sample {position}, key {key!r}"
-            for tar, position, (key, _) in zip(tars.tolist(), self._position[items].tolist(), texts, strict=True)
+            for tar, position, key in zip(tars.tolist(), self._position[items].tolist(), keys, strict=True)
         ]
         pictures, places = self._decoder.decode(images, names)
-        items, texts = items[places], [texts[place] for place in places]
+        items = items[places]
         nodes = self.nodes[items]
         columns = {"row": self._row[items], "node": nodes, **self._fields.take(nodes)}
         return Samples(
             {
                 "image": pictures,
-                "caption": [caption for _, caption in texts],
-                "key": [key for key, _ in texts],
+                "caption": self._strings("caption", items),
+                "key": self._strings("key", items),
                 **{name: torch.from_numpy(column) for name, column in columns.items()},
             }
         )
@@ -188,17 +167,16 @@ class GraphDataset(Dataset[dict[str, Any]]):
             item = int(np.delete(items, places)[0])
             tar = int(np.searchsorted(self._first_item, item, side="right")) - 1
             raise SampleIndexError(
-                f"{self.shards[tar].tar}: sample {self._position[item]}, key {self._texts(item, tar)[0]!r}"
+                f"{self.shards[tar].tar}: sample {self._position[item]}, key {self._texts['key'][item].as_py()!r}"
                 f" (index {item}) is twice in one batch: its views would be each other's negatives",
                 "use a sampler without replacement",
             )
         return items.astype(np.int64)
 
-    def _texts(self, item: int, tar: int) -> tuple[str, str]:
-        """The key and the caption of an item."""
-        key, caption = self._strings[tar]
-        place = item - int(self._first_item[tar])
-        return key[place].as_py(), caption[place].as_py()
+    def _strings(self, name: str, items: NDArray[np.int64]) -> list[str]:
+        """The keys or the captions of some items."""
+        column = self._texts[name]
+        return [column[item].as_py() for item in items.tolist()]
 
     def _images(self, items: NDArray[np.int64], tars: NDArray[np.int64], keys: list[str]) -> list[bytes]:
         """The encoded images of some items: each checked to be the member that the sidecar names."""
@@ -241,8 +219,11 @@ def is_image(member: tarfile.TarInfo | None, key: str, size: int) -> bool:
     return name == key and extension.lower().rsplit(".", 1)[-1] in IMAGE_EXTENSIONS
 
 
-def read_samples(shard: Shard) -> ShardSamples:
-    """The samples of a shard by its sidecar, which must fit the tar's size and itself.
+def read_samples(shard: Shard) -> tuple[SidecarHeader, pa.Table]:
+    """The header of a shard's sidecar, which must fit the tar's size and itself, and its samples with node and image.
+
+    Columns, in tar order: row int64; position int32, in the tar; node int64; offset int64 and size int32 of the image;
+    key, caption.
 
     Raises:
         ShardError: it does not, or a tar is compressed.
@@ -272,6 +253,5 @@ def read_samples(shard: Shard) -> ShardSamples:
             f" {offset[place]:,}, {size[place]:,} bytes long: not within {shard.tar}",
             RESTORE,
         )
-    key, caption = (table.column(name).combine_chunks() for name in ("key", "caption"))
-    node = table.column("node").to_numpy()
-    return ShardSamples(header, row[usable], position, node, offset, size.astype(np.int32), key, caption)
+    columns = {"row": row[usable], "position": position, "offset": offset, "size": size.astype(np.int32)}
+    return header, pa.table(columns | {name: table[name] for name in ("node", "key", "caption")})

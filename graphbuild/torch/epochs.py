@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -36,24 +36,25 @@ class Part:
     last: int | None = None
 
 
+@dataclass(eq=False)
 class Epochs:
     """The epochs of some shards. batch_size to equal_ranks: as for `graph_webdataset`.
 
     equal_ranks counts at once: workers then have the counts from this process.
     """
 
-    def __init__(
-        self, shards: list[Shard], *, batch_size: int, shuffled: bool, seed: int, partial: bool, equal_ranks: bool
-    ) -> None:
-        self.shards = shards
-        self._batch_size = batch_size
-        self._shuffled = shuffled
-        self._seed = seed
-        self._partial = partial
-        self._equal_ranks = equal_ranks
+    shards: list[Shard]
+    _: KW_ONLY
+    batch_size: int
+    shuffled: bool
+    seed: int
+    partial: bool
+    equal_ranks: bool
+
+    def __post_init__(self) -> None:
         self._samples: dict[str, int] = {}  # by tar
-        if equal_ranks:
-            self._count(shards)
+        if self.equal_ranks:
+            self._count(self.shards)
 
     @cached_property
     def header(self) -> SidecarHeader:
@@ -72,12 +73,12 @@ class Epochs:
             ConfigError: with equal_ranks, where a rank has no batch.
         """
         own = self._whole(epoch, rank, ranks, workers)
-        if not self._equal_ranks:
+        if not self.equal_ranks:
             return own
         every = [sum(self._whole(epoch, other, ranks, workers)) for other in range(ranks)]
         if min(every) == 0:
             raise ConfigError(
-                f"equal_ranks: with {workers} worker(s) rank {every.index(0)} has no batch of {self._batch_size}"
+                f"equal_ranks: with {workers} worker(s) rank {every.index(0)} has no batch of {self.batch_size}"
                 f" in epoch {epoch}",
                 "use fewer workers, smaller batches, or more and smaller shards",
             )
@@ -91,7 +92,7 @@ class Epochs:
             ShardError, ConfigError: as `batches`; a ShardError too where the epoch has fewer batches.
         """
         shards = self._dealt(epoch, rank, ranks)
-        if not skip and not self._equal_ranks:
+        if not skip and not self.equal_ranks:
             return Part(worker, shards[worker::workers])
         batches = self.batches(epoch, rank, ranks, workers)
         if skip > sum(batches):
@@ -101,7 +102,7 @@ class Epochs:
             )
         turn, taken = resume_point(batches, skip)
         stream = (worker + turn) % workers  # the new DataLoader begins with its worker 0
-        last = batches[stream] if self._equal_ranks else None
+        last = batches[stream] if self.equal_ranks else None
         return Part(stream, shards[stream::workers], int(taken[stream]), last)
 
     def _dealt(self, epoch: int, rank: int, ranks: int) -> list[Shard]:
@@ -112,15 +113,15 @@ class Epochs:
                 "write smaller shards, at least one for each rank and worker, or use fewer ranks",
             )
         shards = list(self.shards)
-        if self._shuffled:
-            random.Random(f"shards {self._seed} {epoch}").shuffle(shards)
+        if self.shuffled:
+            random.Random(f"shards {self.seed} {epoch}").shuffle(shards)
         return shards[rank::ranks]
 
     def _whole(self, epoch: int, rank: int, ranks: int, workers: int) -> list[int]:
         """The batches of each worker, [workers], to the end of its shards."""
         samples = self._count(self._dealt(epoch, rank, ranks))
-        size = self._batch_size
-        return [(sum(samples[w::workers]) + (size - 1 if self._partial else 0)) // size for w in range(workers)]
+        size = self.batch_size
+        return [(sum(samples[w::workers]) + (size - 1 if self.partial else 0)) // size for w in range(workers)]
 
     def _count(self, shards: Sequence[Shard]) -> list[int]:
         """The samples that each shard gives, [n]."""

@@ -6,9 +6,9 @@ embedding float32 [B, d], unit norm, or sketch float32 [B, b].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,18 +18,13 @@ from graphbuild.export.quantized import unit_rows
 from graphbuild.export.sidecar import SidecarHeader
 from graphbuild.graph.sketch import BYTES, unpack
 from graphbuild.store.remote import READERS
-from graphbuild.store.store import Store
 from graphbuild.torch.shards import Shard, read_sidecar
 
 if TYPE_CHECKING:
     from graphbuild.graph.sample_graph import SampleGraph
 
 Nodes = NDArray[np.int64]
-
-
-class Fields(Protocol):
-    def take(self, nodes: Nodes) -> dict[str, NDArray[Any]]:
-        """The fields of nodes [B], by name."""
+GRAPH_FIELDS = ("embedding", "sketch", "neighbors", "similarities", "background")
 
 
 class StoreFields:
@@ -39,15 +34,15 @@ class StoreFields:
     """
 
     def __init__(self, graph: SampleGraph, sidecar: str, header: SidecarHeader) -> None:
-        built = Store(graph.url).manifest()["graph"]["fingerprint"]
-        if built != header.graph:
+        if graph.fingerprint != header.graph:
             raise ConfigError(
-                f"{sidecar} was exported from graph {header.graph!r}; {graph.url} holds {built!r}",
+                f"{sidecar} was exported from graph {header.graph!r}; {graph.url} holds {graph.fingerprint!r}",
                 "open the graph of the sidecars' store, or run `graphbuild export` on that store again",
             )
         self._graph = graph
 
     def take(self, nodes: Nodes) -> dict[str, NDArray[Any]]:
+        """The fields of nodes [B], by name."""
         neighbors, similarities = self._graph.neighbors(nodes)
         return {
             "neighbors": neighbors,
@@ -74,7 +69,6 @@ class SidecarFields:
         }
         if header.embeddings == "sketch:64":
             self._columns["sketch"] = np.empty((count, min(header.d, BYTES)), np.uint8)
-            self._sketch_steps = np.array(header.sketch_steps, np.float32)
         elif header.embeddings != "none":
             self._columns["embedding"] = np.empty((count, header.d), header.embeddings)
         with ThreadPoolExecutor(READERS) as pool:
@@ -88,12 +82,17 @@ class SidecarFields:
             column[places] = getattr(sidecar, name)[wanted]
 
     def take(self, nodes: Nodes) -> dict[str, NDArray[Any]]:
+        """The fields of nodes [B], by name."""
         places = np.searchsorted(self._nodes, nodes)
-        stored = {name: column[places] for name, column in self._columns.items()}
-        types = {"neighbors": np.int64, "similarities": np.float32, "background": np.float32}
-        fields = {name: stored[name].astype(kind) for name, kind in types.items()}
-        if "embedding" in stored:
-            fields["embedding"] = unit_rows(stored["embedding"])
-        if "sketch" in stored:
-            fields["sketch"] = unpack(stored["sketch"], self._sketch_steps)
-        return fields
+        return as_in_batch({name: column[places] for name, column in self._columns.items()}, self._header)
+
+
+def as_in_batch(stored: Mapping[str, NDArray[Any]], header: SidecarHeader) -> dict[str, NDArray[Any]]:
+    """GRAPH_FIELDS as a batch holds them, of rows [B] of a sidecar's columns; those that it lacks are left out."""
+    types = {"neighbors": np.int64, "similarities": np.float32, "background": np.float32}
+    fields = {name: stored[name].astype(kind) for name, kind in types.items()}
+    if "embedding" in stored:
+        fields["embedding"] = unit_rows(stored["embedding"])
+    if "sketch" in stored:
+        fields["sketch"] = unpack(stored["sketch"], np.array(header.sketch_steps, np.float32))
+    return fields

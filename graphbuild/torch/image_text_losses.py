@@ -25,7 +25,9 @@ MAX_CLIP_SCALE = 100.0
 class _ClipLikeLoss(PairLoss):
     """The mean of the image-to-text and the text-to-image cross entropy at one, perhaps learnable, temperature."""
 
-    def __init__(self, tau: float, learnable: bool, gather: bool, process_group: ProcessGroup | None) -> None:
+    def __init__(
+        self, tau: float = 0.07, learnable: bool = False, gather: bool = True, process_group: ProcessGroup | None = None
+    ) -> None:
         super().__init__(gather, process_group)
         check_temperature("tau", tau)
         self.tau = tau
@@ -94,11 +96,6 @@ class CWCLLoss(_ClipLikeLoss):
     Raises:
         ConfigError: a temperature that is not above 0.
     """
-
-    def __init__(
-        self, tau: float = 0.07, learnable: bool = False, gather: bool = True, process_group: ProcessGroup | None = None
-    ) -> None:
-        super().__init__(tau, learnable, gather, process_group)
 
     def of_batch(self, batch: JointBatch) -> Tensor:
         weights = batch.similarities().add_(1).div_(2).clamp_min_(0)

@@ -26,7 +26,7 @@ from torch.nn.functional import log_softmax, nll_loss, normalize
 
 from graphbuild.errors import GraphbuildError, InputError
 from graphbuild.torch.gather import Fact, Ranks
-from graphbuild.torch.targets import ALONE, Targets, check_temperature, self_columns
+from graphbuild.torch.targets import ALONE, Targets, check_temperature, compute_dtype, self_columns
 
 VIEWS = 2
 GATHERED = ("embeddings", "similarities", "labels", "class_priors", "node", "sketch")
@@ -123,7 +123,7 @@ class PairLoss(nn.Module, ABC):
         checked, refused = _checked(z1, z2, targets)
         ranks.check_same(_facts(z1, checked) if refused is None else dict.fromkeys(FACTS), refused, z1.device)
         with torch.autocast(z1.device.type, enabled=False):
-            own = torch.stack([z1, z2]).to(_compute_dtype(z1))
+            own = torch.stack([z1, z2]).to(compute_dtype(z1))
             own = normalize(own, dim=2) if self.unit_norm else own
             return self.of_batch(JointBatch(own, ranks.concatenate(own, dim=1), checked.to(own.device), ranks))
 
@@ -201,11 +201,7 @@ def _check_lengths(z1: Tensor, z2: Tensor, targets: Targets) -> None:
 def _facts(z: Tensor, targets: Targets) -> dict[str, Fact]:
     """What has to agree over ranks, by FACTS: width (1 of a vector) and dtype of a tensor, 0 and None where none is."""
     given = targets.tensors()
-    facts: list[Fact] = [*z.shape, _compute_dtype(z)]
+    facts: list[Fact] = [*z.shape, compute_dtype(z)]
     for tensor in (given.get(name) for name in GATHERED):
         facts += [0, None] if tensor is None else [tensor.shape[-1], tensor.dtype]
     return dict(zip(FACTS, facts, strict=True))
-
-
-def _compute_dtype(z: Tensor) -> torch.dtype:
-    return torch.float64 if z.dtype == torch.float64 else torch.float32

@@ -12,57 +12,29 @@ import logging
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 from itertools import chain, groupby, islice
 from typing import Any
 
 import numpy as np
 import torch
 import webdataset as wds
-from numpy.typing import NDArray
 from torch.utils.data import IterableDataset
 from webdataset.utils import pytorch_worker_info
 
 from graphbuild.errors import ConfigError
-from graphbuild.export.quantized import unit_rows
 from graphbuild.export.sidecar import SidecarHeader
-from graphbuild.graph.sketch import unpack
 from graphbuild.torch.epochs import Epochs, Position
+from graphbuild.torch.fields import GRAPH_FIELDS, as_in_batch
 from graphbuild.torch.images import BadImages, ImageDecoder
 from graphbuild.torch.ranks import live_rank
 from graphbuild.torch.shards import JoinedSample, Shard, find_shards, joined_samples, member_value
 
 logger = logging.getLogger(__name__)
 
-BATCH_FIELDS = (
-    "image",
-    "caption",
-    "key",
-    "row",
-    "node",
-    "embedding",
-    "sketch",
-    "neighbors",
-    "similarities",
-    "background",
-)
+BATCH_FIELDS = ("image", "caption", "key", "row", "node", *GRAPH_FIELDS)
 
 
-def graph_webdataset(
-    urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    *,
-    batch_size: int,
-    sidecars: str | os.PathLike[str] | None = None,
-    shuffle: int = 1000,
-    seed: int = 0,
-    image_pixels: int | None = None,
-    transform: Callable[[Any], Any] | None = None,
-    bad_images: BadImages = "raise",
-    extra: Sequence[str] = (),
-    partial: bool = True,
-    equal_ranks: bool = False,
-    split_by_rank: bool = True,
-) -> GraphWebDataset:
+class GraphWebDataset(IterableDataset[dict[str, Any]]):
     """Batches of images with captions, embeddings and neighbours, from tars and the sidecars beside them.
 
     Use it as it is or behind `torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=n)`. Shards
@@ -92,8 +64,8 @@ def graph_webdataset(
             compressed tar).
         split_by_rank: False gives every rank all shards, as an evaluation on one rank needs.
 
-    Returns:
-        An iterable of dicts: image uint8 [B, 3, P, P], a list of [3, H, W] without image_pixels, or the
+    Yields:
+        Dicts: image uint8 [B, 3, P, P], a list of [3, H, W] without image_pixels, or the
         collated results of transform; caption and key: lists of B; row and node int64 [B]; embedding float32
         [B, d], unit norm (absent from a store exported without); neighbors int64 [B, k], node ids;
         similarities float32 [B, k], descending; background float32 [B, 2], mean and deviation; and a list of
@@ -105,51 +77,36 @@ def graph_webdataset(
             another format version or graph, or the two differ in size, number, order or keys of their
             samples.
     """
-    if batch_size < 1 or shuffle < 0:
-        raise ConfigError(f"batch_size = {batch_size}, shuffle = {shuffle}", "batch_size starts at 1, shuffle at 0")
-    if isinstance(extra, str) or not set(extra).isdisjoint(BATCH_FIELDS):
-        raise ConfigError(
-            f"extra = {extra!r}", f'pass a list of extensions, such as ("json",), apart from {BATCH_FIELDS}'
-        )
-    return GraphWebDataset(
-        find_shards(urls, sidecars),
-        ImageDecoder(image_pixels, transform, bad_images),
-        batch_size=batch_size,
-        shuffle=shuffle,
-        seed=seed,
-        extra=tuple(extra),
-        partial=partial,
-        equal_ranks=equal_ranks,
-        split_by_rank=split_by_rank,
-    )
-
-
-class GraphWebDataset(IterableDataset[dict[str, Any]]):
-    """What `graph_webdataset` returns; made there, where its options are checked and described."""
 
     def __init__(
         self,
-        shards: list[Shard],
-        decoder: ImageDecoder,
+        urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         *,
         batch_size: int,
-        shuffle: int,
-        seed: int,
-        extra: tuple[str, ...],
-        partial: bool,
-        equal_ranks: bool,
-        split_by_rank: bool,
+        sidecars: str | os.PathLike[str] | None = None,
+        shuffle: int = 1000,
+        seed: int = 0,
+        image_pixels: int | None = None,
+        transform: Callable[[Any], Any] | None = None,
+        bad_images: BadImages = "raise",
+        extra: Sequence[str] = (),
+        partial: bool = True,
+        equal_ranks: bool = False,
+        split_by_rank: bool = True,
     ) -> None:
-        self.shards = shards
-        self._decoder = decoder
-        self._batch_size = batch_size
+        if batch_size < 1 or shuffle < 0:
+            raise ConfigError(f"batch_size = {batch_size}, shuffle = {shuffle}", "batch_size starts at 1, shuffle at 0")
+        if isinstance(extra, str) or not set(extra).isdisjoint(BATCH_FIELDS):
+            raise ConfigError(
+                f"extra = {extra!r}", f'pass a list of extensions, such as ("json",), apart from {BATCH_FIELDS}'
+            )
+        self.shards = find_shards(urls, sidecars)
+        self._decoder = ImageDecoder(image_pixels, transform, bad_images)
         self._shuffle = shuffle
-        self._seed = seed
-        self._extra = extra
-        self._partial = partial
+        self._extra = tuple(extra)
         self._split_by_rank = split_by_rank
         self._epochs = Epochs(
-            shards,
+            self.shards,
             batch_size=batch_size,
             shuffled=shuffle > 0,
             seed=seed,
@@ -200,10 +157,6 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
         """The first shard's header; all shards must share its encoder, d, k, embeddings and graph."""
         return self._epochs.header
 
-    @cached_property
-    def _sketch_steps(self) -> NDArray[np.float32]:
-        return np.array(self.header.sketch_steps, np.float32)
-
     def __iter__(self) -> Iterator[dict[str, Any]]:
         rank, ranks = self._rank_and_ranks()
         _, _, worker, workers = pytorch_worker_info()
@@ -213,16 +166,16 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
         for batch in wds.DataPipeline(
             lambda: iter(part.shards),
             self._join,
-            *self._shuffled(random.Random(f"samples {self._seed} {epoch} {rank} {part.stream}")),
-            wds.batched(self._batch_size, collation_fn=None, partial=self._partial),
+            *self._shuffled(random.Random(f"samples {self._epochs.seed} {epoch} {rank} {part.stream}")),
+            wds.batched(self._epochs.batch_size, collation_fn=None, partial=self._epochs.partial),
             lambda batches: map(self._collate, islice(batches, part.first, part.last)),
         ):
             yield batch
             given += 1
-        if not given and not skip and not self._partial:
+        if not given and not skip and not self._epochs.partial:
             logger.warning(
                 f"rank {rank}, worker {worker} of {workers}: no batch. A batch does not span workers, and this one's"
-                f" {len(part.shards)} of {len(self.shards)} tars do not fill one of {self._batch_size} samples:"
+                f" {len(part.shards)} of {len(self.shards)} tars do not fill one of {self._epochs.batch_size} samples:"
                 " use fewer workers or a smaller batch_size"
             )
 
@@ -258,26 +211,21 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
         images, chosen = self._decoder.decode([sample.image for sample in samples], [sample.name for sample in samples])
         samples = [samples[i] for i in chosen]
         places = [(sample.sidecar, sample.position) for sample in samples]
+        stored = {
+            name: np.stack([getattr(sidecar, name)[position] for sidecar, position in places])
+            for name in ("row", "node", *GRAPH_FIELDS)
+            if getattr(places[0][0], name) is not None
+        }
+        columns = {"row": stored["row"], "node": stored["node"], **as_in_batch(stored, self.header)}
         batch: dict[str, Any] = {
             "image": self._decoder.collate(images),
             "caption": [sidecar.caption[position] for sidecar, position in places],
             "key": [sidecar.key[position] for sidecar, position in places],
-            "row": _column([sidecar.row[position] for sidecar, position in places], np.int64),
-            "node": _column([sidecar.node[position] for sidecar, position in places], np.int64),
-            "neighbors": _column([sidecar.neighbors[position] for sidecar, position in places], np.int64),
-            "similarities": _column([sidecar.similarities[position] for sidecar, position in places], np.float32),
-            "background": _column([sidecar.background[position] for sidecar, position in places], np.float32),
+            **{name: torch.from_numpy(column) for name, column in columns.items()},
         }
-        stored = [sidecar.embedding[position] for sidecar, position in places if sidecar.embedding is not None]
-        if stored:
-            batch["embedding"] = torch.from_numpy(unit_rows(np.stack(stored)))
-        sketches = [sidecar.sketch[position] for sidecar, position in places if sidecar.sketch is not None]
-        if sketches:
-            batch["sketch"] = torch.from_numpy(unpack(np.stack(sketches), self._sketch_steps))
         for name in self._extra:
             batch[name] = [member_value(sample, name) for sample in samples]
         return batch
 
 
-def _column(values: list[Any], dtype: type[np.generic]) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(values, dtype=dtype))
+graph_webdataset = GraphWebDataset  # the public name

@@ -134,7 +134,7 @@ class NeighborBatchSampler(Sampler[list[int]]):
         return self._order.items[self._plan().order]
 
     def report(self, batches: int = 1_000) -> dict[str, int | float]:
-        """What this epoch's batches hold, beside random ones of the same sizes, on all ranks (`NeighborOrder.report`).
+        """What this epoch's batches hold, beside random ones of the same sizes, on all ranks.
 
         anchors: the samples of a batch. edges_per_anchor: stored edges i -> j (any of the k) to other samples j of
         i's batch; anchors_with_edge: the share that has one or more; random_...: the same of random batches. All are

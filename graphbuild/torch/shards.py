@@ -28,7 +28,6 @@ from graphbuild.store.remote import file_system, reaching
 
 logger = logging.getLogger(__name__)
 
-EXPORT = "run `graphbuild export` again"
 ELSEWHERE = "check the path; tars that graphbuild downloaded lie in the store's shards/"
 SHARED_BY_SHARDS = ("encoder", "d", "k", "embeddings", "graph", "chunk")
 

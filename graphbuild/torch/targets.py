@@ -126,7 +126,7 @@ class Targets:
             block = self.edges.block(ranks)
         elif self.similarities is not None:
             _check_columns(self.similarities, ranks)
-            block = self.similarities.detach().to(_compute_dtype(self.similarities), copy=True)
+            block = self.similarities.detach().to(compute_dtype(self.similarities), copy=True)
         else:
             raise ConfigError(
                 "targets have no embeddings, similarities, labels or edges", "pass one of the four: docs/training.md"
@@ -224,7 +224,7 @@ def self_columns(anchors: int, images: int, first: int, views: int, device: torc
 def unit_embeddings(embeddings: Tensor) -> Tensor:
     """[B, d] embeddings as detached float32 (float64 stays) of unit norm; zero rows stay zero, NaN stays."""
     # The largest entry goes first: squares of tiny or huge float16 and int8 values stay in range.
-    exact = embeddings.detach().to(_compute_dtype(embeddings))
+    exact = embeddings.detach().to(compute_dtype(embeddings))
     exact = exact / exact.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(exact.dtype).tiny)
     return torch.nn.functional.normalize(exact, dim=1)
 
@@ -282,5 +282,6 @@ def _check_columns(similarities: Tensor, ranks: Ranks) -> None:
         )
 
 
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """What is computed in, of what is given: float64 of float64, else float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

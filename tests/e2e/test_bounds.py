@@ -44,7 +44,7 @@ def save_vectors(path: Path, count: int, width: int) -> Path:
 
 READ = """
 import sys
-from graphbuild.graph import SampleGraph
+from graphbuild import SampleGraph
 
 graph = SampleGraph.open(sys.argv[1])
 nodes = range(0, len(graph), 3)

@@ -29,7 +29,7 @@ Picture = tuple[bytes, str]
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 WriteTar = Callable[[Path, Iterable[tuple[str, bytes]]], None]
 Digests = dict[str, str]
-DERIVED = {"manifest.json", "shards/sizes.json"}  # written again, the same, whenever their stage has had work
+DERIVED = {"manifest.json", "shards.parquet", "shards/sizes.json"}  # written again, the same, when their stage has work
 K = 5
 TARS, SAMPLES = 4, 12  # samples a tar
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from graphbuild.errors import ConfigError, InputError, ShardError
-from graphbuild.export.quantized import quantize_int8
+from graphbuild.export.quantized import quantize_int8, unit_rows
 from graphbuild.export.sidecar import Sidecar, SidecarHeader, TarIdentity, read_columns, sidecar_schema
 
 D, K, ROWS, WITHOUT_NODE = 6, 3, 5, 2
@@ -107,7 +107,8 @@ def test_reads_what_was_written(tmp_path: Path, embeddings: Any) -> None:
 def test_embeddings_are_unit_norm_and_zero_without_a_node(tmp_path: Path, embeddings: Any) -> None:
     data = columns(embeddings)
     sidecar = Sidecar.read(write(tmp_path / "s.parquet", data, header(embeddings=embeddings)))
-    unit = sidecar.embeddings()
+    assert sidecar.embedding is not None
+    unit = unit_rows(sidecar.embedding)
     assert unit.dtype == np.float32
     assert not unit[WITHOUT_NODE].any()
     for row in (0, 1, 3, 4):
@@ -115,11 +116,9 @@ def test_embeddings_are_unit_norm_and_zero_without_a_node(tmp_path: Path, embedd
         np.testing.assert_allclose(unit[row], exact / np.linalg.norm(exact), atol=1e-6)
 
 
-def test_a_store_without_embeddings_says_so(tmp_path: Path) -> None:
+def test_a_store_without_embeddings_has_none(tmp_path: Path) -> None:
     sidecar = Sidecar.read(write(tmp_path / "s.parquet", columns(), header(embeddings="none")))
     assert sidecar.embedding is None
-    with pytest.raises(ConfigError, match="--embeddings int8"):
-        sidecar.embeddings()
 
 
 def test_other_tools_read_the_file_without_graphbuild(tmp_path: Path) -> None:
@@ -146,7 +145,8 @@ def test_an_empty_shard_has_no_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "s.parquet", {name: [] for name in columns()}, header(rows=0))
     sidecar = Sidecar.read(path)
     assert sidecar.neighbors.shape == (0, K)
-    assert sidecar.embeddings().shape == (0, D)
+    assert sidecar.embedding is not None
+    assert sidecar.embedding.shape == (0, D)
     assert read_header(path)[1] == 0
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from graphbuild import SampleGraph
 from graphbuild.errors import GraphbuildError, QualityError, StageError
-from graphbuild.graph import SampleGraph
 from graphbuild.graph.certify import (
     certify_afresh,
     check_lists,
@@ -62,7 +63,7 @@ def test_background_is_mean_and_deviation_over_the_nodes_outside_the_list(tmp_pa
 
 
 def test_background_is_zero_when_every_other_node_is_a_neighbour() -> None:
-    assert not background_of(np.eye(3, dtype=np.float16), np.zeros((3, 2), np.float32), np.zeros((4, 3)), 3).any()
+    assert not background_of(torch.eye(3), np.zeros((3, 2), np.float32), np.zeros((4, 3)), 3).any()
 
 
 def test_certificate_of_an_exact_graph_is_one(tmp_path: Path, vectors: np.ndarray) -> None:
@@ -111,12 +112,12 @@ def test_a_graph_under_the_floor_fails_and_is_not_marked_done(
 ) -> None:
     from graphbuild.knn import exact, lists
 
-    def poor(groups: list[tuple[int, int]], *rest: object) -> tuple[np.ndarray, np.ndarray]:
+    def poor(*_: object) -> tuple[np.ndarray, np.ndarray]:
         ids = np.arange(200)
         keys = lists.pack(np.zeros((200, 9)), (ids[:, None] + 1 + np.arange(9)) % 200)
         return ids, np.sort(keys, axis=1)[:, ::-1]
 
-    monkeypatch.setattr(exact, "join", poor)
+    monkeypatch.setattr(exact.Exact, "join", poor)
     monkeypatch.setattr(exact, "proved", lambda candidates, *rest: np.ones(len(candidates), bool))
     with pytest.raises(GraphbuildError, match="under the floor") as error:
         built(tmp_path, vectors, k=9)

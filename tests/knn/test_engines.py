@@ -138,11 +138,13 @@ def test_exact_on_torch_alone_as_on_a_gpu_gives_the_same_graph(tmp_path: Path, m
     monkeypatch.setattr(device, "ROWS", 100)
     monkeypatch.setattr(device, "COLUMNS", 130)
 
-    def join(*arguments: Any) -> Any:
-        with other_device() as place:
-            return exact.join_on_device(*arguments, place.type)
+    join = exact.Exact.join
 
-    monkeypatch.setattr(exact, "join", join)
+    def join_on_device(self: exact.Exact, argument: Any, inputs: Any, length: int, _: str) -> Any:
+        with other_device() as place:
+            return join(self, argument, inputs, length, place.type)
+
+    monkeypatch.setattr(exact.Exact, "join", join_on_device)
     assert_exact(build(tmp_path, x, engine="exact", k=9), x, 9)
 
 
@@ -177,7 +179,7 @@ def test_a_device_that_refuses_int8_products_has_none(monkeypatch: pytest.Monkey
 def test_lists_that_the_error_bound_does_not_prove_are_searched_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exact, "list_length", lambda k, nodes: k)
+    monkeypatch.setattr(exact.Exact, "length", lambda self, k, nodes: k)
     x = clustered(600)
     store = build(tmp_path, x, engine="exact", k=9)
     assert searched_again(store) == 600
@@ -464,15 +466,15 @@ def test_scratch_is_gone_when_the_graph_is_whole_and_a_rerun_does_nothing(tmp_pa
 def test_a_build_that_stopped_takes_up_its_finished_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = clustered(900)
     monkeypatch.setattr(exact, "GROUP_ROWS", 300)
-    whole_join, calls = exact.join, []
+    whole_join, calls = exact.Exact.join, []
 
-    def failing(groups: list[tuple[int, int]], *rest: object) -> object:
-        calls.append(groups)
+    def failing(self: exact.Exact, argument: Any, *rest: Any) -> object:
+        calls.append(argument)
         if len(calls) == 4:
             raise RuntimeError("power")
-        return whole_join(groups, *rest)  # type: ignore[arg-type]
+        return whole_join(self, argument, *rest)
 
-    monkeypatch.setattr(exact, "join", failing)
+    monkeypatch.setattr(exact.Exact, "join", failing)
     with pytest.raises(GraphbuildError, match="power"):
         build(tmp_path, x, engine="exact", k=9)
     assert len(calls) == 6
@@ -494,7 +496,7 @@ def test_real_captions_agree_with_faiss(tmp_path: Path, shared_data: Path) -> No
     faiss = faiss_index.import_faiss()
     x = np.load(shared_data / "embeddings" / "minilm_50k.npy", mmap_mode="r")[:6_000]
     neighbors, similarities = graph(build(tmp_path, x, shard_size=2_500, engine="exact", k=32))
-    unit = faiss_index.unit(whole(Store(str(tmp_path / "store")), "nodes/*.npy"))
+    unit = products.unit(whole(Store(str(tmp_path / "store")), "nodes/*.npy")).numpy()
     scores, found = faiss.knn(unit, unit, 33, metric=faiss.METRIC_INNER_PRODUCT)
     np.testing.assert_allclose(similarities[:1_000], scores[:1_000, 1:], atol=6e-4)
     agreement = np.mean(

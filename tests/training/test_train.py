@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,12 @@ LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 EPOCHS, BATCH, STEPS = 6, 60, 6  # three train shards of 120
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def command(store: str, run_dir: Path, **more: object) -> list[str]:
@@ -63,7 +67,6 @@ def steps(run_dir: Path) -> list[dict[str, Any]]:
 def whole_run(scenes_store: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupted; output.txt holds what it printed."""
     run_dir = tmp_path_factory.mktemp("whole")
-    torch.set_num_threads(1)
     with (run_dir / "output.txt").open("w") as output, contextlib.redirect_stdout(output):
         main(command(scenes_store, run_dir, labels="colour,background")[1:])
     return run_dir
@@ -245,7 +248,8 @@ def test_bfloat16_is_near_float32_and_keeps_weights_in_it(scenes_store: str, tmp
         train(small(scenes_store, epochs=1, precision=precision), tmp_path / precision, HERE)
     exact, rounded = ([line["loss"] for line in steps(tmp_path / name)] for name in ("float32", "bfloat16"))
     assert exact != rounded
-    assert rounded == pytest.approx(exact, rel=0.01)
+    assert rounded[0] == pytest.approx(exact[0], rel=0.005)  # of the same weights
+    assert rounded == pytest.approx(exact, rel=0.03)  # Adam makes steps of rounding errors, others on other processors
     _, model = load_run(tmp_path / "bfloat16")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 

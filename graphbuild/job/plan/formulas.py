@@ -18,7 +18,8 @@ from graphbuild.job.plan.job import Job
 from graphbuild.job.plan.machine import Machine
 from graphbuild.job.plan.rates import NEAR_BYTES, Rates
 from graphbuild.knn import device as gpu
-from graphbuild.knn.engine import FAISS_TASK_NODES, Engine, bytes_a_node, choose, nodes_at_once
+from graphbuild.knn.engine import Engine, bytes_a_node, choose, nodes_at_once
+from graphbuild.knn.faiss_index import TASK_NODES as FAISS_TASK_NODES
 from graphbuild.knn.leaders import FLAT_GROUPS, GROUP_LEADERS, NODES_PER_LEADER, PROBED_GROUPS, leader_count
 from graphbuild.knn.partition import FANS, MISSING_AFTER_REFINEMENT
 from graphbuild.knn.sample import SAMPLE

@@ -1,9 +1,9 @@
 """BERT-like encoders with 8-bit matrix products, by OpenVINO (the extra `[int8]`), on one CPU thread.
 
 Weights are rounded to 8 bits, a scale a row; activations as they come, a scale to GROUP of them: there is nothing to
-calibrate. A batch holds texts of one length: nothing is padded, and a text's embedding is the same to the last bit in
-any batch (tests/nodes/encoder). Conversion takes seconds a process; OpenVINO's own tool for it would report to its
-makers.
+calibrate. A batch holds texts of one length: nothing is padded, and on a CPU with 8-bit products (VNNI) a text's
+embedding is the same to the last bit in any batch (tests/nodes/encoder); on others OpenVINO's sums follow the batch.
+Conversion takes seconds a process; OpenVINO's own tool for it would report to its makers.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ FAMILIES = {
         lambda: DistilBertConfig(dim=48, n_heads=4, n_layers=2, hidden_dim=96, vocab_size=VOCABULARY),
     ),
 }
+VNNI = "vnni" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else False
 INT8 = pytest.param("int8", marks=pytest.mark.skipif(not find_spec("openvino"), reason="needs graphbuild[int8]"))
 WORDS = [
     "a",
@@ -221,6 +222,8 @@ def default(precision: str = "auto", **options: object) -> Model:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", INT8])
 def test_a_text_has_the_same_bytes_in_any_batch(precision):
+    if precision == "int8" and not VNNI:
+        pytest.skip("OpenVINO's sums depend on the batch where the CPU has no 8-bit products (VNNI)")
     texts = captions(400, longest=60)
     model = default(precision)
     together = model.encode(texts).vectors
