@@ -1,4 +1,4 @@
-"""What a recipe is about to do, in numbers: rows, shards, samples, nodes, tokens, bytes.
+"""What a recipe is about to do, in numbers (rows, shards, samples, nodes, tokens, bytes), and what a store has of it.
 
 Read from what is there: footers of parquet and .npy files, headers of the first tar, a sample of a text list, a store's
 manifest. Nothing is read whole. What cannot be known before the job has run is assumed, and said (`Job.assumed`).
