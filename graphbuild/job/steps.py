@@ -241,10 +241,10 @@ def replaced_by(step: Step, recipe: Recipe, store: Store, *, force: bool) -> lis
     maker = next((other for other in sources if other.finished(store)), None)
     if maker is None or not tasks or step not in sources:
         return []
-    done = maker.finished(store)
-    before, now = (_source(task) for task in (store.read_jsons(dict([*done.items()][:1]))[0] or {}, vars(tasks[0])))
-    kept = {state_path(step.name, task.name) for task in tasks} & done.keys()
-    if before == now and kept:
+    done, first = maker.finished(store), state_path(step.name, tasks[0].name)
+    path = first if first in done else min(done)
+    before, now = (_source(task) for task in (store.read_jsons({path: done[path]})[0] or {"built": {}}, vars(tasks[0])))
+    if before == now and not done.keys().isdisjoint(state_path(step.name, task.name) for task in tasks):
         return []
     gone = STEPS[next(number for number, other in enumerate(STEPS) if other.verb == step.verb) :]
     if not force:
