@@ -7,11 +7,12 @@ compacted and selected from, so that selection does not cost more than the produ
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+from graphbuild.knn.products import products, unit
 
-from graphbuild.knn.products import Tensor, products, unit
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROWS = 16_384
 COLUMNS = 32_768
@@ -29,6 +30,8 @@ class Side(NamedTuple):
 
 def encode(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Codes int8 [n, d] and scales float32 [n] of float16 vectors on their device, as in `graphbuild.knn.codes`."""
+    import torch
+
     codes = torch.empty(vectors.shape, dtype=torch.int8, device=vectors.device)
     scales = torch.empty(len(vectors), device=vectors.device)
     for at in range(0, len(vectors), ROWS):
@@ -49,6 +52,8 @@ def search(own: Side, others: Side, length: int) -> Iterator[tuple[Tensor, Tenso
 
 
 def _search(own: Side, others: Side, length: int) -> tuple[Tensor, Tensor]:
+    import torch
+
     count, place = len(own.codes), own.codes.device
     best = torch.full((count, length), -torch.inf, device=place)
     best_ids = torch.full((count, length), NO_NODE, dtype=torch.int64, device=place)
@@ -69,6 +74,8 @@ def offer(
 
     What a full top-k of the tile would give, but only scores above a list's last, and its floor, are selected from.
     """
+    import torch
+
     count, length = best.shape
     worst = best[:, -1] if floors is None else torch.maximum(best[:, -1], floors)
     if bool(torch.isinf(worst).all()):  # nothing to compare with yet
@@ -90,6 +97,8 @@ def offer(
 
 def keys(scores: Tensor, ids: Tensor) -> Tensor:
     """Keys int64 [n, c] of lists, as `graphbuild.knn.lists` packs them, in descending order."""
+    import torch
+
     bits = scores.view(torch.int32).long()
     packed = (torch.where(bits < 0, bits ^ NO_NODE, bits) << 32) | (NO_NODE - ids)
     return packed.sort(dim=1, descending=True).values

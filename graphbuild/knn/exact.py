@@ -15,7 +15,6 @@ from itertools import combinations_with_replacement
 from typing import Any
 
 import numpy as np
-import torch
 
 from graphbuild.knn import device as gpu
 from graphbuild.knn import kernels, lists
@@ -72,6 +71,8 @@ class Exact:
 
     def join(self, argument: Any, inputs: Inputs, length: int, device: str) -> tuple[Array, Array]:
         """Lists of one group's nodes within it, or of two groups' nodes in the other."""
+        import torch
+
         groups = [(int(first), int(count)) for first, count in argument]
         ids = np.concatenate([np.arange(first, first + count) for first, count in groups])
         if device != "cpu":
@@ -94,6 +95,8 @@ class Exact:
 
 def _join_on_device(groups: list[tuple[int, int]], inputs: Inputs, length: int, place: str) -> Array:
     """The same lists by torch operations alone, each pair from both sides: what a GPU runs."""
+    import torch
+
     sides = [
         gpu.Side(
             group[0],

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from graphbuild.errors import ConfigError
 from graphbuild.knn import lists, sample
@@ -88,6 +87,8 @@ class Faiss:
 
 def import_faiss() -> Any:
     """The module faiss, its BLAS set to what the CPU has; ConfigError says how to install it."""
+    import torch
+
     if "faiss" not in sys.modules:
         able = torch.cpu.get_capabilities()
         if able.get("avx512_f"):

@@ -9,14 +9,17 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from graphbuild.knn import kernels, lists
 from graphbuild.knn.codes import encode
-from graphbuild.knn.products import TILE_ROWS, Tensor, products, tile_memory, unit
+from graphbuild.knn.products import TILE_ROWS, products, tile_memory, unit
 from graphbuild.store.sharded import Array, ShardedArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NODES_PER_LEADER = 64
 GROUP_LEADERS = 128
@@ -57,6 +60,8 @@ class Leaders:
     @classmethod
     def of(cls, vectors: Array) -> Leaders:
         """vectors float16 [L, d], as `draw_leaders` orders them. Memory: 10 bytes a number."""
+        import torch
+
         count = 2 ** max(0, math.ceil(math.log2(len(vectors) / GROUP_LEADERS)))
         exact = unit(vectors)
         means = [exact[a:b].mean(dim=0) for a, b in itertools.pairwise(_bounds(len(vectors), count))]
@@ -75,6 +80,8 @@ class Leaders:
 
         Searched in the PROBED_GROUPS nearest groups only, so the cost grows with the root of the number of leaders.
         """
+        import torch
+
         code = torch.from_numpy(codes)
         bounds = self.bounds
         keys = np.full((len(codes), max(fan, floor_at)), lists.EMPTY, np.int64)
@@ -99,6 +106,8 @@ def _bounds(leaders: int, groups: int) -> Array:
 
 def _search(code: Tensor, rows: Array, leader_codes: Array, scales: Array, first: int, keys: Array) -> None:
     """Offer leaders first, first + 1, ... to the lists of some rows."""
+    import torch
+
     memory = tile_memory()
     for at in range(0, len(rows), TILE_ROWS):
         some = rows[at : at + TILE_ROWS]
@@ -118,6 +127,8 @@ def draw_leaders(vectors: ShardedArray, seed: int) -> tuple[Array, Array]:
 
 
 def _bisected(exact: Tensor, order: Array) -> Array:
+    import torch
+
     if len(order) <= GROUP_LEADERS // 2:
         return order
     x = exact[torch.from_numpy(order)]

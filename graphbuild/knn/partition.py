@@ -12,19 +12,21 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from graphbuild.knn import kernels, lists, sample
 from graphbuild.knn.codes import Codes, encode
 from graphbuild.knn.inputs import LEADER_NODES, Inputs, write_leaders
 from graphbuild.knn.leaders import Leaders, draw_leaders, floor_leader, leader_count
-from graphbuild.knn.products import TILE_ROWS, Tensor, products, tile_memory
+from graphbuild.knn.products import TILE_ROWS, products, tile_memory
 from graphbuild.store.layout import SCRATCH
 from graphbuild.store.sharded import Array, ShardedArray
 from graphbuild.store.store import Json, Writer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FAN = f"{SCRATCH}/fan.npy"
 FANS = range(2, 41)
@@ -77,6 +79,8 @@ class Partition:
 
     def join(self, argument: Any, inputs: Inputs, length: int, device: str) -> tuple[Array, Array]:
         """All pairs of each leaf in a range."""
+        import torch
+
         first, end, first_new = map(int, argument)
         leaves = inputs.of("leaves")
         nodes, numbers = [], []
@@ -134,6 +138,8 @@ def _join_leaf(
     members: Array, new_place: int, code: Tensor, ids: Array, scale: Array, floors: Array, keys: Array, memory: Tensor
 ) -> None:
     """members: places in ids, ascending; of those below `new_place` no pair is compared."""
+    import torch
+
     own = code.index_select(0, torch.from_numpy(members))
     old = int(np.searchsorted(members, new_place))
     tiles = [*_tiles(0, old), *_tiles(old, len(members))]

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from graphbuild.store.sharded import Array
 
-Tensor = torch.Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
 LEAST_TERMS = 8  # torch 2.13 multiplies columns of one number wrongly
 FLOAT32_TERMS = 2**24 // 127**2  # up to this d, a float32 sum of int8 products is an exact integer
 
 
 def unit(raw: Array | Tensor) -> Tensor:
     """Rows scaled to unit norm, float32, from stored float16 [..., d] (whose norm is 1 only to 1e-3)."""
-    stored = raw if isinstance(raw, Tensor) else torch.from_numpy(np.require(raw, requirements="W"))
+    import torch
+
+    stored = raw if isinstance(raw, torch.Tensor) else torch.from_numpy(np.require(raw, requirements="W"))
     exact = stored.float()
     norms: Tensor = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
     return exact / norms
@@ -27,6 +31,8 @@ TILE_ROWS = 384  # a tile of products and its codes fit the 2 MB of cache that a
 
 def tile_memory() -> Tensor:
     """Memory for one tile of at most TILE_ROWS^2 products; fresh memory a tile costs a third of its time."""
+    import torch
+
     return torch.empty(TILE_ROWS**2, dtype=torch.int32)
 
 
@@ -35,6 +41,8 @@ def products(a: Tensor, b: Tensor, memory: Tensor | None = None) -> Tensor:
 
     memory: where to put them, as long as nothing else is put there.
     """
+    import torch
+
     if a.shape[1] >= LEAST_TERMS and _has_int8(a.device.type):
         if a.is_cuda:  # cuBLAS wants more than 16 rows and multiples of 8
             rows, columns, rest = max(-len(a) % 8, 24 - len(a)), -len(b) % 8, -a.shape[1] % 8
@@ -51,6 +59,8 @@ def products(a: Tensor, b: Tensor, memory: Tensor | None = None) -> Tensor:
 @lru_cache
 def _has_int8(device: str) -> bool:
     """Whether torch multiplies int8 at speed here, and rightly at the extremes (without VNNI, sums may saturate)."""
+    import torch
+
     able = torch.cpu.get_capabilities()
     if device == "cpu" and not any(able.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")):
         return False

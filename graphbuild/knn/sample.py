@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from graphbuild.knn import device
 from graphbuild.knn.products import unit
@@ -23,6 +22,8 @@ def true_neighbors(vectors: ShardedArray, ids: Array, k: int) -> tuple[Array, Ar
 
     By float32 products with all N vectors: 2 n N d operations.
     """
+    import torch
+
     queries = unit(vectors.take(ids))
     best = torch.full((len(ids), k), -torch.inf)
     best_ids = torch.zeros((len(ids), k), dtype=torch.int64)

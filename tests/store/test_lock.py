@@ -260,7 +260,7 @@ def test_who_loses_its_lock_is_stopped_and_told_and_leaves_the_next_ones_alone(
     interrupts: str, tmp_path: Path, others: list[Other]
 ) -> None:
     code = HOLD.replace("sys.stdin.readline()", "time.sleep(seconds)")
-    setting = "import signal, time, graphbuild.store.lock\ngraphbuild.lock.RENEW_SECONDS, seconds = 0.2, 60\n"
+    setting = "import signal, time, graphbuild.store.lock\ngraphbuild.store.lock.RENEW_SECONDS, seconds = 0.2, 60\n"
     if interrupts == "are ignored":  # as in a shell's background: the call that is running has to return
         setting = setting.replace("60", "2") + "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
     others.append(Other(str(tmp_path), code=setting + code))
