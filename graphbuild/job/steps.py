@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +23,7 @@ from graphbuild.machine.versions import version_of
 from graphbuild.nodes import encode, fidelity, number, scan, vectors
 from graphbuild.recipe import Recipe
 from graphbuild.runner.runner import Runner
-from graphbuild.runner.stage import Stage, records, state_path, write_manifest
+from graphbuild.runner.stage import Stage, Task, records, state_path, write_manifest
 from graphbuild.runner.state import invalidate, is_done, write_recipe
 from graphbuild.sources import download
 from graphbuild.store.leftovers import remove_leftovers
@@ -134,11 +134,6 @@ def step_of(stage: Stage) -> Step:
     return next(step for step in STEPS if step.name == stage.name)
 
 
-def owners(path: str) -> list[Step]:
-    """The steps that may write a file of the store, its records aside: one, or some that exclude each other."""
-    return [step for step in STEPS if any(_pattern(one).fullmatch(path) for one in step.owns.split())]
-
-
 def _meet(some: str, others: str) -> bool:
     """Whether two lists of patterns can mean one file."""
     pairs = [(one, other) for one in some.split() for other in others.split() if "/" in one and "/" in other]
@@ -188,13 +183,13 @@ def run_verb(verb: str, recipe: Recipe, store: Store, runner: Runner, *, force: 
     store.manifest()  # refuse another format version before anything else
     for step in steps:
         step.stage.check(recipe)
-    replaced = replaced_by(steps[0], recipe, store, force=force)
+    replaced = replaced_by(steps[0], steps[0].stage.plan(recipe, store), store, force=force)
     store.check_writable()
     if store.is_local:
         remove_leftovers(store.root)
-    for before, step in zip([None, *steps], steps, strict=False):
-        if before is not None and before.verb != step.verb:
-            replaced = replaced_by(step, recipe, store, force=force)
+    for step in steps:
+        if step.reads_outside and step is not steps[0]:
+            replaced = replaced_by(step, step.stage.plan(recipe, store), store, force=force)
         while replaced:  # the source's own records last: they tell a removal that was cut short
             remove_step(replaced.pop(), store)
         run_step(step, recipe, store, runner, force=force)
@@ -229,22 +224,25 @@ def is_spared(step: Step, recipe: Recipe, store: Store, *, force: bool) -> bool:
     return step.stage.scratch and all(is_done(other.stage, recipe, store, force=force) for other in served(step))
 
 
-def replaced_by(step: Step, recipe: Recipe, store: Store, *, force: bool) -> list[Step]:
-    """The steps whose work goes before a verb's first step may begin, as they were made of another source: of another
-    kind, or of files of which none is left. Nothing is removed here.
+def replaced_by(step: Step, tasks: Sequence[Task], store: Store, *, force: bool) -> list[Step]:
+    """The steps whose work must go before these tasks of a step may run: where finished work was made of another
+    source, all steps of its verb and of later ones. Another source is one of another kind, or one of the same kind with
+    none of its files. Records of a step that excludes this one decide: what both wrote may be of either. Nothing is
+    removed here.
 
     Raises:
-        ConfigError: there is such work, and force is not given. And what the step's plan raises.
+        ConfigError: there is such work, and force is not given.
     """
-    tasks = step.stage.plan(recipe, store)
     sources = [other for other in STEPS if other.verb == step.verb and other.reads_outside]
-    maker = next((other for other in sources if other.finished(store)), None)
-    if maker is None or not tasks or step not in sources:
+    makers = [other for other in sources if other.finished(store)]
+    if len(sources) == 1 or step not in sources or not makers or not tasks:  # a verb of one source cannot switch
         return []
-    done, first = maker.finished(store), state_path(step.name, tasks[0].name)
-    path = first if first in done else min(done)
-    before, now = (_source(task) for task in (store.read_jsons({path: done[path]})[0] or {"built": {}}, vars(tasks[0])))
-    if before == now and not done.keys().isdisjoint(state_path(step.name, task.name) for task in tasks):
+    maker = next((other for other in makers if other is not step), step)
+    done, now = maker.finished(store), _source(vars(tasks[0]))
+    found = (record for path in sorted(done) if (record := store.read_jsons({path: done[path]})[0]) is not None)
+    before = next(map(_source, found), now)
+    kept = {state_path(step.name, task.name) for task in tasks} & done.keys()
+    if maker is step and before == now and kept:
         return []
     gone = STEPS[next(number for number, other in enumerate(STEPS) if other.verb == step.verb) :]
     if not force:

@@ -188,3 +188,32 @@ def test_a_store_that_was_switched_has_no_problems_before_it_is_indexed_again(
     shutil.copytree(fresh["list"], store)
     builder.embed(store, "vectors", force=True)
     assert verify_store(Store(str(store))).problems == []
+
+
+def test_a_store_in_which_two_sources_were_mixed_is_refused_and_healed(
+    builder: Builder, fresh: dict[str, Path], tmp_path: Path
+) -> None:
+    """As an earlier version left it: records of both, and the files of the second in the place of the first's."""
+    for source in ("list", "vectors"):
+        store = tmp_path / source
+        shutil.copytree(fresh["list"], store)
+        for folder in ("samples", "nodes", "_state/vectors"):
+            shutil.copytree(fresh["vectors"] / folder, store / folder, dirs_exist_ok=True)
+        with pytest.raises(ConfigError, match="--force"):
+            builder.embed(store, source)
+        builder.embed(store, source, force=True)
+        builder.go_on(store, source)
+        assert digests(store) == digests(fresh[source])
+
+
+@pytest.mark.parametrize("source", ["list", "tars"])
+def test_a_damaged_record_is_made_again_and_is_no_switch(
+    source: str, builder: Builder, fresh: dict[str, Path], tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(fresh[source], store)
+    for record in (store / "_state/scan").glob("*.done.json"):
+        record.write_bytes(record.read_bytes()[:-9])
+    builder.embed(store, source)
+    builder.go_on(store, source)
+    assert digests(store) == digests(fresh[source])

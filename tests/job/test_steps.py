@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from graphbuild.job.steps import STEPS, owners, readers, run_verb, served, steps_of
+from graphbuild.job.steps import STEPS, Step, readers, run_verb, served, steps_of
 from graphbuild.recipe import Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import records
 from graphbuild.store.store import Store
 
 BESIDE = {"manifest.json", "recipe.yaml", "shards.parquet"}  # made when a step or verb ends, by no task
+
+
+def owners(path: str) -> list[Step]:
+    """The steps whose patterns, written out as regular expressions, name a file."""
+    signs = {"#": "[0-9]+", "*": "[^/]+", ".": "[.]"}
+
+    def covers(pattern: str) -> bool:
+        written = "".join(signs.get(sign, sign) for sign in pattern)
+        return re.fullmatch(written + (".*" if pattern.endswith("/") else ""), path) is not None
+
+    return [step for step in STEPS if any(map(covers, step.owns.split()))]
 
 
 def names(steps: object) -> list[str]:

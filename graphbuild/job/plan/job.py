@@ -211,7 +211,7 @@ def shares_done(verb: str, recipe: Recipe, store: Store, *, force: bool = False)
     steps = steps_of(verb, recipe)
     for step in steps:
         step.stage.check(recipe)
-    if replaced_by(steps[0], recipe, store, force=force):
+    if replaced_by(steps[0], steps[0].stage.plan(recipe, store), store, force=force):
         return {}
     shares: dict[str, float] = {}
     for step in steps:
