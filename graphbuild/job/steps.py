@@ -26,6 +26,7 @@ from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import Stage, Task, records, state_path, write_manifest
 from graphbuild.runner.state import invalidate, is_done, write_recipe
 from graphbuild.sources import download
+from graphbuild.store.layout import STATE
 from graphbuild.store.leftovers import remove_leftovers
 from graphbuild.store.remote import READERS
 from graphbuild.store.store import Json, Store
@@ -56,7 +57,9 @@ class Step:
 
     def finished(self, store: Store) -> dict[str, int]:
         """Path -> bytes of the records of its finished tasks."""
-        return {path: size for path, size in store.sizes(f"_state/{self.name}").items() if path.endswith(".done.json")}
+        return {
+            path: size for path, size in store.sizes(STATE.format(self.name)).items() if path.endswith(".done.json")
+        }
 
 
 # fmt: off
@@ -126,7 +129,7 @@ def served(step: Step) -> list[Step]:
 
 @cache
 def _direct_readers(step: Step) -> list[Step]:
-    owned = f"{step.owns} _state/{step.name}/"
+    owned = f"{step.owns} {STATE.format(step.name)}/"
     return [other for other in STEPS if other is not step and _meet(other.reads, owned)]
 
 
@@ -271,7 +274,7 @@ def remove_step(step: Step, store: Store) -> None:
             made |= {path for path in store.sizes(folder) if _pattern(pattern).fullmatch(path)}
     with ThreadPoolExecutor(READERS) as pool:
         list(pool.map(store.remove, made))
-    store.remove_folder(f"_state/{step.name}")
+    store.remove_folder(STATE.format(step.name))
 
 
 def _source(task: Mapping[str, Any]) -> str:

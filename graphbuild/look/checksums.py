@@ -25,6 +25,7 @@ from graphbuild.recipe import resolve
 from graphbuild.runner.stage import digest, fingerprint, sealed, state_path
 from graphbuild.runner.state import sealed_text
 from graphbuild.sources.tars import tar_stem
+from graphbuild.store.layout import STATE
 from graphbuild.store.remote import READERS, reaching
 from graphbuild.store.shards import Shard, shards_of
 from graphbuild.store.store import Json, Store, by_number, json_text, shard_name, stream_sha256
@@ -118,7 +119,7 @@ def _recipe(store: Store, manifest: Json) -> Iterator[str]:
 def _records(store: Store, step: Step, manifest: Json, checked: Checked) -> dict[str, Json]:
     """The sound records of a step's finished tasks by their names; they and their files are checked."""
     stage, problems, done = step.name, [], {}
-    paths = sorted(path for path in store.sizes(f"_state/{stage}") if path.endswith(".json"))
+    paths = sorted(path for path in store.sizes(STATE.format(stage)) if path.endswith(".json"))
     with ThreadPoolExecutor(READERS) as threads:
         read = list(threads.map(lambda path: _sealed_json(store, path), paths))
     for path, (problem, record) in zip(paths, read, strict=True):
@@ -151,12 +152,12 @@ def _completeness(stage: str, entry: Json, done: dict[str, Json], manifest: Json
     if len(done) != entry["tasks"]:
         numbered = {shard_name(number) for number in range(entry["tasks"])} - done.keys()
         missing = [f"{state_path(stage, task)}: missing" for task in sorted(numbered)]
-        counted = f"_state/{stage}/: {len(done)} tasks recorded as done, the manifest says {entry['tasks']}"
+        counted = f"{STATE.format(stage)}/: {len(done)} tasks recorded as done, the manifest says {entry['tasks']}"
         yield from missing if done and len(missing) == entry["tasks"] - len(done) else [counted]
         return
     orders = (sorted(done), sorted(done, key=by_number))
     if entry["fingerprint"] not in (digest([[name, done[name]["fingerprint"]] for name in order]) for order in orders):
-        named = state_path(stage, *done) if len(done) == 1 else f"_state/{stage}/*.done.json"
+        named = state_path(stage, *done) if len(done) == 1 else state_path(stage, "*")
         yield f"manifest.json: its stage {stage} was made from other records than {named}"
 
 

@@ -23,7 +23,7 @@ from graphbuild.nodes.samples import COLUMNS, NO_NODE
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, digest, outputs
 from graphbuild.runner.state import require
-from graphbuild.store.layout import SAMPLES, SCANNED, TEXTS
+from graphbuild.store.layout import NODE_COUNTS, ROW_NODES, SAMPLES, SCANNED, TEXTS
 from graphbuild.store.remote import READERS
 from graphbuild.store.shards import PLACES, Shard, is_whole, write_shards
 from graphbuild.store.store import Json, Store, Writer, by_number
@@ -44,8 +44,8 @@ def run_number(task: Task, store: Store, writer: Writer) -> Json:
     if not len(counts):
         fix = "see rejected/scan/ for the reasons" if sum(sizes) else "give tars that hold samples: these hold none"
         raise InputError(f"no sample of {store.url} has a caption", fix)
-    writer.array("_state/number/nodes.npy", nodes)
-    writer.array("_state/number/counts.npy", counts)
+    writer.array(ROW_NODES, nodes)
+    writer.array(NODE_COUNTS, counts)
     shards: dict[str, Json] = {}
     first_row = first_node = 0
     for name, size in zip(names, sizes, strict=True):
@@ -80,14 +80,14 @@ def plan_assign(recipe: Recipe, store: Store) -> list[Task]:
 def run_assign(task: Task, store: Store, writer: Writer) -> Json:
     shard = task.built
     first, count, first_node, new = (shard[place] for place in PLACES)
-    nodes = store.rows("_state/number/nodes.npy", first, first + count)
+    nodes = store.rows(ROW_NODES, first, first + count)
     scan = store.table(SCANNED.format(task.name))
     row = pa.array(np.arange(first, first + count, dtype=np.int64))
     samples = scan.append_column("row", row).append_column("node", pa.array(nodes, mask=nodes == NO_NODE))
     writer.table(SAMPLES.format(task.name), samples.select(COLUMNS))
     ids, places = np.unique(nodes, return_index=True)
     texts = scan["text"].take(pa.array(places[ids >= first_node]))
-    counts = store.rows("_state/number/counts.npy", first_node, first_node + new)
+    counts = store.rows(NODE_COUNTS, first_node, first_node + new)
     table = pa.table({"node": np.arange(first_node, first_node + new), "text": texts, "samples": counts})
     writer.table(TEXTS.format(task.name), table)
     return {"counts": {"samples": count, "nodes": new}, "texts_sha256": digest(texts.to_pylist())}

@@ -34,6 +34,7 @@ from graphbuild.runner.stage import Stage, Task, records, summed, total_counts
 from graphbuild.sources.download import downloaded_tars
 from graphbuild.sources.tables import FIELD_ROLE, TableSpec, read_chunks
 from graphbuild.sources.tars import expand_shards, open_tar, tar_stem
+from graphbuild.store import layout
 from graphbuild.store.files import file_identities, file_identity
 from graphbuild.store.layout import SCANNED
 from graphbuild.store.shards import latest_shards
@@ -226,7 +227,7 @@ def _write_rejected(shard: str, rejected: Sequence[tuple[Any, ...]], writer: Wri
     if rejected:
         rows = [(p, k, r, None if c is None else c[:CONTENT_CHARACTERS]) for p, k, r, c in rejected]
         columns = dict(zip(REJECTED.names, zip(*rows, strict=True), strict=True))
-        writer.table(f"rejected/scan/{shard}.parquet", pa.table(columns, schema=REJECTED))
+        writer.table(f"{layout.REJECTED.format(STAGE.name)}/{shard}.parquet", pa.table(columns, schema=REJECTED))
 
 
 def _reasons(rejected: Sequence[tuple[Any, ...]]) -> dict[str, int]:

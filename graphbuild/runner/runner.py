@@ -21,7 +21,7 @@ from graphbuild.errors import ConfigError, GraphbuildError, InputError, StageErr
 from graphbuild.machine.gpus import gpu_here
 from graphbuild.recipe import Recipe
 from graphbuild.runner.progress import Metrics, Progress
-from graphbuild.runner.stage import Stage, Task, digest, records, write_manifest
+from graphbuild.runner.stage import Stage, Task, digest, records, state_path, write_manifest
 from graphbuild.runner.state import invalidate, pending, write_recipe
 from graphbuild.runner.workers import ATTEMPTS, Failure, Pool, attempt, record_failure
 from graphbuild.store.store import Json, Store
@@ -270,7 +270,7 @@ def failed(stage: Stage, failures: Mapping[str, Failure], store: Store) -> Graph
     cause = f"{stage.title}: {len(failures)} task{'s' * (len(failures) > 1)} failed\n    " + "\n    ".join(lines)
     fixes = list(dict.fromkeys(failure.fix for failure in failures.values()))
     kind = InputError if all(failure.exit_code == 2 for failure in failures.values()) else StageError
-    return kind(cause, "; ".join(fixes[:3]) + f" (details: {store.display(f'_state/{stage.name}/')}*.failed.json)")
+    return kind(cause, "; ".join(fixes[:3]) + f" (details: {store.display(state_path(stage.name, '*', 'failed'))})")
 
 
 def _placed(task: Task, *, gpu: bool) -> Task:

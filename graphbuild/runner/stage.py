@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from graphbuild.store.layout import MANIFEST
+from graphbuild.store.layout import MANIFEST, STATE
 from graphbuild.store.store import FORMAT_VERSION, Json, Store, Writer, by_number
 
 if TYPE_CHECKING:
@@ -113,13 +113,13 @@ def perform(stage: Stage, task: Task, store: Store) -> Json:
 
 
 def state_path(stage: str, task: str, state: str = "done") -> str:
-    return f"_state/{stage}/{task}.{state}.json"
+    return f"{STATE.format(stage)}/{task}.{state}.json"
 
 
 def records(store: Store, stage: str, state: str = "done") -> dict[str, Json]:
     """Task name -> record, of all tasks of a stage in that state, in order of number (`store.by_number`)."""
     suffix = f".{state}.json"
-    listed = store.sizes(f"_state/{stage}")
+    listed = store.sizes(STATE.format(stage))
     sizes = {name: listed[name] for name in sorted(listed, key=by_number) if name.endswith(suffix)}
     found = {}
     for name, record in zip(sizes, store.read_jsons(sizes), strict=True):

@@ -92,7 +92,7 @@ def run_urls(task: Task, store: Store, writer: Writer) -> Json:
         waiting.append(_renamed(chunk.rows))
         rows += len(chunk.rows)
         if len(chunk.rejected):
-            writer.table(f"rejected/urls/{shard_name(number)}.parquet", chunk.rejected)
+            writer.table(f"{layout.REJECTED.format(URLS.name)}/{shard_name(number)}.parquet", chunk.rejected)
             rejected += len(chunk.rejected)
         while sum(map(len, waiting)) >= settings["shard_size"]:
             cut(settings["shard_size"])

@@ -5,10 +5,13 @@ from __future__ import annotations
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
 SHARDS = "shards.parquet"
-STATE = "_state"
+STATE = "_state/{}"  # of a stage: a record a task
+REJECTED = "rejected/{}"  # of a stage: what it turned away, with why
 
 URLS = "_state/urls/{}.parquet"
 SCANNED = "_state/scan/{}.parquet"
+ROW_NODES = "_state/number/nodes.npy"
+NODE_COUNTS = "_state/number/counts.npy"
 SAMPLES = "samples/{}.parquet"
 TEXTS = "nodes/{}.parquet"
 VECTORS = "nodes/{}.npy"
@@ -23,3 +26,4 @@ BACKGROUND = "graph/{}.background.npy"
 SKETCH = "graph/{}.sketch.npy"
 
 SIDECAR = "shards/{}.graph.parquet"
+LOCK = "_state/lock.json"

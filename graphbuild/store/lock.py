@@ -36,11 +36,11 @@ from pathlib import Path
 from typing import Any
 
 from graphbuild.errors import ConfigError, StageError, StorageError
+from graphbuild.store.layout import LOCK
 from graphbuild.store.leftovers import hold
 from graphbuild.store.remote import S3, reaching
 from graphbuild.store.store import Json, Store, json_text
 
-LOCK = "_state/lock.json"
 RENEW_SECONDS = 5.0
 NOTHING = "0" * 32  # the tag of no lock
 STALE_SECONDS = 30.0  # a renewal may have to wait for a server that throttles

@@ -18,7 +18,7 @@ from graphbuild.look.catalog import Catalog
 from graphbuild.look.report.targets import batch_targets, neighbor_mass
 from graphbuild.runner.progress import UNITS
 from graphbuild.runner.stage import records
-from graphbuild.store.layout import TEXTS
+from graphbuild.store.layout import REJECTED, TEXTS
 from graphbuild.store.sharded import Array
 from graphbuild.store.shards import shards_of
 from graphbuild.store.store import Json, Store, by_number
@@ -102,7 +102,7 @@ def funnel(store: Store, manifest: Json) -> list[Json]:
 
 def _rejected(store: Store, stage: str) -> dict[str, int]:
     counts: Counter[str] = Counter()
-    for name in sorted(store.sizes(f"rejected/{stage}")):
+    for name in sorted(store.sizes(REJECTED.format(stage))):
         for one in store.table(name, ["reason"])["reason"].value_counts().to_pylist():
             counts[one["values"]] += one["counts"]
     return counts
