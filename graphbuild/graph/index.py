@@ -18,7 +18,6 @@ from graphbuild.errors import ConfigError
 from graphbuild.graph import grow, moments, sketch
 from graphbuild.graph.grow import base_lists
 from graphbuild.graph.tasks import (
-    MAPPED,
     engine_of,
     first_new_node,
     forecast,
@@ -56,7 +55,7 @@ def plan_prepare(recipe: Recipe, store: Store) -> list[Task]:
             f"use --k {max(nodes - 1, 1)} or fewer" if nodes > 1 else "give at least two different captions",
         )
     engine, _ = engine_of(recipe.index, manifest)
-    check_mappings(MAPPED.get(engine.name, 1) * len(shards_of(store, manifest).with_nodes))
+    check_mappings(engine.mapped_files * len(shards_of(store, manifest).with_nodes))
     return [index_task(recipe.index, engine, manifest, "prepare", "all")]
 
 

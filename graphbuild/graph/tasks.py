@@ -14,8 +14,6 @@ from graphbuild.runner.stage import Task, digest, outputs, records
 from graphbuild.store.shards import Shard, node_count, shards_of
 from graphbuild.store.store import Json, Store
 
-MAPPED = {"exact": 4, "partition": 6}  # files a shard that a worker keeps mapped: vectors, codes, scales, floors, ...
-
 
 def nodes_entry(store: Store) -> Json:
     """The manifest, once embeddings are finished; ConfigError before that."""

@@ -35,6 +35,10 @@ class Engine(Protocol):
     @property
     def on_device(self) -> bool: ...
 
+    @property
+    def mapped_files(self) -> int:
+        """Of each shard, how many a worker keeps mapped: vectors, codes, scales, floors, ..."""
+
     def settings(self) -> Json:
         """What of the recipe decides its result, beside k."""
 
@@ -57,7 +61,8 @@ class Engine(Protocol):
         """Candidates a list holds."""
 
     def join(self, argument: Any, inputs: Inputs, length: int, device: str) -> tuple[Array, Array]:
-        """ids int64 [m] ascending, and their candidate lists, keys int64 [m, length] (`graphbuild.knn.kernels`)."""
+        """ids int64 [m] ascending, and their candidate lists, keys int64 [m, length] (`graphbuild.knn.lists`): by
+        similarity over the row's own scale, as lists of a graph that grows are merged with these by score."""
 
 
 def choose(index: Index, nodes: int, width: int) -> tuple[Engine, str]:

@@ -43,6 +43,7 @@ class Faiss:
     recall: float
     seed: int
     on_device: bool = True
+    mapped_files: int = 1
 
     @property
     def name(self) -> str:

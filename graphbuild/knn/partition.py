@@ -48,6 +48,7 @@ class Partition:
     seed: int
     name: str = "partition"
     on_device: bool = False
+    mapped_files: int = 6
 
     def settings(self) -> Json:
         return {"recall": self.recall, "seed": self.seed}

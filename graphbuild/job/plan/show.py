@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from graphbuild.errors import ConfigError
-from graphbuild.graph.tasks import MAPPED
 from graphbuild.job.plan import machine
 from graphbuild.job.plan.costs import costs
 from graphbuild.job.plan.formulas import Case, Cost
@@ -160,7 +159,7 @@ def warnings(case: Case, found: Sequence[Cost]) -> list[str]:
             break
     if any(cost.name == "join" for cost in todo):
         try:
-            check_mappings(MAPPED.get(case.engine.name, 1) * job.shards)
+            check_mappings(case.engine.mapped_files * job.shards)
         except ConfigError as error:
             lines.append(f"{error.cause}: {error.fix}")
     card = machine.card
