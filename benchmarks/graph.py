@@ -25,9 +25,9 @@ import torch
 from graphbuild import SampleGraph
 from graphbuild.graph.sample_graph import Source
 from graphbuild.graph.sketch import BYTES, DIMENSIONS
-from graphbuild.store.layout import BASIS
+from graphbuild.store.layout import BASIS, shard_name
 from graphbuild.store.shards import Shard, write_shards
-from graphbuild.store.store import Store, shard_name
+from graphbuild.store.store import Store
 
 K, D, SHARD = 64, 384, 10_000
 LARGE, SMALL = 12_400_000, 160_000

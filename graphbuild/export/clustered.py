@@ -23,10 +23,10 @@ from graphbuild.graph.certify import require_graph
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, digest, outputs
 from graphbuild.runner.state import require
-from graphbuild.store.layout import SAMPLES
+from graphbuild.store.layout import SAMPLES, shard_name
 from graphbuild.store.sharded import Array
 from graphbuild.store.shards import Shards, shards_of
-from graphbuild.store.store import Json, Store, Writer, shard_name
+from graphbuild.store.store import Json, Store, Writer
 
 FOLDER = "clustered"
 SCRATCH = "_work_clustered"

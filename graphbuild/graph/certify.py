@@ -17,10 +17,10 @@ from graphbuild.graph.tasks import nodes_entry
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, records
 from graphbuild.runner.state import require
-from graphbuild.store.layout import NEIGHBORS, SIMILARITIES, VECTORS
+from graphbuild.store.layout import NEIGHBORS, SIMILARITIES, VECTORS, shard_name
 from graphbuild.store.sharded import Array, ShardedArray, node_array
 from graphbuild.store.shards import node_count, shards_of
-from graphbuild.store.store import Json, Store, Writer, shard_name
+from graphbuild.store.store import Json, Store, Writer
 
 TOLERANCE = 1e-6
 BLOCK_ROWS = 4_096

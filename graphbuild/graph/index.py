@@ -33,10 +33,20 @@ from graphbuild.machine.threads import torch_threads
 from graphbuild.recipe import Index, Recipe
 from graphbuild.runner.stage import Stage, Task, records
 from graphbuild.store import layout
-from graphbuild.store.layout import BACKGROUND, BASIS, NEIGHBORS, PARTS, SCRATCH, SIMILARITIES, SKETCH, VECTORS
+from graphbuild.store.layout import (
+    BACKGROUND,
+    BASIS,
+    NEIGHBORS,
+    PARTS,
+    SCRATCH,
+    SIMILARITIES,
+    SKETCH,
+    VECTORS,
+    shard_name,
+)
 from graphbuild.store.mapped import check_mappings
 from graphbuild.store.shards import Shard, node_count, shards_of
-from graphbuild.store.store import Json, Store, Writer, shard_name
+from graphbuild.store.store import Json, Store, Writer
 
 
 def _engine(task: Task, manifest: Json) -> engines.Engine:

@@ -21,7 +21,8 @@ from graphbuild.runner.stage import Task, digest, outputs, records
 from graphbuild.sources.again import Wanted, matches
 from graphbuild.sources.download import DOWNLOAD, URLS, plan_urls
 from graphbuild.sources.fetched import failed_urls, refused, require_images
-from graphbuild.store.store import Json, Store, shard_name
+from graphbuild.store.layout import shard_name
+from graphbuild.store.store import Json, Store
 
 VERBS = ("download", "embed", "index", "export")
 

@@ -25,10 +25,10 @@ from graphbuild.recipe import resolve
 from graphbuild.runner.stage import digest, fingerprint, sealed, state_path
 from graphbuild.runner.state import sealed_text
 from graphbuild.sources.tars import tar_stem
-from graphbuild.store.layout import STATE
+from graphbuild.store.layout import STATE, by_number, shard_name
 from graphbuild.store.remote import READERS, reaching
 from graphbuild.store.shards import Shard, shards_of
-from graphbuild.store.store import Json, Store, by_number, json_text, shard_name, stream_sha256
+from graphbuild.store.store import Json, Store, json_text, stream_sha256
 
 CHANGED = "its content has changed"
 

@@ -23,10 +23,10 @@ from graphbuild.nodes.samples import COLUMNS, NO_NODE
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, digest, outputs
 from graphbuild.runner.state import require
-from graphbuild.store.layout import NODE_COUNTS, ROW_NODES, SAMPLES, SCANNED, TEXTS
+from graphbuild.store.layout import NODE_COUNTS, ROW_NODES, SAMPLES, SCANNED, TEXTS, by_number
 from graphbuild.store.remote import READERS
 from graphbuild.store.shards import PLACES, Shard, is_whole, write_shards
-from graphbuild.store.store import Json, Store, Writer, by_number
+from graphbuild.store.store import Json, Store, Writer
 
 
 def plan_number(recipe: Recipe, store: Store) -> list[Task]:

@@ -36,9 +36,9 @@ from graphbuild.sources.tables import FIELD_ROLE, TableSpec, read_chunks
 from graphbuild.sources.tars import expand_shards, open_tar, tar_stem
 from graphbuild.store import layout
 from graphbuild.store.files import file_identities, file_identity
-from graphbuild.store.layout import SCANNED
+from graphbuild.store.layout import SCANNED, by_number, shard_name
 from graphbuild.store.shards import latest_shards
-from graphbuild.store.store import Json, Store, Writer, by_number, file_sha256, shard_name
+from graphbuild.store.store import Json, Store, Writer, file_sha256
 
 logger = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ from graphbuild.nodes.samples import COLUMNS, SCHEMA
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task
 from graphbuild.store.files import file_identity, open_parts
-from graphbuild.store.layout import SAMPLES, TEXTS, VECTORS
+from graphbuild.store.layout import SAMPLES, TEXTS, VECTORS, shard_name
 from graphbuild.store.mapped import read_header
 from graphbuild.store.shards import Shard, is_whole, write_shards
-from graphbuild.store.store import Json, Store, Writer, shard_name
+from graphbuild.store.store import Json, Store, Writer
 
 EMPTY_NORM = 1e-6
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from graphbuild.store.layout import MANIFEST, STATE
-from graphbuild.store.store import FORMAT_VERSION, Json, Store, Writer, by_number
+from graphbuild.store.layout import MANIFEST, STATE, by_number
+from graphbuild.store.store import FORMAT_VERSION, Json, Store, Writer
 
 if TYPE_CHECKING:
     from graphbuild.recipe import Recipe
@@ -117,7 +117,7 @@ def state_path(stage: str, task: str, state: str = "done") -> str:
 
 
 def records(store: Store, stage: str, state: str = "done") -> dict[str, Json]:
-    """Task name -> record, of all tasks of a stage in that state, in order of number (`store.by_number`)."""
+    """Task name -> record, of all tasks of a stage in that state, in order of number (`by_number`)."""
     suffix = f".{state}.json"
     listed = store.sizes(STATE.format(stage))
     sizes = {name: listed[name] for name in sorted(listed, key=by_number) if name.endswith(suffix)}

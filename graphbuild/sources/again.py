@@ -10,7 +10,8 @@ from graphbuild.runner.stage import Task, outputs, records
 from graphbuild.sources.fetch import may_pass_later
 from graphbuild.sources.fetched import failed_urls
 from graphbuild.store import layout
-from graphbuild.store.store import Json, Store, Writer, shard_name
+from graphbuild.store.layout import shard_name
+from graphbuild.store.store import Json, Store, Writer
 
 Wanted = str | list[str]
 

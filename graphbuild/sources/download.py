@@ -32,7 +32,8 @@ from graphbuild.sources.fetch import Policy, fetching
 from graphbuild.sources.tables import TableSpec, read_chunks
 from graphbuild.store import layout
 from graphbuild.store.files import file_identity
-from graphbuild.store.store import Json, Store, Writer, shard_name
+from graphbuild.store.layout import shard_name
+from graphbuild.store.store import Json, Store, Writer
 
 RESERVED = (
     "key",

@@ -27,3 +27,13 @@ SKETCH = "graph/{}.sketch.npy"
 
 SIDECAR = "shards/{}.graph.parquet"
 LOCK = "_state/lock.json"
+
+
+def shard_name(number: int) -> str:
+    """What the files of a shard, and of a task that has a number, are named by: five digits, from 100,000 on more."""
+    return f"{number:05d}"
+
+
+def by_number(name: str) -> tuple[int, str]:
+    """The key by which names of `shard_name`, or paths to them in one folder, sort as their numbers do."""
+    return len(name), name

@@ -265,16 +265,6 @@ class Store:
         return found
 
 
-def shard_name(number: int) -> str:
-    """What the files of a shard, and of a task that has a number, are named by: five digits, from 100,000 on more."""
-    return f"{number:05d}"
-
-
-def by_number(name: str) -> tuple[int, str]:
-    """The key by which names of `shard_name`, or paths to them in one folder, sort as their numbers do."""
-    return len(name), name
-
-
 def json_text(value: Mapping[str, Any]) -> bytes:
     """A JSON file's bytes: the same whenever the value is."""
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"

@@ -32,8 +32,9 @@ from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import Stage, Task, outputs, perform, records, sealed, state_path, write_manifest
 from graphbuild.sources import download
 from graphbuild.sources.fetched import last_tries
+from graphbuild.store.layout import by_number, shard_name
 from graphbuild.store.shards import Shard, shards_of, write_shards
-from graphbuild.store.store import Json, Store, Writer, by_number, shard_name
+from graphbuild.store.store import Json, Store, Writer
 
 BILLION = 1_000_000_000
 NUMBERS = st.one_of(st.integers(0, BILLION), st.integers(99_990, 100_010), st.integers(999_990, 1_000_010))

@@ -18,10 +18,10 @@ from graphbuild.look.catalog import Catalog
 from graphbuild.look.report.targets import batch_targets, neighbor_mass
 from graphbuild.runner.progress import UNITS
 from graphbuild.runner.stage import records
-from graphbuild.store.layout import REJECTED, TEXTS
+from graphbuild.store.layout import REJECTED, TEXTS, by_number
 from graphbuild.store.sharded import Array
 from graphbuild.store.shards import shards_of
-from graphbuild.store.store import Json, Store, by_number
+from graphbuild.store.store import Json, Store
 
 EDGE_NODES = 20_000  # nodes whose edges the similarity histogram counts
 PAIRS = 200_000
