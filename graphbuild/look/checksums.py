@@ -150,10 +150,10 @@ def _completeness(stage: str, entry: Json, done: dict[str, Json], manifest: Json
         if record["built"].get("graph", graph) != graph:
             yield f"{state_path(stage, task)}: of another graph than the manifest's"
     if len(done) != entry["tasks"]:
-        numbered = {shard_name(number) for number in range(entry["tasks"])} - done.keys()
-        missing = [f"{state_path(stage, task)}: missing" for task in sorted(numbered)]
+        names = [entry["task"]] if "task" in entry else map(shard_name, range(entry["tasks"]))
+        missing = [f"{state_path(stage, task)}: missing" for task in names if task not in done]
         counted = f"{STATE.format(stage)}/: {len(done)} tasks recorded as done, the manifest says {entry['tasks']}"
-        yield from missing if done and len(missing) == entry["tasks"] - len(done) else [counted]
+        yield from missing if len(missing) == entry["tasks"] - len(done) else [counted]
         return
     orders = (sorted(done), sorted(done, key=by_number))
     if entry["fingerprint"] not in (digest([[name, done[name]["fingerprint"]] for name in order]) for order in orders):

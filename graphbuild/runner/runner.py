@@ -115,8 +115,10 @@ class Runner:
             "tasks": len(done),
             "counts": stage.counts(store, done),
         }
-        if manifest["stages"].get(stage.name) != entry or not stage.whole(store, manifest):
-            manifest["stages"][stage.name] = entry
+        before = manifest["stages"].get(stage.name, {})
+        if any(before.get(key) != value for key, value in entry.items()) or not stage.whole(store, manifest):
+            only = {"task": done[0]["task"]} if len(done) == 1 else {}  # a lost record has nobody else to name it
+            manifest["stages"][stage.name] = entry | only
             manifest.update(stage.finish(recipe, store, done))
             write_manifest(store, manifest)
         return entry
