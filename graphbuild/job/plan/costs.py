@@ -35,9 +35,8 @@ def costs(case: Case, steps: Sequence[Step]) -> list[Cost]:
     kept = mapped = 0.0
     for step in steps:
         cost = replace(by_verb[step.verb][step.name], name=step.name, title=step.stage.title)
-        if step.name in case.job.finished and (
-            case.machine.own or not step.stage.on_device
-        ):  # seconds of a GPU, or not
+        same_device = case.machine.own or not step.stage.on_device  # else those seconds may be a GPU's, or not
+        if step.name in case.job.finished and same_device:
             cost = _as_finished(cost, case, step)
         new = set(IMPORTS.get(step.name, "").split()) - imported
         loading = sum(getattr(case.rates, f"load_{part}", 0.0) for part in new)
