@@ -82,6 +82,9 @@ class Embed(Section):
     key_column: str | None = setting(None, "of --captions", "of source", unset="the row number")
     vector_column: str = setting("embedding", "of parquet --vectors", "of source")
     caption_member: str = setting("auto", "in tars: txt, cls, json:FIELD; auto: txt, then json:caption", "of source")
+    image_member: str | None = setting(
+        None, "in tars: the image's extension, if there are several", "of source", unset="jpg, png, ... before x.png"
+    )
     class_names: str | None = setting(
         None, "text file, one name a line, if the member is a class number", "path", "of source", min_length=1
     )
@@ -108,6 +111,11 @@ class Embed(Section):
         if template.count("{}") + bool(re.search(r"\{(?!\d+\})[^{}]+\}", template)) != 1:
             raise ValueError(f"{template!r} must contain {{}} once, the caption's place, or {{fields}} by their names")
         return template
+
+    @field_validator("image_member")
+    @classmethod
+    def _extension(cls, image_member: str | None) -> str | None:
+        return None if image_member is None else image_member.lower().removeprefix(".")
 
     @property
     def source(self) -> str:

@@ -6,10 +6,10 @@ have.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import numpy as np
 import psutil
 import torch
 import yaml
-from braceexpand import braceexpand
 from config import Config, Place
 from numpy.typing import NDArray
 from torch import Tensor
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError
+from graphbuild.sources.tars import named_tars
 from graphbuild.torch import GraphDataset, NeighborBatchSampler
 
 Batch = dict[str, Any]
@@ -61,8 +61,8 @@ def stored_tars(store: str) -> tuple[str, ...]:
     recipe = Path(store, "recipe.yaml")
     if not found and recipe.exists():
         pattern = yaml.safe_load(recipe.read_text())["embed"]["shards"] or ""
-        pattern = os.path.join(pattern, "*.tar") if os.path.isdir(pattern) else pattern  # noqa: PTH112, PTH118 - may be a URL
-        found = [tar for each in braceexpand(pattern) for tar in sorted(glob(each))]  # noqa: PTH207
+        with contextlib.suppress(FileNotFoundError):
+            found = [tar for tar in named_tars(pattern) if Path(tar).exists()]
     return tuple(found)
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from graphbuild.errors import ConfigError
 from graphbuild.export.sidecar import TarIdentity
-from graphbuild.export.sidecars import sidecar_table
+from graphbuild.export.sidecars import header_settings, sidecar_table
 from graphbuild.export.tarwriter import check_members, write_tar
 from graphbuild.graph.certify import require_graph
 from graphbuild.recipe import Recipe
@@ -121,7 +121,7 @@ def plan_cluster(recipe: Recipe, store: Store) -> list[Task]:
     chunk = recipe.export.chunk
     size = -(-recipe.export.shard_size // chunk) * chunk
     settings, built = _of_all(recipe, store)
-    settings |= {"shard_size": size, "embeddings": recipe.export.embeddings}
+    settings |= {"shard_size": size, **header_settings(recipe)}
     built["tars"] = digest(shards.table["tar_sha256"].to_pylist())
     return [
         Task(
@@ -148,8 +148,8 @@ def run_cluster(task: Task, store: Store, writer: Writer) -> Json:
     placed = samples.select(["row", "node", "caption"])
     for column, values in (("key", keys), ("image_offset", _positive(offsets)), ("image_size", _positive(sizes))):
         placed = placed.append_column(column, pa.array(values) if isinstance(values, list) else values)
-    kind, chunk = task.settings["embeddings"], task.settings["chunk"]
-    table = sidecar_table(store, manifest, placed, kind, shard=task.name, tar=identity, chunk=chunk)
+    chunk = task.settings["chunk"]
+    table = sidecar_table(store, manifest, placed, task.settings, shard=task.name, tar=identity, chunk=chunk)
     writer.table(f"{FOLDER}/{task.name}.graph.parquet", table)
     return {"counts": {"samples": len(samples), "without_node": samples["node"].null_count}}
 

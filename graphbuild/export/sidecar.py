@@ -48,7 +48,8 @@ class SidecarHeader(BaseModel):
     d: dimensions of an embedding; k: neighbours a node; graph: fingerprint of the graph that node ids refer
     to; tar: None where the samples did not come from a tar; rows: samples in the shard. chunk: in a tar of the
     clustered layout, how many samples behind each other are neighbours and are shuffled as one. sketch_steps: what a
-    code of 1 is worth in each coordinate of a sketch (`graphbuild.graph.sketch.unpack`).
+    code of 1 is worth in each coordinate of a sketch (`graphbuild.graph.sketch.unpack`). image_member: the extension of
+    the member that is a sample's image, None: `graphbuild.sources.tars.image_extension` says.
     """
 
     model_config = ConfigDict(frozen=True, strict=True)
@@ -63,6 +64,7 @@ class SidecarHeader(BaseModel):
     rows: int
     chunk: int | None = None
     sketch_steps: list[float] | None = None
+    image_member: str | None = None
 
     def metadata(self) -> dict[bytes, bytes]:
         """The schema metadata to write: `sidecar_schema(...).with_metadata(header.metadata())`."""

@@ -6,7 +6,7 @@ rows from the memory-mapped files of other shards too. Memory: the shard's rows,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
         Task(
             stage="export",
             name=shard.name,
-            settings={"embeddings": recipe.export.embeddings},
+            settings=header_settings(recipe),
             built={**built, "samples": samples[SAMPLES.format(shard.name)], "tar": shard.tar},
         )
         for shard in shards_of(store, manifest)
@@ -49,23 +49,33 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
     samples = store.table(SAMPLES.format(task.name))
     tar = task.built["tar"]
     identity = None if tar is None else TarIdentity(name=tar["name"], bytes=tar["bytes"], sha256=tar["sha256"])
-    table = sidecar_table(store, store.manifest(), samples, task.settings["embeddings"], shard=task.name, tar=identity)
+    table = sidecar_table(store, store.manifest(), samples, task.settings, shard=task.name, tar=identity)
     name = task.name if tar is None else tar_stem(tar["name"])
     writer.table(SIDECAR.format(name), table)
     return {"counts": {"samples": len(samples), "without_node": samples["node"].null_count}}
+
+
+def header_settings(recipe: Recipe) -> Json:
+    """The settings that a sidecar's header tells."""
+    member = recipe.embed.image_member
+    return {"embeddings": recipe.export.embeddings, **({} if member is None else {"image_member": member})}
 
 
 def sidecar_table(
     store: Store,
     manifest: Json,
     samples: pa.Table,
-    embeddings: EmbeddingKind,
+    settings: Mapping[str, Any],
     *,
     shard: str,
     tar: TarIdentity | None,
     chunk: int | None = None,
 ) -> pa.Table:
-    """The sidecar of some samples, in their order; samples: row, key, node, caption, image_offset, image_size."""
+    """The sidecar of some samples, in their order; samples: row, key, node, caption, image_offset, image_size.
+
+    settings: those of `header_settings`.
+    """
+    embeddings = settings["embeddings"]
     header = SidecarHeader(
         encoder=manifest["embeddings"]["encoder"],
         d=manifest["embeddings"]["d"],
@@ -77,6 +87,7 @@ def sidecar_table(
         rows=len(samples),
         chunk=chunk,
         sketch_steps=sketch.steps(store.array(BASIS)).tolist() if embeddings == "sketch:64" else None,
+        image_member=settings.get("image_member"),
     )
     node = samples["node"].fill_null(-1).to_numpy()
     gathered = graph_fields(store, manifest, np.maximum(node, 0), embeddings)

@@ -82,7 +82,8 @@ def _embed(manifest: Json) -> list[str]:
             f"          cosine to float32 {fidelity['mean_cosine']:.6f} in the mean, {fidelity['min_cosine']:.6f} "
             f"at least, of {fidelity['texts']} texts"
         )
-    return lines + [f"          {count:6,} rejected: {reason}" for reason, count in manifest["rejected"].items()]
+    lines += [f"          {count:6,} rejected: {reason}" for reason, count in manifest["rejected"].items()]
+    return lines + _without_image(manifest)
 
 
 def _index(manifest: Json) -> list[str]:
@@ -101,4 +102,11 @@ def _export(manifest: Json) -> list[str]:
             lines.append(f"export    {counted(counts['samples'], 'sample')} in {counted(tasks, file)}, in {folder}")
     if counts["without_node"]:
         lines.append(f"          {counts['without_node']:6,} samples without a usable caption: loaders leave them out")
-    return lines
+    return lines + _without_image(manifest)
+
+
+def _without_image(manifest: Json) -> list[str]:
+    """A line of the tars' samples whose members are no images (`graphbuild.sources.tars.image_extension`)."""
+    count = manifest["stages"].get("scan", {}).get("counts", {}).get("without_image", 0)
+    said = "samples without an image (--image-member names another member): loaders leave them out"
+    return [f"          {count:6,} {said}"] if count else []

@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import ImageOps
 
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.graph.by_vector import VectorSearch
@@ -29,7 +28,7 @@ from graphbuild.nodes.captions import usable_text
 from graphbuild.nodes.encoder import find_encoder, open_model
 from graphbuild.nodes.matrix import is_matrix
 from graphbuild.recipe import Recipe, resolve
-from graphbuild.sources.images import web_image
+from graphbuild.sources.images import upright_rgb
 from graphbuild.sources.ranges import TarRanges
 from graphbuild.store.layout import SAMPLES, TEXTS
 from graphbuild.store.shards import shards_of
@@ -122,13 +121,11 @@ class Catalog:
         number, offset, size = sample.image
         with self._one_reads:
             content = self._tars.read(*(np.array([value]) for value in (number, offset, offset + size)))[0]
-        with web_image(io.BytesIO(content), MAX_PIXELS) as encoded:
-            encoded.draft("RGB", (pixels, pixels))
-            small = ImageOps.exif_transpose(encoded.convert("RGB"))
-            small.thumbnail((pixels, pixels))
-            made = io.BytesIO()
-            small.save(made, "JPEG", quality=85)
-            return made.getvalue()
+        small = upright_rgb(io.BytesIO(content), max_pixels=MAX_PIXELS, least=pixels)
+        small.thumbnail((pixels, pixels))
+        made = io.BytesIO()
+        small.save(made, "JPEG", quality=85)
+        return made.getvalue()
 
     # -- nodes
 

@@ -5,7 +5,7 @@ Reads everything once (checksums: about 1 GB/s a core) and the tars' headers; ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -22,7 +22,7 @@ from graphbuild.job.steps import STEPS
 from graphbuild.look.checksums import check_files
 from graphbuild.machine.terminal import counted
 from graphbuild.runner.stage import records
-from graphbuild.sources.tars import open_tar, tar_stem
+from graphbuild.sources.tars import TarSample, open_tar, tar_stem
 from graphbuild.store.files import is_there
 from graphbuild.store.layout import BACKGROUND, NEIGHBORS, SAMPLES, SIDECAR, SIMILARITIES, SKETCH, TEXTS, VECTORS
 from graphbuild.store.sharded import Array
@@ -138,13 +138,18 @@ def _check_tar(store: Store, shard: str, tar: Json, samples: pa.Table) -> list[s
         found = opened.samples()
         opened.file.seek(0)
         same = opened.compressed or stream_sha256(opened.file) == tar["sha256"]
-        images = [None if opened.compressed or s.image is None else s.image.offset for s in found]
     keys = [sample.key for sample in found]
     if keys != samples["key"].to_pylist():
         return [f"{tar['name']}: its {len(keys)} keys are not those of {SAMPLES.format(shard)} ({len(samples)})"]
-    if images != samples["image_offset"].to_pylist():
+    if not _are_members(samples["image_offset"].fill_null(-1).to_pylist(), found):
         return [f"{tar['name']}: images do not lie where {SAMPLES.format(shard)} says"]
     return [] if same else [f"{tar['name']}: its content has changed (sha256 differs)"]
+
+
+def _are_members(offsets: list[int], samples: Sequence[TarSample]) -> bool:
+    """Whether a member of each sample begins at its offset; -1: it has no place."""
+    places = ({member.offset for member in sample.members} | {-1} for sample in samples)
+    return all(offset in members for offset, members in zip(offsets, places, strict=True))
 
 
 def _check_graph(store: Store, manifest: Json, name: str, ids: Array) -> list[str]:
@@ -197,8 +202,8 @@ def _check_clustered(store: Store, manifest: Json) -> list[str]:
         sidecar = Sidecar.read(store.display(f"{path}.graph.parquet"))
         with open_tar(store.display(f"{path}.tar")) as opened:
             found = opened.samples()
-        images = [-1 if sample.image is None else sample.image.offset for sample in found]
-        if [sample.key for sample in found] != sidecar.key.tolist() or images != sidecar.image_offset.tolist():
+        same_keys = [sample.key for sample in found] == sidecar.key.tolist()
+        if not same_keys or not _are_members(sidecar.image_offset.tolist(), found):
             problems.append(f"{path}.tar: its keys or the places of its images are not those of its sidecar")
         if sidecar.header.graph != manifest["graph"]["fingerprint"]:
             problems.append(f"{path}.graph.parquet: written from another graph")

@@ -52,6 +52,8 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
         identity = {"captions": file_identity(embed.captions)}
         return [Task(stage="scan", name="list", settings=settings, inputs=identity, hints={"url": embed.captions})]
     settings["caption_member"] = embed.caption_member
+    if embed.image_member is not None:
+        settings["image_member"] = embed.image_member
     if embed.class_names is not None:
         settings["class_names"] = read_class_names(embed.class_names)
     if embed.shards is not None:
@@ -100,7 +102,8 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
         samples = tar.samples()
         keys = [sample.key for sample in samples]
         found = [sample_caption(tar, sample, settings) for sample in samples]
-        images = [None if tar.compressed else sample.image for sample in samples]
+        found_images = [sample.image(settings.get("image_member")) for sample in samples]
+        images = [None if tar.compressed else image for image in found_images]
         members = [[] if tar.compressed else [vars(member) for member in sample.members] for sample in samples]
         identity = {
             "url": url,
@@ -132,7 +135,7 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
     _write_rejected(shard, rejected, writer)
     counts = {"samples": len(samples), "captions": len(samples) - len(rejected), "rejected": len(rejected)}
     return {
-        "counts": counts,
+        "counts": {**counts, "without_image": found_images.count(None)},
         "numbers": sum(is_number(caption, settings["template"]) for caption in captions),
         "reasons": _reasons(rejected),
         "shards": {shard: {"samples": len(samples), "tar": identity}},

@@ -164,27 +164,32 @@ def downloaded_tars(store: Store) -> dict[str, str]:
     return outputs(done, "shards/", ".tar")
 
 
+JPEG_BEGINS = b"\xff\xd8"
+
+
 class CheckedResizer:
-    """img2dataset's resizer behind a full decode by Pillow: its own decoder fills a cut image with grey and goes on."""
+    """img2dataset's resizer, given what Pillow decoded: its own decoder fills a cut image with grey and goes on, turns
+    16 bits into white, and knows no orientation. With resize_mode "no" a JPEG's own bytes are kept."""
 
     def __init__(self, resizer: Any, max_pixels: int) -> None:
         self.resizer = resizer
         self.max_pixels = max_pixels
+        self.least = 0 if resizer.skip_reencode else 2 * resizer.image_size  # more of a large JPEG does not show
 
     def __call__(self, stream: io.BytesIO, boxes: Any = None) -> tuple[Any, ...]:
-        from graphbuild.sources.images import check_size, web_image
+        from graphbuild.sources.images import upright_rgb
 
         try:
-            stream.seek(0)
-            with web_image(stream, self.max_pixels) as image:
-                if len(image.getbands()) in (2, 4) or "transparency" in image.info:  # laid on white by way of float64
-                    check_size(image, self.max_pixels // 4)
-                image.draft("RGB", (64, 64))  # JPEG: decode small, still reading every byte
-                image.load()
+            image = upright_rgb(stream, max_pixels=self.max_pixels, least=self.least)
         except ImageError as error:
             return None, None, None, None, None, error.cause
-        stream.seek(0)
-        return tuple(self.resizer(stream, boxes))
+        if self.resizer.skip_reencode and stream.getbuffer()[:2] == JPEG_BEGINS:
+            return stream.getvalue(), *image.size, *image.size, None
+        decoded, size = io.BytesIO(), image.info["size"]
+        image.save(decoded, "PPM")
+        del image
+        content, width, height, _, _, error = self.resizer(decoded, boxes)
+        return content, width, height, *size, error
 
 
 def _img2dataset(task: Task, urls: pa.Table, folder: Path) -> None:

@@ -11,22 +11,28 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import logging
 import re
 import shutil
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 from graphbuild.errors import InputError
+from graphbuild.sources.paths import expand
 from graphbuild.store.files import local_file
 from graphbuild.store.remote import file_system, reaching
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+logger = logging.getLogger(__name__)
+
+IMAGE_FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP"}
+IMAGE_FORMATS |= {"tif": "TIFF", "tiff": "TIFF", "avif": "AVIF", "jp2": "JPEG2000", "ppm": "PPM", "pgm": "PPM"}
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+_ENDING = re.compile(r"\.(tar|tgz|tar\.gz)$", re.IGNORECASE)
 _META = re.compile(r"__[^/]*__($|/)")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # what tarfile makes of bytes that are not UTF-8
 _BLOCK = 512
@@ -47,10 +53,10 @@ class TarSample:
     key: str
     members: list[Member] = field(default_factory=list)
 
-    @property
-    def image(self) -> Member | None:
-        """The first member whose last extension is an image's."""
-        return next((m for m in self.members if m.extension.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS), None)
+    def image(self, wanted: str | None = None) -> Member | None:
+        """The member that `image_extension` names."""
+        extension = image_extension([member.extension for member in self.members], wanted)
+        return next((member for member in self.members if member.extension == extension), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +84,10 @@ class Tar:
             for info in archive:
                 self._check(info, bytes_total)
                 offset = archive.offset
-                name = _NAME.match(info.name) if info.isreg() and not _META.match(info.name) else None
+                is_member = info.isreg() and not _META.match(info.name) and not is_hidden(info.name)
+                name = _NAME.match(info.name) if is_member else None
                 if name is None:
-                    continue  # folders, links, and files without an extension are no samples' members
+                    continue  # folders, links, hidden files, and those without an extension are no samples' members
                 key, extension = name[1], name[2].lower()
                 if current is None or current.key != key:
                     if key in samples:
@@ -162,29 +169,49 @@ def open_tar(url: str) -> Iterator[Tar]:
 
 
 def expand_shards(pattern: str) -> list[str]:
-    """The tars that a path with braces ({000..331}), * or ? names, in order of name; InputError when there are none."""
-    import braceexpand
+    """The tars that a path, folder or pattern names (`named_tars`), of different names.
 
-    urls: list[str] = []
+    Raises:
+        InputError: there are none, a part of the pattern names none, or two have the same name.
+    """
     try:
-        parts = [(part, *file_system(part)) for part in braceexpand.braceexpand(pattern)]
+        urls = named_tars(pattern)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"no tar matches {error}", "check --shards; quote a pattern with * so that the shell leaves it alone"
+        ) from None
     except (ValueError, ImportError) as error:
         raise InputError(f"--shards {pattern}: {error}", "write it as in 'cc3m/{0000..0331}.tar'") from None
-    for part, fs, path in parts:
-        with reaching(part):
-            if fs.isdir(path):
-                part, path = f"{part.rstrip('/')}/*.tar", f"{path.rstrip('/')}/*.tar"
-            if any(mark in path for mark in "*?[") and not fs.exists(path):
-                urls += [fs.unstrip_protocol(found) if "://" in part else found for found in sorted(fs.glob(path))]
-            else:
-                urls.append(part)
-    if not urls:
-        raise InputError(
-            f"no tar matches {pattern}",
-            "check --shards; quote a pattern with * so that the shell leaves it alone",
-        )
     check_names(urls)
     return urls
+
+
+def named_tars(pattern: str) -> list[str]:
+    """The paths that `paths.expand` finds, and in place of a folder all tars in it, in order of name.
+
+    Raises:
+        ValueError: as `expand`. FileNotFoundError: a folder or pattern without a tar; it is named.
+    """
+    urls: list[str] = []
+    with reaching(pattern):
+        for path in expand(pattern):
+            urls += [path] if _ENDING.search(path) else _tars_of(path)
+    return urls
+
+
+def _tars_of(url: str) -> list[str]:
+    """The tars in a folder; any other path as it is."""
+    fs, path = file_system(url)
+    if not fs.isdir(path):
+        return [url]
+    names = sorted(name.rstrip("/") for name in fs.ls(path, detail=False) if not is_hidden(name.rpartition("/")[2]))
+    tars = [name for name in names if _ENDING.search(name)]
+    if not tars:
+        raise FileNotFoundError(f"{url.rstrip('/')}/*.tar")
+    if others := sorted({f".{name.rpartition('/')[2].partition('.')[2]}" for name in names if name not in tars}):
+        left = len(names) - len(tars)
+        logger.info("%-9s %s: %d tars; %d others are left out (%s)", "shards", url, len(tars), left, ", ".join(others))
+    return [fs.unstrip_protocol(name) if "://" in url else name for name in tars]
 
 
 def check_names(urls: Sequence[str]) -> None:
@@ -196,6 +223,22 @@ def check_names(urls: Sequence[str]) -> None:
             raise InputError(f"{other} and {url} have the same name", "rename one, or use a store for each folder")
 
 
+def is_hidden(path: str) -> bool:
+    """Whether it is no one's data: a file whose name begins with a dot, and what macOS puts beside (__MACOSX/)."""
+    folders, _, name = path.rpartition("/")
+    return name.startswith(".") or "__MACOSX" in folders.split("/")
+
+
+def image_extension(extensions: Iterable[str], wanted: str | None = None) -> str | None:
+    """Which of a sample's members, by their extensions in the tar's order, is its image; None: none.
+
+    The wanted one, if any is; else the first of those that are an image's and no more, as jpg; else the first that
+    ends in one, as depth.png.
+    """
+    images = [name for name in extensions if (name == wanted if wanted else name.rpartition(".")[2] in IMAGE_FORMATS)]
+    return min(images, key=lambda name: "." in name, default=None)
+
+
 def tar_stem(url: str) -> str:
     """The tar's name without .tar, .tgz or .tar.gz: its sidecar is STEM.graph.parquet."""
-    return re.sub(r"\.(tar|tgz|tar\.gz)$", "", url.rsplit("/", 1)[-1])
+    return _ENDING.sub("", url.rsplit("/", 1)[-1])

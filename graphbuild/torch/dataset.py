@@ -22,7 +22,7 @@ from webdataset.tariterators import base_plus_ext
 from graphbuild.errors import ShardError
 from graphbuild.export.sidecar import SidecarHeader, read_columns
 from graphbuild.sources.ranges import TarRanges, member_behind
-from graphbuild.sources.tars import IMAGE_EXTENSIONS
+from graphbuild.sources.tars import image_extension
 from graphbuild.store.remote import READERS
 from graphbuild.torch.fields import SidecarFields, StoreFields
 from graphbuild.torch.images import BadImages, ImageDecoder
@@ -107,6 +107,7 @@ class GraphDataset(Dataset[dict[str, Any]]):
             if graph is None
             else StoreFields(graph, self.shards[0].sidecar, header)
         )
+        self._image_member = header.image_member
         self._tars = TarRanges([shard.tar for shard in self.shards])
 
     def __len__(self) -> int:
@@ -188,7 +189,7 @@ class GraphDataset(Dataset[dict[str, Any]]):
                 member = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")
             except tarfile.HeaderError:
                 member = None
-            if len(contents[i]) < size or not is_image(member, key, size):
+            if len(contents[i]) < size or not is_image(member, key, size, self._image_member):
                 self._check_at_length(int(items[i]), int(tars[i]), key, len(contents[i]))
         return contents
 
@@ -198,7 +199,7 @@ class GraphDataset(Dataset[dict[str, Any]]):
         start = offset - min(offset // tarfile.BLOCKSIZE, HEADERS) * tarfile.BLOCKSIZE
         blocks = self._tars.read(np.array([tar]), np.array([start]), np.array([offset]))[0]
         member = member_behind(blocks) if len(blocks) == offset - start else None
-        if bytes_found == size and is_image(member, key, size):
+        if bytes_found == size and is_image(member, key, size, self._image_member):
             return
         found = f"{member.name!r} of {member.size:,} bytes begins" if member else "no member begins"
         if bytes_found < size:
@@ -211,12 +212,12 @@ class GraphDataset(Dataset[dict[str, Any]]):
         )
 
 
-def is_image(member: tarfile.TarInfo | None, key: str, size: int) -> bool:
-    """Whether a tar member is the image of that size of the sample with that key."""
+def is_image(member: tarfile.TarInfo | None, key: str, size: int, wanted: str | None) -> bool:
+    """Whether a tar member is the image, of that size, of the sample with that key; wanted: the sidecar's image_member."""
     if member is None or member.size != size or not member.isreg():
         return False
     name, extension = base_plus_ext(member.name)
-    return name == key and extension.lower().rsplit(".", 1)[-1] in IMAGE_EXTENSIONS
+    return name == key and image_extension([extension.lower()], wanted) is not None
 
 
 def read_samples(shard: Shard) -> tuple[SidecarHeader, pa.Table]:

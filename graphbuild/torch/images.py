@@ -1,4 +1,4 @@
-"""Images decoded, one way for all loaders: bytes of a tar in, what a batch holds out."""
+"""Images decoded for a batch, one way for all loaders: upright and RGB, see graphbuild.sources.images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import default_collate
 
 from graphbuild.errors import ConfigError, ImageError, ShardError
-from graphbuild.sources.images import web_image
+from graphbuild.sources.images import upright_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -115,16 +115,13 @@ class ImageDecoder:
 
     def _open(self, content: bytes, name: str) -> Image.Image:
         try:
-            with web_image(io.BytesIO(content)) as encoded:
-                if self.pixels is None:
-                    return encoded.convert("RGB")
-                size = (self.pixels, self.pixels)
-                encoded.draft("RGB", size)  # JPEG: decode at a fraction of the size, never below it
-                image = encoded if encoded.mode == "RGB" else encoded.convert("RGB")
-                return ImageOps.fit(image, size, Image.Resampling.BICUBIC)
+            image = upright_rgb(io.BytesIO(content), least=self.pixels or 0)
         except ImageError as error:
             raise ShardError(
                 f"{name}: the image cannot be decoded ({error.cause})",
                 "replace the image, or leave the sample out: rewrite the tar, then embed and export again; or pass"
                 ' bad_images="replace", which puts another sample of the batch in its place',
             ) from error
+        if self.pixels is None:
+            return image
+        return ImageOps.fit(image, (self.pixels, self.pixels), Image.Resampling.BICUBIC)

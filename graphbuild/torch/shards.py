@@ -12,24 +12,22 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from glob import has_magic
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from graphbuild.errors import ConfigError, ShardError
 from graphbuild.export.sidecar import Sidecar, SidecarHeader, read_columns
-from graphbuild.sources.tars import IMAGE_EXTENSIONS, tar_stem
+from graphbuild.sources.tars import image_extension, is_hidden, named_tars, tar_stem
 from graphbuild.store.remote import file_system, reaching
 
 logger = logging.getLogger(__name__)
 
 ELSEWHERE = "check the path; tars that graphbuild downloaded lie in the store's shards/"
-SHARED_BY_SHARDS = ("encoder", "d", "k", "embeddings", "graph", "chunk")
+SHARED_BY_SHARDS = ("encoder", "d", "k", "embeddings", "graph", "chunk", "image_member")
 
 
 @dataclass(frozen=True)
@@ -120,17 +118,19 @@ def joined_samples(shard: Shard, *, expected: SidecarHeader, extra: Sequence[str
     """
     sidecar = read_sidecar(shard, expected)
     rows, position, without_image = sidecar.header.rows, -1, 0
+    placed = bool((sidecar.image_offset >= 0).any())  # not of a compressed tar
     for position, sample in enumerate(_tar_samples(shard, sidecar.header)):
         _check_key(shard, sidecar, position, sample["__key__"])
         if sidecar.node[position] < 0:
             continue
-        image = next((name for name in sample if name.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS), None)
+        named = sidecar.image_size[position] if placed else None
+        image = None if named == -1 else image_extension(sample, sidecar.header.image_member)
+        if placed and named != (-1 if image is None else len(sample[image])):
+            raise ShardError(
+                f"{shard.tar}: sample {position}, key {sidecar.key[position]!r}, has lost its image, or has another",
+                "the tar changed after the export: restore it, or embed with --force and export again",
+            )
         if image is None:
-            if sidecar.image_offset[position] >= 0:
-                raise ShardError(
-                    f"{shard.tar}: sample {position}, key {sidecar.key[position]!r}, has lost its image",
-                    "the tar changed after the export: restore it, or embed and export again",
-                )
             without_image += 1
             continue
         absent = [name for name in extra if name not in sample]
@@ -183,7 +183,8 @@ def _tar_samples(shard: Shard, header: SidecarHeader) -> Iterator[dict[str, Any]
     files, path = file_system(shard.tar)
     try:
         with reaching(shard.tar, ShardError), files.open(path, "rb") as stream:
-            members = ({**member, "__url__": shard.tar} for member in tar_file_iterator(stream, skip_meta=None))
+            files_in_it = tar_file_iterator(stream, skip_meta=None)
+            members = ({**member, "__url__": shard.tar} for member in files_in_it if not is_hidden(member["fname"]))
             yield from group_by_keys(members)
     except FileNotFoundError:
         raise missing(shard, shard.tar) from None
@@ -231,22 +232,13 @@ def check_same_graph(shard: Shard, header: SidecarHeader, expected: SidecarHeade
 
 def _expand(pattern: str) -> list[str]:
     try:
-        alternatives: list[str] = list(braceexpand(pattern))
+        return named_tars(pattern)
     except ValueError:
         raise ConfigError(f"{pattern}: unbalanced braces", "write {00000..00331}, or pass a list") from None
-    tars: list[str] = []
-    for url in alternatives:
-        if not has_magic(url):
-            tars.append(url)
-            continue
-        files, path = file_system(url)
-        with reaching(url, ShardError):
-            found = sorted(files.glob(path))
-            without_tars = not found and files.glob(f"{path.rpartition('/')[0]}/*.graph.parquet")
-        if not found:
-            raise ConfigError(f"{url} matches no file", _own_tars(url) if without_tars else ELSEWHERE)
-        tars += [files.unstrip_protocol(name) if "://" in url else name for name in found]
-    return tars
+    except FileNotFoundError as error:
+        files, path = file_system(str(error))
+        without_tars = files.glob(f"{path.rpartition('/')[0]}/*.graph.parquet")
+        raise ConfigError(f"{error} matches no file", _own_tars(str(error)) if without_tars else ELSEWHERE) from None
 
 
 def _sidecar_of(tar: str, sidecars: str | os.PathLike[str] | None) -> str:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from graphbuild.errors import InputError
-from graphbuild.sources.tars import TarSample, expand_shards, open_tar, tar_stem
+from graphbuild.sources.tars import Member, TarSample, expand_shards, open_tar, tar_stem
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 Samples = list[tuple[str, dict[str, bytes]]]
@@ -52,13 +52,14 @@ def _at(path: Path, member: object) -> bytes:
 
 
 def by_webdataset(path: Path) -> Samples:
-    """What webdataset's own reader finds in the same tar."""
+    """What webdataset's own reader finds in the same tar, but for what it makes of hidden files in folders."""
     with path.open("rb") as file:
         files: Iterator[dict[str, object]] = ({**f, "__url__": str(path)} for f in tar_file_iterator(file))
         grouped = list(group_by_keys(files))
     return [
         (sample["__key__"], {name: value for name, value in sample.items() if not name.startswith("__")})
         for sample in grouped
+        if not sample["__key__"].endswith("/")
     ]
 
 
@@ -187,16 +188,26 @@ def test_links_devices_and_folders_are_no_members(tmp_path: Path) -> None:
     assert read(path) == by_webdataset(path) == [("0", {"jpg": b"", "txt": b""})]
 
 
-def test_the_first_image_of_a_sample_is_its_image() -> None:
-    def image(*extensions: str) -> str | None:
-        from graphbuild.sources.tars import Member
+def test_what_macos_puts_beside_is_no_sample(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(
+        tar_bytes([(name, b"") for name in ("./0.jpg", "__MACOSX/./._0.jpg", "__MACOSX/x.jpg", "a/._1.jpg")])
+    )
+    assert read(path) == [("./0", {"jpg": b""})]
 
-        found = TarSample("k", [Member(extension, 0, 0) for extension in extensions]).image
+
+def test_a_whole_extension_of_an_image_goes_before_one_that_ends_in_it() -> None:
+    def image(*extensions: str, wanted: str | None = None) -> str | None:
+        found = TarSample("k", [Member(extension, 0, 0) for extension in extensions]).image(wanted)
         return found and found.extension
 
     assert image("txt", "jpeg", "png") == "jpeg"
-    assert image("seg.png", "jpg") == "seg.png"
+    assert image("depth.png", "mask.png", "jpg", "txt") == "jpg"
+    assert image("txt", "seg.png", "depth.png") == "seg.png"
     assert image("txt", "json", "jpgx") is None
+    assert image("depth.png", "jpg", wanted="depth.png") == "depth.png"
+    assert image("jpg", "txt", wanted="depth.png") is None
+    assert image("img", "jpg", wanted="img") == "img"
 
 
 # -- what webdataset would pass over in silence
@@ -453,7 +464,7 @@ def test_patterns_name_tars_in_order(tmp_path: Path) -> None:
     assert names("*.tar") == ["a.tar", "b.tar", "x[1].tar"]
     assert names("{b,a}.tar") == ["b.tar", "a.tar"]
     assert names("?.t*") == ["a.tar", "b.tar", "c.tgz"]
-    assert names("") == ["a.tar", "b.tar", "x[1].tar"]
+    assert names("") == ["a.tar", "b.tar", "c.tgz", "x[1].tar"]
     assert names("x[1].tar") == ["x[1].tar"]
     assert expand_shards("/d/{000..002}.tar") == ["/d/000.tar", "/d/001.tar", "/d/002.tar"]
 

@@ -86,7 +86,8 @@ def funnel(store: Store, manifest: Json) -> list[Json]:
         step("images", counts["download"]["images"], failures)
     if "scan" in counts:
         scanned = counts["scan"]
-        step("samples", scanned["samples"], {})
+        without = scanned.get("without_image", 0)
+        step("samples", scanned["samples"], {}, f"{without:,} have no image" if without else "")
         step("usable captions", scanned["captions"], manifest["rejected"])
     if "number" in counts and "scan" in counts:
         same = counts["scan"]["captions"] - counts["number"]["nodes"]
