@@ -213,7 +213,7 @@ class GraphDataset(Dataset[dict[str, Any]]):
 
 
 def is_image(member: tarfile.TarInfo | None, key: str, size: int, wanted: str | None) -> bool:
-    """Whether a tar member is the image, of that size, of the sample with that key; wanted: the sidecar's image_member."""
+    """Whether a tar member is the image of that size and that sample's key; wanted: the sidecar's image_member."""
     if member is None or member.size != size or not member.isreg():
         return False
     name, extension = base_plus_ext(member.name)
