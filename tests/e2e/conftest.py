@@ -11,6 +11,7 @@ import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import forked
 import pytest
 
 from graphbuild.demo.captions import caption
@@ -41,9 +42,10 @@ def cli(program: Path, environment: dict[str, str]) -> Cli:
         *arguments: object, code: int | None = 0, env: dict[str, str] | None = None, timeout: float = 500
     ) -> subprocess.CompletedProcess[str]:
         command = [str(program), *map(str, arguments)]
-        done = subprocess.run(
-            command, env={**environment, **(env or {})}, capture_output=True, text=True, timeout=timeout
-        )
+        if env is None:
+            done = forked.run(command, environment, timeout)
+        else:  # which libraries may read when they are imported
+            done = subprocess.run(command, env={**environment, **env}, capture_output=True, text=True, timeout=timeout)
         if code is not None and done.returncode != code:
             pytest.fail(f"{' '.join(command)} exited {done.returncode}, not {code}\n{done.stdout}\n{done.stderr}")
         return done
