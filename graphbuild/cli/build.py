@@ -104,6 +104,20 @@ def retry(
         _say(retry_store(opened, runner, wanted, changes))
 
 
+@builds(without="force dry_run")
+def relocate(
+    store: StoreArg,
+    shards: Annotated[str, typer.Argument(metavar="SHARDS", help="where the tars lie now, as in `embed --shards`")],
+    how: How,
+) -> None:
+    """Tars that were moved or renamed, found by their content: nothing is encoded again."""
+    from graphbuild.job.relocate import relocate as found_again
+
+    opened = open_store(store)
+    with _runner("relocate", opened, how) as runner:
+        _say(found_again(opened, shards, runner))
+
+
 def _run_section(section: str, url: str, changes: Changes, how: How) -> None:
     from graphbuild.recipe import resolve
 

@@ -253,7 +253,12 @@ def replaced_by(step: Step, tasks: Sequence[Task], store: Store, *, force: bool)
         raise ConfigError(
             f"{store.url} was made from {before}, and this is another source ({now}), which would replace:\n    "
             + ", ".join(dict.fromkeys(path for path in owned if not path.startswith("_"))),
-            "use another STORE, or add --force to replace these files",
+            "use another STORE, or add --force to replace these files"
+            + (
+                f"; tars that were only moved: `graphbuild relocate {store.url} SHARDS`"
+                if before == now == "tar"
+                else ""
+            ),
         )
     return list(gone)
 

@@ -47,7 +47,8 @@ class Report:
     def fix(self, store: Store) -> str:
         """What to do about the problems."""
         without = f"`graphbuild embed {store.url} --force` without it, then index and export"
-        tar = f"restore the tar, or {without}" if self.missing_tars else ""
+        moved = f"if it was moved, `graphbuild relocate {store.url} SHARDS`"
+        tar = f"restore the tar; {moved}; or {without}" if self.missing_tars else ""
         files = "rebuild the stages named above with --force, or restore the files"
         return "; ".join(filter(None, [tar, files if len(self.problems) > self.missing_tars else ""]))
 

@@ -45,7 +45,12 @@ def pending(
             f"{store.url} was built differently "
             f"({stage.name}: {len(changed) + len(gone_inputs)} of {len(done)} finished tasks):"
             + "".join(f"\n    {line}" for line in lines[:20]),
-            "give the same settings and inputs again, use another STORE, or add --force to rebuild what differs",
+            "give the same settings and inputs again, use another STORE, or add --force to rebuild what differs"
+            + (
+                "; tars that were only moved: `graphbuild relocate`"
+                if any("tar" in done[n]["inputs"] for n in gone)
+                else ""
+            ),
         )
 
     def take_away(name: str) -> None:

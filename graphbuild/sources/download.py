@@ -188,8 +188,8 @@ class CheckedResizer:
         decoded, size = io.BytesIO(), image.info["size"]
         image.save(decoded, "PPM")
         del image
-        content, width, height, _, _, error = self.resizer(decoded, boxes)
-        return content, width, height, *size, error
+        content, width, height, _, _, problem = self.resizer(decoded, boxes)
+        return content, width, height, *size, problem
 
 
 def _img2dataset(task: Task, urls: pa.Table, folder: Path) -> None:
