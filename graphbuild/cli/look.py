@@ -87,12 +87,13 @@ def report(store: StoreArg) -> None:
 def explore(
     store: StoreArg,
     compare: Annotated[str | None, option("another store, beside it: another encoder or k")] = None,
-    host: Annotated[
-        str, typer.Option(help="address to listen at; a token is asked for anywhere but here")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="address to listen at")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8765,
 ) -> None:
-    """A page to search, see and walk the graph, until Ctrl-C."""
+    """A page to search, see and walk the graph, until Ctrl-C.
+
+    Only who has the address that it prints, with its token, gets in.
+    """
     from graphbuild.look.explore import serve
 
     stores = [open_store(url) for url in (store, compare) if url is not None]

@@ -1,8 +1,9 @@
 """The explorer's web server: queries go to the store, nothing is loaded whole (catalog.py says what each one reads).
 
 Captions and images are strangers': the page gets captions as JSON and shows them as text, images are encoded anew, and
-a strict Content-Security-Policy lets nothing but the page's own files run. Listens on loopback unless asked; anywhere
-else it asks for a token. Requests under another host's name are refused, so that no web page can reach it by DNS.
+a strict Content-Security-Policy lets nothing but the page's own files run. Listens on loopback unless asked, and asks
+for the token of the address that it prints: loopback is every user's of this machine. There, requests under another
+host's name are refused, so that no web page can reach it by DNS.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ HEADERS = {
 PIXELS = 384
 MOST = 200  # neighbours or results of a request
 LONGEST = 10_000  # characters of a text to search for
-TOKEN = "graphbuild_token"
+DIGITS = 18  # of a number
+COOKIE = "graphbuild_token_{}"  # of a port: browsers send a host's cookies to all of its ports
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -70,7 +72,7 @@ class Explorer:
         self.catalogs = catalogs
         self.host = host
         self.loopback = _is_loopback(host)
-        self.token = "" if self.loopback else secrets.token_urlsafe(24)
+        self.token = secrets.token_urlsafe(24)
         self._maps: dict[int, asyncio.Task[Json]] = {}
 
     def application(self) -> web.Application:
@@ -94,7 +96,7 @@ class Explorer:
 
     def address(self, port: int) -> str:
         name = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{name}:{port}/" + (f"?token={self.token}" if self.token else "")
+        return f"http://{name}:{port}/?token={self.token}"
 
     async def warm(self) -> None:
         """Load the encoder before the first search; a failure shows there."""
@@ -109,21 +111,24 @@ class Explorer:
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         if self.loopback and not _is_loopback(request.url.host or ""):
             return web.Response(status=403, text="open it by the address that graphbuild printed")
-        if self.token:
-            given = request.query.get("token", "")
-            if request.path == "/" and secrets.compare_digest(given.encode(), self.token.encode()):
-                moved = web.Response(status=303, headers={"Location": "/"})
-                moved.set_cookie(TOKEN, self.token, httponly=True, samesite="Strict")
-                return moved
-            if not secrets.compare_digest(request.cookies.get(TOKEN, "").encode(), self.token.encode()):
-                return web.Response(status=403, text="open it by the address with the token")
+        cookie = COOKIE.format(request.url.port)
+        if request.path == "/" and self._is_token(request.query.get("token", "")):
+            moved = web.Response(status=303, headers={"Location": "/"})
+            # Not Strict: browsers leave that out behind a link on another page, such as a terminal in one.
+            moved.set_cookie(cookie, self.token, httponly=True, samesite="Lax")
+            return moved
+        if not self._is_token(request.cookies.get(cookie, "")):
+            return web.Response(status=403, text="open it by the address with the token, which graphbuild printed")
         return await handler(request)
 
+    def _is_token(self, given: str) -> bool:
+        return secrets.compare_digest(given.encode(), self.token.encode())
+
     def _catalog(self, request: web.Request) -> Catalog:
-        number = int(request.match_info["store"])
-        if number >= len(self.catalogs):
-            raise InputError(f"there is no store {number} here", f"{len(self.catalogs)} are served")
-        return self.catalogs[number]
+        return self.catalogs[self._store_number(request)]
+
+    def _store_number(self, request: web.Request) -> int:
+        return _number("store", request.match_info["store"], 0, len(self.catalogs) - 1)
 
     # -- what the page asks for
 
@@ -148,7 +153,7 @@ class Explorer:
         text = request.query.get("text", "")
         if len(text) > LONGEST:
             raise InputError(f"the text has {len(text):,} characters, at most {LONGEST:,}", "search by fewer words")
-        found = await asyncio.to_thread(self._catalog(request).search, text, _number(request, "count", 24))
+        found = await asyncio.to_thread(self._catalog(request).search, text, _count(request))
         return web.json_response({"neighbors": [dataclasses.asdict(one) for one in found]})
 
     async def _key(self, request: web.Request) -> web.Response:
@@ -161,19 +166,19 @@ class Explorer:
         return web.json_response(_public(sample))
 
     async def _node(self, request: web.Request) -> web.Response:
-        node, count = int(request.match_info["node"]), _number(request, "count", 24)
-        return web.json_response(await asyncio.to_thread(_described, self._catalog(request), node, count))
+        catalog, count = self._catalog(request), _count(request)
+        return web.json_response(await asyncio.to_thread(_described, catalog, _node_of(request, catalog), count))
 
     async def _map(self, request: web.Request) -> web.Response:
-        number = int(request.match_info["store"])
-        catalog = self._catalog(request)
+        number, catalog = self._store_number(request), self._catalog(request)
         drawn = self._maps.get(number)
         if drawn is None or (drawn.done() and drawn.exception()):  # what failed may do so no more
             drawn = self._maps[number] = asyncio.create_task(asyncio.to_thread(node_map, catalog))
         return web.json_response(await drawn)
 
     async def _image(self, request: web.Request) -> web.Response:
-        content = await asyncio.to_thread(_image_of, self._catalog(request), int(request.match_info["node"]))
+        catalog = self._catalog(request)
+        content = await asyncio.to_thread(_image_of, catalog, _node_of(request, catalog))
         if content is None:
             raise web.HTTPNotFound(text="no image")
         return web.Response(body=content, content_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
@@ -200,10 +205,18 @@ def _public(sample: Sample) -> Json:
     return {**dataclasses.asdict(sample), "image": sample.image is not None}
 
 
-def _number(request: web.Request, name: str, default: int) -> int:
-    given = request.query.get(name, str(default))
-    if not given.isdecimal() or not 1 <= int(given) <= MOST:
-        raise InputError(f"{name} = {given[:20]!r}", f"give a number from 1 to {MOST}")
+def _count(request: web.Request) -> int:
+    return _number("count", request.query.get("count", "24"), 1, MOST)
+
+
+def _node_of(request: web.Request, catalog: Catalog) -> int:
+    return _number("node", request.match_info["node"], 0, len(catalog.graph) - 1)
+
+
+def _number(name: str, given: str, least: int, most: int) -> int:
+    """A number of a request, of which Python reads only so many digits."""
+    if not given.isdecimal() or len(given) > DIGITS or not least <= int(given) <= most:
+        raise InputError(f"{name} {given[:DIGITS]!r} is not in {least}..{most}", "give a number of these")
     return int(given)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.cookiejar
 import re
 import subprocess
 import sys
@@ -258,29 +259,62 @@ def fetch(url: str, **headers: str) -> tuple[int, dict[str, str], str]:
         return error.code, dict(error.headers), error.read().decode()
 
 
-def test_strangers_and_bad_requests_are_refused(serve: Serve, address: str, store: Path) -> None:
+def signed_in(address: str) -> tuple[str, dict[str, str]]:
+    """The address without its token, and the header that a browser sends once it has opened it."""
+    opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(jar := http.cookiejar.CookieJar()))
+    with opener.open(address, timeout=20) as answer:
+        assert "token" not in answer.url, "it would be in the browser's history, and in what the user copies"
+    cookie = next(iter(jar))
+    return address.partition("?")[0], {"Cookie": f"{cookie.name}={cookie.value}"}
+
+
+def test_strangers_and_bad_requests_are_refused(address: str) -> None:
+    base, mine = signed_in(address)
     for path in ("", "page.js", "page.css", "api/stores", "api/0/node/3", "api/0/node/999999", "image/0/1", "none"):
-        _, headers, _ = fetch(address + path)
-        assert headers["Content-Security-Policy"].startswith("default-src 'none'; script-src 'self'"), path
-        assert headers["X-Content-Type-Options"] == "nosniff"
-    assert fetch(address, Host="evil.example")[0] == 403
+        for headers in ({}, mine):
+            _, found, _ = fetch(base + path, **headers)
+            assert found["Content-Security-Policy"].startswith("default-src 'none'; script-src 'self'"), path
+            assert found["X-Content-Type-Options"] == "nosniff"
+    assert fetch(base, **mine, Host="evil.example")[0] == 403
+    digits = "1" * 5_000
     for path, says in (
         ("api/0/node/999999", "not in 0.."),
-        ("api/7/node/1", "no store 7"),
-        ("api/0/node/1?count=0", "1 to 200"),
+        ("api/7/node/1", "store '7' is not in 0..0"),
+        ("api/0/node/1?count=0", "not in 1..200"),
+        (f"api/{digits}/node/1", "not in 0..0"),
+        (f"api/0/node/{digits}", "not in 0.."),
+        (f"image/0/{digits}", "not in 0.."),
+        (f"api/{digits}/map", "not in 0..0"),
+        (f"api/0/node/1?count={digits}", "not in 1..200"),
+        (f"api/0/search?text=a&count={digits}", "not in 1..200"),
         ("api/0/search?text=", "cannot be searched"),
         ("api/0/search?text=" + "a" * 10_001, "10,001 characters"),
     ):
-        status, _, body = fetch(address + path)
+        status, _, body = fetch(base + path, **mine)
         assert (status, says in body) == (400, True), (path, body)
-    status, _, body = fetch(address + "api/0/key?key=../../etc/passwd")
+    status, _, body = fetch(base + "api/0/key?key=../../etc/passwd", **mine)
     assert (status, body) == (200, '{"node": null}'), "no sample has it"
-    open_to_all = serve(store, "--host", "0.0.0.0")
-    base, _, token = open_to_all.partition("?token=")
-    base = base.replace("0.0.0.0", "127.0.0.1")
-    assert len(token) >= 32
-    assert fetch(base)[0] == fetch(f"{base}api/stores")[0] == fetch(f"{base}?token=wrong")[0] == 403
-    assert fetch(f"{base}api/stores", Cookie=f"graphbuild_token={token}")[0] == 200
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_only_who_was_given_the_printed_address_gets_in_on_loopback_too(serve: Serve, store: Path, host: str) -> None:
+    address = serve(store, "--host", host).replace("0.0.0.0", "127.0.0.1")
+    base, mine = signed_in(address)
+    for path in ("", "?token=wrong", "?token=", "page.js", "api/stores", "api/0/node/3", "api/0/map", "image/0/1"):
+        assert fetch(base + path)[0] == 403, path
+        assert fetch(base + path, Cookie=mine["Cookie"][:-1])[0] == 403, path
+    assert len(address.partition("?token=")[2]) >= 32
+    assert fetch(base + "api/stores", **mine)[0] == 200
+
+
+def test_two_explorers_of_one_machine_do_not_sign_each_other_out(
+    tab: Tab, serve: Serve, address: str, other_store: Path
+) -> None:
+    tab.page.goto(f"{address}#node=3")
+    tab.page.context.new_page().goto(serve(other_store))
+    tab.page.reload()
+    tab.wait("document.querySelectorAll('.card').length > 0")
+    assert tab.page.url == address.partition("?")[0] + "#node=3", "the token stays out of the browser's history"
 
 
 def test_a_map_that_failed_is_drawn_when_asked_for_again_and_then_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,8 +329,9 @@ def test_a_map_that_failed_is_drawn_when_asked_for_again_and_then_kept(monkeypat
     monkeypatch.setattr(server, "node_map", node_map)
 
     async def asked() -> list[tuple[int, dict[str, Any]]]:
-        application = server.Explorer([SimpleNamespace()], "127.0.0.1").application()  # type: ignore[list-item]
-        async with TestClient(TestServer(application)) as client:
+        explorer = server.Explorer([SimpleNamespace()], "127.0.0.1")  # type: ignore[list-item]
+        async with TestClient(TestServer(explorer.application())) as client:
+            await client.get("/", params={"token": explorer.token})
             answers = [await client.get("/api/0/map") for _ in range(3)]
             return [(answer.status, await answer.json()) for answer in answers]
 
