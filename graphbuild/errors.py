@@ -1,6 +1,22 @@
-"""The errors users meet: each says what is wrong and what to do next, and knows the command's exit code."""
+"""The errors users meet: each says what is wrong and what to do next, and knows the command's exit code.
+
+None says what stands in a URL for a password (`public`).
+"""
 
 from __future__ import annotations
+
+import re
+
+_USER = re.compile(r"(?<=://)[^\s/?#@]*@", re.I)
+_QUERY = re.compile(r"""(https?://(?:(?!https?://)[^?\n])*) \?\S+? (?=[)\]},.:;'"]*(?:\s|$))""", re.I | re.X)
+
+
+def public(text: str) -> str:
+    """A text, path or URL without the user's name in URLs and the query of HTTP's, which may be a signature or token.
+
+    Whatever outlasts a command or is shown holds URLs in this form: records, names of files, messages, logs.
+    """
+    return _QUERY.sub(r"\1", _USER.sub("", text)) if "://" in text else text
 
 
 class GraphbuildError(Exception):
@@ -9,9 +25,8 @@ class GraphbuildError(Exception):
     exit_code = 1
 
     def __init__(self, cause: str, fix: str) -> None:
-        super().__init__(cause, fix)
-        self.cause = cause
-        self.fix = fix
+        super().__init__(public(cause), public(fix))
+        self.cause, self.fix = self.args
 
     def __str__(self) -> str:
         return f"{self.cause}\n  -> {self.fix}"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from graphbuild.errors import ConfigError
+from graphbuild.errors import ConfigError, public
 
 if TYPE_CHECKING:
     from graphbuild.store.store import Store
@@ -163,12 +163,14 @@ class Recipe(Section):
     export: Export = Field(default_factory=Export)
 
     def dump(self) -> str:
-        """The recipe as a store keeps it: every setting that is remembered, with its value."""
+        """The recipe as a store keeps it: every setting that is remembered, with its value; of URLs what is public."""
         import yaml
 
         values = self.model_dump()
         for section, name in marked("switch"):
             del values[section][name]
+        for section, name in marked("path"):
+            values[section][name] = values[section][name] and public(values[section][name])
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 

@@ -23,6 +23,7 @@ from graphbuild.graph.certify import require_graph
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, digest, outputs
 from graphbuild.runner.state import require
+from graphbuild.sources.tars import given_urls
 from graphbuild.store.layout import SAMPLES, shard_name
 from graphbuild.store.sharded import Array
 from graphbuild.store.shards import Shards, shards_of
@@ -123,12 +124,14 @@ def plan_cluster(recipe: Recipe, store: Store) -> list[Task]:
     settings, built = _of_all(recipe, store)
     settings |= {"shard_size": size, **header_settings(recipe)}
     built["tars"] = digest(shards.table["tar_sha256"].to_pylist())
+    hints = {"given": given_urls(recipe.embed.shards)}
     return [
         Task(
             stage="cluster",
             name=shard_name(number),
             settings=settings,
             built={**built, "places": [first, min(size, total - first)]},
+            hints=hints,
         )
         for number, first in enumerate(range(0, total, size))
     ]
@@ -140,7 +143,7 @@ def run_cluster(task: Task, store: Store, writer: Writer) -> Json:
     samples, sources = _collect(store, shards.names, *task.built["places"])
     keys = [f"{row:012d}" for row in samples["row"].to_pylist()]
     name = f"{FOLDER}/{task.name}.tar"
-    urls = [store.resolve(url) for url in shards.table["tar_url"].to_pylist()]
+    urls = [task.hints["given"].get(url, store.resolve(url)) for url in shards.table["tar_url"].to_pylist()]
     with writer.file(name) as path:
         offsets, sizes = write_tar(path, samples, urls, sources, keys)
     tar = writer.outputs[-1]

@@ -19,7 +19,7 @@ from graphbuild.export.tarwriter import check_members, write_tar
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, outputs
 from graphbuild.runner.state import require
-from graphbuild.sources.tars import tar_stem
+from graphbuild.sources.tars import given_urls, tar_stem
 from graphbuild.store.layout import SAMPLES
 from graphbuild.store.sharded import Array
 from graphbuild.store.shards import shards_of
@@ -36,12 +36,14 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
         raise ConfigError("--layout inline has no sketches", "use --embeddings int8, float16 or none")
     samples = outputs(require(store, "assign", "embed"), "samples/")
     graph = store.manifest()["graph"]["fingerprint"]
+    given = given_urls(recipe.embed.shards)
     return [
         Task(
             stage="inline",
             name=shard.name,
             settings={"embeddings": recipe.export.embeddings},
             built={"graph": graph, "samples": samples[SAMPLES.format(shard.name)], "tar": shard.tar},
+            hints={"url": given.get(shard.tar["url"], store.resolve(shard.tar["url"]))},
         )
         for shard in shards
     ]
@@ -49,7 +51,7 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
 
 def run(task: Task, store: Store, writer: Writer) -> Json:
     samples = store.table(SAMPLES.format(task.name))
-    url = store.resolve(task.built["tar"]["url"])
+    url = task.hints["url"]
     check_members(samples, url)
     row, node = samples["row"].to_numpy(), samples["node"].fill_null(-1).to_numpy()
     fields = graph_fields(store, store.manifest(), np.maximum(node, 0), task.settings["embeddings"])

@@ -1,4 +1,4 @@
-"""What commands print: nothing that a list, a tar or a server says can steer the terminal."""
+"""What commands print: nothing that a list, a tar or a server says can steer the terminal; logs hold no secrets."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import logging
 import sys
 from typing import Literal
+
+from graphbuild.errors import public
 
 ProgressMode = Literal["auto", "live", "plain", "json"]
 
@@ -28,14 +30,14 @@ def echo(text: str, *, err: bool = False) -> None:
 
 class HarmlessFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return harmless(super().format(record))
+        return harmless(public(super().format(record)))
 
 
 class JsonFormatter(logging.Formatter):
     """A log line as a JSON object, among those of `--progress json`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return json.dumps({"event": "log", "level": record.levelname.lower(), "message": record.getMessage()})
+        return json.dumps({"event": "log", "level": record.levelname.lower(), "message": public(record.getMessage())})
 
 
 class StderrHandler(logging.Handler):

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from graphbuild.errors import ConfigError, InputError
+from graphbuild.errors import ConfigError, InputError, public
 from graphbuild.nodes.captions import (
     CONTENT_CHARACTERS,
     fill_fields,
@@ -106,8 +106,8 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
         images = [None if tar.compressed else image for image in found_images]
         members = [[] if tar.compressed else [vars(member) for member in sample.members] for sample in samples]
         identity = {
-            "url": url,
-            "name": url.rsplit("/", 1)[-1],
+            "url": public(url),
+            "name": public(url).rsplit("/", 1)[-1],
             "bytes": tar.source.stat().st_size,
             "sha256": file_sha256(tar.source),
         }
@@ -247,9 +247,9 @@ def _shard_numbers(urls: Sequence[str], store: Store) -> dict[str, str]:
     shards = [(shard.name, shard.tar) for shard in latest_shards(store)]
     for record in records(store, "scan").values():
         shards += [(name, shard["tar"]) for name, shard in record["facts"]["shards"].items()]
-    known = {tar["url"]: name for name, tar in shards if tar is not None}
+    known = {public(tar["url"]): name for name, tar in shards if tar is not None}
     numbered = [name for record in records(store, "number").values() for name in record["facts"]["shards"]]
     first = 1 + max(map(int, numbered), default=-1)
     taken = {*known.values()}
     free = (name for number in itertools.count(first) if (name := shard_name(number)) not in taken)
-    return {url: known[url] if url in known else next(free) for url in urls}
+    return {url: known.get(public(url)) or next(free) for url in urls}

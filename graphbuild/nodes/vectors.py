@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from graphbuild.errors import InputError
+from graphbuild.errors import InputError, public
 from graphbuild.nodes.encode import embeddings_entry
 from graphbuild.nodes.samples import COLUMNS, SCHEMA
 from graphbuild.recipe import Recipe
@@ -36,7 +36,7 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
     with open_parts(embed.vectors) as file:
         rows = (
             npy_header(file, embed.vectors)[0][0]
-            if embed.vectors.endswith(".npy")
+            if public(embed.vectors).endswith(".npy")
             else _open_parquet(file, embed).metadata.num_rows
         )
     if rows == 0:
@@ -61,7 +61,11 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
 def run(task: Task, store: Store, writer: Writer) -> Json:
     url, first, count = task.hints["url"], task.settings["first_row"], task.settings["rows"]
     with open_parts(url) as file:
-        values = _npy_rows(file, url, first, count) if url.endswith(".npy") else _parquet_rows(file, url, task.settings)
+        values = (
+            _npy_rows(file, url, first, count)
+            if public(url).endswith(".npy")
+            else _parquet_rows(file, url, task.settings)
+        )
     vectors = unit_vectors(values, first_row=first, source=url)
     rows = np.arange(first, first + count)
     empty = {field.name: pa.nulls(count, field.type) for field in SCHEMA}

@@ -10,8 +10,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from graphbuild.errors import ConfigError
-from graphbuild.recipe import Recipe
+from graphbuild.errors import ConfigError, public
+from graphbuild.recipe import Recipe, flag, marked
 from graphbuild.runner.stage import Stage, Task, records, state_path, write_manifest
 from graphbuild.store.layout import RECIPE
 from graphbuild.store.remote import READERS
@@ -90,6 +90,10 @@ def write_recipe(recipe: Recipe, store: Store) -> None:
     if manifest.pop("recipe", None) is not None:  # its sha256, until the command has ended
         write_manifest(store, manifest)
     store.write_bytes(RECIPE, text)
+    for section, name in marked("path"):
+        url = getattr(getattr(recipe, section), name) or ""
+        if public(url) != url:
+            logger.warning("%s is kept without its query: give it again with each command that reads it", flag(name))
 
 
 def sealed_text(text: bytes) -> bytes:

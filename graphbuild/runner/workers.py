@@ -11,7 +11,7 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
-from graphbuild.errors import GraphbuildError, StageError, StorageError
+from graphbuild.errors import GraphbuildError, StageError, StorageError, public
 from graphbuild.runner.stage import Stage, Task, perform, sealed, state_path
 from graphbuild.store.store import Json, Store
 
@@ -45,7 +45,7 @@ def attempt(stage: Stage, task: Task, store: Store) -> Json | Failure:
     except Exception as error:  # noqa: BLE001 the one place where a task's unknown fault must not stop the others
         name = type(error).__name__
         fix = GPU_IS_FULL if name == "OutOfMemoryError" else UNKNOWN  # torch's, which is not imported for it
-        failure = Failure(f"{name}: {error}", fix, traceback.format_exc(), 1)
+        failure = Failure(public(f"{name}: {error}"), fix, public(traceback.format_exc()), 1)
     record_failure(store, task, failure)
     return failure
 

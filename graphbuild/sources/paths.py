@@ -18,15 +18,17 @@ MARKS = frozenset("*?[{")
 
 
 def expand(pattern: str) -> list[str]:
-    """The paths that it names; matches of * in order of name. Paths without a match for * may not exist.
+    """The paths that it names; matches of * in order of name. Paths without a match for * may not exist. A query of an
+    HTTP URL is as it is written, for each of them.
 
     Raises:
         ValueError: unbalanced braces, or a URL that fsspec does not know. FileNotFoundError: nothing matches; it is
             named.
     """
     pattern = os.path.expanduser(pattern)  # noqa: PTH111 - may be a URL
+    pattern, mark, query = pattern.partition("?") if pattern.startswith(("http://", "https://")) else (pattern, "", "")
     literal, rest = _split(pattern)
-    return [path for part in braceexpand(rest) for path in _matches(literal + part)]
+    return [path + mark + query for part in braceexpand(rest) for path in _matches(literal + part)]
 
 
 def _matches(pattern: str) -> list[str]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from graphbuild.errors import InputError
+from graphbuild.errors import InputError, public
 from graphbuild.sources.paths import expand
 from graphbuild.store.files import local_file
 from graphbuild.store.remote import file_system, reaching
@@ -195,7 +195,7 @@ def named_tars(pattern: str) -> list[str]:
     urls: list[str] = []
     with reaching(pattern):
         for path in expand(pattern):
-            urls += [path] if _ENDING.search(path) else _tars_of(path)
+            urls += [path] if _ENDING.search(public(path)) else _tars_of(path)
     return urls
 
 
@@ -212,6 +212,11 @@ def _tars_of(url: str) -> list[str]:
         left = len(names) - len(tars)
         logger.info("%-9s %s: %d tars; %d others are left out (%s)", "shards", url, len(tars), left, ", ".join(others))
     return [fs.unstrip_protocol(name) if "://" in url else name for name in tars]
+
+
+def given_urls(pattern: str | None) -> dict[str, str]:
+    """Recorded URL -> the one to read it by, of tars that a command was given with queries: no record keeps those."""
+    return {} if pattern is None or public(pattern) == pattern else {public(url): url for url in expand_shards(pattern)}
 
 
 def check_names(urls: Sequence[str]) -> None:
@@ -241,4 +246,4 @@ def image_extension(extensions: Iterable[str], wanted: str | None = None) -> str
 
 def tar_stem(url: str) -> str:
     """The tar's name without .tar, .tgz or .tar.gz: its sidecar is STEM.graph.parquet."""
-    return _ENDING.sub("", url.rsplit("/", 1)[-1])
+    return _ENDING.sub("", public(url).rsplit("/", 1)[-1])

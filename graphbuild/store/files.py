@@ -12,7 +12,7 @@ from typing import IO
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from graphbuild.errors import InputError
+from graphbuild.errors import InputError, public
 from graphbuild.store.remote import READERS, file_system, reaching
 
 
@@ -26,7 +26,7 @@ def local_file(url: str) -> Iterator[Path]:
         yield Path(path)
         return
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / Path(path).name
+        copy = Path(folder) / Path(public(path)).name
         try:
             with reaching(url):
                 fs.get_file(path, str(copy))
@@ -64,7 +64,7 @@ def file_identity(url: str) -> str:
     except FileNotFoundError:
         raise InputError(f"{url} does not exist", "check the path") from None
     changed = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("created")
-    return f"{Path(path).name}, {info['size']} bytes, {changed}"
+    return f"{Path(public(path)).name}, {info['size']} bytes, {changed}"
 
 
 def file_identities(urls: Sequence[str]) -> dict[str, str]:

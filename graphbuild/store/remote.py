@@ -77,7 +77,8 @@ def reaching(
             where = folder or tempfile.gettempdir()
             raise kind(f"{url}: no space is left in {where} ({said})", f"make room there, {RERUN}") from error
         if _is_lost(error, url):
-            fix = f"see that it can be reached from here (network, credentials, endpoint), {RERUN}"
+            again = "; a store keeps no query of a URL: give it again" if url.startswith("http") else ""
+            fix = f"see that it can be reached from here (network, credentials, endpoint{again}), {RERUN}"
             raise kind(f"{url} cannot be reached ({said})", fix) from error
         raise
 

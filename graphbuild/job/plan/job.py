@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import pyarrow.parquet as pq
 
-from graphbuild.errors import ConfigError, InputError
+from graphbuild.errors import ConfigError, InputError, public
 from graphbuild.graph import grow
 from graphbuild.graph.certify import require_graph
 from graphbuild.graph.tasks import nodes_entry
@@ -129,7 +129,7 @@ def _of_list(source: str, known: lists.Known, samples: int, shard_size: int, enc
 def _of_vectors(recipe: Recipe, url: str, rows: int | None) -> Job:
     try:
         with open_parts(url) as file:
-            if url.endswith(".npy"):
+            if public(url).endswith(".npy"):
                 found, width = npy_header(file, url)[0]
             else:
                 parquet = pq.ParquetFile(file, pre_buffer=False)
@@ -151,7 +151,7 @@ def _of_tars(recipe: Recipe, shards: str, rows: int | None) -> Job:
     with open_tar(urls[0]) as tar:
         first = len(tar.samples())
     samples = rows if rows is not None else round(first * sum(sizes) / max(sizes[0], 1))
-    counted = () if len(urls) == 1 else (f"{samples:,} samples, by those of {urls[0].rsplit('/', 1)[-1]}",)
+    counted = () if len(urls) == 1 else (f"{samples:,} samples, by those of {public(urls[0]).rsplit('/', 1)[-1]}",)
     return _of_samples(recipe, samples, sizes, counted)
 
 
