@@ -13,7 +13,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from graphbuild.errors import InputError, public
-from graphbuild.store.remote import READERS, file_system, reaching
+from graphbuild.store.remote import READERS, file_system, reaching, version
 
 
 @contextlib.contextmanager
@@ -63,8 +63,7 @@ def file_identity(url: str) -> str:
             info = fs.info(path)
     except FileNotFoundError:
         raise InputError(f"{url} does not exist", "check the path") from None
-    changed = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("created")
-    return f"{Path(public(path)).name}, {info['size']} bytes, {changed}"
+    return f"{Path(public(path)).name}, {info['size']} bytes, {version(info)}"
 
 
 def file_identities(urls: Sequence[str]) -> dict[str, str]:

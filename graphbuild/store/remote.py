@@ -2,7 +2,8 @@
 
 An S3 request that is refused, throttled or cut is sent again by the client for half a minute, or as AWS_MAX_ATTEMPTS
 and AWS_RETRY_MODE say. What fails beyond that is a StorageError that names the URL. Copies of remote files are kept on
-this machine for a day after their last use, within CACHE_BYTES (`prune`).
+this machine for a day after their last use, within CACHE_BYTES (`prune`), in a folder that only this user may open;
+each process reads a copy whole, for its checksum, before it uses it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import errno
 import fcntl
 import hashlib
 import os
+import stat
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,10 @@ CACHE_BYTES = 100 * 10**9
 CACHE_SECONDS = 24 * 3600  # copies not used for so long go
 SAFE_SECONDS = 3600  # copies used since then stay whatever their size: a process may be about to open them
 PRUNE_LOOKS = 64
+SUM = ".sha256"  # behind a copy's name: its checksum
+VERSIONS = ("ETag", "etag", "mtime", "created", "updated", "Last-Modified", "LastModified", "last_modified")
+_PROCESS = uuid.uuid4().hex  # the version of a file whose server tells none: its copy serves this process alone
+_whole: set[tuple[Path, int]] = set()  # copies, with their inodes, whose checksums this process has seen to be right
 _until_pruned = 0  # copies that this process will fetch before it prunes again
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -102,30 +108,51 @@ def _is_lost(error: Exception, url: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """This user's folder for copies of remote files, and for files on their way to a remote store."""
+    """This user's folder for copies of remote files, and for files on their way to a remote store.
+
+    Raises:
+        ConfigError: what has its name is a link, another user's, or open to others, who may have put anything there.
+    """
     folder = Path(tempfile.gettempdir()) / f"graphbuild-cache-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ConfigError(
+            f"{folder} is no folder of this user alone (owner {found.st_uid}, mode {stat.filemode(found.st_mode)})",
+            "remove it, or set TMPDIR to a folder that others cannot write to",
+        )
     return folder
 
 
-def cached_copy(fs: fsspec.AbstractFileSystem, path: str, identity: str) -> Path:
-    """A copy of a remote file in this user's cache folder, for as long as it has that identity.
+def version(info: Mapping[str, Any]) -> str | None:
+    """What tells that a file has changed where its size has not: its ETag, or else a date; None: nothing does."""
+    found = next((info[name] for name in VERSIONS if info.get(name)), None)
+    return None if found is None else str(found)
 
-    Of a machine's workers that want it, one fetches it and the others wait.
+
+def cached_copy(fs: fsspec.AbstractFileSystem, path: str, url: str) -> Path:
+    """A copy of a remote file in this user's cache folder, for as long as its size and `version` there are the same.
+
+    Of a machine's workers that want it, one fetches it and the others wait. url: tells it from all other files.
     """
+    info = fs.info(path)
+    identity = f"{url}|{info['size']}|{version(info) or _PROCESS}"
     folder = cache_folder()
     copy = folder / hashlib.sha256(identity.encode()).hexdigest()
-    if _used(copy):
+    if _is_whole(copy):
         return copy
     partial, lock = copy.with_suffix(f".{uuid.uuid4().hex}"), copy.with_suffix(".lock")
     with lock.open("w") as held:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(held, fcntl.LOCK_EX)
         try:
-            if not _used(copy):
+            if not _is_whole(copy):
                 fs.get_file(path, str(partial))
                 os.utime(partial)
+                copy.with_suffix(SUM).write_text(_sha256(partial))
                 partial.rename(copy)
+                _whole.add((copy, copy.stat().st_ino))
         finally:
             partial.unlink(missing_ok=True)
             lock.unlink(missing_ok=True)
@@ -133,12 +160,21 @@ def cached_copy(fs: fsspec.AbstractFileSystem, path: str, identity: str) -> Path
     return copy
 
 
-def _used(copy: Path) -> bool:
-    """Whether a copy is there; notes its use."""
+def _is_whole(copy: Path) -> bool:
+    """Whether a copy is there as it was fetched; notes its use."""
     with contextlib.suppress(FileNotFoundError):
         os.utime(copy)
-        return True
+        os.utime(copy.with_suffix(SUM))
+        known = copy, copy.stat().st_ino
+        if known not in _whole and _sha256(copy) == copy.with_suffix(SUM).read_text():
+            _whole.add(known)
+        return known in _whole
     return False
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _prune_in_turn(folder: Path) -> None:

@@ -142,7 +142,7 @@ class Store:
         if self.is_local:
             return Path(self.path(name))
         with reaching(self.display(name)):
-            return cached_copy(self.fs, self.path(name), f"{self.url}|{name}|{self.fs.ukey(self.path(name))}")
+            return cached_copy(self.fs, self.path(name), self.display(name))
 
     def array(self, name: str) -> np.ndarray[Any, Any]:
         """A .npy file, memory-mapped read-only; never unpickles."""

@@ -292,7 +292,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def age(path: Path, seconds: float) -> None:
     then = time.time() - seconds
-    os.utime(path, (then, then))
+    for one in (path, path.with_suffix(remote.SUM)):
+        if one.exists():
+            os.utime(one, (then, then))
+
+
+def with_sums(*copies: Path) -> set[Path]:
+    return {*copies, *(copy.with_suffix(remote.SUM) for copy in copies)}
 
 
 def test_copies_of_remote_files_go_when_they_were_not_used_for_a_day(cache: Path) -> None:
@@ -306,7 +312,7 @@ def test_copies_of_remote_files_go_when_they_were_not_used_for_a_day(cache: Path
         age(path, remote.CACHE_SECONDS + 60)
     assert store.local_copy("b.bin") == second  # used again
     third = store.local_copy("c.bin")
-    assert set(cache.iterdir()) == {second, third}
+    assert set(cache.iterdir()) == with_sums(second, third)
     assert store.local_copy("a.bin").read_bytes() == b"a" * 1000
 
 
@@ -319,12 +325,12 @@ def test_copies_of_remote_files_stay_within_a_bound_but_for_those_just_used(
     for number in range(4):
         store.write_bytes(f"{number}.bin", b"x" * 1000)
         copies.append(store.local_copy(f"{number}.bin"))
-    assert set(cache.iterdir()) == set(copies)  # all used within the hour
+    assert set(cache.iterdir()) == with_sums(*copies)  # all used within the hour
     for number, path in enumerate(copies):
         age(path, 2 * remote.SAFE_SECONDS - number)
     store.write_bytes("4.bin", b"x" * 1000)
     newest = store.local_copy("4.bin")
-    assert set(cache.iterdir()) == {copies[3], newest}
+    assert set(cache.iterdir()) == with_sums(copies[3], newest)
 
 
 def test_a_copy_that_cannot_be_fetched_leaves_nothing_behind(
