@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 SOURCES = ("shards", "captions", "vectors")  # of embed; none of them: the store's own tars
+TARS, CAPTIONED = ("", "shards"), ("", "shards", "captions")  # sources that are tars, and that have captions
 Preset = Literal["cc3m", "cc12m"]
 ResizeMode = Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
 Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
@@ -36,13 +37,16 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
-def setting(default: Any, description: str, *marks: Mark, unset: str = "", **limits: Any) -> Any:
+def setting(
+    default: Any, description: str, *marks: Mark, unset: str = "", sources: Sequence[str] = (), **limits: Any
+) -> Any:
     """A field of a section.
 
-    unset: what happens while it is None. marks: "path": a local file, made absolute. "of source": it describes one kind
-    of source, and goes back to its default with another. "switch": of security; no store remembers it.
+    unset: what happens while it is None. sources: the kinds of source it is read with; none: all. marks: "path": a
+    local file, made absolute. "of source": it describes one kind of source, and goes back to its default with another.
+    "switch": of security; no store remembers it.
     """
-    extra: Any = {"marks": marks, "unset": unset}
+    extra: Any = {"marks": marks, "unset": unset, "sources": sources}
     return Field(default, description=description, json_schema_extra=extra, **limits)
 
 
@@ -77,26 +81,43 @@ class Embed(Section):
     )
     captions: str | None = setting(None, "a caption list: parquet, CSV, TSV or JSONL", "path", min_length=1)
     vectors: str | None = setting(None, "ready vectors, one node a row: .npy [n, d] or parquet", "path", min_length=1)
-    preset: Preset | None = setting(None, "a published headerless TSV", "of source")
-    caption_column: str = setting("caption", "of --captions", "of source")
-    key_column: str | None = setting(None, "of --captions", "of source", unset="the row number")
-    vector_column: str = setting("embedding", "of parquet --vectors", "of source")
-    caption_member: str = setting("auto", "in tars: txt, cls, json:FIELD; auto: txt, then json:caption", "of source")
+    preset: Preset | None = setting(None, "a published headerless TSV", "of source", sources=["captions"])
+    caption_column: str = setting("caption", "of --captions", "of source", sources=["captions"])
+    key_column: str | None = setting(None, "of --captions", "of source", unset="the row number", sources=["captions"])
+    vector_column: str = setting("embedding", "of parquet --vectors", "of source", sources=["vectors"])
+    caption_member: str = setting(
+        "auto", "in tars: txt, cls, json:FIELD; auto: txt, then json:caption", "of source", sources=TARS
+    )
     image_member: str | None = setting(
-        None, "in tars: the image's extension, if there are several", "of source", unset="jpg, png, ... before x.png"
+        None,
+        "in tars: the image's extension, if there are several",
+        "of source",
+        unset="jpg, png, ... before x.png",
+        sources=TARS,
     )
     class_names: str | None = setting(
-        None, "text file, one name a line, if the member is a class number", "path", "of source", min_length=1
+        None,
+        "text file, one name a line, if the member is a class number",
+        "path",
+        "of source",
+        sources=TARS,
+        min_length=1,
     )
     template: str = setting(
-        "{}", "text around it, 'a photo of a {}', or several fields, '{title}. {text}'", "of source"
+        "{}", "text around it, 'a photo of a {}', or several fields, '{title}. {text}'", "of source", sources=CAPTIONED
     )
-    shard_size: int = setting(10_000, "rows a shard of a list or of vectors", ge=1, le=1_000_000)
-    encoder: str = setting(DEFAULT_ENCODER, "sentence-transformers name or folder, or matrix:FILE.npy", min_length=1)
-    prompt: str | None = setting(None, "put before each text, for the encoder", unset="its own")
-    dim: int | None = setting(None, "first coordinates kept, of Matryoshka encoders", unset="all", ge=1)
-    precision: Precision = setting("auto", "of the encoder's arithmetic")
-    device: Device = setting("auto", "where to compute")
+    shard_size: int = setting(
+        10_000, "rows a shard of a list or of vectors", sources=["captions", "vectors"], ge=1, le=1_000_000
+    )
+    encoder: str = setting(
+        DEFAULT_ENCODER, "sentence-transformers name or folder, or matrix:FILE.npy", sources=CAPTIONED, min_length=1
+    )
+    prompt: str | None = setting(None, "put before each text, for the encoder", unset="its own", sources=CAPTIONED)
+    dim: int | None = setting(
+        None, "first coordinates kept, of Matryoshka encoders", unset="all", sources=CAPTIONED, ge=1
+    )
+    precision: Precision = setting("auto", "of the encoder's arithmetic", sources=CAPTIONED)
+    device: Device = setting("auto", "where to compute", sources=CAPTIONED)
 
     @model_validator(mode="after")
     def _check(self) -> Embed:
@@ -195,7 +216,10 @@ def read_recipe(path: str) -> Recipe:
         raise ConfigError(f"there is no recipe {path}", "see pipelines/ for examples") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"the recipe {path} cannot be read ({error})", "check the path") from None
-    return _parse(content, path)
+    recipe = _parse(content, path)
+    for section, name, why in unread(recipe):
+        raise ConfigError(f"{path}: {section}.{name} is not read {why}", "leave it out")
+    return recipe
 
 
 def resolve(store: Store, section: str, changes: Mapping[str, Any]) -> Recipe:
@@ -229,7 +253,34 @@ def resolve(store: Store, section: str, changes: Mapping[str, Any]) -> Recipe:
             if unset:
                 logger.info("another kind of source: %s back to the default", ", ".join(unset))
     values[section].update({n: defaults[section][n] if value is None else value for n, value in changes.items()})
-    return _validate(values, options=list(changes))
+    resolved = _validate(values, options=list(changes))
+    for part, name, why in unread(resolved):
+        if part == section and name in changes:
+            raise ConfigError(f"{flag(name)} is not read {why}", "leave it out")
+    return resolved
+
+
+def unread(recipe: Recipe) -> list[tuple[str, str, str]]:
+    """Settings that are not their defaults and yet not read: section, name, and with what else that is so."""
+    embed, exported = recipe.embed, recipe.export
+    is_matrix, has_fields = embed.encoder.startswith("matrix:"), "{}" not in embed.template
+    found = {}
+    for name, field in Embed.model_fields.items():
+        sources = cast(dict[str, Any], field.json_schema_extra)["sources"]
+        if sources and embed.source not in sources and not (name == "class_names" and is_matrix):
+            found["embed", name] = f"with {flag(embed.source) if embed.source else 'the tars of the store'}"
+    if public(embed.vectors or "").endswith(".npy"):
+        found["embed", "vector_column"] = "with a .npy file"
+    if embed.vectors is None and has_fields:
+        found |= {("embed", name): "with named fields in --template" for name in ("caption_column", "caption_member")}
+    if embed.vectors is None and is_matrix:
+        found |= {("embed", name): "with a matrix as --encoder" for name in ("prompt", "dim", "precision", "device")}
+    if exported.layout != "clustered":
+        found |= {("export", name): f"with --layout {exported.layout}" for name in ("chunk", "shard_size")}
+    if recipe.index.engine == "exact":
+        found["index", "recall"] = "with --engine exact"
+    given, default = recipe.model_dump(), Recipe().model_dump()
+    return [(part, name, why) for (part, name), why in found.items() if given[part][name] != default[part][name]]
 
 
 def _parse(content: bytes, where: str) -> Recipe:

@@ -38,7 +38,7 @@ def test_what_a_recipe_leaves_out_has_its_default(tmp_path: Path, content: str) 
 
 def test_text_in_any_script_survives_the_file(tmp_path: Path) -> None:
     recipe = Recipe.model_validate(
-        {"embed": {"template": "写真: {} \u202e 🐕\n", "caption_column": "Bildunterschrift ß"}}
+        {"embed": {"captions": "/x.csv", "template": "写真: {} \u202e 🐕\n", "caption_column": "Bildunterschrift ß"}}
     )
     assert read_recipe(write(tmp_path, recipe.dump())) == recipe
 
@@ -73,7 +73,7 @@ SOURCES = ("shards", "captions", "vectors")
 DESCRIBED = {  # for each kind of source, settings that only describe such a one
     "": {"caption_member": "json:caption", "class_names": "/data/names.txt", "template": "a photo of a {}"},
     "shards": {"caption_member": "cls", "class_names": "/data/names.txt", "template": "a photo of a {}"},
-    "captions": {"caption_column": "text", "key_column": "id", "template": "{title}. {text}"},
+    "captions": {"caption_column": "text", "key_column": "id", "template": "a {}"},
     "vectors": {"vector_column": "v"},
 }
 KINDS = list(DESCRIBED)

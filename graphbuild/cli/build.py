@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graphbuild.cli.options import Changes, How, RecipeArg, StoreArg, builds, open_store, option
+from graphbuild.errors import ConfigError
 from graphbuild.machine.terminal import echo, log_as_json
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ def retry(
     """Failed tasks once more, and URLs that may be there again."""
     from graphbuild.job.retry import retry_store, wanted_urls
 
+    if reason and all_urls:
+        raise ConfigError("--all and --reason exclude each other", "give one of them")
     opened, wanted = open_store(store), wanted_urls(reason or (), everything=all_urls)
     if how.dry_run:
         from graphbuild.job.plan.retry import plan_retry

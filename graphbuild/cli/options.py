@@ -82,6 +82,10 @@ def builds(
     def register(verb: Verb) -> Verb:
         def command(**values: Any) -> None:
             how = How(**{name: values.pop(name) for name in ways})
+            if how.address is not None and how.workers == 0:
+                raise ConfigError(
+                    "--workers 0 runs in this process, not on the cluster at --address", "give one of them"
+                )
             given = {name: text for name in settings if (text := values.pop(name)) is not None}
             changes = {name: _read(name, settings[name], text) for name, text in given.items()}
             verb(**values, **({"changes": changes} if section else {}), how=how)

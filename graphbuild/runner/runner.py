@@ -7,11 +7,13 @@ another; a task that raises is recorded and the others go on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
@@ -86,7 +88,7 @@ class Runner:
             accepted = False
             for task, result in self._results(stage, todo, store):
                 if isinstance(result, Failure):
-                    failures[task.name] = result
+                    failures[task.title] = result
                     self.progress.advance({}, {}, failed=True)
                 else:
                     if not accepted:  # settings that every task refuses are not remembered
@@ -168,7 +170,7 @@ class Runner:
                     logger.warning(
                         "%s %s: its worker died (%s); trying again",
                         stage.name,
-                        task.name,
+                        task.title,
                         type(error).__name__,
                     )
                     queue.append((task, tries + 1))
@@ -219,14 +221,15 @@ class Runner:
 
     def start_ray(self) -> Any:
         """The module ray, connected to the cluster at `address`, or to one of its own that ends with this runner."""
-        if "ray" not in sys.modules:  # read when Ray is imported; its clusters ask for a token since 2.60
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
-            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        import ray
-
         self._in_ray = True
-        if ray.is_initialized():
-            return ray
+        with _ray_environment(starts=not self.address):
+            import ray
+
+            if not ray.is_initialized():
+                self._init(ray)
+        return ray
+
+    def _init(self, ray: Any) -> None:
         if self.address:
             check_address(self.address)
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -241,13 +244,35 @@ class Runner:
             )
         try:
             ray.init(**options)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"cannot start or reach Ray at {self.address or 'this machine'} ({error})",
-                "check --address and the cluster's token (`ray status`), or use --workers 0 to run in this process",
-            ) from error
+        except (OSError, ValueError, RuntimeError) as error:
+            if self.address:
+                cause = f"cannot reach Ray at {self.address} ({error})"
+                fix = "check --address and the cluster's token (`ray status`)"
+            else:
+                cause = f"cannot start Ray on this machine ({error})"
+                fix = f"see that {tempfile.gettempdir()} has room and can be written to, or set TMPDIR to a short path"
+            raise ConfigError(cause, f"{fix}, or use --workers 0 to run in this process") from error
         self._started_ray = True
-        return ray
+
+
+@contextlib.contextmanager
+def _ray_environment(*, starts: bool) -> Iterator[None]:
+    """What Ray, its workers too, read from the environment when it is imported and started, for this while alone.
+
+    starts: a cluster of its own, which asks for a token. Ray sets that itself where it was imported before.
+    """
+    wanted = {"RAY_AUTH_MODE": "token", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    before = {name: os.environ.get(name) for name in wanted}
+    if starts and "ray" not in sys.modules:
+        os.environ.update({name: value for name, value in wanted.items() if before[name] is None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def check_address(address: str) -> None:

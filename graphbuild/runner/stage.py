@@ -44,6 +44,11 @@ class Task:
     def fingerprint(self) -> str:
         return fingerprint(self.stage, self.name, self.settings, self.inputs, self.built)
 
+    @property
+    def title(self) -> str:
+        """The task to people, who know its file better than its number."""
+        return titled(self.name, self.inputs)
+
     def changes(self, done: Json) -> list[str]:
         """What of settings and inputs differs from the run recorded in `done`, a readable line each."""
         lines = []
@@ -135,6 +140,12 @@ def outputs(records: Sequence[Json], prefix: str = "", suffix: str = "") -> dict
     found = {o["path"]: o["sha256"] for record in records for o in record["outputs"]}
     wanted = [path for path in found if path.startswith(prefix) and path.endswith(suffix)]
     return {path: found[path] for path in sorted(wanted, key=by_number)}
+
+
+def titled(task: str, inputs: Mapping[str, str]) -> str:
+    """A task's name and the files that it reads from outside: "00005 (b.tar)"."""
+    files = ", ".join(identity.rsplit(", ", 2)[0] for identity in inputs.values())
+    return f"{task} ({files})" if files else task
 
 
 def fingerprint(stage: str, task: str, settings: Any, inputs: Any, built: Any) -> str:

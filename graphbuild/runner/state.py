@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from graphbuild.errors import ConfigError, public
 from graphbuild.recipe import Recipe, flag, marked
-from graphbuild.runner.stage import Stage, Task, records, state_path, write_manifest
+from graphbuild.runner.stage import Stage, Task, records, state_path, titled, write_manifest
 from graphbuild.store.layout import RECIPE
 from graphbuild.store.remote import READERS
 from graphbuild.store.store import Json, Store
@@ -38,9 +38,8 @@ def pending(
     if (changed or gone_inputs) and not force:
         lines = sorted({line for name in changed for line in other[name]})
         if gone_inputs:
-            lines.append(
-                f"no longer in the input: {', '.join(gone_inputs[:5])}{' ...' if len(gone_inputs) > 5 else ''}"
-            )
+            named = ", ".join(titled(name, done[name]["inputs"]) for name in gone_inputs[:5])
+            lines.append(f"no longer in the input: {named}{' ...' if len(gone_inputs) > 5 else ''}")
         raise ConfigError(
             f"{store.url} was built differently "
             f"({stage.name}: {len(changed) + len(gone_inputs)} of {len(done)} finished tasks):"
@@ -69,7 +68,7 @@ def pending(
     for task in tasks:
         lost = [o["path"] for o in kept.get(task.name, []) if sizes.get(o["path"]) != o["bytes"]]
         if lost and remove:
-            logger.warning("%s is missing or of another size; running %s %s again", lost[0], stage.name, task.name)
+            logger.warning("%s is missing or of another size; running %s %s again", lost[0], stage.name, task.title)
         if task.name not in kept or lost:
             todo.append(task)
     return todo

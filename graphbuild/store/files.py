@@ -23,6 +23,8 @@ def local_file(url: str) -> Iterator[Path]:
     if isinstance(fs, LocalFileSystem):
         if not Path(path).exists():
             raise _absent(url)
+        if Path(path).is_dir():
+            raise _folder(url)
         yield Path(path)
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -44,6 +46,8 @@ def open_parts(url: str) -> Iterator[IO[bytes]]:
             file = fs.open(path, "rb", cache_type="none")
     except FileNotFoundError:
         raise _absent(url) from None
+    except IsADirectoryError:
+        raise _folder(url) from None
     with file, reaching(url):
         yield file
 
@@ -74,6 +78,10 @@ def file_identities(urls: Sequence[str]) -> dict[str, str]:
 
 def _absent(url: str) -> InputError:
     return InputError(f"{url} does not exist", "check the path; a pattern with * or {0..9} must be quoted in the shell")
+
+
+def _folder(url: str) -> InputError:
+    return InputError(f"{url} is a folder", "name one file in it")
 
 
 def _file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:

@@ -32,7 +32,7 @@ WriteTar = Callable[[Path, Iterable[tuple[str, bytes]]], None]
 logger = logging.getLogger(__name__)
 pytestmark = needs_proc
 TARS, SAMPLES = 12, 10
-DIED = re.compile(r"^(\w+) \S+: its worker died", re.MULTILINE)
+DIED = re.compile(r"^(\w+) .+: its worker died", re.MULTILINE)
 
 
 @pytest.fixture(scope="module")

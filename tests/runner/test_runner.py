@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -88,7 +90,7 @@ def test_what_is_done_is_not_done_again(store: Store, workers: int) -> None:
 @pytest.mark.parametrize("workers", WORKERS)
 def test_one_failure_lets_the_others_go_on_and_is_recorded(store: Store, workers: int) -> None:
     with Runner(workers=workers) as runner:
-        with pytest.raises(StageError, match="00002: ZeroDivisionError: by zero"):
+        with pytest.raises(StageError, match=r"00002 \(same\): ZeroDivisionError: by zero"):
             runner.run(stage(fail_one), Recipe(), store)
         assert set(records(store, "search")) == {"00000", "00001", "00003"}
         failure = records(store, "search", "failed")["00002"]
@@ -119,7 +121,7 @@ def test_a_worker_that_dies_has_its_task_run_again(store: Store) -> None:
 
 
 def test_a_task_that_kills_every_worker_fails_alone(store: Store) -> None:
-    with Runner(workers=2) as runner, pytest.raises(StageError, match="00003: its worker died 3 times"):
+    with Runner(workers=2) as runner, pytest.raises(StageError, match=r"00003 \(same\): its worker died 3 times"):
         runner.run(stage(die_always), Recipe(), store)
     assert set(records(store, "search")) == {"00000", "00001", "00002"}
 
@@ -258,3 +260,66 @@ def test_a_stage_that_changes_takes_later_ones_out_of_the_manifest(store: Store)
 def test_an_address_where_no_cluster_is_names_the_option(store: Store) -> None:
     with Runner(address="127.0.0.1:1") as runner, pytest.raises(ConfigError, match=r"127\.0\.0\.1:1"):
         runner.run(stage(write), Recipe(), store)
+
+
+IN_A_PROCESS = """
+import os, sys
+from graphbuild.recipe import Index, Recipe
+from graphbuild.runner.runner import Runner
+from graphbuild.runner.stage import Stage, Task
+from graphbuild.store.store import Store
+
+def plan(recipe, store):
+    return [Task(stage="search", name="00000", settings={"k": recipe.index.k})]
+
+def write(task, store, writer):
+    writer.file("graph/x.txt").__enter__().write_text("x")
+    return {}
+
+def runs(k):
+    stage = Stage(name="search", title="search", plan=plan, run=write)
+    with Runner(workers=1) as runner:
+        runner.run(stage, Recipe(index=Index(k=k)), Store(sys.argv[1]), force=True)
+
+assert "ray" not in sys.modules
+for k in (5, 6):
+    runs(k)
+    assert not {"RAY_AUTH_MODE", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"} & os.environ.keys()
+import ray
+ray.init(address="local", num_cpus=1, include_dashboard=False)
+assert ray.get(ray.remote(lambda: 7).remote()) == 7
+"""
+
+
+def run_alone(store: Store, program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A program in an interpreter of its own, where Ray is not imported yet."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-c", program, store.url]
+    return subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, timeout=240)
+
+
+def test_who_uses_the_library_keeps_its_environment_and_can_start_a_ray_of_its_own(store: Store) -> None:
+    done = run_alone(store, IN_A_PROCESS)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_temporary_folder_that_ray_cannot_use_is_no_problem_of_a_token(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "no-folder").touch()
+    done = run_alone(store, IN_A_PROCESS, RAY_TMPDIR=str(tmp_path / "no-folder"))
+    assert "ConfigError: cannot start Ray on this machine" in done.stderr
+    assert "has room and can be written to" in done.stderr
+    assert "token" not in done.stderr.partition("ConfigError")[2]
+
+
+def test_a_task_is_told_by_the_file_that_it_reads(store: Store) -> None:
+    def of(files: Sequence[str]) -> Stage:
+        tasks = [
+            Task(stage="search", name=f"{number:05d}", settings={"k": 1}, inputs={"tar": f"{file}, 10 bytes, 1.5"})
+            for number, file in enumerate(files)
+        ]
+        return Stage(name="search", title="search", plan=lambda recipe, store: tasks, run=write)
+
+    with Runner(workers=0) as runner:
+        runner.run(of(["a.tar", "b, c.tar"]), Recipe(), store)
+        with pytest.raises(ConfigError, match=r"no longer in the input: 00001 \(b, c.tar\)"):
+            runner.run(of(["a.tar"]), Recipe(), store)
