@@ -76,11 +76,15 @@ def mine(
 
 
 @app.command()
-def report(store: StoreArg) -> None:
+def report(
+    store: StoreArg, out: Annotated[str | None, option("folder to write it to  [default: STORE/report]")] = None
+) -> None:
     """A page of what came out: losses, recall, similarities, time."""
     from graphbuild.look.report import write_report
 
-    echo(f"report    {write_report(open_store(store))}")
+    if out is not None:
+        open_store(out)  # refuses what can be no folder
+    echo(f"report    {write_report(open_store(store), out)}")
 
 
 @app.command()

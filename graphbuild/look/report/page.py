@@ -10,7 +10,7 @@ import base64
 import hashlib
 import json
 
-from graphbuild.errors import ConfigError, GraphbuildError
+from graphbuild.errors import ConfigError, GraphbuildError, StorageError
 from graphbuild.look.catalog import Catalog
 from graphbuild.look.pages import base_css, own_text
 from graphbuild.look.report.charts import charts
@@ -21,16 +21,27 @@ FOLDER = "report"
 THUMBNAIL = 160  # pixels
 
 
-def write_report(store: Store) -> str:
-    """Write STORE/report/index.html and report.json; returns where the page is. ConfigError: nothing is finished."""
+def write_report(store: Store, out: str | None = None) -> str:
+    """Write index.html and report.json; returns where the page is.
+
+    out: a folder or URL for them; without it STORE/report.
+
+    Raises:
+        ConfigError: nothing is finished, or the folder cannot be written to.
+    """
     if not store.manifest()["stages"]:
         raise ConfigError(
             f"{store.url} has nothing finished to report", "run a stage first, for instance `graphbuild embed`"
         )
+    folder = Store(store.display(FOLDER) if out is None else out)
+    try:
+        folder.check_writable()
+    except (ConfigError, StorageError) as error:
+        raise ConfigError(f"no report can be written there: {error.cause}", "name another folder by --out") from error
     found = numbers(store)
-    store.write_bytes(f"{FOLDER}/report.json", json_text(found))
-    store.write_bytes(f"{FOLDER}/index.html", render(found, _thumbnails(store, found)).encode())
-    return store.display(f"{FOLDER}/index.html")
+    folder.write_bytes("report.json", json_text(found))
+    folder.write_bytes("index.html", render(found, _thumbnails(store, found)).encode())
+    return folder.display("index.html")
 
 
 def render(found: Json, images: list[Json] | None = None) -> str:

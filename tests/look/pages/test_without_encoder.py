@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import Tab
+from typer.testing import CliRunner
 
+from graphbuild.cli import app
+from graphbuild.errors import ConfigError
 from graphbuild.job.steps import run_verb
 from graphbuild.look.report import write_report
 from graphbuild.look.verify import verify_store
@@ -57,6 +61,23 @@ def test_the_report_is_written_and_verify_finds_no_problem(stores: dict[str, Pat
     assert re.search(rf"<dt>encoder</dt><dd><small>[^<]*{kind}[^<]*</small><small>d = \d+</small>", page)
     assert json.loads((stores[kind] / "report/report.json").read_text())["edges"]["nodes"] == NODES
     assert verify_store(Store(str(stores[kind]))).problems == []
+
+
+def test_the_report_of_a_store_that_cannot_be_written_to_goes_elsewhere(
+    stores: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(stores["matrix"], tmp_path / "store")
+    shutil.rmtree(tmp_path / "store/report", ignore_errors=True)
+    (tmp_path / "store/report").touch()  # keeps out root too, whom no mode does
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")}
+    done = CliRunner().invoke(app, ["report", str(tmp_path / "store")])
+    assert isinstance(done.exception, ConfigError)
+    assert str(tmp_path / "store/report") in done.exception.cause
+    assert "--out" in done.exception.fix
+    done = CliRunner().invoke(app, ["report", str(tmp_path / "store"), "--out", str(tmp_path / "a/page")])
+    assert done.output.splitlines()[-1] == f"report    {tmp_path}/a/page/index.html"
+    assert json.loads((tmp_path / "a/page/report.json").read_text())["edges"]["nodes"] == NODES
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")} == before
 
 
 @pytest.fixture
