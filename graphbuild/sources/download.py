@@ -235,8 +235,14 @@ def _img2dataset(task: Task, urls: pa.Table, folder: Path) -> None:
 
 
 def _renamed(rows: pa.Table) -> pa.Table:
-    """Columns that would collide with img2dataset's own get a suffix."""
-    return rows.rename_columns([f"{name}_in_list" if name in RESERVED else name for name in rows.column_names])
+    """Columns that would collide with img2dataset's own get a suffix, again where the list has that name too: it may be
+    what another download wrote."""
+    names: list[str] = []
+    for name in rows.column_names:
+        while name in RESERVED or name in names:
+            name += "_in_list"
+        names.append(name)
+    return rows.rename_columns(names)
 
 
 def _check_installed() -> None:

@@ -13,7 +13,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from graphbuild.errors import InputError, public
-from graphbuild.store.remote import READERS, file_system, reaching, version
+from graphbuild.store.remote import ANEW, READERS, file_system, reaching, version
 
 
 @contextlib.contextmanager
@@ -66,7 +66,7 @@ def file_identity(url: str) -> str:
         with reaching(url):
             info = fs.info(path)
     except FileNotFoundError:
-        raise InputError(f"{url} does not exist", "check the path") from None
+        raise _absent(url) from None
     return f"{Path(public(path)).name}, {info['size']} bytes, {version(info)}"
 
 
@@ -77,7 +77,10 @@ def file_identities(urls: Sequence[str]) -> dict[str, str]:
 
 
 def _absent(url: str) -> InputError:
-    return InputError(f"{url} does not exist", "check the path; a pattern with * or {0..9} must be quoted in the shell")
+    query = f"; {ANEW}" if url.startswith("http") else ""
+    return InputError(
+        f"{url} does not exist", f"check the path; a pattern with * or {{0..9}} must be quoted in the shell{query}"
+    )
 
 
 def _folder(url: str) -> InputError:

@@ -45,6 +45,7 @@ _until_pruned = 0  # copies that this process will fetch before it prunes again
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LOST = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
 _CLIENTS = (("botocore.exceptions", "BotoCoreError"), ("aiohttp", "ClientError"))  # their errors are no OSError
+ANEW = "a store keeps no query of a URL: give it again"
 RERUN = "then run the same command again: what is done is kept"
 
 
@@ -83,8 +84,8 @@ def reaching(
             where = folder or tempfile.gettempdir()
             raise kind(f"{url}: no space is left in {where} ({said})", f"make room there, {RERUN}") from error
         if _is_lost(error, url):
-            again = "; a store keeps no query of a URL: give it again" if url.startswith("http") else ""
-            fix = f"see that it can be reached from here (network, credentials, endpoint{again}), {RERUN}"
+            query = f"; {ANEW}" if url.startswith("http") else ""
+            fix = f"see that it can be reached from here (network, credentials, endpoint{query}), {RERUN}"
             raise kind(f"{url} cannot be reached ({said})", fix) from error
         raise
 

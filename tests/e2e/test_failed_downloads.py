@@ -64,6 +64,23 @@ def write_list(path: Path, pictures: list[Picture], port: int, hosts: tuple[str,
     return path
 
 
+def test_what_a_download_wrote_of_each_url_is_a_list_again_any_number_of_times_over(
+    pictures: list[Picture], tmp_path: Path
+) -> None:
+    with serving(pictures, gone=GONE) as (port, _), Runner(workers=0) as runner:
+        source = write_list(tmp_path / "list.tsv", pictures, port)
+        for generation in range(3):
+            store = Store(str(tmp_path / f"store{generation}"))
+            recipe = Recipe(download=Download(urls=str(source), allow_private_hosts=True))
+            assert run_verb("download", recipe, store, runner)["stages"]["download"]["counts"]["images"] == URLS - GONE
+            source = tmp_path / f"store{generation}/shards/00000.parquet"
+    columns = pq.read_schema(source).names
+    assert len(set(columns)) == len(columns)
+    table = pq.read_table(source, columns=["status", "status_in_list", "status_in_list_in_list"]).to_pydict()
+    assert table["status"] == table["status_in_list"] == table["status_in_list_in_list"]
+    assert sorted(text for _, text in pictures[:URLS]) == sorted(pq.read_table(source)["caption"].to_pylist())
+
+
 def free_port() -> int:
     with socket.socket() as closed:
         closed.bind(("", 0))

@@ -97,7 +97,7 @@ def test_a_job_on_tars_behind_signed_urls_leaves_no_signature_behind(
     assert (store / written[layout]).is_file(), "named after the tar alone"
     again = cli("embed", store, "--shards", f"{tars}?{QUERY}", "--workers", 0)
     assert "up to date" in again.stderr, "the signature is none of the input's identity"
-    wrong = cli("embed", store, "--shards", f"{tars}?X-Amz-Signature={SECRET}1", "--workers", 0, code=1)
+    wrong = cli("embed", store, "--shards", f"{tars}?X-Amz-Signature={SECRET}1", "--workers", 0, code=2)
     assert "a store keeps no query of a URL: give it again" in wrong.stderr
     nowhere(store, done, again, wrong, cli("report", store))
 
