@@ -23,7 +23,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "samples": (0, math.inf),
     "random_share": (0, 1),
     "view_weight": (0, math.inf),
-    "width": (2, math.inf),
+    "width": (
+        8,
+        math.inf,
+    ),  # torch 2.13 may crash on 4 channels: in a 1x1 convolution's backward pass on AVX2, one thread
     "pixels": (8, math.inf),
     "area_min": (0, 1),
     "jitter": (0, 1),

@@ -105,7 +105,8 @@ def _checked_shard(store: Store, manifest: Json, shard: Shard) -> tuple[bool, li
     except StorageError:  # which says nothing of the shard
         raise
     except GraphbuildError as error:
-        return False, [f"shard {shard.name}: {error.cause}"]
+        tar = f" ({shard.tar['name']})" if shard.tar is not None else ""
+        return False, [f"shard {shard.name}{tar}: {error.cause}"]
 
 
 def _check_shard(store: Store, manifest: Json, shard: Shard) -> Iterator[str] | list[str]:

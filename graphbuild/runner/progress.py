@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import threading
 import time
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 UNITS = ("urls", "embeddings", "samples", "nodes", "edges")  # a stage is told by the first that it counts
 EVERY_SECONDS = {"plain": 10.0, "json": 1.0}
 REASONS = 3
+MEMORY_SECONDS = 5.0
+_memory = (-math.inf, 0)  # when it was last read, and what it was
 BAR_COLUMNS = 30
 GAUGES = {
     "total": "tasks of the stage",
@@ -235,7 +238,17 @@ def emit(value: Json) -> None:
 
 
 def memory_bytes() -> int:
-    """Resident memory of this process and those that it started, pages of files that they share left out."""
+    """Resident memory of this process and those that it started, pages of files that they share left out.
+
+    At most MEMORY_SECONDS old: to find its children, every process of the machine is looked at.
+    """
+    global _memory
+    if time.monotonic() >= _memory[0] + MEMORY_SECONDS:
+        _memory = time.monotonic(), _memory_now()
+    return _memory[1]
+
+
+def _memory_now() -> int:
     total = 0
     own = psutil.Process()
     for process in (own, *own.children(recursive=True)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,10 @@ class ShardedArray:
     def table(self) -> tuple[Array, Array, Array, int]:
         """What a compiled loop finds row `id` by: address and first id of each shard, the shard of each 256th id, and
         the bytes of a row. Valid as long as this object lives."""
+        return self._table
+
+    @cached_property
+    def _table(self) -> tuple[Array, Array, Array, int]:
         addresses = np.array([part.ctypes.data for part in self._parts(range(len(self._names)))], np.int64)
         every = np.arange(0, len(self), 256)
         guess = (np.searchsorted(self.starts, every, side="right") - 1).astype(np.int32)

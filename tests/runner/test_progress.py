@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 import signal
@@ -16,8 +17,10 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from graphbuild.runner import progress
 from graphbuild.runner.progress import State, duration, lines
 
 SCRIPT = """
@@ -200,3 +203,21 @@ with Runner(workers=0) as runner:
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1, "hidden, and shown again"
     after = ESCAPE.sub("", text[text.index("\x1b[?25h") :])
     assert "stopped   the same command goes on from here" in after
+
+
+def test_memory_counts_what_children_hold_and_is_read_no_oftener_than_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[object] = []
+    children = psutil.Process.children
+    monkeypatch.setattr(psutil.Process, "children", lambda self, **how: looks.append(self) or children(self, **how))
+    monkeypatch.setattr(progress, "_memory", (-math.inf, 0))
+    before = progress.memory_bytes()
+    program = "import sys; held = bytearray(200_000_000); print('up', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert {progress.memory_bytes() for _ in range(100)} == {before}
+        assert len(looks) == 1, "a live view asks four times a second, on machines with thousands of processes"
+        monkeypatch.setattr(progress, "MEMORY_SECONDS", 0)
+        assert progress.memory_bytes() > before + 190_000_000
+        child.communicate()

@@ -49,7 +49,8 @@ def test_rows_are_those_of_the_files_joined(stored: tuple[Store, list[str], np.n
     blocks = list(array.blocks(100))
     np.testing.assert_array_equal(np.concatenate([block for _, block in blocks]), values)
     assert [first for first, _ in blocks] == np.cumsum([0, *(len(block) for _, block in blocks)])[:-1].tolist()
-    addresses, starts, guess, row_bytes = ShardedArray(store, names, LENGTHS).table()
+    addresses, starts, guess, row_bytes = array.table()
+    assert array.table() is array.table(), "it is made once, however many blocks ask for it"
     assert len(addresses) == len(names)
     assert starts[-1] == len(values)
     assert len(guess) == -(-len(values) // 256)

@@ -337,7 +337,7 @@ def test_mistakes_are_explained(scenes_store: str, tmp_path: Path) -> None:
         ([scenes_store, "--learning-rate", "-0.1"], "learning_rate = -0.1.*use 0 or more"),
         ([scenes_store, "--learning-rate", "nan"], "learning_rate = nan"),
         ([scenes_store, "--jitter", "5"], "jitter = 5.0.*use 0 to 1"),
-        ([scenes_store, "--width", "1"], "width = 1.*use 2 or more"),
+        ([scenes_store, "--width", "7"], "width = 7.*use 8 or more"),
         ([scenes_store, "--train-shards", "shards/*.tar"], "00003.tar is held out, and among the train shards"),
         ([scenes_store, "--samples", "361"], "361 of 360"),
         ([scenes_store, "--pixels", "999999"], "pass --no-cache"),

@@ -21,6 +21,7 @@ import numpy as np
 
 from graphbuild.errors import ConfigError, StageError
 from graphbuild.machine.threads import torch_threads
+from graphbuild.machine.versions import version_of
 from graphbuild.nodes.encoder.find import Encoder
 from graphbuild.nodes.encoder.tokens import Ints, batches, tokenize
 from graphbuild.recipe import Precision
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 CPU_TOKENS, GPU_TOKENS = 1024, 65_536  # a batch
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "mpnet")  # that run packed
 POOLINGS = ("cls", "mean", "max")
+CHECKED = ["a", "two dogs", "two dogs run over the wet grass", "A red kite, high over the sea; 3 boats below!"]
+logger = logging.getLogger(__name__)
 Half = np.ndarray[Any, np.dtype[np.float16]]
 Single = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -240,9 +243,36 @@ def _packed(folder: Path, device: str, precision: str) -> Packed | Int8 | None:
         return None
     if precision == "int8":
         return Int8(transformer, pooling)
+    if not _is_as_packed(whole, transformer, pooling):
+        logger.warning(
+            "%s: transformers %s computes it otherwise than graphbuild's packed forward, so it runs padded, slower",
+            folder,
+            version_of("transformers"),
+        )
+        return None
     longest = whole.max_seq_length or 0
     rows = max(CPU_TOKENS if device == "cpu" else GPU_TOKENS, longest)
     return Packed(transformer, pooling, dtype=getattr(torch, precision), rows=rows)
+
+
+def _is_as_packed(whole: SentenceTransformer, transformer: Any, pooling: str) -> bool:
+    """Whether the packed forward gives what the library's own gives, on one batch. It reads the parts of a transformer
+    by names that are not promised."""
+    import torch
+
+    from graphbuild.nodes.encoder.packed import Packed
+
+    own = whole.encode(CHECKED, prompt="", show_progress_bar=False, convert_to_tensor=True).float()
+    try:
+        packed = Packed(transformer, pooling, dtype=torch.float32, rows=CPU_TOKENS)
+        found = packed.pooled(tokenize(whole.tokenizer, CHECKED, whole.max_seq_length or 1 << 30))[0]
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return False
+    found = _after_pooling(whole, found)
+    least = 1e-3 * float(own.abs().max().nan_to_num())
+    return found.shape == own.shape and torch.allclose(found, own, rtol=0, atol=least, equal_nan=True)
 
 
 def _model_type(folder: Path) -> str | None:

@@ -24,9 +24,10 @@ from transformers import (
     XLMRobertaConfig,
     XLMRobertaModel,
 )
+from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from graphbuild.errors import ConfigError
-from graphbuild.nodes.encoder import DEFAULT_ENCODER, Model, find_encoder, open_model
+from graphbuild.nodes.encoder import DEFAULT_ENCODER, Model, find_encoder, open_model, packed
 from graphbuild.nodes.encoder.model import _packed, fastest_precision
 from graphbuild.nodes.encoder.packed import Packed
 from graphbuild.nodes.encoder.tokens import batches, equal_batches, tokenize
@@ -107,6 +108,23 @@ def test_vectors_are_those_of_sentence_transformers(tmp_path, family, pooling, i
     assert found.tokens <= found.computed
     low = open_model(find_encoder(str(folder)), "cpu", "bfloat16").encode(texts).vectors.astype(np.float64)
     assert ((low * expected).sum(1) / np.linalg.norm(low, axis=1)).mean() > 0.999
+
+
+@pytest.mark.parametrize("change", ["another sum", "another name"])
+def test_a_transformers_that_computes_otherwise_is_noticed_said_and_followed(tmp_path, monkeypatch, caplog, change):
+    if change == "another sum":
+        own = BertEmbeddings.forward
+        monkeypatch.setattr(
+            BertEmbeddings, "forward", lambda self, *rest, **named: 0.9 * own(self, *rest, **named) + 0.1
+        )
+    else:  # before it gets here
+        monkeypatch.setattr(packed, "_layer", lambda layer, heads, dtype: layer.renamed)
+    folder = saved(tmp_path, "bert", "mean")
+    texts = captions(20)
+    found = open_model(find_encoder(str(folder)), "cpu", "float32").encode(texts).vectors
+    assert "computes it otherwise than graphbuild's packed forward" in caplog.text
+    expected = SentenceTransformer(str(folder), device="cpu").encode(texts, normalize_embeddings=True)
+    np.testing.assert_allclose(found.astype(np.float32), expected, atol=5e-4)
 
 
 @pytest.mark.parametrize(("bfloat16", "precision"), [(True, "bfloat16"), (False, "float16")])
