@@ -36,14 +36,14 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
         raise ConfigError("--layout inline has no sketches", "use --embeddings int8, float16 or none")
     samples = outputs(require(store, "assign", "embed"), "samples/")
     graph = store.manifest()["graph"]["fingerprint"]
-    given = given_urls(recipe.embed.shards)
+    hints = {"given": given_urls(recipe.embed.shards)}
     return [
         Task(
             stage="inline",
             name=shard.name,
             settings={"embeddings": recipe.export.embeddings},
             built={"graph": graph, "samples": samples[SAMPLES.format(shard.name)], "tar": shard.tar},
-            hints={"url": given.get(shard.tar["url"], store.resolve(shard.tar["url"]))},
+            hints=hints,
         )
         for shard in shards
     ]
@@ -51,7 +51,8 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
 
 def run(task: Task, store: Store, writer: Writer) -> Json:
     samples = store.table(SAMPLES.format(task.name))
-    url = task.hints["url"]
+    recorded = task.built["tar"]["url"]
+    url = task.hints["given"].get(recorded, store.resolve(recorded))
     check_members(samples, url)
     row, node = samples["row"].to_numpy(), samples["node"].fill_null(-1).to_numpy()
     fields = graph_fields(store, store.manifest(), np.maximum(node, 0), task.settings["embeddings"])
