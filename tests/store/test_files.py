@@ -103,3 +103,11 @@ def test_a_scan_fetches_a_tar_once_and_names_its_bytes(tmp_path: Path, monkeypat
     tars = [shard["tar"] for record in records for shard in record["facts"]["shards"].values()]
     assert [tar["url"] for tar in tars] == urls
     assert {tar["sha256"] for tar in tars} == {hashlib.sha256(stream.getvalue()).hexdigest()}
+
+
+@pytest.mark.parametrize("option", ["vectors", "class_names"])
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path, option: str) -> None:
+    given = {"shards": str(tmp_path / "x.tar")} if option == "class_names" else {}
+    recipe = Recipe(embed=Embed(**{**given, option: str(tmp_path)}))
+    with pytest.raises(InputError, match=rf"{tmp_path} is a folder\n.*name one file in it"):
+        (vectors if option == "vectors" else scan).plan(recipe, Store(str(tmp_path / "store")))
