@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from graphbuild.errors import ConfigError, InputError
+from graphbuild.errors import ConfigError, InputError, public
 from graphbuild.export import clustered, inline, sidecars
 from graphbuild.job.steps import run_verb
 from graphbuild.nodes.number import finish_assign
@@ -86,6 +86,6 @@ def _moved(record: Json, url: str) -> Json:
     inputs = {"tar": file_identity(url)}
     task = Task(stage="scan", name=name, settings=record["settings"], inputs=inputs, built=record["built"])
     shard = record["facts"]["shards"][name]
-    tar = {**shard["tar"], "url": url, "name": url.rsplit("/", 1)[-1]}
+    tar = {**shard["tar"], "url": public(url), "name": public(url).rsplit("/", 1)[-1]}
     facts = {**record["facts"], "shards": {name: {**shard, "tar": tar}}}
     return sealed({**record, "inputs": inputs, "fingerprint": task.fingerprint, "facts": facts})
