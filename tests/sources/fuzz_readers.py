@@ -64,5 +64,5 @@ def seeds(folder: Path) -> None:
 
 
 seeds(corpus := PATH.parent / "corpus")
-atheris.Setup([*sys.argv, str(corpus), "-rss_limit_mb=2048", "-timeout=10"], read)
+atheris.Setup([*sys.argv, str(corpus), "-rss_limit_mb=2048", "-timeout=60"], read)
 atheris.Fuzz()
