@@ -28,7 +28,6 @@ from graphbuild.runner.stage import Stage, Task, outputs, records, summed
 from graphbuild.runner.state import require
 from graphbuild.sources import fetched
 from graphbuild.sources.again import cut_retry
-from graphbuild.sources.fetch import Policy, fetching
 from graphbuild.sources.tables import TableSpec, read_chunks
 from graphbuild.store import layout
 from graphbuild.store.files import file_identity
@@ -198,6 +197,8 @@ def _img2dataset(task: Task, urls: pa.Table, folder: Path) -> None:
     from img2dataset.downloader import Downloader
     from img2dataset.resizer import Resizer
     from img2dataset.writer import WebDatasetSampleWriter
+
+    from graphbuild.sources.fetch import Policy, fetching
 
     settings: Mapping[str, Any] = task.settings
     source = folder / "urls.arrow"

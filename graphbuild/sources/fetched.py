@@ -12,11 +12,21 @@ from typing import TYPE_CHECKING
 
 from graphbuild.errors import StageError
 from graphbuild.runner.stage import outputs, records, summed, total_counts
-from graphbuild.sources.fetch import REFUSED
 from graphbuild.store.store import Json, Store
 
 if TYPE_CHECKING:
     import polars as pl
+
+REFUSED = "refused: not a public address"  # how the reason begins
+_PASSING = re.compile(
+    r"HTTP Error (408|425|429|500|502|503|504)\b|timed out|time-outs|reset by peer|Connection (refused|aborted)"
+    r"|Broken pipe|Remote end closed|IncompleteRead|Temporary failure in name|unreachable|its host is down"
+)
+
+
+def may_pass_later(message: str) -> bool:
+    """Whether a URL that failed with this message may go well later; hosts that were down may be up again, too."""
+    return bool(_PASSING.search(message))
 
 
 def reason_of(status: str, message: str | None) -> str:
