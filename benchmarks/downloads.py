@@ -1,4 +1,5 @@
-"""How fast URLs are fetched, and in how much memory: many threads on one host, and on a thousand hosts.
+"""How fast URLs are fetched, for how much of a processor and in how much memory: many threads on one
+host, and on a thousand hosts.
 
 A server in a process of its own answers with the same bytes at once, on all of 127.0.0.0/8: the client is what is
 measured. Each case runs in a fresh process; those of this tree and of another one (`--before`) take turns.
@@ -41,7 +42,7 @@ async def serve() -> None:
 
 
 def measure(port: int, hosts: int) -> None:
-    """Print URLs a second and the process's peak memory in MB."""
+    """Print URLs a second, milliseconds of a processor for each, and the process's peak memory in MB."""
     from graphbuild.sources.fetch import Fetcher, Policy
 
     fetcher = Fetcher(Policy(allow_private_hosts=True))
@@ -53,12 +54,12 @@ def measure(port: int, hosts: int) -> None:
 
     with ThreadPool(THREADS) as threads:
         threads.map(fetch, range(THREADS), chunksize=1)
-        begin = time.perf_counter()
+        begin, busy = time.perf_counter(), time.process_time()
         sizes = threads.map(fetch, range(URLS), chunksize=1)
-        seconds = time.perf_counter() - begin
+        seconds, busy = time.perf_counter() - begin, time.process_time() - busy
     assert sizes == [BODY] * URLS
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1_024
-    print(json.dumps({"rate": URLS / seconds, "peak": peak}))
+    print(json.dumps({"rate": URLS / seconds, "busy": busy / URLS * 1e3, "peak": peak}))
 
 
 def main() -> None:
@@ -82,8 +83,11 @@ def main() -> None:
                     ).stdout
                     runs[name].append(json.loads(said))
             for name, results in runs.items():
-                rate, peak = (statistics.median(result[key] for result in results) for key in ("rate", "peak"))
-                print(f"{case:17} {name:7} {rate:6,.0f} URLs/s {peak:6,.0f} MB at most, medians of {options.rounds}")
+                rate, busy, peak = (statistics.median(run[key] for run in results) for key in ("rate", "busy", "peak"))
+                print(
+                    f"{case:17} {name:7} {rate:6,.0f} URLs/s, {busy:.2f} ms of a processor each, {peak:,.0f} MB at most"
+                )
+        print(f"Medians of {options.rounds}; {THREADS} threads, {URLS:,} URLs of {BODY:,} bytes.")
     finally:
         server.terminate()
 

@@ -103,7 +103,7 @@ class Fetcher:
                         raise TimeoutError(f"not complete after {DEADLINES} time-outs") from None
                     raise
                 seconds -= time.monotonic() - begin
-            status, location = response.status, response.headers.get("Location")
+            status, location = response.status, response.headers.get("Location", "")
             if 200 <= status < 300:
                 return urllib.response.addinfourl(io.BytesIO(body), response.headers, target.url, status)
             redirected = status in REDIRECTING and location
@@ -141,7 +141,6 @@ class Fetcher:
             except OSError as error:
                 raise urllib.error.URLError(error) from None
             connection.sock = sock
-            sock.settimeout(wait())
             connection.request("GET", target.path, headers=headers | target.headers | {"Connection": "close"})
             response = opened.enter_context(http.client.HTTPResponse(cast(Any, _Received(sock, wait)), method="GET"))
             try:
@@ -186,13 +185,15 @@ class _Received(io.RawIOBase):
         self._sock, self._wait, self._raw = sock, wait, sock.makefile("rb", buffering=0)
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self, READ_BYTES)
+        return io.BufferedReader(self)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        self._sock.settimeout(self._wait())
+        seconds = self._wait()
+        if seconds != self._sock.gettimeout():  # a system call a read for nothing, until the deadline is near
+            self._sock.settimeout(seconds)
         return self._raw.readinto(buffer)
 
     def close(self) -> None:
