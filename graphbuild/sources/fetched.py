@@ -30,8 +30,10 @@ def may_pass_later(message: str) -> bool:
 
 
 def reason_of(status: str, message: str | None) -> str:
-    """A failure's message without what differs from URL to URL: its first line, numbers but error codes as N."""
+    """A failure's message without what differs from URL to URL: its first line, numbers but error codes as N, and
+    nothing in quotes, where the URL may stand."""
     line = (message or "").strip().splitlines()[0] if message else "no message"
+    line = re.sub(r"(?<!\w)(['\"]).*\1(?!\w)", "…", line)
     line = re.sub(r"(Error |Errno )?\d+", lambda found: found[0] if found[1] else "N", line)
     return f"{status.removeprefix('failed_to_')}: {line}"[:100]
 
@@ -69,6 +71,17 @@ def failed_urls(store: Store, shards: int | None = None) -> pl.DataFrame:
 
 
 # -- counts
+
+
+def failures(tries: pl.DataFrame) -> Counter[str]:
+    """How many of these tries (status, error_message) failed, by reason."""
+    import polars as pl
+
+    found: Counter[str] = Counter()
+    failed = tries.filter(pl.col("status") != "success").group_by("status", "error_message").len()
+    for status, message, count in failed.sort("status", "error_message").iter_rows():
+        found[reason_of(status, message)] += count
+    return found
 
 
 def retried(store: Store) -> Counter[str]:
