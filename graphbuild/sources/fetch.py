@@ -70,7 +70,7 @@ class Fetcher:
         self.policy = policy
         self._hosts: dict[
             tuple[str, int], Host
-        ] = {}  # of these two dicts only setdefault is used: one step for threads
+        ] = {}  # to both only setdefault adds: one step for threads
         self._turns: dict[str, threading.Semaphore] = {}
 
     def open(self, request: Any, data: None = None, timeout: Any = None) -> urllib.response.addinfourl:
@@ -94,7 +94,8 @@ class Fetcher:
         seconds = DEADLINES * self.policy.timeout_seconds
         target = Target.of(url)
         for redirects_left in reversed(range(REDIRECTS + 1)):
-            with self._turns.setdefault(target.name, threading.Semaphore(self.policy.host_connections)):
+            turn = self._turns.get(target.name) or threading.Semaphore(self.policy.host_connections)
+            with self._turns.setdefault(target.name, turn):
                 begin = time.monotonic()
                 try:
                     response, body = self._exchange(target, headers, begin + seconds)
@@ -182,7 +183,7 @@ class _Received(io.RawIOBase):
     """What comes in through a socket. No read waits longer than `wait()`, whatever the server lets drip."""
 
     def __init__(self, sock: socket.socket, wait: Callable[[], float]) -> None:
-        self._sock, self._wait, self._raw = sock, wait, sock.makefile("rb", buffering=0)
+        self._sock, self._wait = sock, wait
 
     def makefile(self, mode: str) -> io.BufferedReader:
         return io.BufferedReader(self)
@@ -190,15 +191,11 @@ class _Received(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int | None:
+    def readinto(self, buffer: Any) -> int:
         seconds = self._wait()
         if seconds != self._sock.gettimeout():  # a system call a read for nothing, until the deadline is near
             self._sock.settimeout(seconds)
-        return self._raw.readinto(buffer)
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
+        return self._sock.recv_into(buffer)
 
 
 class Target(NamedTuple):
