@@ -68,9 +68,7 @@ class Fetcher:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self._hosts: dict[
-            tuple[str, int], Host
-        ] = {}  # to both only setdefault adds: one step for threads
+        self._hosts: dict[tuple[str, int], Host] = {}  # to both only setdefault adds: one step for threads
         self._turns: dict[str, threading.Semaphore] = {}
 
     def open(self, request: Any, data: None = None, timeout: Any = None) -> urllib.response.addinfourl:
