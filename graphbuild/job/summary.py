@@ -6,8 +6,7 @@ import re
 
 from graphbuild.job.steps import STEPS
 from graphbuild.machine.terminal import counted
-from graphbuild.sources.fetch import REFUSED
-from graphbuild.sources.fetched import fetch_failed, fetch_refused, refused
+from graphbuild.sources.fetched import REFUSED, fetch_failed, fetch_refused, refused
 from graphbuild.store.store import Json, Store
 
 NEXT = {"download": "embed", "embed": "index", "index": "export", "export": "verify", "run": "verify"}

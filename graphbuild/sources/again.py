@@ -7,8 +7,7 @@ from collections import Counter
 import polars as pl
 
 from graphbuild.runner.stage import Task, outputs, records
-from graphbuild.sources.fetch import may_pass_later
-from graphbuild.sources.fetched import failed_urls
+from graphbuild.sources.fetched import failed_urls, may_pass_later
 from graphbuild.store import layout
 from graphbuild.store.layout import shard_name
 from graphbuild.store.store import Json, Store, Writer

@@ -10,26 +10,27 @@ images of `threads` requests.
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from graphbuild.errors import ConfigError, ImageError, InputError, StageError
 from graphbuild.recipe import Recipe
-from graphbuild.runner.stage import Stage, Task, outputs, records, summed
+from graphbuild.runner.stage import Stage, Task, outputs, records
 from graphbuild.runner.state import require
 from graphbuild.sources import fetched
 from graphbuild.sources.again import cut_retry
-from graphbuild.sources.fetch import Policy, fetching
 from graphbuild.sources.tables import TableSpec, read_chunks
+from graphbuild.sources.tables.plain import plain_table
 from graphbuild.store import layout
 from graphbuild.store.files import file_identity
 from graphbuild.store.layout import shard_name
@@ -123,34 +124,36 @@ def plan_download(recipe: Recipe, store: Store) -> list[Task]:
 
 def run_download(task: Task, store: Store, writer: Writer) -> Json:
     urls = store.table(layout.URLS.format(task.name))
+    plain = plain_table(urls)
     with tempfile.TemporaryDirectory() as folder:
-        _img2dataset(task, urls, Path(folder))
+        _img2dataset(task, plain, Path(folder))
         produced = {name: Path(folder) / f"{task.name}{name}" for name in (".tar", ".parquet", "_stats.json")}
-        status = pq.read_table(produced[".parquet"], columns=["status", "error_message"])
-        if len(status) != len(urls):
+        rows = pq.read_table(produced[".parquet"])
+        if len(rows) != len(urls):
             raise StageError(
-                f"img2dataset lost {len(urls) - len(status)} of {len(urls)} rows of shard {task.name}",
+                f"img2dataset lost {len(urls) - len(rows)} of {len(urls)} rows of shard {task.name}",
                 "run the command again: the shard will be fetched anew",
             )
+        if plain.schema != urls.schema:
+            pq.write_table(_typed(rows, urls), produced[".parquet"])
+        failures = fetched.failures(pl.DataFrame(rows.select(["status", "error_message"])))
+        images = len(urls) - failures.total()
+        stats = json.loads(produced["_stats.json"].read_text())
+        stats["status_dict"] = {"success": images, **failures}  # img2dataset's messages may hold a URL
+        produced["_stats.json"].write_text(json.dumps(stats, indent=4))
         for name, path in produced.items():
             with writer.file(f"shards/{task.name}{name}") as target:
                 shutil.copyfile(path, target)
-    tries = zip(status["status"].to_pylist(), status["error_message"].to_pylist(), strict=True)
-    failures = [fetched.reason_of(value, message) for value, message in tries if value != "success"]
-    images = len(urls) - len(failures)
-    return {"counts": {"urls": len(urls), "images": images, "failed": len(failures)}, "reasons": Counter(failures)}
+    return {"counts": {"urls": len(urls), "images": images, "failed": failures.total()}, "reasons": failures}
 
 
 def finish_download(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     """What became of the list: failures by reason and host, placeholders; a URL tried again counts once."""
-    reasons = summed(done, "reasons")
-    again = fetched.retried(store)
-    reasons.subtract(again)
-    tries = fetched.last_tries(store, ["url", "status", "sha256"])
+    tries = fetched.last_tries(store, ["url", "status", "error_message", "sha256"])
     return {
         "download": {
-            "failures": {reason: count for reason, count in reasons.most_common() if count},
-            "retried": again.total(),
+            "failures": dict(fetched.failures(tries).most_common()),
+            "retried": fetched.retried(store).total(),
             "hosts": fetched.failing_hosts(tries),
             "placeholders": fetched.placeholders(tries),
         }
@@ -199,6 +202,8 @@ def _img2dataset(task: Task, urls: pa.Table, folder: Path) -> None:
     from img2dataset.resizer import Resizer
     from img2dataset.writer import WebDatasetSampleWriter
 
+    from graphbuild.sources.fetch import Policy, fetching
+
     settings: Mapping[str, Any] = task.settings
     source = folder / "urls.arrow"
     with pa.OSFile(str(source), "wb") as file, pa.ipc.new_file(file, urls.schema) as batches:
@@ -234,14 +239,23 @@ def _img2dataset(task: Task, urls: pa.Table, folder: Path) -> None:
         downloader.download_shard((int(task.name), str(source)))
 
 
+def _typed(rows: pa.Table, urls: pa.Table) -> pa.Table:
+    """img2dataset's rows, which come in any order with keys in the list's, with the list's own columns."""
+    places = rows["key"].to_numpy().argsort(kind="stable").argsort()
+    for index, field in enumerate(urls.schema):
+        rows = rows.set_column(index, field, urls[field.name].take(pa.array(places)))
+    return rows
+
+
 def _renamed(rows: pa.Table) -> pa.Table:
-    """Columns that would collide with img2dataset's own get a suffix, again where the list has that name too: it may be
-    what another download wrote."""
-    names: list[str] = []
-    for name in rows.column_names:
-        while name in RESERVED or name in names:
-            name += "_in_list"
-        names.append(name)
+    """Columns that would collide with img2dataset's own get a suffix, as often as it takes."""
+    names, taken = rows.column_names, {*RESERVED, *rows.column_names}
+    for index, name in enumerate(names):
+        if name in RESERVED:
+            while name in taken:
+                name = f"{name}_in_list"
+            taken.add(name)
+            names[index] = name
     return rows.rename_columns(names)
 
 

@@ -12,16 +12,28 @@ from typing import TYPE_CHECKING
 
 from graphbuild.errors import StageError
 from graphbuild.runner.stage import outputs, records, summed, total_counts
-from graphbuild.sources.fetch import REFUSED
 from graphbuild.store.store import Json, Store
 
 if TYPE_CHECKING:
     import polars as pl
 
+REFUSED = "refused: not a public address"  # how the reason begins
+_PASSING = re.compile(
+    r"HTTP Error (408|425|429|500|502|503|504)\b|timed out|time-outs|reset by peer|Connection (refused|aborted)"
+    r"|Broken pipe|Remote end closed|IncompleteRead|Temporary failure in name|unreachable|its host is down"
+)
+
+
+def may_pass_later(message: str) -> bool:
+    """Whether a URL that failed with this message may go well later; hosts that were down may be up again, too."""
+    return bool(_PASSING.search(message))
+
 
 def reason_of(status: str, message: str | None) -> str:
-    """A failure's message without what differs from URL to URL: its first line, numbers but error codes as N."""
+    """A failure's message without what differs from URL to URL: its first line, numbers but error codes as N, and
+    nothing in quotes, where the URL may stand."""
     line = (message or "").strip().splitlines()[0] if message else "no message"
+    line = re.sub(r"(?<!\w)(['\"]).*\1(?!\w)", "…", line)
     line = re.sub(r"(Error |Errno )?\d+", lambda found: found[0] if found[1] else "N", line)
     return f"{status.removeprefix('failed_to_')}: {line}"[:100]
 
@@ -59,6 +71,17 @@ def failed_urls(store: Store, shards: int | None = None) -> pl.DataFrame:
 
 
 # -- counts
+
+
+def failures(tries: pl.DataFrame) -> Counter[str]:
+    """How many of these tries (status, error_message) failed, by reason."""
+    import polars as pl
+
+    found: Counter[str] = Counter()
+    failed = tries.filter(pl.col("status") != "success").group_by("status", "error_message").len()
+    for status, message, count in failed.sort("status", "error_message").iter_rows():
+        found[reason_of(status, message)] += count
+    return found
 
 
 def retried(store: Store) -> Counter[str]:

@@ -22,7 +22,7 @@ from graphbuild.recipe import Download, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import Task
 from graphbuild.runner.workers import Failure, record_failure
-from graphbuild.sources import fetch
+from graphbuild.sources import hosts
 from graphbuild.store.store import Store
 
 Picture = tuple[bytes, str]
@@ -173,7 +173,7 @@ def test_a_store_of_an_older_version_that_remembers_private_hosts_is_not_obeyed_
 def test_refused_urls_beside_images_are_told_with_the_next_step(
     pictures: list[Picture], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(fetch, "is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr(hosts, "is_public", lambda address: address == "127.0.0.1")
     store = Store(str(tmp_path / "store"))
     with serving(pictures) as (port, _), Runner(workers=0) as runner:
         urls = write_list(tmp_path / "list.tsv", pictures, port, ("127.0.0.1", "127.0.0.2"))
