@@ -210,7 +210,7 @@ def true_similarities(vectors: ShardedArray, queries: Array, ids: Array, found: 
             if len(columns):
                 scores = np.where(near[:, columns], queries[rows] @ _unit(block[columns]).T, -np.inf)
                 true[rows] = np.sort(np.concatenate([true[rows], scores], axis=1), axis=1)[:, : -k - 1 : -1]
-    return np.maximum(true, found)  # the list itself is among the nodes: rounding must not say otherwise
+    return np.asarray(np.maximum(true, found))  # the list itself is among the nodes: rounding must not say otherwise
 
 
 def wilson_interval(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:

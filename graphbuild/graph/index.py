@@ -14,7 +14,7 @@ import os
 
 import numpy as np
 
-from graphbuild.errors import ConfigError
+from graphbuild.errors import ConfigError, StageError
 from graphbuild.graph import grow, moments, sketch
 from graphbuild.graph.grow import base_lists
 from graphbuild.graph.tasks import (
@@ -93,6 +93,13 @@ def run_codes(task: Task, store: Store, writer: Writer) -> Json:
 
     inputs = Inputs(store)
     raw = store.array(VECTORS.format(task.name))
+    none = ~(np.linalg.norm(raw.astype(np.float32), axis=1) > 0)
+    if none.any():
+        path, first = store.display(VECTORS.format(task.name)), int(none.argmax())
+        raise StageError(
+            f"{path}: row {first} is no vector, but zeros or NaN ({none.sum():,} such rows)",
+            f"delete this file and run `graphbuild embed {store.url}`: it makes the file anew, without them",
+        )
     with torch_threads(1), torch.inference_mode():
         codes = encode(raw)
         arrays = _engine(task, inputs.manifest).describe(inputs, codes, task.settings["k"])

@@ -18,7 +18,7 @@ from graphbuild.store.store import Json, Store
 def nodes_entry(store: Store) -> Json:
     """The manifest, once embeddings are finished; ConfigError before that."""
     manifest = store.manifest()
-    if not {"encode", "vectors"} & manifest["stages"].keys():
+    if "vectors" not in manifest["stages"] and not {"encode", "assign"} <= manifest["stages"].keys():
         raise ConfigError(
             f"{store.url}: `graphbuild embed` is not finished", f"run `graphbuild embed {store.url}` first"
         )

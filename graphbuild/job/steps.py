@@ -72,9 +72,10 @@ STEPS = (
     Step(scan.STAGE,        "embed",    "tars | list | shards/#.tar",    "_state/scan/#.parquet"
                                                                          " rejected/scan/#.parquet"),
     Step(number.NUMBER,     "embed",    "_state/scan/",                  "_state/number/"),
-    Step(number.ASSIGN,     "embed",    "_state/scan/ _state/number/",   "samples/#.parquet nodes/#.parquet"
-                                                                         " shards.parquet"),
-    Step(encode.STAGE,      "embed",    "nodes/#.parquet",               "nodes/#.npy"),
+    Step(number.NEW_TEXTS,  "embed",    "_state/scan/ _state/number/",   ""),
+    Step(encode.STAGE,      "embed",    "_state/scan/ _state/texts/",    "nodes/#.npy"),
+    Step(number.ASSIGN,     "embed",    "_state/scan/ _state/encode/",   "samples/#.parquet nodes/#.parquet"
+                                                                         " rejected/assign/#.parquet shards.parquet"),
     Step(fidelity.STAGE,    "embed",    "nodes/",                        ""),
     Step(vectors.STAGE,     "embed",    "vectors",                       "samples/#.parquet nodes/#.parquet"
                                                                          " nodes/#.npy shards.parquet"),

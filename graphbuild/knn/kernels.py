@@ -223,8 +223,8 @@ def encode_rows(raw: Any, codes: Any, scales: Any) -> None:
         for j in range(width):
             row[j] = half(raw[i, j])
             norm += np.float64(row[j]) * np.float64(row[j])
-        shrink = np.float32(1.0 / np.sqrt(norm))
-        largest = np.float32(0.0)
+        shrink = np.float32(1.0 / np.sqrt(max(norm, 1e-30)))  # stage codes refuses zeros, and says where they lie
+        largest = np.float32(1e-30)
         for j in range(width):
             row[j] *= shrink
             largest = max(largest, abs(row[j]))

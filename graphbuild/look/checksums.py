@@ -63,7 +63,7 @@ def _sealed_json(store: Store, path: str) -> tuple[str, Json]:
     """What is wrong with a JSON file that holds its own checksum ("" if nothing is), and its content."""
     content = store.read_bytes(path)
     try:
-        value = json.loads(content)
+        value = json.loads(content, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return f"{path}: not a whole record", {}
     if not isinstance(value, dict) or "checksum" not in value:
@@ -71,6 +71,11 @@ def _sealed_json(store: Store, path: str) -> tuple[str, Json]:
     if value != sealed(value):
         return f"{path}: {CHANGED} (checksum differs)", {}
     return "" if json_text(value) == content else f"{path}: {CHANGED} (not as graphbuild writes JSON)", value
+
+
+def _refuse(constant: str) -> None:
+    """What json.loads calls for NaN and infinities, which JSON has not."""
+    raise ValueError(constant)
 
 
 def _table(store: Store, manifest: Json, checked: Checked) -> list[Shard]:

@@ -125,7 +125,7 @@ def _check_shard(store: Store, manifest: Json, shard: Shard) -> Iterator[str] | 
         vectors = store.array(embedded)
         if vectors.shape != (shard.nodes, manifest["embeddings"]["d"]) or vectors.dtype != np.float16:
             problems.append(f"{embedded}: {vectors.dtype} {list(vectors.shape)}")
-        elif len(ids) and np.abs(np.linalg.norm(vectors.astype(np.float32), axis=1) - 1).max() > 2e-3:
+        elif len(ids) and not np.abs(np.linalg.norm(vectors.astype(np.float32), axis=1) - 1).max() <= 2e-3:
             problems.append(f"{embedded}: a vector is not of unit norm")
     if "certify" in manifest["stages"] and len(ids):
         problems += _check_graph(store, manifest, name, ids)

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from graphbuild.errors import InputError
+from graphbuild.nodes.samples import CONTENT_CHARACTERS
 from graphbuild.sources.tars import Member, Tar, TarSample
 from graphbuild.store.files import local_file
 
-CONTENT_CHARACTERS = 10_000  # of a rejected caption, kept
 UNPACKED_BYTES = 64 << 20
 FIELD = re.compile(r"\{([^{}]+)\}")
 MAX_CAPTION_BYTES = 1_000_000

@@ -18,7 +18,6 @@ import pyarrow as pa
 
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.nodes.captions import (
-    CONTENT_CHARACTERS,
     fill_fields,
     fill_template,
     hashes,
@@ -28,13 +27,12 @@ from graphbuild.nodes.captions import (
     template_fields,
     usable_text,
 )
-from graphbuild.nodes.samples import REJECTED, SCHEMA
+from graphbuild.nodes.samples import SCHEMA, write_rejected
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, records, summed, total_counts
 from graphbuild.sources.download import downloaded_tars
 from graphbuild.sources.tables import FIELD_ROLE, TableSpec, read_chunks
 from graphbuild.sources.tars import expand_shards, open_tar, tar_stem
-from graphbuild.store import layout
 from graphbuild.store.files import file_identities, file_identity
 from graphbuild.store.layout import SCANNED, by_number, shard_name
 from graphbuild.store.shards import latest_shards
@@ -132,7 +130,7 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
         "members": members,
     }
     _write_shard(shard, keys, captions, texts, places, writer)
-    _write_rejected(shard, rejected, writer)
+    write_rejected(STAGE.name, shard, rejected, writer)
     counts = {"samples": len(samples), "captions": len(samples) - len(rejected), "rejected": len(rejected)}
     return {
         "counts": {**counts, "without_image": found_images.count(None)},
@@ -181,7 +179,7 @@ def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
                 numbers += is_number(caption, settings["template"])
         while len(keys) >= settings["shard_size"]:
             cut(settings["shard_size"])
-        _write_rejected(shard_name(number), rejected, writer)
+        write_rejected(STAGE.name, shard_name(number), rejected, writer)
         rejected_rows += len(rejected)
         reasons.update(_reasons(rejected))
     if keys:
@@ -224,13 +222,6 @@ def _write_shard(
     }
     columns |= {name: places.get(name, [None] * len(keys)) for name in ("image_offset", "image_size", "members")}
     writer.table(SCANNED.format(shard), pa.table(columns, schema=SCHEMA))
-
-
-def _write_rejected(shard: str, rejected: Sequence[tuple[Any, ...]], writer: Writer) -> None:
-    if rejected:
-        rows = [(p, k, r, None if c is None else c[:CONTENT_CHARACTERS]) for p, k, r, c in rejected]
-        columns = dict(zip(REJECTED.names, zip(*rows, strict=True), strict=True))
-        writer.table(f"{layout.REJECTED.format(STAGE.name)}/{shard}.parquet", pa.table(columns, schema=REJECTED))
 
 
 def _reasons(rejected: Sequence[tuple[Any, ...]]) -> dict[str, int]:
