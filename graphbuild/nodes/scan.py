@@ -22,6 +22,7 @@ from graphbuild.nodes.captions import (
     fill_template,
     hashes,
     is_number,
+    is_of_lines,
     read_class_names,
     sample_caption,
     template_fields,
@@ -80,7 +81,14 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
 
 
 def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
-    captions = total_counts(done)["captions"]
+    counts = total_counts(done)
+    captions, of_lines = counts["captions"], counts.get("of_several_lines", 0)
+    if of_lines:
+        logger.warning(
+            "%-9s %s are texts of several lines, and each is one caption: were they several, keep one line of each",
+            "captions",
+            f"{of_lines:,}",
+        )
     numbers = sum(record["facts"].get("numbers", 0) for record in done)
     if captions and captions == numbers and recipe.embed.class_names is None:
         logger.warning(
@@ -132,6 +140,9 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
     _write_shard(shard, keys, captions, texts, places, writer)
     write_rejected(STAGE.name, shard, rejected, writer)
     counts = {"samples": len(samples), "captions": len(samples) - len(rejected), "rejected": len(rejected)}
+    of_lines = sum(is_of_lines(caption, sample, settings) for caption, sample in zip(captions, samples, strict=True))
+    if of_lines:
+        counts["of_several_lines"] = of_lines
     return {
         "counts": {**counts, "without_image": found_images.count(None)},
         "numbers": sum(is_number(caption, settings["template"]) for caption in captions),
