@@ -22,10 +22,10 @@ from graphbuild.graph import mined
 from graphbuild.job.steps import STEPS, Step
 from graphbuild.nodes import number, vectors
 from graphbuild.recipe import resolve
-from graphbuild.runner.stage import digest, fingerprint, sealed, state_path
-from graphbuild.runner.state import sealed_text
+from graphbuild.runner.stage import fingerprint, sealed, state_path
+from graphbuild.runner.state import are_finished, sealed_text
 from graphbuild.sources.tars import tar_stem
-from graphbuild.store.layout import STATE, by_number, shard_name
+from graphbuild.store.layout import STATE, shard_name
 from graphbuild.store.remote import READERS, reaching
 from graphbuild.store.shards import Shard, shards_of
 from graphbuild.store.store import Json, Store, json_text, stream_sha256
@@ -160,8 +160,7 @@ def _completeness(stage: str, entry: Json, done: dict[str, Json], manifest: Json
         counted = f"{STATE.format(stage)}/: {len(done)} tasks recorded as done, the manifest says {entry['tasks']}"
         yield from missing if len(missing) == entry["tasks"] - len(done) else [counted]
         return
-    orders = (sorted(done), sorted(done, key=by_number))
-    if entry["fingerprint"] not in (digest([[name, done[name]["fingerprint"]] for name in order]) for order in orders):
+    if not are_finished(entry, done):
         named = state_path(stage, *done) if len(done) == 1 else state_path(stage, "*")
         yield f"manifest.json: its stage {stage} was made from other records than {named}"
 
