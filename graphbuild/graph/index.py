@@ -28,7 +28,7 @@ from graphbuild.graph.tasks import (
     vectors_of,
 )
 from graphbuild.knn import engine as engines
-from graphbuild.knn.lists import EMPTY, merge_lists, unpack
+from graphbuild.knn.lists import EMPTY, LARGEST_ID, merge_lists, unpack
 from graphbuild.machine.threads import torch_threads
 from graphbuild.recipe import Index, Recipe
 from graphbuild.runner.stage import Stage, Task, records
@@ -63,6 +63,11 @@ def plan_prepare(recipe: Recipe, store: Store) -> list[Task]:
         raise ConfigError(
             f"--k {recipe.index.k}: the store has {nodes:,} nodes, so a node has {nodes - 1:,} possible neighbours",
             f"use --k {max(nodes - 1, 1)} or fewer" if nodes > 1 else "give at least two different captions",
+        )
+    if nodes > LARGEST_ID:
+        raise ConfigError(
+            f"{store.url} has {nodes:,} nodes, and a graph holds {LARGEST_ID:,} at most",
+            "divide the captions among several stores",
         )
     engine, _ = engine_of(recipe.index, manifest)
     check_mappings(engine.mapped_files * len(shards_of(store, manifest).with_nodes))
