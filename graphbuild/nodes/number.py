@@ -11,7 +11,7 @@ Two different texts with one hash would become one node: at 1e9 texts the chance
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def run_texts(task: Task, store: Store, writer: Writer) -> Json:
     return {"counts": {"texts": len(texts)}, "texts_sha256": digest(texts)}
 
 
-def new_texts(store: Store, name: str, shard: Json) -> list[str]:
+def new_texts(store: Store, name: str, shard: Mapping[str, Any]) -> list[str]:
     """The texts that appear in a shard first, in order of node; shard: its facts of stage number."""
     scan = store.table(SCANNED.format(name), ["text"])
     nodes = store.rows(ROW_NODES, shard["first_row"], shard["first_row"] + shard["samples"])
