@@ -212,7 +212,7 @@ def run_verb(verb: str, recipe: Recipe, store: Store, runner: Runner, *, force: 
 
 def refuse_mixed(step: Step, store: Store) -> None:
     """StageError where finished steps of verbs before a step's have other records than the manifest was made from, as
-    after two commands that wrote at once. Reads all their records, and a manifest of another version not at all."""
+    after two commands that wrote at once; ConfigError for a manifest of another format. Reads all their records."""
     entries = store.manifest()["stages"]
     for earlier in itertools.takewhile(lambda other: other.verb != step.verb, STEPS):
         if earlier.name in entries and not are_finished(entries[earlier.name], records(store, earlier.name)):

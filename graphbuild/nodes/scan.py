@@ -96,7 +96,8 @@ def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
             "captions",
             "name the classes by --class-names" if recipe.embed.captions is None else "list the classes' names instead",
         )
-    return {"rejected": dict(sorted(summed(done, "reasons").items()))}
+    rejected = summed([*done, *records(store, "assign").values()], "reasons")  # stage assign does the same when it ends
+    return {"rejected": dict(sorted(rejected.items()))}
 
 
 STAGE = Stage(name="scan", title="captions", plan=plan, run=run, finish=finish, entries=("rejected",))
@@ -141,10 +142,9 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
     write_rejected(STAGE.name, shard, rejected, writer)
     counts = {"samples": len(samples), "captions": len(samples) - len(rejected), "rejected": len(rejected)}
     of_lines = sum(is_of_lines(caption, sample, settings) for caption, sample in zip(captions, samples, strict=True))
-    if of_lines:
-        counts["of_several_lines"] = of_lines
+    counts |= {"without_image": found_images.count(None)} | ({"of_several_lines": of_lines} if of_lines else {})
     return {
-        "counts": {**counts, "without_image": found_images.count(None)},
+        "counts": counts,
         "numbers": sum(is_number(caption, settings["template"]) for caption in captions),
         "reasons": _reasons(rejected),
         "shards": {shard: {"samples": len(samples), "tar": identity}},

@@ -16,6 +16,7 @@ from sentence_transformers.models import StaticEmbedding
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from graphbuild.errors import QualityError, StageError
+from graphbuild.job.relocate import relocate
 from graphbuild.job.steps import run_verb
 from graphbuild.knn import inputs
 from graphbuild.look.verify import verify_store
@@ -119,6 +120,10 @@ def test_such_captions_of_tars_keep_their_rows_without_a_node_and_the_job_goes_o
     before = {path: path.stat().st_mtime_ns for path in store.rglob("*") if path.is_file()}
     run(store, "embed index export", embed)
     assert {path: path.stat().st_mtime_ns for path in store.rglob("*") if path.is_file()} == before
+    (tmp_path / "tars").rename(tmp_path / "moved")
+    with Runner(workers=0) as runner:
+        list(relocate(Store(str(store)), str(tmp_path / "moved/*.tar"), runner))
+    assert Store(str(store)).manifest()["rejected"] == {REASON: len(lost)}
 
 
 def test_the_bytes_are_the_same_with_workers_and_when_tars_come_later(tmp_path: Path, encoder: str) -> None:
