@@ -178,7 +178,9 @@ class Catalog:
         sample = self.sample(key) if key is not None else None
         if sample is not None:
             if sample.node is None:
-                raise InputError(f"sample {key!r} has no usable caption, so no node", "see rejected/ for the reason")
+                raise InputError(
+                    f"sample {key!r} has no usable caption, so no node", "see rejected/scan/ and rejected/assign/"
+                )
             node = sample.node
         assert node is not None
         return sample or self.sample_of(node), self.neighbors(node, count)
