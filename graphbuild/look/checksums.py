@@ -22,10 +22,10 @@ from graphbuild.graph import mined
 from graphbuild.job.steps import STEPS, Step
 from graphbuild.nodes import number, vectors
 from graphbuild.recipe import resolve
-from graphbuild.runner.stage import fingerprint, sealed, state_path
+from graphbuild.runner.stage import fingerprint, outputs, sealed, state_path
 from graphbuild.runner.state import are_finished, sealed_text
 from graphbuild.sources.tars import tar_stem
-from graphbuild.store.layout import STATE, shard_name
+from graphbuild.store.layout import SCANNED, STATE, shard_name
 from graphbuild.store.remote import READERS, reaching
 from graphbuild.store.shards import Shard, shards_of
 from graphbuild.store.store import Json, Store, json_text, stream_sha256
@@ -52,6 +52,7 @@ def check_files(store: Store, manifest: Json) -> Checked:
     done = {}
     for step in STEPS:
         done[step.name] = _records(store, step, manifest, checked)
+    checked.problems += _texts(done)
     if not checked.problems:
         checked.problems += _shards(manifest, shards, done)
         checked.problems += _sizes(store, manifest, shards, done)
@@ -101,6 +102,16 @@ def _shards(manifest: Json, shards: list[Shard], done: dict[str, dict[str, Json]
     if shards != told:
         named = "manifest.json" if isinstance(manifest["shards"], list) else manifest["shards"]["path"]
         yield f"{named}: not the shards that the records in _state/ tell"
+
+
+def _texts(done: dict[str, dict[str, Json]]) -> Iterator[str]:
+    """The records of stage texts, which has no files by which to tell, against those that they follow from."""
+    numbered = {name: shard for record in done["number"].values() for name, shard in record["facts"]["shards"].items()}
+    scanned = outputs(list(done["scan"].values()), "_state/scan/")
+    for name, record in done["texts"].items():
+        told = {**numbered.get(name, {}), "scan": scanned.get(SCANNED.format(name))}
+        if name in numbered and told["scan"] and record["built"] != told:
+            yield f"{state_path('texts', name)}: of other captions than _state/scan/ and _state/number/ tell"
 
 
 def _recipe(store: Store, manifest: Json) -> Iterator[str]:

@@ -39,3 +39,17 @@ def test_a_tar_that_another_of_the_same_keys_has_replaced_is_named(
     write([b"old", b"red", b"new"])
     (problem,) = verify_store(store).problems
     assert problem == f"{path.name}: its content has changed (sha256 differs)"
+
+
+def test_an_older_record_of_a_shards_texts_is_named(tmp_path: Path, make_once: MakeOnce) -> None:
+    stores = []
+    for captions in ("red\nold\nnew\nblue\n", "red\nold\nnew\ngrass\n"):
+        (tmp_path / "list.csv").write_text(f"caption\n{captions}")
+        stores.append(Store(str(tmp_path / str(len(stores)))))
+        embed = Embed(captions=str(tmp_path / "list.csv"), encoder=str(make_once("letters", fill)), shard_size=2)
+        with Runner(workers=0) as runner:
+            run_verb("embed", Recipe(embed=embed), stores[-1], runner)
+    name = "_state/texts/00001.done.json"
+    assert verify_store(stores[1]).problems == []
+    stores[1].write_bytes(name, stores[0].read_bytes(name))
+    assert any(name in problem for problem in verify_store(stores[1]).problems)
