@@ -2,13 +2,15 @@
 
 Written with numpy alone, on purpose: it shares no code with the engines it judges. recall@k is the share of a node's k
 listed neighbours whose true similarity reaches that of its true k-th neighbour (less TOLERANCE, so ties are no misses).
-A task takes a slice of the sampled nodes through all embeddings (float32: 2 S N d operations in all) and validates
-every row of its share of the graph's shards. Memory: a block of vectors and SLICE_NODES x BLOCK_ROWS float32 scores.
+A task takes a slice of the sampled nodes through all embeddings (float32: 2 S N d operations in all; what can decide is
+computed again in float64) and validates every row of its share of the graph's shards. Memory, however bad the graph:
+SLICE_NODES x BLOCK_ROWS float32 scores, TILE_ROWS x BLOCK_ROWS float64 ones, and a block of vectors.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -22,8 +24,8 @@ from graphbuild.store.sharded import Array, ShardedArray, node_array
 from graphbuild.store.shards import node_count, shards_of
 from graphbuild.store.store import Json, Store, Writer
 
-TOLERANCE = 1e-6
-BLOCK_ROWS = 4_096
+TOLERANCE = 2.0**-23  # similarities that a graph rounds to one float32 number are ties
+BLOCK_ROWS, TILE_ROWS = 4_096, 128
 SLICE_NODES = 1_250
 EXACT_FLOOR = 0.999
 SLACK = 0.01  # between the recall that an approximate engine is set for and the floor
@@ -142,7 +144,7 @@ def certificate_of(k: int, facts: list[Json]) -> Json:
         "worst_node_recall": round(min(fact["worst"] for fact in facts), 6),
         "mean_similarity_deficit": round(sum(fact["deficit"] for fact in facts) / nodes, 9),
         "tolerance": TOLERANCE,
-        "reference": "float32 brute force",
+        "reference": "float64 brute force",
     }
 
 
@@ -188,25 +190,27 @@ def check_similarities(ids: Array, similarities: Array) -> None:
 
 
 def true_similarities(vectors: ShardedArray, queries: Array, ids: Array, found: Array) -> Array:
-    """The k largest cosines [n, k], descending, of queries [n, d] (nodes `ids`) to all other nodes.
+    """The k largest cosines, float64 [n, k], descending, of queries float64 [n, d] (nodes `ids`) to all other nodes.
 
-    found [n, k], descending: those of the lists under judgement; only what reaches the last of them is looked at.
+    found [n, k], descending: those of the lists under judgement; only what reaches the last of them is looked at. A
+    float32 product, wrong by at most (d + 8) 2^-24 for unit vectors and by as much for their norms (Higham 2002,
+    section 3.1), tells which nodes that may be.
     """
-    k = found.shape[1]
-    rows, scores = [np.repeat(np.arange(len(ids)), k)], [np.full(found.size, -np.inf, np.float32)]
-    floor = found[:, -1:] - TOLERANCE
+    k, margin = found.shape[1], (vectors.width + 8) * 2.0**-23
+    rough, true = queries.astype(np.float32), np.full(found.shape, -np.inf)
     for first, block in vectors.blocks(BLOCK_ROWS):
-        tile = queries @ _unit(block).T
+        tile = rough @ _unit(block, np.float32).T
         inside = np.flatnonzero((ids >= first) & (ids < first + len(block)))
         tile[inside, ids[inside] - first] = -np.inf
-        row, column = np.nonzero(tile >= floor)
-        rows.append(row)
-        scores.append(tile[row, column])
-    row, score = np.concatenate(rows), np.concatenate(scores)
-    order = np.lexsort((-score, row))
-    begins = np.searchsorted(row[order], np.arange(len(ids)))
-    true: Array = score[order][begins[:, None] + np.arange(k)]
-    return np.maximum(true, found)  # the list itself is among the nodes: rounding must not say otherwise
+        for begin in range(0, len(ids), TILE_ROWS):
+            rows = slice(begin, begin + TILE_ROWS)
+            floor = np.maximum(found[rows, -1:], true[rows, -1:]) - margin
+            near = tile[rows] >= floor.astype(np.float32)
+            columns = np.flatnonzero(near.any(axis=0))
+            if len(columns):
+                scores = np.where(near[:, columns], queries[rows] @ _unit(block[columns]).T, -np.inf)
+                true[rows] = np.sort(np.concatenate([true[rows], scores], axis=1), axis=1)[:, : -k - 1 : -1]
+    return np.asarray(np.maximum(true, found))  # the list itself is among the nodes: rounding must not say otherwise
 
 
 def wilson_interval(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -216,6 +220,6 @@ def wilson_interval(share: float, n: int, z: float = 1.959964) -> tuple[float, f
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
-def _unit(raw: Array) -> Array:
-    exact = raw.astype(np.float32)
+def _unit(raw: Array, dtype: type[np.floating[Any]] = np.float64) -> Array:
+    exact = raw.astype(dtype)
     return np.asarray(exact / np.linalg.norm(exact, axis=1, keepdims=True))

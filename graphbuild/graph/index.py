@@ -14,7 +14,7 @@ import os
 
 import numpy as np
 
-from graphbuild.errors import ConfigError
+from graphbuild.errors import ConfigError, StageError
 from graphbuild.graph import grow, moments, sketch
 from graphbuild.graph.grow import base_lists
 from graphbuild.graph.tasks import (
@@ -28,7 +28,7 @@ from graphbuild.graph.tasks import (
     vectors_of,
 )
 from graphbuild.knn import engine as engines
-from graphbuild.knn.lists import EMPTY, merge_lists, unpack
+from graphbuild.knn.lists import EMPTY, LARGEST_ID, merge_lists, unpack
 from graphbuild.machine.threads import torch_threads
 from graphbuild.recipe import Index, Recipe
 from graphbuild.runner.stage import Stage, Task, records
@@ -64,6 +64,11 @@ def plan_prepare(recipe: Recipe, store: Store) -> list[Task]:
             f"--k {recipe.index.k}: the store has {nodes:,} nodes, so a node has {nodes - 1:,} possible neighbours",
             f"use --k {max(nodes - 1, 1)} or fewer" if nodes > 1 else "give at least two different captions",
         )
+    if nodes > LARGEST_ID:
+        raise ConfigError(
+            f"{store.url} has {nodes:,} nodes, and a graph holds {LARGEST_ID:,} at most",
+            "divide the captions among several stores",
+        )
     engine, _ = engine_of(recipe.index, manifest)
     check_mappings(engine.mapped_files * len(shards_of(store, manifest).with_nodes))
     return [index_task(recipe.index, engine, manifest, "prepare", "all")]
@@ -93,6 +98,13 @@ def run_codes(task: Task, store: Store, writer: Writer) -> Json:
 
     inputs = Inputs(store)
     raw = store.array(VECTORS.format(task.name))
+    none = ~(np.linalg.norm(raw.astype(np.float32), axis=1) > 0)
+    if none.any():
+        path, first = store.display(VECTORS.format(task.name)), int(none.argmax())
+        raise StageError(
+            f"{path}: row {first} is no vector, but zeros or NaN ({none.sum():,} such rows)",
+            f"delete this file and run `graphbuild embed {store.url}`: it makes the file anew, without them",
+        )
     with torch_threads(1), torch.inference_mode():
         codes = encode(raw)
         arrays = _engine(task, inputs.manifest).describe(inputs, codes, task.settings["k"])

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from graphbuild.errors import ConfigError
+from graphbuild.errors import ConfigError, QualityError
 from graphbuild.knn import engine
 from graphbuild.knn.engine import Engine
+from graphbuild.nodes.matrix import is_matrix
 from graphbuild.recipe import Index, Recipe
 from graphbuild.runner.stage import Task, digest, outputs, records
 from graphbuild.store.shards import Shard, node_count, shards_of
@@ -16,9 +17,13 @@ from graphbuild.store.store import Json, Store
 
 
 def nodes_entry(store: Store) -> Json:
-    """The manifest, once embeddings are finished; ConfigError before that."""
+    """The manifest, once embeddings are finished; ConfigError before that, QualityError where they failed fidelity."""
     manifest = store.manifest()
-    if not {"encode", "vectors"} & manifest["stages"].keys():
+    done = manifest["stages"].keys()
+    of_texts = {"encode", "assign"} <= done and ("fidelity" in done or is_matrix(manifest["embeddings"]["encoder"]))
+    if "vectors" not in done and not of_texts:
+        if failed := records(store, "fidelity", "failed").get("all"):
+            raise QualityError(f"{store.url}: {failed['cause']}", failed["fix"])
         raise ConfigError(
             f"{store.url}: `graphbuild embed` is not finished", f"run `graphbuild embed {store.url}` first"
         )

@@ -8,6 +8,7 @@ its `Stage`, and a line here.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from graphbuild.errors import ConfigError
+from graphbuild.errors import ConfigError, StageError
 from graphbuild.export import clustered, inline, sidecars
 from graphbuild.graph import certify, index, mined
 from graphbuild.machine.versions import version_of
@@ -24,7 +25,7 @@ from graphbuild.nodes import encode, fidelity, number, scan, vectors
 from graphbuild.recipe import Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import Stage, Task, records, state_path, write_manifest
-from graphbuild.runner.state import invalidate, is_done, write_recipe
+from graphbuild.runner.state import are_finished, invalidate, is_done, write_recipe
 from graphbuild.sources import download
 from graphbuild.store.layout import STATE
 from graphbuild.store.leftovers import remove_leftovers
@@ -72,9 +73,10 @@ STEPS = (
     Step(scan.STAGE,        "embed",    "tars | list | shards/#.tar",    "_state/scan/#.parquet"
                                                                          " rejected/scan/#.parquet"),
     Step(number.NUMBER,     "embed",    "_state/scan/",                  "_state/number/"),
-    Step(number.ASSIGN,     "embed",    "_state/scan/ _state/number/",   "samples/#.parquet nodes/#.parquet"
-                                                                         " shards.parquet"),
-    Step(encode.STAGE,      "embed",    "nodes/#.parquet",               "nodes/#.npy"),
+    Step(number.NEW_TEXTS,  "embed",    "_state/scan/ _state/number/",   ""),
+    Step(encode.STAGE,      "embed",    "_state/scan/ _state/texts/",    "nodes/#.npy"),
+    Step(number.ASSIGN,     "embed",    "_state/scan/ _state/encode/",   "samples/#.parquet nodes/#.parquet"
+                                                                         " rejected/assign/#.parquet shards.parquet"),
     Step(fidelity.STAGE,    "embed",    "nodes/",                        ""),
     Step(vectors.STAGE,     "embed",    "vectors",                       "samples/#.parquet nodes/#.parquet"
                                                                          " nodes/#.npy shards.parquet"),
@@ -183,7 +185,7 @@ def run_verb(verb: str, recipe: Recipe, store: Store, runner: Runner, *, force: 
         InputError, StageError, QualityError: as the stages say.
     """
     steps = steps_of(verb, recipe)
-    store.manifest()  # refuse another format version before anything else
+    refuse_mixed(steps[0], store)
     for step in steps:
         step.stage.check(recipe)
     replaced = replaced_by(steps[0], steps[0].stage.plan(recipe, store), store, force=force)
@@ -206,6 +208,19 @@ def run_verb(verb: str, recipe: Recipe, store: Store, runner: Runner, *, force: 
     if store.is_local:  # of workers that died meanwhile
         remove_leftovers(store.root)
     return manifest
+
+
+def refuse_mixed(step: Step, store: Store) -> None:
+    """StageError where finished steps of verbs before a step's have other records than the manifest was made from, as
+    after two commands that wrote at once; ConfigError for a manifest of another format. Reads all their records."""
+    entries = store.manifest()["stages"]
+    for earlier in itertools.takewhile(lambda other: other.verb != step.verb, STEPS):
+        if earlier.name in entries and not are_finished(entries[earlier.name], records(store, earlier.name)):
+            raise StageError(
+                f"{store.url}: the records in {STATE.format(earlier.name)}/ are not those that manifest.json was made "
+                "from: a task is missing, or of other settings",
+                f"run `graphbuild {earlier.verb} {store.url}` again: it says what differs; --force builds that anew",
+            )
 
 
 def run_step(

@@ -7,6 +7,7 @@ import re
 from graphbuild.job.steps import STEPS
 from graphbuild.machine.terminal import counted
 from graphbuild.sources.fetched import REFUSED, fetch_failed, fetch_refused, refused
+from graphbuild.store.shards import node_count
 from graphbuild.store.store import Json, Store
 
 NEXT = {"download": "embed", "embed": "index", "index": "export", "export": "verify", "run": "verify"}
@@ -66,17 +67,17 @@ def _embed(manifest: Json) -> list[str]:
     embeddings = manifest["embeddings"]
     if "vectors" in manifest["stages"]:
         return [f"embed     {manifest['stages']['vectors']['counts']['nodes']:,} ready vectors, d = {embeddings['d']}"]
-    scanned, numbered = manifest["stages"]["scan"]["counts"], manifest["stages"]["number"]["counts"]
+    scanned = manifest["stages"]["scan"]["counts"]
     lines = [
-        f"embed     {scanned['captions']:,} captions -> {numbered['nodes']:,} nodes (distinct texts), "
+        f"embed     {scanned['captions']:,} captions -> {node_count(manifest):,} nodes (distinct texts), "
         f"d = {embeddings['d']}, {embeddings['encoder']}"
     ]
     if embeddings.get("truncated"):
         lines.append(f"          {embeddings['truncated']:6,} cut at {embeddings['max_tokens']} tokens")
     if embeddings.get("static"):
         lines.append("          a static encoder: vectors without context, for a quick look")
-    if manifest.get("fidelity"):
-        fidelity = manifest["fidelity"]
+    fidelity = manifest.get("fidelity", {})
+    if fidelity.get("mean_cosine") is not None:  # older versions stored NaN
         lines.append(
             f"          cosine to float32 {fidelity['mean_cosine']:.6f} in the mean, {fidelity['min_cosine']:.6f} "
             f"at least, of {fidelity['texts']} texts"

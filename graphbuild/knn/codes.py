@@ -23,7 +23,7 @@ class Codes(NamedTuple):
 
 
 def encode(raw: Array) -> Codes:
-    """Codes of stored vectors, float16 [n, d], of any length but zero."""
+    """Codes of stored vectors, float16 [n, d], of any length; they mean nothing where that is zero."""
     codes, scales = np.empty(raw.shape, np.int8), np.empty((len(raw), 2), np.float32)
     encode_rows(np.ascontiguousarray(raw).view(np.uint16), codes, scales)
     return Codes(codes, scales)

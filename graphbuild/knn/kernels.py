@@ -18,7 +18,7 @@ from graphbuild.machine.compiled import compiled, inlined
 GUESS_SHIFT = 8
 _AHEAD = 6  # rows asked for before they are read
 _NEXT = 3
-_LEAF_MASK = 0x3FFF
+_LEAF_MASK = 0x3FFF  # of the place at which a leaf is noted
 
 
 @compiled()
@@ -160,7 +160,7 @@ def refine_lists(
     seen = np.zeros(slots, np.int64)
     wanted = np.empty(best * c, np.int64)
     own = np.empty(c, np.int64)
-    joined = np.full(_LEAF_MASK + 1, -1, np.int32)
+    joined = np.full(_LEAF_MASK + 1, -1, np.int64)  # row and leaf; where two share a place the first is forgotten
     total = 0
     for r in range(count):
         node = first + r
@@ -169,7 +169,7 @@ def refine_lists(
         own_code = row_address(codes, node)
         own_leaves = carray(pointer(row_address(leaves, node)), fan, np.int32)
         for y in range(fan):
-            joined[own_leaves[y] & _LEAF_MASK] = r
+            joined[own_leaves[y] & _LEAF_MASK] = (np.int64(r) << 32) | own_leaves[y]
         if r + 1 < count:
             for p in range(best):
                 if keys[r + 1, p] != EMPTY:
@@ -196,7 +196,8 @@ def refine_lists(
                 leaves_of_other = carray(pointer(row_address(leaves, wanted[q])), fan, np.int32)
                 together = False
                 for y in range(fan):
-                    together |= joined[leaves_of_other[y] & _LEAF_MASK] == r
+                    leaf = np.int64(leaves_of_other[y])
+                    together |= joined[leaf & _LEAF_MASK] == (np.int64(r) << 32) | leaf
                 wanted[apart] = wanted[q]
                 apart += not together
             found = apart
@@ -223,8 +224,8 @@ def encode_rows(raw: Any, codes: Any, scales: Any) -> None:
         for j in range(width):
             row[j] = half(raw[i, j])
             norm += np.float64(row[j]) * np.float64(row[j])
-        shrink = np.float32(1.0 / np.sqrt(norm))
-        largest = np.float32(0.0)
+        shrink = np.float32(1.0 / np.sqrt(max(norm, 1e-30)))  # stage codes refuses zeros, and says where they lie
+        largest = np.float32(1e-30)
         for j in range(width):
             row[j] *= shrink
             largest = max(largest, abs(row[j]))

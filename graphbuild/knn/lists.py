@@ -51,7 +51,9 @@ def node_of(key: Any) -> Any:
 
 
 def pack(scores: Any, ids: Any) -> Any:
-    """`key_of`, for numpy arrays."""
+    """`key_of`, for numpy arrays. ValueError for ids beyond LARGEST_ID, which a key cannot hold."""
+    if np.size(ids) and np.max(ids) > LARGEST_ID:
+        raise ValueError(f"node id {np.max(ids)} is beyond {LARGEST_ID}")
     bits = np.ascontiguousarray(scores, np.float32).view(np.int32).astype(np.int64)
     return (np.where(bits < 0, bits ^ LARGEST_ID, bits) << 32) | (LARGEST_ID - np.asarray(ids, np.int64))
 

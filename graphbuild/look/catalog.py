@@ -151,6 +151,8 @@ class Catalog:
             )
         with self._one_encodes:
             vector = np.asarray(self._model.encode([normalized]).vectors)[0]
+        if np.isnan(vector).any():
+            raise InputError(f"the encoder gives no vector for {text[:40]!r}", "give other words to search by (--text)")
         return self.describe(*self._vectors.nearest(vector, count))
 
     @cached_property
@@ -176,7 +178,9 @@ class Catalog:
         sample = self.sample(key) if key is not None else None
         if sample is not None:
             if sample.node is None:
-                raise InputError(f"sample {key!r} has no usable caption, so no node", "see rejected/scan/")
+                raise InputError(
+                    f"sample {key!r} has no usable caption, so no node", "see rejected/scan/ and rejected/assign/"
+                )
             node = sample.node
         assert node is not None
         return sample or self.sample_of(node), self.neighbors(node, count)

@@ -22,10 +22,10 @@ from graphbuild.graph import mined
 from graphbuild.job.steps import STEPS, Step
 from graphbuild.nodes import number, vectors
 from graphbuild.recipe import resolve
-from graphbuild.runner.stage import digest, fingerprint, sealed, state_path
-from graphbuild.runner.state import sealed_text
+from graphbuild.runner.stage import fingerprint, outputs, sealed, state_path
+from graphbuild.runner.state import are_finished, sealed_text
 from graphbuild.sources.tars import tar_stem
-from graphbuild.store.layout import STATE, by_number, shard_name
+from graphbuild.store.layout import SCANNED, STATE, shard_name
 from graphbuild.store.remote import READERS, reaching
 from graphbuild.store.shards import Shard, shards_of
 from graphbuild.store.store import Json, Store, json_text, stream_sha256
@@ -52,6 +52,7 @@ def check_files(store: Store, manifest: Json) -> Checked:
     done = {}
     for step in STEPS:
         done[step.name] = _records(store, step, manifest, checked)
+    checked.problems += _texts(done)
     if not checked.problems:
         checked.problems += _shards(manifest, shards, done)
         checked.problems += _sizes(store, manifest, shards, done)
@@ -63,7 +64,7 @@ def _sealed_json(store: Store, path: str) -> tuple[str, Json]:
     """What is wrong with a JSON file that holds its own checksum ("" if nothing is), and its content."""
     content = store.read_bytes(path)
     try:
-        value = json.loads(content)
+        value = json.loads(content, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return f"{path}: not a whole record", {}
     if not isinstance(value, dict) or "checksum" not in value:
@@ -71,6 +72,11 @@ def _sealed_json(store: Store, path: str) -> tuple[str, Json]:
     if value != sealed(value):
         return f"{path}: {CHANGED} (checksum differs)", {}
     return "" if json_text(value) == content else f"{path}: {CHANGED} (not as graphbuild writes JSON)", value
+
+
+def _refuse(constant: str) -> None:
+    """What json.loads calls for NaN and infinities, which JSON has not."""
+    raise ValueError(constant)
 
 
 def _table(store: Store, manifest: Json, checked: Checked) -> list[Shard]:
@@ -96,6 +102,16 @@ def _shards(manifest: Json, shards: list[Shard], done: dict[str, dict[str, Json]
     if shards != told:
         named = "manifest.json" if isinstance(manifest["shards"], list) else manifest["shards"]["path"]
         yield f"{named}: not the shards that the records in _state/ tell"
+
+
+def _texts(done: dict[str, dict[str, Json]]) -> Iterator[str]:
+    """The records of stage texts, which has no files by which to tell, against those that they follow from."""
+    numbered = {name: shard for record in done["number"].values() for name, shard in record["facts"]["shards"].items()}
+    scanned = outputs(list(done["scan"].values()), "_state/scan/")
+    for name, record in done["texts"].items():
+        told = {**numbered.get(name, {}), "scan": scanned.get(SCANNED.format(name))}
+        if name in numbered and told["scan"] and record["built"] != told:
+            yield f"{state_path('texts', name)}: of other captions than _state/scan/ and _state/number/ tell"
 
 
 def _recipe(store: Store, manifest: Json) -> Iterator[str]:
@@ -155,8 +171,7 @@ def _completeness(stage: str, entry: Json, done: dict[str, Json], manifest: Json
         counted = f"{STATE.format(stage)}/: {len(done)} tasks recorded as done, the manifest says {entry['tasks']}"
         yield from missing if len(missing) == entry["tasks"] - len(done) else [counted]
         return
-    orders = (sorted(done), sorted(done, key=by_number))
-    if entry["fingerprint"] not in (digest([[name, done[name]["fingerprint"]] for name in order]) for order in orders):
+    if not are_finished(entry, done):
         named = state_path(stage, *done) if len(done) == 1 else state_path(stage, "*")
         yield f"manifest.json: its stage {stage} was made from other records than {named}"
 

@@ -21,31 +21,29 @@ from typing import Any
 import numpy as np
 
 from graphbuild.errors import InputError
+from graphbuild.nodes.samples import CONTENT_CHARACTERS
 from graphbuild.sources.tars import Member, Tar, TarSample
 from graphbuild.store.files import local_file
 
-CONTENT_CHARACTERS = 10_000  # of a rejected caption, kept
 UNPACKED_BYTES = 64 << 20
 FIELD = re.compile(r"\{([^{}]+)\}")
 MAX_CAPTION_BYTES = 1_000_000
+MARK = "\ufeff"  # byte order
 
 
 def sample_caption(tar: Tar, sample: TarSample, settings: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """(caption, None), or (what stands in its place, why that is no caption)."""
     fields = template_fields(settings["template"])
-    wanted, _, field = ("json" if fields else settings["caption_member"]).partition(":")
-    extensions = [wanted.lower().removeprefix(".")] if wanted != "auto" else ["txt", "json"]
-    by_extension = {member.extension.removesuffix(".gz"): member for member in reversed(sample.members)}
-    extension = next((extension for extension in extensions if extension in by_extension), None)
-    if extension is None:
-        return None, f"no member .{' or .'.join(extensions)}"
-    text, reason = _member_text(tar, by_extension[extension])
+    member = _caption_member(sample, settings)
+    if member is None:
+        return None, f"no member .{' or .'.join(_wanted(settings))}"
+    text, reason = _member_text(tar, member)
     if text is None or reason is not None:
         return text, reason
     if fields:
         return _joined_fields(text, settings["template"], fields)
-    if extension == "json":
-        text, reason = _json_field(text, field or "caption")
+    if _is_json(member):
+        text, reason = _json_field(text, settings["caption_member"].partition(":")[2] or "caption")
     names = settings.get("class_names")
     if names is not None and text is not None and reason is None:
         label = text.strip()
@@ -53,6 +51,27 @@ def sample_caption(tar: Tar, sample: TarSample, settings: Mapping[str, Any]) -> 
             return text, f"not a class number below {len(names)}, the count of class names"
         text = names[int(label)]
     return (fill_template(settings["template"], text), None) if reason is None else (text, reason)
+
+
+def is_of_lines(caption: str | None, sample: TarSample, settings: Mapping[str, Any]) -> bool:
+    """Whether a sample's caption is a text of several lines, which may have been meant as several captions."""
+    member = _caption_member(sample, settings)
+    return caption is not None and member is not None and not _is_json(member) and "\n" in caption.strip()
+
+
+def _caption_member(sample: TarSample, settings: Mapping[str, Any]) -> Member | None:
+    by_extension = {member.extension.removesuffix(".gz"): member for member in reversed(sample.members)}
+    return next((by_extension[extension] for extension in _wanted(settings) if extension in by_extension), None)
+
+
+def _wanted(settings: Mapping[str, Any]) -> list[str]:
+    """The extensions that may hold a caption, the first one there is."""
+    wanted = "json" if template_fields(settings["template"]) else settings["caption_member"].partition(":")[0]
+    return [wanted.lower().removeprefix(".")] if wanted != "auto" else ["txt", "json"]
+
+
+def _is_json(member: Member) -> bool:
+    return member.extension.removesuffix(".gz") == "json"
 
 
 def _joined_fields(content: str, template: str, fields: list[str]) -> tuple[str | None, str | None]:
@@ -74,7 +93,7 @@ def _member_text(tar: Tar, member: Member) -> tuple[str | None, str | None]:
         if len(content) > UNPACKED_BYTES:
             return None, f"member .{member.extension} unpacks to more than {UNPACKED_BYTES:,} bytes"
     try:
-        return content.decode(), None
+        return content.decode("utf-8-sig"), None
     except UnicodeDecodeError:
         return content[: 4 * CONTENT_CHARACTERS].decode(errors="replace"), f"member .{member.extension} is not UTF-8"
 
@@ -97,6 +116,8 @@ def _json_field(content: str, field: str) -> tuple[str, str | None]:
 
 
 def fill_template(template: str, caption: str | None) -> str | None:
+    """The caption in its place, without a byte order mark before it: editors put one there, and nobody sees it."""
+    caption = None if caption is None else caption.lstrip(MARK)
     return template.replace("{}", caption) if caption and caption.strip() else caption
 
 
@@ -113,10 +134,10 @@ def template_fields(template: str) -> list[str]:
 
 def fill_fields(template: str, values: Mapping[str, str | None]) -> tuple[str | None, str | None]:
     """(the template with its fields filled, None), or (None, the field that is missing or blank)."""
-    empty = [name for name, value in values.items() if value is None or not value.strip()]
+    empty = [name for name, value in values.items() if value is None or not value.lstrip(MARK).strip()]
     if empty:
         return None, f"no {empty[0]}"
-    return FIELD.sub(lambda found: str(values[found[1]]), template), None
+    return FIELD.sub(lambda found: str(values[found[1]]).lstrip(MARK), template), None
 
 
 def read_class_names(path: str) -> list[str]:

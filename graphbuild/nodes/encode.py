@@ -1,5 +1,7 @@
-"""Stage encode: the sentence encoder over each shard's distinct texts, to nodes/<shard>.npy.
+"""Stage encode: the sentence encoder over each shard's new texts, to nodes/<shard>.npy.
 
+A text of which the encoder makes zeros, NaN or infinities has no row there; the record names its place, and stage
+assign leaves it out.
 Embeddings are float16, unit norm, and the same bytes whatever the worker count; of packed and int8 models also whatever
 the shards and batches (graphbuild.nodes.encoder). Memory: the model, and one shard. On a GPU two workers take turns:
 one encodes while the other reads, tokenises or writes.
@@ -12,14 +14,17 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from graphbuild.errors import InputError, StageError
 from graphbuild.nodes import matrix
 from graphbuild.nodes.encoder import find_encoder, open_model
+from graphbuild.nodes.number import new_texts
 from graphbuild.recipe import Recipe
-from graphbuild.runner.stage import Stage, Task, digest, outputs, total_counts
+from graphbuild.runner.stage import Stage, Task, digest, outputs, records, total_counts
 from graphbuild.runner.state import require
 from graphbuild.store.files import file_identity
-from graphbuild.store.layout import TEXTS, VECTORS
+from graphbuild.store.layout import REJECTED, VECTORS, by_number
 from graphbuild.store.store import Json, Store, Writer
 
 logger = logging.getLogger(__name__)
@@ -37,25 +42,27 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
         identity = find_encoder(embed.encoder).identity
         settings = {"encoder": identity, **embed.model_dump(include={"prompt", "dim", "precision"})}
         inputs = {}
+    (numbering,) = require(store, "number", "embed")
+    told = records(store, "texts") or records(store, "assign")
     return [
         Task(
             stage="encode",
-            name=record["task"],
+            name=name,
             settings=settings,
             inputs=inputs,
-            built={"texts": record["facts"]["texts_sha256"]},
-            hints=hints,
+            built={"texts": told[name]["facts"]["texts_sha256"]},
+            hints={**hints, "shard": shard},
         )
-        for record in require(store, "assign", "embed")
+        for name, shard in sorted(numbering["facts"]["shards"].items(), key=lambda item: by_number(item[0]))
     ]
 
 
 def run(task: Task, store: Store, writer: Writer) -> Json:
-    texts = store.table(TEXTS.format(task.name), ["text"])["text"].to_pylist()
+    texts = new_texts(store, task.name, task.hints["shard"])
     if "classes" in task.hints:
-        vectors, facts = matrix.vectors(task.hints["encoder"], task.hints["classes"], texts)
+        vectors, told = matrix.vectors(task.hints["encoder"], task.hints["classes"], texts)
         writer.array(VECTORS.format(task.name), vectors)
-        return {"counts": {"embeddings": len(texts)}, **facts}
+        return {"counts": {"embeddings": len(texts)}, **told}
     settings = task.settings
     encoder = find_encoder(task.hints["encoder"])
     if encoder.identity != settings["encoder"]:
@@ -65,19 +72,36 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
         )
     model = open_model(encoder, task.hints["device"], settings["precision"], settings["prompt"], settings["dim"])
     found = model.encode(texts or ["-"])  # a shard all of whose texts appeared before has a file of no rows
-    writer.array(VECTORS.format(task.name), found.vectors[: len(texts)])
+    vectors = found.vectors[: len(texts)]
+    without = np.isnan(vectors).any(axis=1)
+    writer.array(VECTORS.format(task.name), vectors[~without])
     counts = {
-        "embeddings": len(texts),
+        "embeddings": len(texts) - int(without.sum()),
         "truncated": found.truncated,
         "tokens": found.tokens,
         "computed_tokens": found.computed,
     }
-    facts = {"precision": model.precision, "max_tokens": model.max_tokens, "static": model.is_static}
+    facts: Json = {"precision": model.precision, "max_tokens": model.max_tokens, "static": model.is_static}
+    if without.any():
+        facts["without"] = np.flatnonzero(without).tolist()
     return {"counts": counts, "d": found.vectors.shape[1], **facts}
 
 
 def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     facts = [record["facts"] for record in done]
+    without = sum(len(fact.get("without", [])) for fact in facts)
+    if without == total_counts(done)["embeddings"] + without:
+        raise StageError(
+            f"encoder {recipe.embed.encoder} gives no vector for any of {without:,} texts",
+            "try --precision float32, --device cpu or another --encoder",
+        )
+    if without:
+        logger.warning(
+            "%-9s the encoder gives no vector for %s texts: their samples have no node, and are named in %s",
+            "encoding",
+            f"{without:,}",
+            store.display(f"{REJECTED.format('assign')}/"),
+        )
     if matrix.is_matrix(recipe.embed.encoder):
         deviation = {name: facts[0][name] for name in ("mean_deviation", "max_deviation")}
         return embeddings_entry(done, {"encoder": recipe.embed.encoder, **deviation})

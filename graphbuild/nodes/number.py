@@ -1,15 +1,17 @@
-"""Stages number and assign: samples get their rows, distinct texts their node ids.
+"""Stages number, texts and assign: samples get their rows, distinct texts their node ids.
 
 Node ids follow the first appearance of a text in row order, so a shard's new nodes are consecutive, ids do not depend
 on worker count, and shards added later never renumber. `number` is one task over the 128-bit hashes alone (memory:
-about 150 bytes a sample); `assign` is one task a shard and writes samples/<shard>.parquet and nodes/<shard>.parquet.
+about 150 bytes a sample). `texts` tells by a digest which texts are new in a shard; then they are encoded. `assign`
+leaves out the texts of which the encoder has made no vector, closes the gaps that these leave in the ids, and writes
+samples/<shard>.parquet, nodes/<shard>.parquet and, for the samples of such texts, rejected/assign/<shard>.parquet.
 Two different texts with one hash would become one node: at 1e9 texts the chance is 1.5e-21.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,14 +21,16 @@ import polars as pl
 import pyarrow as pa
 
 from graphbuild.errors import InputError
-from graphbuild.nodes.samples import COLUMNS, NO_NODE
+from graphbuild.nodes.samples import COLUMNS, NO_NODE, write_rejected
 from graphbuild.recipe import Recipe
-from graphbuild.runner.stage import Stage, Task, digest, outputs
+from graphbuild.runner.stage import Stage, Task, digest, outputs, records, summed
 from graphbuild.runner.state import require
 from graphbuild.store.layout import NODE_COUNTS, ROW_NODES, SAMPLES, SCANNED, TEXTS, by_number
 from graphbuild.store.remote import READERS
 from graphbuild.store.shards import PLACES, Shard, is_whole, write_shards
 from graphbuild.store.store import Json, Store, Writer
+
+NO_VECTOR = "the encoder gives no vector"
 
 
 def plan_number(recipe: Recipe, store: Store) -> list[Task]:
@@ -69,32 +73,90 @@ def number_nodes(hashes: pl.DataFrame) -> tuple[np.ndarray[Any, Any], np.ndarray
     return nodes, np.bincount(nodes[nodes >= 0], minlength=distinct.height).astype(np.int64)
 
 
-def plan_assign(recipe: Recipe, store: Store) -> list[Task]:
-    scans = outputs(require(store, "scan", "embed"), "_state/scan/")
+def plan_texts(recipe: Recipe, store: Store) -> list[Task]:
+    """A task a shard; none where the records of assign tell the same, as they do in stores made without this stage."""
+    scans = _scans(store)
     (numbering,) = require(store, "number", "embed")
+    told = {name: record["built"]["scan"] for name, record in records(store, "assign").items()}
+    if told.items() >= scans.items() and not records(store, "texts"):
+        return []
     shards = numbering["facts"]["shards"]
-    names = {Path(path).stem: sha256 for path, sha256 in scans.items()}
-    return [Task(stage="assign", name=name, built={**shards[name], "scan": names[name]}) for name in names]
+    return [Task(stage="texts", name=name, built={**shards[name], "scan": sha}) for name, sha in scans.items()]
+
+
+def run_texts(task: Task, store: Store, writer: Writer) -> Json:
+    texts = new_texts(store, task.name, task.built)
+    return {"counts": {"texts": len(texts)}, "texts_sha256": digest(texts)}
+
+
+def new_texts(store: Store, name: str, shard: Mapping[str, Any]) -> list[str]:
+    """The texts that appear in a shard first, in order of node; shard: its facts of stage number."""
+    scan = store.table(SCANNED.format(name), ["text"])
+    nodes = store.rows(ROW_NODES, shard["first_row"], shard["first_row"] + shard["samples"])
+    return list(scan["text"].filter(_first_rows(nodes, shard["first_node"])).to_pylist())
+
+
+def _first_rows(nodes: np.ndarray[Any, Any], first_node: int) -> pa.Array:
+    """bool [n]: the rows in which a node from first_node on appears first, of the nodes of a shard's rows [n]."""
+    highest = np.maximum.accumulate(np.concatenate([[first_node - 1], nodes]))
+    return pa.array(nodes > highest[:-1])
+
+
+def plan_assign(recipe: Recipe, store: Store) -> list[Task]:
+    (numbering,) = require(store, "number", "embed")
+    encoded = {record["task"]: record["facts"].get("without", []) for record in require(store, "encode", "embed")}
+    gone: list[int] = []  # nodes, as stage number has them, without a vector
+    tasks, told = [], ""
+    for name, sha in _scans(store).items():
+        shard = numbering["facts"]["shards"][name]
+        own = [shard["first_node"] + place for place in encoded[name]]
+        built = {**shard, "scan": sha}
+        if gone or own:
+            left = {"first_node": shard["first_node"] - len(gone), "nodes": shard["nodes"] - len(own)}
+            gone += own
+            told = digest([told, own])
+            built |= {**left, "without": told}
+        hints = {"first_node": shard["first_node"], "nodes": shard["nodes"], "without": gone}
+        tasks.append(Task(stage="assign", name=name, built=built, hints=hints))
+    return tasks
+
+
+def _scans(store: Store) -> dict[str, str]:
+    """Shard -> sha256 of what scan wrote of it, in order of number."""
+    scans = outputs(require(store, "scan", "embed"), "_state/scan/")
+    return {Path(path).stem: sha256 for path, sha256 in scans.items()}
 
 
 def run_assign(task: Task, store: Store, writer: Writer) -> Json:
-    shard = task.built
-    first, count, first_node, new = (shard[place] for place in PLACES)
-    nodes = store.rows(ROW_NODES, first, first + count)
+    first, count, first_node, new = (task.built[place] for place in PLACES)
+    begin, numbered, gone = task.hints["first_node"], task.hints["nodes"], np.array(task.hints["without"], np.int64)
+    found = store.rows(ROW_NODES, first, first + count)
+    without = np.isin(found, gone)
+    nodes = np.where(without, NO_NODE, found - np.searchsorted(gone, found))
     scan = store.table(SCANNED.format(task.name))
     row = pa.array(np.arange(first, first + count, dtype=np.int64))
     samples = scan.append_column("row", row).append_column("node", pa.array(nodes, mask=nodes == NO_NODE))
     writer.table(SAMPLES.format(task.name), samples.select(COLUMNS))
-    ids, places = np.unique(nodes, return_index=True)
-    texts = scan["text"].take(pa.array(places[ids >= first_node]))
-    counts = store.rows(NODE_COUNTS, first_node, first_node + new)
-    table = pa.table({"node": np.arange(first_node, first_node + new), "text": texts, "samples": counts})
+    texts = scan["text"].filter(_first_rows(found, begin))
+    kept = ~np.isin(np.arange(begin, begin + numbered), gone)
+    counts = store.rows(NODE_COUNTS, begin, begin + numbered)[kept]
+    table = pa.table({"node": np.arange(first_node, first_node + new), "text": texts.filter(kept), "samples": counts})
     writer.table(TEXTS.format(task.name), table)
-    return {"counts": {"samples": count, "nodes": new}, "texts_sha256": digest(texts.to_pylist())}
+    counted = {"samples": count, "nodes": new}
+    facts: Json = {"counts": counted, "texts_sha256": digest(texts.to_pylist())}
+    if not without.any():
+        return facts
+    places = np.flatnonzero(without)
+    lost = scan.select(["key", "caption"]).take(places).to_pylist()
+    rejected = [(at, one["key"], NO_VECTOR, one["caption"]) for at, one in zip(places.tolist(), lost, strict=True)]
+    write_rejected("assign", task.name, rejected, writer)
+    return {**facts, "counts": {**counted, "rejected": len(lost)}, "reasons": {NO_VECTOR: len(lost)}}
 
 
 def finish_assign(recipe: Recipe, store: Store, done: list[Json]) -> Json:
-    return write_shards(store, assigned_shards(done, require(store, "scan", "embed")))
+    scanned = require(store, "scan", "embed")
+    rejected = dict(sorted(summed([*scanned, *done], "reasons").items()))
+    return {**write_shards(store, assigned_shards(done, scanned)), "rejected": rejected}
 
 
 def assigned_shards(assigned: Iterable[Json], scanned: Iterable[Json]) -> list[Shard]:
@@ -108,6 +170,7 @@ def assigned_shards(assigned: Iterable[Json], scanned: Iterable[Json]) -> list[S
 
 
 NUMBER = Stage(name="number", title="numbering", plan=plan_number, run=run_number)
+NEW_TEXTS = Stage(name="texts", title="texts", plan=plan_texts, run=run_texts)
 ASSIGN = Stage(
     name="assign",
     title="nodes",

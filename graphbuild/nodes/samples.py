@@ -1,8 +1,16 @@
-"""Samples on their way to nodes: the columns of what scan writes, of what is rejected, and of samples/."""
+"""Samples on their way to nodes: the columns of what scan writes and of samples/, and what is rejected, with why."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pyarrow as pa
+
+from graphbuild.store import layout
+from graphbuild.store.store import Writer
+
+CONTENT_CHARACTERS = 10_000  # of a rejected caption, kept
 
 MEMBER = pa.struct([("extension", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 SCHEMA = pa.schema(
@@ -22,3 +30,11 @@ REJECTED = pa.schema(
 )
 NO_NODE = -1
 COLUMNS = ["row", "key", "node", "caption", "image_offset", "image_size", "members"]
+
+
+def write_rejected(stage: str, shard: str, rejected: Sequence[tuple[Any, ...]], writer: Writer) -> None:
+    """What a stage has turned away of a shard, if anything: (position, key, reason, content) of each."""
+    if rejected:
+        rows = [(p, k, r, None if c is None else c[:CONTENT_CHARACTERS]) for p, k, r, c in rejected]
+        columns = dict(zip(REJECTED.names, zip(*rows, strict=True), strict=True))
+        writer.table(f"{layout.REJECTED.format(stage)}/{shard}.parquet", pa.table(columns, schema=REJECTED))

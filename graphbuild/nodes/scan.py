@@ -18,23 +18,22 @@ import pyarrow as pa
 
 from graphbuild.errors import ConfigError, InputError, public
 from graphbuild.nodes.captions import (
-    CONTENT_CHARACTERS,
     fill_fields,
     fill_template,
     hashes,
     is_number,
+    is_of_lines,
     read_class_names,
     sample_caption,
     template_fields,
     usable_text,
 )
-from graphbuild.nodes.samples import REJECTED, SCHEMA
+from graphbuild.nodes.samples import SCHEMA, write_rejected
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, records, summed, total_counts
 from graphbuild.sources.download import downloaded_tars
 from graphbuild.sources.tables import FIELD_ROLE, TableSpec, read_chunks
 from graphbuild.sources.tars import expand_shards, open_tar, tar_stem
-from graphbuild.store import layout
 from graphbuild.store.files import file_identities, file_identity
 from graphbuild.store.layout import SCANNED, by_number, shard_name
 from graphbuild.store.shards import latest_shards
@@ -82,7 +81,14 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
 
 
 def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
-    captions = total_counts(done)["captions"]
+    counts = total_counts(done)
+    captions, of_lines = counts["captions"], counts.get("of_several_lines", 0)
+    if of_lines:
+        logger.warning(
+            "%-9s %s are texts of several lines, and each is one caption: were they several, keep one line of each",
+            "captions",
+            f"{of_lines:,}",
+        )
     numbers = sum(record["facts"].get("numbers", 0) for record in done)
     if captions and captions == numbers and recipe.embed.class_names is None:
         logger.warning(
@@ -90,7 +96,8 @@ def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
             "captions",
             "name the classes by --class-names" if recipe.embed.captions is None else "list the classes' names instead",
         )
-    return {"rejected": dict(sorted(summed(done, "reasons").items()))}
+    rejected = summed([*done, *records(store, "assign").values()], "reasons")  # stage assign does the same when it ends
+    return {"rejected": dict(sorted(rejected.items()))}
 
 
 STAGE = Stage(name="scan", title="captions", plan=plan, run=run, finish=finish, entries=("rejected",))
@@ -132,10 +139,12 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
         "members": members,
     }
     _write_shard(shard, keys, captions, texts, places, writer)
-    _write_rejected(shard, rejected, writer)
+    write_rejected(STAGE.name, shard, rejected, writer)
     counts = {"samples": len(samples), "captions": len(samples) - len(rejected), "rejected": len(rejected)}
+    of_lines = sum(is_of_lines(caption, sample, settings) for caption, sample in zip(captions, samples, strict=True))
+    counts |= {"without_image": found_images.count(None)} | ({"of_several_lines": of_lines} if of_lines else {})
     return {
-        "counts": {**counts, "without_image": found_images.count(None)},
+        "counts": counts,
         "numbers": sum(is_number(caption, settings["template"]) for caption in captions),
         "reasons": _reasons(rejected),
         "shards": {shard: {"samples": len(samples), "tar": identity}},
@@ -181,7 +190,7 @@ def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
                 numbers += is_number(caption, settings["template"])
         while len(keys) >= settings["shard_size"]:
             cut(settings["shard_size"])
-        _write_rejected(shard_name(number), rejected, writer)
+        write_rejected(STAGE.name, shard_name(number), rejected, writer)
         rejected_rows += len(rejected)
         reasons.update(_reasons(rejected))
     if keys:
@@ -224,13 +233,6 @@ def _write_shard(
     }
     columns |= {name: places.get(name, [None] * len(keys)) for name in ("image_offset", "image_size", "members")}
     writer.table(SCANNED.format(shard), pa.table(columns, schema=SCHEMA))
-
-
-def _write_rejected(shard: str, rejected: Sequence[tuple[Any, ...]], writer: Writer) -> None:
-    if rejected:
-        rows = [(p, k, r, None if c is None else c[:CONTENT_CHARACTERS]) for p, k, r, c in rejected]
-        columns = dict(zip(REJECTED.names, zip(*rows, strict=True), strict=True))
-        writer.table(f"{layout.REJECTED.format(STAGE.name)}/{shard}.parquet", pa.table(columns, schema=REJECTED))
 
 
 def _reasons(rejected: Sequence[tuple[Any, ...]]) -> dict[str, int]:

@@ -154,8 +154,9 @@ def fingerprint(stage: str, task: str, settings: Any, inputs: Any, built: Any) -
 
 
 def digest(value: Any) -> str:
-    """sha256 of a JSON value in canonical form."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    """sha256 of a JSON value in canonical form; ValueError where it holds NaN or infinity."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def summed(done: Iterable[Json], fact: str) -> Counter[str]:

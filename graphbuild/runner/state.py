@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from graphbuild.errors import ConfigError, public
 from graphbuild.recipe import Recipe, flag, marked
-from graphbuild.runner.stage import Stage, Task, records, state_path, titled, write_manifest
-from graphbuild.store.layout import RECIPE
+from graphbuild.runner.stage import Stage, Task, digest, records, state_path, titled, write_manifest
+from graphbuild.store.layout import RECIPE, by_number
 from graphbuild.store.remote import READERS
 from graphbuild.store.store import Json, Store
 
@@ -106,6 +106,13 @@ def invalidate(store: Store, stages: Sequence[str], keys: Sequence[str] = ()) ->
     stale = [manifest["stages"].pop(name, None) for name in stages] + [manifest.pop(key, None) for key in keys]
     if any(entry is not None for entry in stale):
         write_manifest(store, manifest)
+
+
+def are_finished(entry: Json, done: Mapping[str, Json]) -> bool:
+    """Whether these records, by task, are those from which a finished stage's entry in the manifest was made."""
+    orders = (sorted(done), sorted(done, key=by_number))
+    told = (digest([[name, done[name]["fingerprint"]] for name in order]) for order in orders)
+    return len(done) == entry["tasks"] and entry["fingerprint"] in told
 
 
 def require(store: Store, stage: str, verb: str) -> list[Json]:

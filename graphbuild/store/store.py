@@ -109,7 +109,7 @@ class Store:
         except FileNotFoundError:
             return None
         try:
-            value: Json = json.loads(text)
+            value: Json = json.loads(text, parse_constant=lambda _: None)  # a NaN of versions that wrote one
         except ValueError as error:
             raise StageError(
                 f"{self.display(name)} is not valid JSON ({error})", "restore it, or build into a new folder"
@@ -266,8 +266,8 @@ class Store:
 
 
 def json_text(value: Mapping[str, Any]) -> bytes:
-    """A JSON file's bytes: the same whenever the value is."""
-    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+    """A JSON file's bytes: the same whenever the value is. ValueError where it holds NaN or infinity: JSON has none."""
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 class Writer:

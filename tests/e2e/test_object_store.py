@@ -267,7 +267,7 @@ def test_an_outage_ends_the_job_with_its_url_and_the_same_command_finishes_it(
         logger.info("%s, %d workers: %d requests failed, ended after %.1f s", outage, workers, refused, seconds)
         stopped(done, f"s3://jobs/{folder}/")
         left = s3.objects(folder)
-        assert json.loads(left["manifest.json"])["stages"].keys() == {"scan", "number", "assign"}
+        assert json.loads(left["manifest.json"])["stages"].keys() == {"scan", "number", "texts"}
         assert [name for name in left if name.startswith("_state/encode/")] == []
         cli(*arguments, env=env)
     same_as_on_disk(s3.objects(folder), built)

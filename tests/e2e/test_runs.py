@@ -213,9 +213,7 @@ def test_a_run_outlives_a_killed_worker_with_the_same_bytes(
 ) -> None:
     store = tmp_path / "store"
     process = start("run", recipe, store, "--workers", 2)
-    wait_for(
-        lambda: done(store, "assign") == TARS and (store / "manifest.json").read_bytes().count(b'"assign"'), process
-    )
+    wait_for(lambda: done(store, "texts") == TARS and (store / "manifest.json").read_bytes().count(b'"texts"'), process)
     busy = wait_for(lambda: workers_of(process, "ray::Worker.attempt"), process)
     assert done(store, "encode") == 0  # it is still loading the encoder
     os.kill(busy[0], signal.SIGKILL)

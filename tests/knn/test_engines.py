@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from other_device import other_device
 
 from graphbuild.errors import ConfigError, GraphbuildError
+from graphbuild.graph.index import plan_prepare
 from graphbuild.job.steps import run_verb
-from graphbuild.knn import codes, device, engine, exact, faiss_index, leaders, lists, partition, products
+from graphbuild.knn import codes, device, engine, exact, faiss_index, kernels, leaders, lists, partition, products
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
+from graphbuild.store.sharded import ShardedArray
 from graphbuild.store.store import Store
 
 
@@ -503,3 +505,43 @@ def test_real_captions_agree_with_faiss(tmp_path: Path, shared_data: Path) -> No
         [len(np.intersect1d(a, b[b != row])) / 32 for row, (a, b) in enumerate(zip(neighbors, found, strict=True))]
     )
     assert agreement > 0.999
+
+
+@pytest.mark.parametrize("apart", [1, 1 << 14, 12_345])
+def test_refinement_leaves_out_pairs_of_one_leaf_and_no_others_whatever_the_numbers_of_leaves(
+    tmp_path: Path, apart: int
+) -> None:
+    random = np.random.default_rng(4)
+    coded = codes.encode(random.standard_normal((60, 16)).astype(np.float16))
+    scores = coded.codes.astype(np.int64) @ coded.codes.T.astype(np.int64) * coded.scales[:, 0]
+    np.fill_diagonal(scores, -np.inf)
+    nearest = np.stack([random.permutation(np.delete(np.arange(60), node))[:6] for node in range(60)])
+    listed = -np.sort(-lists.pack(np.take_along_axis(scores, nearest, 1), nearest), axis=1)
+    groups = np.arange(60) // 6  # nodes of a leaf; each is in one
+    leaves = (groups * apart)[:, None].astype(np.int32)
+    tables = []
+    for number, part in enumerate((listed, coded.codes, coded.scales, leaves)):
+        np.save(tmp_path / f"{number}.npy", part)
+        tables.append(ShardedArray(Store(str(tmp_path)), [f"{number}.npy"], [60]))
+    refined = listed.copy()
+    kernels.refine_lists(0, refined, 4, 4, *(table.table() for table in tables), 16, 1)
+    for node in range(60):
+        near = lists.unpack(listed[node])[1]
+        offered = {other for one in near[:4] for other in lists.unpack(listed[one])[1][:4]} - {node, *near}
+        offered = {other for other in offered if groups[other] != groups[node]} | set(near.tolist())
+        ids = np.array(sorted(offered))
+        expected = -np.sort(-lists.pack(scores[node, ids], ids))[:6]
+        np.testing.assert_array_equal(refined[node], expected)
+
+
+def test_ids_beyond_what_a_key_holds_are_refused(tmp_path: Path) -> None:
+    ids = np.array([0, 2**31 - 1])
+    assert lists.unpack(lists.pack(np.array([0.5, -1.0]), ids))[1].tolist() == ids.tolist()
+    with pytest.raises(ValueError, match="node id 2147483648"):
+        lists.pack(np.zeros(1), np.array([2**31]))
+    shard = {"shard": "00000", "first_row": 0, "first_node": 0, "nodes": 2**31, "samples": 2**31, "tar": None}
+    manifest = {"format_version": 1, "stages": {"vectors": {}}, "embeddings": {"d": 8}, "shards": [shard]}
+    store = Store(str(tmp_path))
+    store.write_json("manifest.json", manifest)
+    with pytest.raises(ConfigError, match="2,147,483,648 nodes, and a graph holds 2,147,483,647 at most"):
+        plan_prepare(Recipe(), store)

@@ -1,17 +1,22 @@
-"""Captions joined of several fields: a list's columns, or the fields of the JSON in tars."""
+"""Captions of members and lists: joined of several fields, without byte order marks, the same text from either."""
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from graphbuild.errors import ConfigError, InputError
-from graphbuild.job.steps import run_verb
+from graphbuild.job.steps import run_step, run_verb, step_of
+from graphbuild.nodes import scan
 from graphbuild.recipe import resolve
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store
@@ -65,3 +70,83 @@ def test_a_template_has_one_place_or_named_ones(tmp_path):
     for template in ("{} of {title}", "no place"):
         with pytest.raises(ConfigError, match=r"must contain \{\} once"):
             resolve(Store(str(tmp_path)), "embed", {"template": template})
+
+
+def write_members(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+MARK = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+    ("extension", "contents", "options", "captions"),
+    [
+        ("txt", [b"a dog", MARK + b"a dog", 2 * MARK + b"a dog"], {}, ["a dog"] * 3),
+        ("txt", [b"a " + MARK + b"dog"], {}, ["a \ufeffdog"]),
+        ("json", [b'{"caption": "a dog"}', MARK + b'{"caption": "\\ufeffa dog"}'], {}, ["a dog"] * 2),
+        ("json", [MARK + b'{"x": "a", "y": "\\ufeffdog"}'], {"template": "{x} {y}"}, ["a dog"]),
+        ("txt", [b"dog", MARK + b"dog"], {"template": "a photo of {}"}, ["a photo of dog"] * 2),
+        ("cls", [b"1", MARK + b"1", MARK + b" 0\n"], {"caption_member": "cls"}, ["cat", "cat", "dog"]),
+    ],
+)  # fmt: skip
+def test_a_byte_order_mark_at_the_beginning_of_a_member_is_no_part_of_its_caption(
+    tmp_path: Path, extension: str, contents: list[bytes], options: dict[str, str], captions: list[str]
+) -> None:
+    write_members(tmp_path / "a.tar", [(f"{number}.{extension}", one) for number, one in enumerate(contents)])
+    if extension == "cls":
+        (tmp_path / "names.txt").write_bytes(MARK + b"dog\ncat\n")
+        options = {**options, "class_names": str(tmp_path / "names.txt")}
+    store = scanned(tmp_path / "store", shards=str(tmp_path / "a.tar"), **options)
+    assert store.table("_state/scan/00000.parquet")["caption"].to_pylist() == captions
+
+
+def scanned(folder: Path, **options: object) -> Store:
+    """A store whose captions are read, and no more."""
+    store = Store(str(folder))
+    with Runner(workers=0) as runner:
+        run_step(step_of(scan.STAGE), resolve(store, "embed", options), store, runner)
+    return store
+
+
+any_caption = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).map(lambda text: f"{text}.")
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    captions=st.lists(any_caption | any_caption.map(lambda text: f"\ufeff{text}"), min_size=1, max_size=6),
+    template=st.sampled_from(["{}", "a photo of {}", "\ufeff{}"]),
+)
+def test_a_caption_is_the_same_node_from_a_list_a_text_and_a_json_member(captions: list[str], template: str) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = [json.dumps({"caption": caption}) for caption in captions]
+        (folder / "list.jsonl").write_text("\n".join(rows) + "\n")
+        write_members(folder / "txt.tar", [(f"{at}.txt", caption.encode()) for at, caption in enumerate(captions)])
+        write_members(folder / "json.tar", [(f"{at}.json", row.encode()) for at, row in enumerate(rows)])
+        texts = [
+            scanned(folder / file.partition(".")[0], template=template, **{source: str(folder / file)})
+            .table("_state/scan/00000.parquet")["text"]
+            .to_pylist()
+            for source, file in (("captions", "list.jsonl"), ("shards", "txt.tar"), ("shards", "json.tar"))
+        ]
+    assert texts[0] == texts[1] == texts[2]
+    assert len(texts[0]) == len(captions)
+
+
+def test_a_text_of_several_lines_is_one_caption_and_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [b"a dog\na cat\n", b"a dog\n", b"\n a cat \n", b"\xef\xbb\xbfa dog\r\na cat"]
+    members = [(f"{number}.txt", content) for number, content in enumerate(lines)]
+    write_members(tmp_path / "a.tar", [*members, ("4.json", b'{"caption": "a dog\\na cat"}')])
+    with caplog.at_level(logging.WARNING):
+        store = scanned(tmp_path / "store", shards=str(tmp_path / "a.tar"))
+    texts = store.table("_state/scan/00000.parquet")["text"].to_pylist()
+    assert texts == ["a dog a cat", "a dog", "a cat", "a dog a cat", "a dog a cat"]
+    assert store.manifest()["stages"]["scan"]["counts"]["of_several_lines"] == 2
+    assert "2 are texts of several lines, and each is one caption" in caplog.text

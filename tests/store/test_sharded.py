@@ -104,7 +104,7 @@ def test_an_index_of_more_shards_than_a_process_may_map_is_refused_before_it_run
     ]
     manifest = {
         "format_version": 1,
-        "stages": {"encode": {}},
+        "stages": {"vectors": {}},
         "embeddings": {"d": 8, "fingerprint": "e", "files": {}},
         "shards": shards,
     }

@@ -24,8 +24,8 @@ from graphbuild.errors import GraphbuildError, StageError
 from graphbuild.job.steps import run_step, run_verb, step_of
 from graphbuild.look.catalog import Catalog
 from graphbuild.look.verify import verify_store
-from graphbuild.nodes import scan
-from graphbuild.nodes.number import ASSIGN, NUMBER
+from graphbuild.nodes import encode, scan
+from graphbuild.nodes.number import ASSIGN, NEW_TEXTS, NUMBER
 from graphbuild.recipe import Embed, Recipe, resolve
 from graphbuild.runner import runner
 from graphbuild.runner.runner import Runner
@@ -80,7 +80,7 @@ def number_next(store: Store, shard: int) -> None:
 def embed_texts(store: Store, tars: Path) -> None:
     recipe = Recipe(embed=Embed(shards=f"{tars}/*.tar"))
     with Runner(workers=0) as runner:
-        for stage in (scan.STAGE, NUMBER, ASSIGN):
+        for stage in (scan.STAGE, NUMBER, NEW_TEXTS, encode.STAGE, ASSIGN):
             run_step(step_of(stage), recipe, store, runner)
 
 

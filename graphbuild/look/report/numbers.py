@@ -84,14 +84,14 @@ def funnel(store: Store, manifest: Json) -> list[Json]:
     if "download" in counts:
         failures = manifest["download"]["failures"]
         step("images", counts["download"]["images"], failures)
-    if "scan" in counts:
+    if "assign" in counts:
         scanned = counts["scan"]
         without = scanned.get("without_image", 0)
+        usable = scanned["captions"] - counts["assign"].get("rejected", 0)
         step("samples", scanned["samples"], {}, f"{without:,} have no image" if without else "")
-        step("usable captions", scanned["captions"], manifest["rejected"])
-    if "number" in counts and "scan" in counts:
-        same = counts["scan"]["captions"] - counts["number"]["nodes"]
-        step("nodes (distinct texts)", counts["number"]["nodes"], {}, f"{same:,} captions are equal to an earlier one")
+        step("usable captions", usable, manifest["rejected"])
+        same = usable - counts["assign"]["nodes"]
+        step("nodes (distinct texts)", counts["assign"]["nodes"], {}, f"{same:,} captions are equal to an earlier one")
     if "vectors" in counts:
         step("ready vectors", counts["vectors"]["nodes"], {})
     for stage, what in DELIVERED.items():

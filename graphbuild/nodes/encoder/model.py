@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graphbuild.errors import ConfigError, StageError
+from graphbuild.errors import ConfigError
 from graphbuild.machine.threads import torch_threads
 from graphbuild.machine.versions import version_of
 from graphbuild.nodes.encoder.find import Encoder
@@ -44,8 +44,8 @@ Single = np.ndarray[Any, np.dtype[np.float32]]
 
 @dataclass(frozen=True)
 class Encoded:
-    """vectors: float16 [n, d], unit norm. tokens: read. computed: rows of the matrix products, empty ones included.
-    truncated: texts longer than the encoder reads."""
+    """vectors: float16 [n, d], unit norm; NaN of a text of which the encoder makes none. tokens: read. computed: rows
+    of the matrix products, empty ones included. truncated: texts longer than the encoder reads."""
 
     vectors: Half
     tokens: int
@@ -80,13 +80,13 @@ class Model:
         return None if self.is_static else self.whole.max_seq_length
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """Unit-norm vectors of texts, in order. StageError when the encoder gives NaN; ConfigError when dim > d."""
+        """Unit-norm vectors of texts, in order. ConfigError when dim > d."""
         prompted = [self._prompt() + text for text in texts]
         tokenizer = self.whole.tokenizer
         with torch_threads(1), attention_of_any_shape():
             if not hasattr(tokenizer, "backend_tokenizer"):  # none of the fast ones: told apart by characters
                 vectors, computed = self._encode_whole(prompted, np.array([len(text) for text in prompted]))
-                return Encoded(self._half(vectors, texts), computed, computed, 0)
+                return Encoded(_half(vectors), computed, computed, 0)
             tokens = tokenize(tokenizer, prompted, self.max_tokens or 1 << 30)
             packed = _packed(self.encoder.folder, self.device, self.precision)
             if packed is None:
@@ -94,7 +94,7 @@ class Model:
             else:
                 pooled, computed = packed.pooled(tokens)
                 vectors = self._finished(_after_pooling(self.whole, pooled))
-        return Encoded(self._half(vectors, texts), len(tokens.ids), computed, tokens.truncated)
+        return Encoded(_half(vectors), len(tokens.ids), computed, tokens.truncated)
 
     def _encode_whole(self, prompted: Sequence[str], lengths: Ints) -> tuple[Single, int]:
         """By sentence-transformers, in batches of a budget of tokens: vectors [n, d], and the tokens computed."""
@@ -135,14 +135,11 @@ class Model:
         array: Single = torch.nn.functional.normalize(vectors[:, : self.dim], dim=1).cpu().numpy()
         return array
 
-    def _half(self, vectors: Single, texts: Sequence[str]) -> Half:
-        bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-        if bad.size:
-            raise StageError(
-                f"encoder {self.encoder.name} gave NaN for {texts[bad[0]][:80]!r} and {bad.size - 1} more",
-                "try --precision float32, --device cpu or another --encoder",
-            )
-        return vectors.astype(np.float16)
+
+def _half(vectors: Single) -> Half:
+    """As float16; NaN for what is no direction: zeros, infinities, and what is too short to have been scaled."""
+    none = ~(np.linalg.norm(vectors, axis=1, keepdims=True) > 0.5)
+    return np.where(none, np.nan, vectors).astype(np.float16)
 
 
 def open_model(
