@@ -83,11 +83,15 @@ def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
 
 def under_floor(certificate: Json, floor: float, store: Store) -> QualityError:
     low, high, worst = (certificate[name] for name in ("recall_95_low", "recall_95_high", "worst_node_recall"))
+    if store.manifest()["graph"]["engine"] == "exact":  # then files changed, or the machine computes wrongly
+        better = f"see what is damaged by `graphbuild verify {store.url}`, and build it anew by `index --force`"
+    else:
+        better = f"build a better one with `graphbuild index {store.url} --engine exact --force`, or a higher --recall"
     return QualityError(
         f"{store.url}: recall@{certificate['k']} is {certificate['recall']:.6f} (95%: {low:.4f} to {high:.4f}; worst "
         f"node {worst:.4f}), under the floor of {floor}",
-        f"the graph is kept in graph/ for inspection; build a better one with `graphbuild index {store.url} --engine "
-        "exact --force`, or a higher --recall; or lower --min-recall, only if that recall is good enough for you",
+        f"the graph is kept in graph/ for inspection; {better}; or lower --min-recall, only if that recall is good "
+        "enough for you",
     )
 
 

@@ -23,6 +23,7 @@ from graphbuild.knn.codes import Codes
 from graphbuild.knn.inputs import Inputs
 from graphbuild.knn.partition import list_length
 from graphbuild.knn.products import unit
+from graphbuild.machine.cpu import cpu_features
 from graphbuild.runner.stage import records
 from graphbuild.store.layout import SCRATCH
 from graphbuild.store.sharded import Array, ShardedArray
@@ -88,10 +89,9 @@ class Faiss:
 
 def import_faiss() -> Any:
     """The module faiss, its BLAS set to what the CPU has; ConfigError says how to install it."""
-    import torch
 
     if "faiss" not in sys.modules:
-        able = torch.cpu.get_capabilities()
+        able = cpu_features()
         if able.get("avx512_f"):
             os.environ.setdefault("OPENBLAS_CORETYPE", "SKYLAKEX")
         elif able.get("avx2"):

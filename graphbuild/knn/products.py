@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from graphbuild.machine.cpu import cpu_features
 from graphbuild.store.sharded import Array
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def _has_int8(device: str) -> bool:
     """Whether torch multiplies int8 at speed here, and rightly at the extremes (without VNNI, sums may saturate)."""
     import torch
 
-    able = torch.cpu.get_capabilities()
+    able = cpu_features()
     if device == "cpu" and not any(able.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")):
         return False
     extreme = torch.full((32, 64), -127, dtype=torch.int8, device=device)

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from graphbuild.errors import ConfigError, GraphbuildError
+from graphbuild.machine.cpu import cpu_features
 from graphbuild.machine.gpus import cores_here
 from graphbuild.machine.versions import version_of
 from graphbuild.nodes.encoder import DEFAULT_ENCODER, find_encoder, open_model
@@ -66,7 +67,7 @@ def _python() -> tuple[State, str, str]:
 def _torch() -> tuple[State, str, str]:
     import torch
 
-    able = torch.cpu.get_capabilities()
+    able = cpu_features()
     names = {"avx2": "AVX2", "avx512_f": "AVX-512", "avx512_vnni": "VNNI", "avx512_bf16": "BF16", "amx_bf16": "AMX"}
     has = [name for key, name in names.items() if able.get(key)]
     rate = _rate(torch, "cpu", torch.float32, 512)

@@ -135,8 +135,10 @@ def embeddings_entry(done: list[Json], encoder: Mapping[str, Any]) -> Json:
 
 
 def check(recipe: Recipe) -> None:
-    """Raise ConfigError where there is no such encoder."""
-    if not matrix.is_matrix(recipe.embed.encoder):
+    """Raise ConfigError where there is no such encoder, or a matrix without names for its rows."""
+    if matrix.is_matrix(recipe.embed.encoder):
+        matrix.read_classes(recipe.embed)
+    else:
         find_encoder(recipe.embed.encoder)
 
 

@@ -50,7 +50,10 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
         raise QualityError(
             f"stored vectors have a mean cosine of {cosines.mean():.6f} to the encoder's own in float32, under "
             f"{floor}; worst: {cosines[worst]:.4f} for {texts[worst][:80]!r}",
-            "use --precision float32 and --force",
+            "its vectors depend on the batch that a text is padded in, as of positions counted from the padding on the "
+            "left: choose another --encoder, or make them elsewhere and give --vectors"
+            if store.manifest()["embeddings"]["precision"] == ["float32"]
+            else "use --precision float32 and --force",
         )
     mean, least = (round(float(value), 7) for value in (cosines.mean(), cosines.min()))
     return {"texts": len(texts), "mean_cosine": mean, "min_cosine": least}

@@ -173,7 +173,7 @@ def test_a_device_that_refuses_int8_products_has_none(monkeypatch: pytest.Monkey
     def refused(*_: object) -> None:
         raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLtMatmul")
 
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
+    monkeypatch.setattr(products, "cpu_features", lambda: {"avx512_vnni": True})
     monkeypatch.setattr(torch, "_int_mm", refused)
     assert not products._has_int8.__wrapped__("cpu")
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from graphbuild.machine.cpu import cpu_features
 from graphbuild.machine.threads import torch_threads
 from graphbuild.nodes.encoder.model import fastest_precision
 from graphbuild.store.store import Store
@@ -133,7 +134,7 @@ def scaled(kind: str, probe: Probe) -> Rates:
 
 def kind_here() -> str:
     """The best of KINDS that this CPU is; AVX2 also for any other, of whose products the probe tells the speed."""
-    able = torch.cpu.get_capabilities()
+    able = cpu_features()
     if able.get("amx_int8") and able.get("amx_bf16"):
         return "AMX"
     return "AVX-512 with VNNI" if able.get("avx512_vnni") and able.get("avx512_bf16") else "AVX2"

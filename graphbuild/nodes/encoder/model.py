@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graphbuild.errors import ConfigError
+from graphbuild.machine.cpu import cpu_features
 from graphbuild.machine.threads import torch_threads
 from graphbuild.machine.versions import version_of
 from graphbuild.nodes.encoder.find import Encoder
@@ -179,7 +180,7 @@ def fastest_precision(device: str) -> str:
 
     if device != "cpu":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    able = torch.cpu.get_capabilities()
+    able = cpu_features()
     return "bfloat16" if any(able[name] for name in able if name.endswith("bf16")) else "float32"
 
 
