@@ -294,9 +294,9 @@ ELSEWHERE = {
     "give --encoder the folder": "tests/nodes/encoder/test_model.py",
     "give no --prompt": "tests/nodes/encoder/test_model.py",
     "leave --precision away": "tests/nodes/encoder/test_model.py",
-    "try --precision float32": "tests/nodes/test_without_vector.py",
-    "give other words to search by": "tests/nodes/test_without_vector.py",
-    "delete this file and run `graphbuild embed": "tests/nodes/test_without_vector.py",
+    "try --precision float32": "tests/nodes/test_no_vector.py",
+    "give other words to search by": "an encoder that makes no vector of some words",
+    "delete this file and run `graphbuild embed": "tests/nodes/test_no_vector.py",
     "its vectors depend on the batch": "tests/nodes/test_fidelity.py",
     "use --precision float32 and --force": "tests/nodes/test_fidelity.py",
     "pass --memory": "tests/e2e/test_bounds.py",
@@ -304,7 +304,7 @@ ELSEWHERE = {
     "rebuild with `graphbuild index --force`": "damage: tests/e2e/test_mutations.py",
     "run `graphbuild index {...} --force`": "damage: tests/e2e/test_mutations.py",
     "run `graphbuild verify {...}`": "damage: tests/e2e/test_mutations.py",
-    "run `graphbuild {...} {...}` again": "tests/e2e/test_mixed_records.py",
+    "run `graphbuild {...} {...}` again": "tests/job/test_mixed_records.py",
     "the tar changed after the export": "tests/torch/test_loader.py",
     "open the graph of the sidecars' store": "tests/torch/test_dataset.py",
     "run `graphbuild export` ": "tests/torch/test_loader.py",
@@ -447,6 +447,8 @@ def _texts(node: ast.expr) -> list[str]:
 
 
 def test_every_advice_that_names_a_verb_or_an_option_is_followed_here_or_says_why_not() -> None:
+    if len(said) < len(CASES):
+        pytest.skip("some cases were not run")
     heard = " ".join(" ".join(said).split())
     left = []
     for text in advised():
