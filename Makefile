@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 # Test files side by side, on two cores.
-JOBS := -n 2 --dist loadfile
+JOBS := -n 2 --dist loadfile --no-loadscope-reorder
 export NO_ALBUMENTATIONS_UPDATE := 1
 
 .PHONY: demo test test-all pytest lint clean

@@ -164,10 +164,9 @@ def _ray() -> tuple[State, str, str]:
     begin = time.perf_counter()
     with Runner(workers=1) as runner:
         ray = runner.start_ray()
-        answer = ray.get(ray.remote(_process).remote(), timeout=60)
-    if answer == os.getpid():
+        process, mode = ray.get(ray.remote(_process).remote(), timeout=60)
+    if process == os.getpid():
         return "FAIL", "a task did not run in a process of its own", "install ray anew"
-    mode = os.environ.get("RAY_AUTH_MODE", "none")
     return "ok", f"{version_of('ray')}, started with a task in {time.perf_counter() - begin:.1f} s, auth: {mode}", ""
 
 
@@ -227,5 +226,5 @@ CHECKS: dict[str, Callable[[], tuple[State, str, str]]] = {
 }
 
 
-def _process() -> int:
-    return os.getpid()
+def _process() -> tuple[int, str]:
+    return os.getpid(), os.environ.get("RAY_AUTH_MODE", "none")

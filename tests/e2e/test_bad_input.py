@@ -237,7 +237,7 @@ def test_reasons_stay_few_however_many_rows_are_broken_in_their_own_way(tmp_path
     out = succeeded(graphbuild("embed", tmp_path / "store2", "--shards", tar, "--workers", 0))
     assert "39 rejected: member .json is not valid JSON" in out
     assert "40 rejected: member .txt is not UTF-8" in out
-    assert len(out.splitlines()) < 6
+    assert len(out.splitlines()) <= 6
 
 
 def test_a_refused_option_is_not_remembered(tmp_path: Path, store: Path) -> None:
@@ -562,7 +562,7 @@ def naughty_store(naughty: list[str], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def by_hand(caption: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", caption).split())
+    return " ".join(unicodedata.normalize("NFC", caption.removeprefix("\ufeff")).split())
 
 
 def test_hostile_strings_come_back_unchanged_from_a_list(naughty: list[str], naughty_store: Path) -> None:
@@ -589,7 +589,8 @@ def test_hostile_strings_come_back_unchanged_from_csv_and_from_tars(
             csv.writer(file).writerows([["caption", "number"], *([s, n] for n, s in enumerate(naughty))])
     succeeded(graphbuild("embed", store, "--shards" if kind == "tar" else "--captions", path, "--workers", 0))
     captions = column(store, "samples", "caption")
-    assert captions == (naughty if kind == "tar" else [string for string in naughty if by_hand(string)])
+    in_tar = [string.removeprefix("\ufeff") for string in naughty]  # a member's byte order mark is none of its text
+    assert captions == (in_tar if kind == "tar" else [string for string in naughty if by_hand(string)])
     assert column(store, "nodes", "text") == column(naughty_store, "nodes", "text")
 
 

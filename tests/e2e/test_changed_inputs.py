@@ -98,7 +98,8 @@ def test_a_lost_tar_is_named_with_what_to_do_and_that_works(tmp_path: Path) -> N
     assert found.code == 1
     assert f"BAD  {tars[1]}: missing (shard 00001)" in found.out
     assert found.err.endswith(
-        f"  -> restore the tar, or `graphbuild embed {store} --force` without it, then index and export\n"
+        f"  -> restore the tar; if it was moved, `graphbuild relocate {store} SHARDS`; or `graphbuild embed {store} "
+        "--force` without it, then index and export\n"
     )
     tars[1].write_bytes(content)
     os.utime(tars[1], ns=(status.st_atime_ns, status.st_mtime_ns))

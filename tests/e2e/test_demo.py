@@ -65,7 +65,7 @@ def test_a_second_demo_does_nothing_and_is_quick(run: tuple[Path, subprocess.Com
     done = demo(run[0])
     seconds = time.monotonic() - begin
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("up to date") == 11
+    assert done.stderr.count("up to date") == 12
     assert {path: path.stat().st_mtime_ns for path in (run[0] / "demo").rglob("*") if path.is_file()} == before
     assert seconds < 10
 

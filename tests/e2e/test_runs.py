@@ -261,7 +261,7 @@ def test_a_second_run_of_a_verb_does_nothing_and_says_so_in_three_seconds(
         if seconds < 3 or last:
             break
     assert mtimes(built) == before
-    stages = {"run": 9, "embed": 5, "index": 3, "export": 1}[verb]
+    stages = {"run": 10, "embed": 6, "index": 3, "export": 1}[verb]
     assert again.stderr.count("up to date") == len(again.stderr.splitlines()) == stages
     assert seconds < 3
 

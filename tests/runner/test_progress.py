@@ -159,7 +159,7 @@ def test_a_job_told_as_json_writes_nothing_else_to_stderr(tmp_path: Path) -> Non
     )
     found = [json.loads(line) for line in done.stderr.splitlines()]
     ends = {one["stage"]: one for one in found if one["event"] == "end"}
-    assert list(ends) == ["captions", "numbering", "nodes", "encoding", "fidelity"]
+    assert list(ends) == ["captions", "numbering", "texts", "encoding", "nodes", "fidelity"]
     assert ends["captions"]["all_counts"]["rejected"] == 1
     assert ends["encoding"]["all_counts"]["embeddings"] == 50
 
