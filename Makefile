@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 JOBS := -n 2 --dist loadfile --no-loadscope-reorder
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: demo test test-all pytest lint clean
+.PHONY: demo test test-all test-oldest pytest lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
@@ -25,6 +25,18 @@ test: $(VENV)/.installed
 test-all: $(VENV)/.installed
 	$(MAKE) -j2 lint pytest MARKS="-m ''" JOBS=
 
+# What readers, loaders and the command line do with the oldest versions that pyproject.toml allows. The constraints are
+# those of `uv pip compile pyproject.toml --extra cpu --extra download --extra offline --extra s3 --resolution lowest-direct`.
+OLDEST := .venv-oldest
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest $(JOBS) tests/torch tests/sources tests/export tests/test_recipe.py tests/e2e/test_advice.py
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST) || python3 -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
+		-e '.[cpu,download,offline,s3]' pytest pytest-timeout pytest-xdist hypothesis
+	touch $@
+
 pytest: $(VENV)/.installed
 	$(BIN)/python -m pytest $(JOBS) $(MARKS)
 
@@ -34,4 +46,4 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) demo runs
+	rm -rf $(VENV) $(OLDEST) demo runs
