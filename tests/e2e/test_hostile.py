@@ -62,7 +62,7 @@ def strings(shared_data: Path) -> list[str]:
 
 def by_hand(caption: str) -> str:
     """What docs/format.md says of a node's text."""
-    return " ".join(unicodedata.normalize("NFC", caption).split())
+    return " ".join(unicodedata.normalize("NFC", caption.removeprefix("\ufeff")).split())
 
 
 def rows(store: Path, folder: str, *columns: str) -> list[dict[str, Any]]:

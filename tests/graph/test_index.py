@@ -129,7 +129,7 @@ def test_a_graph_under_the_floor_fails_and_is_not_marked_done(
         with pytest.raises(QualityError) as again:
             look(store)
         assert again.value.cause == error.value.cause
-        assert f"`graphbuild index {store.url} --engine exact --force`" in again.value.fix
+        assert f"`graphbuild verify {store.url}`" in again.value.fix
     assert "certify" not in store.manifest()["stages"]
     assert store.exists("graph/00000.neighbors.npy")
     with pytest.raises(QualityError, match="under the floor"):  # and fails again, though no task is left to run
