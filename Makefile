@@ -33,8 +33,10 @@ test-oldest: $(OLDEST)/.installed
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST) || python3 -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
-		-e '.[cpu,download,offline,s3]' pytest pytest-timeout pytest-xdist hypothesis
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST) -r constraints-oldest.txt \
+		pytest pytest-timeout pytest-xdist hypothesis
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST) --no-deps -e .
 	touch $@
 
 pytest: $(VENV)/.installed
