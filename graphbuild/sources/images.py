@@ -36,16 +36,19 @@ _SIDEWAYS = {turn for number, turn in _UPRIGHT.items() if number >= 5}
 def upright_rgb(stream: IO[bytes], *, max_pixels: int | None = None, least: int = 0) -> Image.Image:
     """The image in a stream, decoded to its last byte: mode RGB, upright; info["size"]: its own width and height.
 
-    max_pixels: a larger one is refused; without it Pillow's limit holds, 179 million. least: a JPEG may be decoded at
-    a fraction of its size, with sides of at least so many pixels; 0: at its size.
+    max_pixels: a larger one is refused, with transparency one of more than a quarter; without it Pillow's limit holds,
+    179 million. least: a JPEG may be decoded at a fraction of its size, with sides of at least so many pixels; 0:
+    at its size.
 
     Raises:
         ImageError: not an image, too large, damaged, or of pixels without a known white.
     """
     try:
         with Image.open(stream, formats=known_formats()) as image:
-            if max_pixels is not None and image.width * image.height > max_pixels:
-                raise ImageError(f"too large: over {max_pixels:,} pixels")
+            if max_pixels is not None:  # to lay it on white takes the memory of several images
+                most = max_pixels // 4 if image.has_transparency_data else max_pixels
+                if image.width * image.height > most:
+                    raise ImageError(f"too large: over {most:,} pixels")
             size = image.size
             if least:
                 image.draft("RGB", (least, least))
