@@ -233,11 +233,12 @@ def test_reasons_stay_few_however_many_rows_are_broken_in_their_own_way(tmp_path
     assert "50 rejected: malformed JSON" in succeeded(graphbuild("embed", store, "--captions", path, "--workers", 0))
     members = [("0.txt", b"a dog"), *((f"{n}.json", b" " * n + b"oops") for n in range(1, 40))]
     members += [(f"{n}.txt", b" " * n + b"\xff") for n in range(40, 80)]
-    tar = write_tar(tmp_path / "a.tar", members)
+    with_images = [member for number, member in enumerate(members) for member in (member, (f"{number}.jpg", JPEG))]
+    tar = write_tar(tmp_path / "a.tar", with_images)
     out = succeeded(graphbuild("embed", tmp_path / "store2", "--shards", tar, "--workers", 0))
     assert "39 rejected: member .json is not valid JSON" in out
     assert "40 rejected: member .txt is not UTF-8" in out
-    assert len(out.splitlines()) <= 6
+    assert len(out.splitlines()) < 6
 
 
 def test_a_refused_option_is_not_remembered(tmp_path: Path, store: Path) -> None:
