@@ -94,6 +94,7 @@ class Embed(Section):
         "of source",
         unset="jpg, png, ... before x.png",
         sources=TARS,
+        min_length=1,
     )
     class_names: str | None = setting(
         None,

@@ -19,9 +19,10 @@ from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import Task, records, sealed, state_path, write_manifest
 from graphbuild.runner.state import invalidate, require
 from graphbuild.sources.tars import expand_shards
+from graphbuild.store.checksum import file_sha256
 from graphbuild.store.files import file_identity, local_file
 from graphbuild.store.remote import READERS, file_system, reaching
-from graphbuild.store.store import Json, Store, file_sha256
+from graphbuild.store.store import Json, Store
 
 
 def relocate(store: Store, shards: str, runner: Runner) -> Iterator[str]:

@@ -25,10 +25,11 @@ from graphbuild.recipe import resolve
 from graphbuild.runner.stage import fingerprint, outputs, sealed, state_path
 from graphbuild.runner.state import are_finished, sealed_text
 from graphbuild.sources.tars import tar_stem
+from graphbuild.store.checksum import stream_sha256
 from graphbuild.store.layout import SCANNED, STATE, shard_name
 from graphbuild.store.remote import READERS, reaching
 from graphbuild.store.shards import Shard, shards_of
-from graphbuild.store.store import Json, Store, json_text, stream_sha256
+from graphbuild.store.store import Json, Store, json_text
 
 CHANGED = "its content has changed"
 

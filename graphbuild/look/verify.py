@@ -23,11 +23,12 @@ from graphbuild.look.checksums import check_files
 from graphbuild.machine.terminal import counted
 from graphbuild.runner.stage import records
 from graphbuild.sources.tars import TarSample, open_tar, tar_stem
+from graphbuild.store.checksum import file_sha256
 from graphbuild.store.files import is_there
 from graphbuild.store.layout import BACKGROUND, NEIGHBORS, SAMPLES, SIDECAR, SIMILARITIES, SKETCH, TEXTS, VECTORS
 from graphbuild.store.sharded import Array
 from graphbuild.store.shards import Shard, node_count, shards_of
-from graphbuild.store.store import Json, Store, file_sha256
+from graphbuild.store.store import Json, Store
 
 THREADS = 8  # shards at a time: most of it is waiting for files, and hashing
 FRESH_SEED = 104_729  # another draw of nodes than the build's certificate

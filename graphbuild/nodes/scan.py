@@ -34,10 +34,11 @@ from graphbuild.runner.stage import Stage, Task, records, summed, total_counts
 from graphbuild.sources.download import downloaded_tars
 from graphbuild.sources.tables import FIELD_ROLE, TableSpec, read_chunks
 from graphbuild.sources.tars import expand_shards, open_tar, tar_stem
+from graphbuild.store.checksum import file_sha256
 from graphbuild.store.files import file_identities, file_identity
 from graphbuild.store.layout import SCANNED, by_number, shard_name
 from graphbuild.store.shards import latest_shards
-from graphbuild.store.store import Json, Store, Writer, file_sha256
+from graphbuild.store.store import Json, Store, Writer
 
 logger = logging.getLogger(__name__)
 

@@ -25,6 +25,7 @@ from typing import Any
 import fsspec
 
 from graphbuild.errors import ConfigError, GraphbuildError, StorageError
+from graphbuild.store.checksum import file_sha256
 
 S3 = ("s3://", "s3a://")
 # Waits of 0.5, 1, 2, ... 16 seconds on average; throttled ones for longer.
@@ -151,7 +152,7 @@ def cached_copy(fs: fsspec.AbstractFileSystem, path: str, url: str) -> Path:
             if not _is_whole(copy):
                 fs.get_file(path, str(partial))
                 os.utime(partial)
-                copy.with_suffix(SUM).write_text(_sha256(partial))
+                copy.with_suffix(SUM).write_text(file_sha256(partial))
                 partial.rename(copy)
                 _whole.add((copy, copy.stat().st_ino))
         finally:
@@ -167,15 +168,10 @@ def _is_whole(copy: Path) -> bool:
         os.utime(copy)
         os.utime(copy.with_suffix(SUM))
         known = copy, copy.stat().st_ino
-        if known not in _whole and _sha256(copy) == copy.with_suffix(SUM).read_text():
+        if known not in _whole and file_sha256(copy) == copy.with_suffix(SUM).read_text():
             _whole.add(known)
         return known in _whole
     return False
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _prune_in_turn(folder: Path) -> None:

@@ -8,7 +8,6 @@ Memory: nothing is held; arrays are memory-mapped (a remote store's arrays are f
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import math
@@ -18,12 +17,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from graphbuild.errors import ConfigError, StageError, StorageError
+from graphbuild.store.checksum import file_sha256
 from graphbuild.store.layout import MANIFEST
 from graphbuild.store.leftovers import hold
 from graphbuild.store.remote import cache_folder, cached_copy, file_system, reaching
@@ -320,12 +320,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return stream_sha256(file)
-
-
-def stream_sha256(file: IO[bytes] | io.BufferedReader) -> str:
-    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ Kept: what Pillow decodes (the data's oracle) of the formats of the web; other f
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import logging
@@ -13,12 +14,10 @@ import struct
 import subprocess
 import sys
 import tarfile
-import threading
 import urllib.parse
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +30,7 @@ from graphbuild import SampleGraph
 from graphbuild.errors import ShardError
 from graphbuild.sources.images import FORMATS
 from graphbuild.torch import GraphDataset, graph_webdataset
+from tests.e2e.web import serving
 
 logger = logging.getLogger(__name__)
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -62,36 +62,16 @@ def oracle(shared_data: Path) -> dict[str, Oracle]:
         return {row["path"]: Oracle(row["status"] == "ok", row["format"]) for row in rows}
 
 
-class Server(ThreadingHTTPServer):
-    request_queue_size = 64
-    daemon_threads = True
-
-
 @pytest.fixture
 def serve() -> Iterator[Callable[[dict[str, bytes]], str]]:
     """Serve some bodies by path on loopback; the URL of a path is the returned one and the quoted path."""
-    servers: list[Server] = []
+    with contextlib.ExitStack() as servers:
 
-    def start(bodies: dict[str, bytes]) -> str:
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                body = bodies.get(urllib.parse.unquote(self.path[1:]))
-                self.send_response(404, ANNOUNCED) if body is None else self.send_response(200)
-                self.send_header("Content-Length", str(len(body or b"")))
-                self.end_headers()
-                self.wfile.write(body or b"")
+        def start(bodies: dict[str, bytes]) -> str:
+            found = serving(lambda path: bodies.get(urllib.parse.unquote(path[1:]), (404, ANNOUNCED)))
+            return servers.enter_context(found)
 
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        servers.append(Server(("127.0.0.1", 0), Handler))
-        threading.Thread(target=servers[-1].serve_forever, args=(0.02,), daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_address[1]}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+        yield start
 
 
 class Measured(NamedTuple):

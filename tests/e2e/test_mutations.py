@@ -12,10 +12,8 @@ import random
 import re
 import shutil
 import subprocess
-import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from graphbuild.look.verify import verify_store
 from graphbuild.recipe import resolve
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store
+from tests.e2e.web import Refusal, serving
 
 logger = logging.getLogger(__name__)
 Picture = tuple[bytes, str]
@@ -42,23 +41,12 @@ LEAST = 200
 def site(pictures: list[Picture]) -> Iterator[str]:
     """A server of drawn scenes on loopback; every 13th is gone."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            number = int(self.path.strip("/"))
-            body = pictures[number][0] if number % 13 else b""
-            self.send_response(200 if body else 404)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    def answer(path: str) -> bytes | Refusal:
+        number = int(path.strip("/"))
+        return pictures[number][0] if number % 13 else (404, None)
 
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
+    with serving(answer) as address:
+        yield address
 
 
 def build(folder: Path, site: str, pictures: list[Picture], order: list[int]) -> Path:

@@ -6,11 +6,9 @@ import datetime
 import json
 import subprocess
 import tarfile
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from decimal import Decimal
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import pytest
 
 from graphbuild.sources.download import RESERVED
 from graphbuild.sources.fetched import reason_of
+from tests.e2e.web import Refusal, serving
 
 Picture = tuple[bytes, str]
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -31,24 +30,12 @@ def site(pictures: list[Picture]) -> Iterator[tuple[str, Counter[str]]]:
     """A server with a picture under every path but those of /gone; what was asked of it."""
     hits: Counter[str] = Counter()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            hits[self.path] += 1
-            gone = self.path.startswith("/gone")
-            body = b"" if gone else pictures[0][0]
-            self.send_response(404 if gone else 200, f"see {self.path}" if gone else None)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    def answer(path: str) -> bytes | Refusal:
+        hits[path] += 1
+        return (404, f"see {path}") if path.startswith("/gone") else pictures[0][0]
 
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", hits
-    server.shutdown()
-    server.server_close()
+    with serving(answer) as address:
+        yield address, hits
 
 
 def samples(store: Path) -> dict[str, dict[str, Any]]:

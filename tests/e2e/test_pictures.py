@@ -7,10 +7,7 @@ import io
 import json
 import subprocess
 import tarfile
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +19,7 @@ from PIL import ExifTags, Image
 from graphbuild.look.catalog import Catalog
 from graphbuild.store.store import Store
 from graphbuild.torch import GraphDataset, graph_webdataset
+from tests.e2e.web import serving
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 WriteTar = Callable[[Path, Iterable[tuple[str, bytes]]], None]
@@ -70,22 +68,8 @@ def shows_it(pixels: NDArray[np.uint8]) -> bool:
 @pytest.fixture(scope="module")
 def served() -> Iterator[str]:
     bodies = pictures()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = bodies[self.path[1:]]
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
+    with serving(lambda path: bodies[path[1:]]) as address:
+        yield address
 
 
 @pytest.mark.parametrize("mode", ["keep_ratio", "no"])
@@ -110,13 +94,11 @@ def test_a_download_keeps_every_picture_as_it_is_to_be_seen(mode: str, served: s
 def test_a_download_tells_the_size_that_a_large_photograph_had(cli: Cli, tmp_path: Path) -> None:
     lying = Image.Exif()
     lying[ExifTags.Base.Orientation] = 6
-    Image.new("RGB", (1_000, 700)).save(tmp_path / "0.jpg", exif=lying.tobytes())
-    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        (tmp_path / "list.csv").write_text(f"url,caption\nhttp://127.0.0.1:{server.server_address[1]}/0.jpg,black\n")
+    photograph = io.BytesIO()
+    Image.new("RGB", (1_000, 700)).save(photograph, "JPEG", exif=lying.tobytes())
+    with serving(lambda path: photograph.getvalue()) as address:
+        (tmp_path / "list.csv").write_text(f"url,caption\n{address}/0.jpg,black\n")
         cli("download", tmp_path / "out", tmp_path / "list.csv", "--image-size", 64, "--allow-private-hosts")
-        server.shutdown()
     (row,) = pq.read_table(tmp_path / "out/shards/00000.parquet").to_pylist()
     sizes = [row[name] for name in ("original_width", "original_height", "width", "height")]
     assert sizes == [700, 1_000, 64, 91]

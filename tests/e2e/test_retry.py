@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+
+from tests.e2e.web import Refusal, serving
 
 Picture = tuple[bytes, str]
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -38,25 +38,13 @@ class Site:
 def site(pictures: list[Picture]) -> Iterator[tuple[Site, str]]:
     site = Site(pictures)
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            number = int(self.path.strip("/"))
-            site.hits[number] += 1
-            body = site.pictures[number][0] if site.status(number) == 200 else b""
-            self.send_response(site.status(number))
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("Retry-After", "0")
-            self.end_headers()
-            self.wfile.write(body)
+    def answer(path: str) -> bytes | Refusal:
+        number = int(path.strip("/"))
+        site.hits[number] += 1
+        return site.pictures[number][0] if site.status(number) == 200 else (site.status(number), None)
 
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield site, f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
+    with serving(answer, {"Retry-After": "0"}) as address:
+        yield site, address
 
 
 def digests(folder: Path) -> dict[str, str]:

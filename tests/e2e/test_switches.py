@@ -11,8 +11,6 @@ import io
 import itertools
 import shutil
 import tarfile
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from graphbuild.recipe import Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store
 from tests.e2e.test_runs import digests
+from tests.e2e.web import serving
 
 SOURCES = ("tars", "list", "vectors", "matrix", "download")
 SAMPLES, SHARD, WIDTH, K = 12, 4, 384, 3
@@ -74,30 +73,14 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 def downloaded(pictures: list[Picture], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A store with nothing but a finished download, and the settings of its recipe."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = pictures[int(self.path.strip("/"))][0]
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     folder = tmp_path_factory.mktemp("downloaded")
     texts = captions("on a hill")
-    base = f"http://127.0.0.1:{server.server_address[1]}"
-    (folder / "urls.csv").write_text(
-        "url,caption\n" + "".join(f"{base}/{number},{text}\n" for number, text in enumerate(texts))
-    )
     settings = {"urls": str(folder / "urls.csv"), "shard_size": SHARD, "allow_private_hosts": True, "resize_mode": "no"}
-    with Runner(workers=0) as runner:
+    with serving(lambda path: pictures[int(path.strip("/"))][0]) as base, Runner(workers=0) as runner:
+        (folder / "urls.csv").write_text(
+            "url,caption\n" + "".join(f"{base}/{number},{text}\n" for number, text in enumerate(texts))
+        )
         run_verb("download", Recipe(download=settings), Store(str(folder / "store")), runner)
-    server.shutdown()
-    server.server_close()
     return folder / "store", settings
 
 

@@ -405,6 +405,22 @@ def test_a_sample_that_lost_its_image(tmp_path: Path) -> None:
     refuse(tmp_path, r"00000\.tar: sample 3, key '000003', has lost its image")
 
 
+def test_a_sample_with_another_image_than_its_sidecar_was_written_for(tmp_path: Path) -> None:
+    places = image_places(write_shard(tmp_path, 0))
+    offset, size = places["000003"]
+    write_shard(tmp_path, 0, places={**places, "000003": (offset, size + 1)})
+    refuse(tmp_path, r"00000\.tar: sample 3, key '000003', has lost its image, or has another")
+
+
+def test_a_sample_whose_sidecar_names_no_image_is_left_out_and_not_counted(tmp_path: Path) -> None:
+    places = image_places(write_shard(tmp_path, 0))
+    del places["000003"]
+    write_shard(tmp_path, 0, places=places)
+    dataset = graph_webdataset(f"{tmp_path}/*.tar", batch_size=1, shuffle=0, image_pixels=8)
+    assert [key for batch in dataset for key in batch["key"]] == list(places)
+    assert dataset.batches_per_epoch(0) == len(places) < SAMPLES
+
+
 def test_a_sidecar_whose_bytes_are_damaged(tmp_path: Path) -> None:
     sidecar = write_shard(tmp_path, 0).with_suffix(".graph.parquet")
     whole = sidecar.read_bytes()

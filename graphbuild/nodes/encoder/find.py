@@ -14,7 +14,7 @@ from pathlib import Path
 from graphbuild.errors import ConfigError
 from graphbuild.recipe import DEFAULT_ENCODER, is_folder
 from graphbuild.runner.stage import digest
-from graphbuild.store.store import file_sha256
+from graphbuild.store.checksum import file_sha256
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
