@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from graphbuild.errors import ConfigError
 from graphbuild.export.sidecar import TarIdentity
-from graphbuild.export.sidecars import header_settings, sidecar_table
+from graphbuild.export.sidecars import named_image, sidecar_table
 from graphbuild.export.tarwriter import check_members, write_tar
 from graphbuild.graph.certify import require_graph
 from graphbuild.recipe import Recipe
@@ -122,7 +122,8 @@ def plan_cluster(recipe: Recipe, store: Store) -> list[Task]:
     chunk = recipe.export.chunk
     size = -(-recipe.export.shard_size // chunk) * chunk
     settings, built = _of_all(recipe, store)
-    settings |= {"shard_size": size, **header_settings(recipe)}
+    settings |= {"shard_size": size, "embeddings": recipe.export.embeddings}
+    built |= named_image(recipe)
     built["tars"] = digest(shards.table["tar_sha256"].to_pylist())
     hints = {"given": given_urls(recipe.embed.shards)}
     return [
@@ -151,8 +152,16 @@ def run_cluster(task: Task, store: Store, writer: Writer) -> Json:
     placed = samples.select(["row", "node", "caption"])
     for column, values in (("key", keys), ("image_offset", _positive(offsets)), ("image_size", _positive(sizes))):
         placed = placed.append_column(column, pa.array(values) if isinstance(values, list) else values)
-    chunk = task.settings["chunk"]
-    table = sidecar_table(store, manifest, placed, task.settings, shard=task.name, tar=identity, chunk=chunk)
+    table = sidecar_table(
+        store,
+        manifest,
+        placed,
+        task.settings["embeddings"],
+        shard=task.name,
+        tar=identity,
+        chunk=task.settings["chunk"],
+        image_member=task.built.get("image_member"),
+    )
     writer.table(f"{FOLDER}/{task.name}.graph.parquet", table)
     return {"counts": {"samples": len(samples), "without_node": samples["node"].null_count}}
 

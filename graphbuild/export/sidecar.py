@@ -68,7 +68,8 @@ class SidecarHeader(BaseModel):
 
     def metadata(self) -> dict[bytes, bytes]:
         """The schema metadata to write: `sidecar_schema(...).with_metadata(header.metadata())`."""
-        return {METADATA_KEY: json.dumps(sealed(self.model_dump(mode="json"))).encode()}
+        facts = self.model_dump(mode="json", exclude={"image_member"} if self.image_member is None else None)
+        return {METADATA_KEY: json.dumps(sealed(facts)).encode()}
 
 
 def sidecar_schema(d: int, k: int, embeddings: EmbeddingKind) -> pa.Schema:
@@ -242,13 +243,13 @@ def _parse_header(url: str, metadata: dict[bytes, bytes] | None) -> SidecarHeade
         )
     try:
         header = SidecarHeader.model_validate_json(metadata[METADATA_KEY])
-        if "checksum" in facts and header.metadata() != {METADATA_KEY: metadata[METADATA_KEY]}:
-            raise ShardError(f"{url}: its metadata has changed (checksum differs)", EXPORT)
-        return header
     except ValidationError as error:
         problem = error.errors()[0]
         name = ".".join(str(part) for part in problem["loc"])
         raise ShardError(f"{url}: metadata field {name}: {problem['msg']}", EXPORT) from None
+    if "checksum" in facts and json.dumps(sealed(facts)).encode() != metadata[METADATA_KEY]:
+        raise ShardError(f"{url}: its metadata has changed (checksum differs)", EXPORT)
+    return header
 
 
 def _check_columns(url: str, header: SidecarHeader, table: pa.Table, names: Sequence[str] | None = None) -> None:

@@ -6,7 +6,7 @@ rows from the memory-mapped files of other shards too. Memory: the shard's rows,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -38,8 +38,8 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
         Task(
             stage="export",
             name=shard.name,
-            settings=header_settings(recipe),
-            built={**built, "samples": samples[SAMPLES.format(shard.name)], "tar": shard.tar},
+            settings={"embeddings": recipe.export.embeddings},
+            built={**built, "samples": samples[SAMPLES.format(shard.name)], "tar": shard.tar, **named_image(recipe)},
         )
         for shard in shards_of(store, manifest)
     ]
@@ -49,33 +49,37 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
     samples = store.table(SAMPLES.format(task.name))
     tar = task.built["tar"]
     identity = None if tar is None else TarIdentity(name=tar["name"], bytes=tar["bytes"], sha256=tar["sha256"])
-    table = sidecar_table(store, store.manifest(), samples, task.settings, shard=task.name, tar=identity)
+    table = sidecar_table(
+        store,
+        store.manifest(),
+        samples,
+        task.settings["embeddings"],
+        shard=task.name,
+        tar=identity,
+        image_member=task.built.get("image_member"),
+    )
     name = task.name if tar is None else tar_stem(tar["name"])
     writer.table(SIDECAR.format(name), table)
     return {"counts": {"samples": len(samples), "without_node": samples["node"].null_count}}
 
 
-def header_settings(recipe: Recipe) -> Json:
-    """The settings that a sidecar's header tells."""
-    member = recipe.embed.image_member
-    return {"embeddings": recipe.export.embeddings, **({} if member is None else {"image_member": member})}
+def named_image(recipe: Recipe) -> Json:
+    """The member that is a sample's image, which a sidecar's header tells; nothing where none is named."""
+    return {} if recipe.embed.image_member is None else {"image_member": recipe.embed.image_member}
 
 
 def sidecar_table(
     store: Store,
     manifest: Json,
     samples: pa.Table,
-    settings: Mapping[str, Any],
+    embeddings: EmbeddingKind,
     *,
     shard: str,
     tar: TarIdentity | None,
     chunk: int | None = None,
+    image_member: str | None = None,
 ) -> pa.Table:
-    """The sidecar of some samples, in their order; samples: row, key, node, caption, image_offset, image_size.
-
-    settings: those of `header_settings`.
-    """
-    embeddings = settings["embeddings"]
+    """The sidecar of some samples, in their order; samples: row, key, node, caption, image_offset, image_size."""
     header = SidecarHeader(
         encoder=manifest["embeddings"]["encoder"],
         d=manifest["embeddings"]["d"],
@@ -87,7 +91,7 @@ def sidecar_table(
         rows=len(samples),
         chunk=chunk,
         sketch_steps=sketch.steps(store.array(BASIS)).tolist() if embeddings == "sketch:64" else None,
-        image_member=settings.get("image_member"),
+        image_member=image_member,
     )
     node = samples["node"].fill_null(-1).to_numpy()
     gathered = graph_fields(store, manifest, np.maximum(node, 0), embeddings)

@@ -50,8 +50,8 @@ def relocate(store: Store, shards: str, runner: Runner) -> Iterator[str]:
     write_manifest(store, store.manifest() | finish_assign(recipe, store, assigned))
     run_verb("embed", recipe, store, runner)
     yield f"relocate  {len(tars):,} tars found by their content: rows, nodes, vectors and graph are as they were"
-    if "certify" in store.manifest()["stages"]:
-        yield f"next      graphbuild export {store.url}"
+    verb = "export" if "certify" in store.manifest()["stages"] else "index"
+    yield f"next      graphbuild {verb} {store.url}"
 
 
 def _places(tars: Mapping[str, Json], urls: Sequence[str]) -> dict[str, str]:

@@ -128,7 +128,8 @@ def joined_samples(shard: Shard, *, expected: SidecarHeader, extra: Sequence[str
         if placed and named != (-1 if image is None else len(sample[image])):
             raise ShardError(
                 f"{shard.tar}: sample {position}, key {sidecar.key[position]!r}, has lost its image, or has another",
-                "the tar changed after the export: restore it, or embed with --force and export again",
+                "the tar changed after the export: restore it; or an earlier version chose another of its images: name"
+                " one by `graphbuild embed STORE --image-member jpg --force`, then index and export",
             )
         if image is None:
             without_image += 1

@@ -164,5 +164,12 @@ def test_another_member_is_the_image_where_it_is_named(store: Path, cli: Cli, tm
         assert not batch["image"].any(), layout
         assert not GraphDataset(tars, image_pixels=SIZE, **named)[0]["image"].any(), layout
     assert "no problems" in cli("verify", out).stdout
+    cli("embed", out, "--image-member", "jpg", "--force", "--workers", 0)
+    cli("index", out, "--workers", 0)
+    cli("export", out, "--layout", "sidecars", "--workers", 0)
+    (batch,) = graph_webdataset(store / "a.tar", sidecars=out / "shards", batch_size=99, shuffle=0, image_pixels=SIZE)
+    assert all(shows_it(image.permute(1, 2, 0).numpy()) for image in batch["image"])
+    assert batch["key"] == [f"{n:03d}" for n, name in enumerate(pictures()) if name.endswith(".jpg")]
+    cli("embed", out, "--image-member", "depth.png", "--force", "--workers", 0)
     refused = cli("embed", out, "--shards", store / "a.tar", "--image-member", "none", code=2)
     assert "image_member: depth.png -> not set" in refused.stderr

@@ -17,6 +17,7 @@ from hypothesis.extra.numpy import arrays
 from graphbuild.errors import ConfigError, InputError, ShardError
 from graphbuild.export.quantized import quantize_int8, unit_rows
 from graphbuild.export.sidecar import Sidecar, SidecarHeader, TarIdentity, read_columns, sidecar_schema
+from graphbuild.runner.stage import sealed
 
 D, K, ROWS, WITHOUT_NODE = 6, 3, 5, 2
 
@@ -223,6 +224,34 @@ def test_a_malformed_header_names_the_field(tmp_path: Path) -> None:
     path = write(tmp_path / "s.parquet", columns(), header(), metadata={b"graphbuild": json.dumps(facts).encode()})
     with pytest.raises(ShardError, match=r"tar\.bytes"):
         Sidecar.read(path)
+
+
+# What version 1 wrote before headers had an `image_member`.
+EARLIER = (
+    b'{"format_version": 1, "encoder": "sentence-transformers/all-MiniLM-L6-v2", "d": 384, "k": 2, "embedd'
+    b'ings": "int8", "graph": "a2fe07a22dc749749d65a337052c7df512be70cb3190e794b46008cda3509eeb", "shard":'
+    b' "00000", "tar": {"name": "a.tar", "bytes": 20480, "sha256": "624c352825c1199cd960ef5389c414fa2367ec'
+    b'fe2d33831d998da819d46d14c6"}, "rows": 3, "chunk": null, "sketch_steps": null, "checksum": "8b4023979'
+    b'cffd73045b2c14aae8d0ea67f62a28738916659a631623ae3b9bfc4"}'
+)
+
+
+def test_a_header_without_newer_settings_is_written_as_by_earlier_versions() -> None:
+    assert SidecarHeader.model_validate_json(EARLIER).metadata() == {b"graphbuild": EARLIER}
+
+
+def test_sidecars_of_earlier_and_later_versions_are_read(tmp_path: Path) -> None:
+    schema = sidecar_schema(384, 2, "int8")
+    numbers = {"row": [0, 1, 2], "key": ["a", "b", "c"], "node": [None] * 3}
+    table = pa.table({name: numbers.get(name, [None] * 3) for name in schema.names}, schema=schema)
+    later = sealed({**json.loads(EARLIER), "of a later version": [1.5]})
+    for metadata in (EARLIER, json.dumps(later).encode()):
+        pq.write_table(table.replace_schema_metadata({b"graphbuild": metadata}), tmp_path / "s.parquet")
+        assert Sidecar.read(str(tmp_path / "s.parquet")).header.k == 2
+    for changed in (EARLIER.replace(b'"k": 2', b'"k": 3'), EARLIER.replace(b'", "d"', b'",  "d"')):
+        pq.write_table(table.replace_schema_metadata({b"graphbuild": changed}), tmp_path / "s.parquet")
+        with pytest.raises(ShardError, match="its metadata has changed"):
+            Sidecar.read(str(tmp_path / "s.parquet"))
 
 
 def test_columns_must_have_the_header_s_types(tmp_path: Path) -> None:
