@@ -206,6 +206,20 @@ def test_other_settings_stop_with_a_diff_and_force_rebuilds(store: Store) -> Non
     assert (Path(store.url) / "graph" / "00000.txt").read_text() == "00000 7"
 
 
+@pytest.mark.parametrize(
+    ("now", "differs"),
+    [
+        ("a.tar, 10 bytes, Sat, 28 Nov 2026 23:20:42 GMT", False),
+        ("a.tar, 11 bytes, Sat, 28 Nov 2026 23:20:42 GMT", True),
+        ("b.tar, 10 bytes, None", True),
+    ],
+)
+def test_a_date_that_was_not_known_before_is_no_change_of_an_input(now: str, differs: bool) -> None:
+    before = {"settings": {}, "inputs": {"tar": "a.tar, 10 bytes, None"}}
+    assert bool(Task(stage="scan", name="00000", inputs={"tar": now}).changes(before)) == differs
+    assert Task(stage="scan", name="00000", inputs=before["inputs"]).changes({"settings": {}, "inputs": {"tar": now}})
+
+
 def test_tasks_that_left_the_input_are_removed_by_force_only(store: Store) -> None:
     fewer = Stage(name="search", title="search", plan=lambda recipe, store: plan(recipe, store)[:3], run=write)
     with Runner(workers=0) as runner:
