@@ -56,14 +56,12 @@ class Task:
             before = done[kind]
             for key in sorted({*before, *now}):
                 old, new = before.get(key, "not set"), json.loads(json.dumps(now.get(key, "not set")))
-                undated = str(old).endswith(UNDATED) and str(new).startswith(str(old).removesuffix(UNDATED))
-                if old != new and not undated:
+                if old != new and not (kind == "inputs" and _only_dated(old, new)):
                     lines.append(f"{key}: {_short(old)} -> {_short(new)}")
         return lines
 
 
 logger = logging.getLogger(__name__)
-UNDATED = "None"  # how the identity of a file ends of which nothing told its version, as HTTP's dates did not once
 Run = Callable[[Task, Store, Writer], Json]
 
 
@@ -181,6 +179,12 @@ def sealed(record: Mapping[str, Any]) -> Json:
 
 def write_manifest(store: Store, manifest: Mapping[str, Any]) -> None:
     store.write_json(MANIFEST, sealed(manifest))
+
+
+def _only_dated(old: object, new: object) -> bool:
+    """Whether an input is the one recorded, with a date now that nothing told then, as HTTP's dates did not once."""
+    before = str(old)
+    return before.endswith(", None") and str(new).startswith(before.removesuffix("None"))
 
 
 def _short(value: Any) -> str:
