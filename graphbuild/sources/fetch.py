@@ -126,7 +126,8 @@ class Fetcher:
                 raise TimeoutError("timed out")
             return seconds
 
-        host = self._hosts.setdefault((target.name, target.port), Host(target.name, target.port))
+        place = target.name, target.port
+        host = self._hosts.get(place) or self._hosts.setdefault(place, Host(*place))
         with contextlib.ExitStack() as opened:
             connection = http.client.HTTPConnection(target.name, target.port)
             try:
