@@ -238,9 +238,9 @@ def _found(rows: pa.Table, settings: Mapping[str, Any]) -> Iterator[list[Found]]
     template = settings["template"]
     fields = template_fields(template)
     if fields:
-        columns = [rows[f"{FIELD_ROLE}{name}"].to_pylist() for name in fields]
-        for values in zip(*columns, strict=True):
-            yield [Found(*fill_fields(template, dict(zip(fields, values, strict=True))))]
+        named = [rows[f"{FIELD_ROLE}{name}"].to_pylist() for name in fields]
+        for row in zip(*named, strict=True):
+            yield [Found(*fill_fields(template, dict(zip(fields, row, strict=True))))]
         return
     columns = [rows[role].to_pylist() for role in CAPTION_ROLES if role in rows.column_names]
     weights = settings.get("caption_weights")

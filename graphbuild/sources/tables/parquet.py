@@ -88,7 +88,7 @@ def _is_text(type_: pa.DataType, role: str, spec: TableSpec) -> bool:
 
 
 def _is_list(type_: pa.DataType) -> bool:
-    return pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
+    return any(getattr(pa.types, f"is_{test}")(type_) for test in ("list", "large_list", "fixed_size_list"))
 
 
 def _texts(value: bytes | list[bytes | None] | None) -> list[bytes]:
