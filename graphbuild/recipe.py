@@ -7,6 +7,7 @@ from the fields here and change it. Read wherever the CLI starts: fsspec and yam
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -82,11 +83,21 @@ class Embed(Section):
     captions: str | None = setting(None, "a caption list: parquet, CSV, TSV or JSONL", "path", min_length=1)
     vectors: str | None = setting(None, "ready vectors, one node a row: .npy [n, d] or parquet", "path", min_length=1)
     preset: Preset | None = setting(None, "a published headerless TSV", "of source", sources=["captions"])
-    caption_column: str = setting("caption", "of --captions", "of source", sources=["captions"])
+    caption_column: str = setting("caption", "of --captions; 'a;b': of several", "of source", sources=["captions"])
     key_column: str | None = setting(None, "of --captions", "of source", unset="the row number", sources=["captions"])
     vector_column: str = setting("embedding", "of parquet --vectors", "of source", sources=["vectors"])
     caption_member: str = setting(
-        "auto", "in tars: txt, cls, json:FIELD; auto: txt, then json:caption", "of source", sources=TARS
+        "auto",
+        "in tars: txt, cls, json:FIELD; auto: txt, then json:caption; txt:lines; 'txt;json:FIELD': several",
+        "of source",
+        sources=TARS,
+    )
+    caption_weights: str | None = setting(
+        None,
+        "of several captions, as 0.3,0.7; json:FIELD or a column: a list for each sample",
+        "of source",
+        unset="all alike",
+        sources=CAPTIONED,
     )
     image_member: str | None = setting(
         None,
@@ -125,7 +136,34 @@ class Embed(Section):
         given = [name for name in SOURCES if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other: give one source")
+        sources, weights = self.caption_sources, self.weights
+        if not all(sources) or len(set(sources)) < len(sources) or len(sources) > 100:
+            raise ValueError(f"{';'.join(sources)!r} must name 1 to 100 sources of captions, each once")
+        if len(sources) > 1 and self.class_names is not None:
+            raise ValueError("class names belong to one caption member: give it alone, or drop class_names")
+        if isinstance(weights, list) and (
+            len(weights) != len(sources) or not all(0 <= each < math.inf for each in weights) or not sum(weights) > 0
+        ):
+            raise ValueError(
+                f"caption_weights {self.caption_weights!r} must be {len(sources)} numbers of 0 or more, not all 0:"
+                f" one for each of {';'.join(sources)}"
+            )
+        if isinstance(weights, str) and self.captions is None and not weights.startswith("json:"):
+            raise ValueError(f"caption_weights {weights!r} is neither numbers, as 0.3,0.7, nor json:FIELD")
         return self
+
+    @property
+    def caption_sources(self) -> list[str]:
+        """The members of tars, or the columns of a list, that hold captions."""
+        return (self.caption_member if self.captions is None else self.caption_column).split(";")
+
+    @property
+    def weights(self) -> list[float] | str | None:
+        """caption_weights: a number for each source of captions, or the name of a column or json:FIELD."""
+        try:
+            return [float(part) for part in (self.caption_weights or "").split(",")]
+        except ValueError:
+            return self.caption_weights
 
     @field_validator("template")
     @classmethod
@@ -273,7 +311,10 @@ def unread(recipe: Recipe) -> list[tuple[str, str, str]]:
     if public(embed.vectors or "").endswith(".npy"):
         found["embed", "vector_column"] = "with a .npy file"
     if embed.vectors is None and has_fields:
-        found |= {("embed", name): "with named fields in --template" for name in ("caption_column", "caption_member")}
+        found |= {
+            ("embed", name): "with named fields in --template"
+            for name in ("caption_column", "caption_member", "caption_weights")
+        }
     if embed.vectors is None and is_matrix:
         found |= {("embed", name): "with a matrix as --encoder" for name in ("prompt", "dim", "precision", "device")}
     if exported.layout != "clustered":

@@ -20,6 +20,7 @@ from graphbuild.export.sidecar import TarIdentity
 from graphbuild.export.sidecars import named_image, sidecar_table
 from graphbuild.export.tarwriter import check_members, write_tar
 from graphbuild.graph.certify import require_graph
+from graphbuild.nodes.samples import MORE
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, digest, outputs
 from graphbuild.runner.state import require
@@ -33,6 +34,7 @@ FOLDER = "clustered"
 SCRATCH = "_work_clustered"
 PLACES = f"{SCRATCH}/places.npy"
 SIZES = f"{FOLDER}/sizes.json"
+SAID = ("row", "node", "caption", "weight", MORE)  # of samples/; the last two where samples have several captions
 GROUP = 8  # samples that NeighborOrder groups, at most
 
 
@@ -149,7 +151,7 @@ def run_cluster(task: Task, store: Store, writer: Writer) -> Json:
         offsets, sizes = write_tar(path, samples, urls, sources, keys)
     tar = writer.outputs[-1]
     identity = TarIdentity(name=f"{task.name}.tar", bytes=tar.bytes, sha256=tar.sha256)
-    placed = samples.select(["row", "node", "caption"])
+    placed = samples.select([name for name in SAID if name in samples.column_names])
     for column, values in (("key", keys), ("image_offset", _positive(offsets)), ("image_size", _positive(sizes))):
         placed = placed.append_column(column, pa.array(values) if isinstance(values, list) else values)
     table = sidecar_table(
@@ -175,7 +177,7 @@ def _collect(store: Store, shards: list[str], first: int, count: int) -> tuple[p
         if begin < end:
             parts.append(mapped.slice(begin, end - begin))
             sources.append(np.full(end - begin, number))
-    found = pa.concat_tables(parts)
+    found = pa.concat_tables(parts, promote_options="default")  # some shards have samples of several captions
     order = np.argsort(found["place"].to_numpy())
     return found.take(pa.array(order)), np.concatenate(sources)[order]
 

@@ -11,11 +11,14 @@ import zipfile
 from collections.abc import Mapping
 
 import numpy as np
+import pyarrow as pa
 
 from graphbuild.errors import ConfigError
 from graphbuild.export.clustered import shards_with_tars
+from graphbuild.export.sidecar import text_columns
 from graphbuild.export.sidecars import graph_fields, tar_sizes
 from graphbuild.export.tarwriter import check_members, write_tar
+from graphbuild.nodes.samples import MORE
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, outputs
 from graphbuild.runner.state import require
@@ -27,6 +30,7 @@ from graphbuild.store.store import Json, Store, Writer
 
 FOLDER = "inline"
 MEMBER = "graph.npz"
+TEXTS = ("node", "caption", "weight", MORE)
 NO_DATE = (1980, 1, 1, 0, 0, 0)
 
 
@@ -55,13 +59,23 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
     url = task.hints["given"].get(recorded, store.resolve(recorded))
     check_members(samples, url)
     row, node = samples["row"].to_numpy(), samples["node"].fill_null(-1).to_numpy()
-    fields = graph_fields(store, store.manifest(), np.maximum(node, 0), task.settings["embeddings"])
+    manifest, embeddings = store.manifest(), task.settings["embeddings"]
+    fields = {"node": node, **graph_fields(store, manifest, np.maximum(node, 0), embeddings)}
+    texts, first_more = text_columns(samples.select([name for name in TEXTS if name in samples.column_names]))
+    behind = texts["node"].to_numpy(zero_copy_only=False)[len(samples) :].astype(np.int64)
+    more = {"node": behind, **graph_fields(store, manifest, behind, embeddings)}
+    captions, weight = texts["caption"], texts["weight"].to_numpy()
 
     def member(i: int) -> tuple[str, bytes] | None:
         if node[i] < 0:
             return None
         own = {name: values[i] for name, values in fields.items()}
-        return MEMBER, npz({"row": row[i], "node": node[i], **own})
+        begin, end = first_more[i : i + 2]
+        if begin < end:
+            of_all = np.array([i, *range(len(samples) + begin, len(samples) + end)])
+            own |= {"captions": np.array(captions.take(pa.array(of_all)).to_pylist()), "weights": weight[of_all]}
+            own |= {f"more_{name}": values[begin:end] for name, values in more.items()}
+        return MEMBER, npz({"row": row[i], **own})
 
     with writer.file(f"{FOLDER}/{tar_stem(url)}.tar") as path:
         write_tar(path, samples, [url], np.zeros(len(samples), np.int64), samples["key"].to_pylist(), member)

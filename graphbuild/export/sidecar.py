@@ -16,12 +16,14 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from graphbuild.errors import ConfigError, ShardError
 from graphbuild.graph import sketch
+from graphbuild.nodes.samples import MORE
 from graphbuild.recipe import EmbeddingKind
 from graphbuild.runner.stage import sealed
 from graphbuild.store.remote import file_system, reaching
@@ -72,13 +74,14 @@ class SidecarHeader(BaseModel):
         return {METADATA_KEY: json.dumps(sealed(facts)).encode()}
 
 
-def sidecar_schema(d: int, k: int, embeddings: EmbeddingKind) -> pa.Schema:
+def sidecar_schema(d: int, k: int, embeddings: EmbeddingKind, *, plural: bool = False) -> pa.Schema:
     """The columns of a sidecar, without metadata.
 
     A sample without a usable caption has no node: all columns from the embedding to background_std are null
     there, and the caption, if none could be read. The value of an int8 embedding is `embedding *
     embedding_scale`; a float16 one has no scale; "sketch:64" has a column sketch instead (`graphbuild.graph.sketch`),
-    "none" has neither.
+    "none" has neither. plural: a sample may have several captions; these columns are then of the first that has a node,
+    `weight` is its weight, and MORE has the others, each with a weight, a caption and all columns of its node.
 
     Raises:
         ConfigError: d or k below 1, or an unknown kind of embeddings.
@@ -93,9 +96,7 @@ def sidecar_schema(d: int, k: int, embeddings: EmbeddingKind) -> pa.Schema:
     }
     if embeddings not in kinds:
         raise ConfigError(f"unknown kind of embeddings {embeddings!r}", f"use one of {', '.join(kinds)}")
-    fields = [
-        pa.field("row", pa.int64(), nullable=False),
-        pa.field("key", pa.string(), nullable=False),
+    texts = [
         pa.field("node", pa.int64()),
         pa.field("caption", pa.string()),
         *kinds[embeddings],
@@ -103,9 +104,17 @@ def sidecar_schema(d: int, k: int, embeddings: EmbeddingKind) -> pa.Schema:
         pa.field("similarities", pa.list_(pa.float16(), k)),
         pa.field("background_mean", pa.float32()),
         pa.field("background_std", pa.float32()),
+    ]
+    fields = [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        *texts,
         pa.field("image_offset", pa.int64()),
         pa.field("image_size", pa.int64()),
     ]
+    if plural:
+        weight = pa.field("weight", pa.float32())
+        fields += [weight, pa.field(MORE, pa.list_(pa.struct([weight, *texts])))]
     return pa.schema(fields)
 
 
@@ -114,18 +123,23 @@ class Sidecar:
     """The columns of one sidecar; n rows in tar order. Where `node` is -1 the sample has none and the rest is
     zero.
 
-    row int64 [n]; key and caption object [n] (str; a caption may be None); node int64 [n]; embedding int8 or
-    float16 [n, d], or None; sketch uint8 [n, 64 or fewer], or None; neighbors uint32 [n, k]; similarities float16
-    [n, k], descending; background float32 [n, 2], mean and deviation; image_offset and image_size int64 [n], bytes in
-    the tar, -1 where the tar holds no image for the sample.
+    row int64 [n]; key object [n] (str); image_offset and image_size int64 [n], bytes in the tar, -1 where the tar holds
+    no image for the sample. first_more int64 [n + 1]: samples may have several captions, t >= n in all; the first ones
+    are texts 0..n-1 below, the others of sample i are texts n + first_more[i] .. n + first_more[i+1] - 1.
+
+    caption object [t] (str or None); node int64 [t]; weight float32 [t], of a sample's captions 1 in all; embedding
+    int8 or float16 [t, d], or None; sketch uint8 [t, 64 or fewer], or None; neighbors uint32 [t, k]; similarities
+    float16 [t, k], descending; background float32 [t, 2], mean and deviation.
     """
 
     url: str
     header: SidecarHeader
     row: NDArray[np.int64]
     key: NDArray[np.object_]
+    first_more: NDArray[np.int64]
     node: NDArray[np.int64]
     caption: NDArray[np.object_]
+    weight: NDArray[np.float32]
     embedding: NDArray[np.int8] | NDArray[np.float16] | None
     sketch: NDArray[np.uint8] | None
     neighbors: NDArray[np.uint32]
@@ -147,15 +161,17 @@ class Sidecar:
             table = pq.ParquetFile(content, page_checksum_verification=True).read(use_threads=False)
             header = _parse_header(url, table.schema.metadata)
             _check_columns(url, header, table)
-            columns = {name: table.column(name).combine_chunks() for name in table.column_names}
+            columns, first_more = text_columns(table)
             background = [_numbers(columns[f"background_{name}"]) for name in ("mean", "std")]
             sidecar = cls(
                 url=url,
                 header=header,
                 row=_numbers(columns["row"]),
                 key=columns["key"].to_numpy(zero_copy_only=False),
+                first_more=first_more,
                 node=_numbers(columns["node"], absent=-1),
                 caption=columns["caption"].to_numpy(zero_copy_only=False),
+                weight=_numbers(columns["weight"]),
                 embedding=_matrix(columns["embedding"]) if "embedding" in columns else None,
                 sketch=_matrix(columns["sketch"]) if "sketch" in columns else None,
                 neighbors=_matrix(columns["neighbors"]),
@@ -172,18 +188,30 @@ class Sidecar:
         if self.header.tar is not None:
             self._check_keys()
         named = self.node >= 0
+        if not named[len(self.row) :].all() or (self.weight < 0).any():
+            raise ShardError(f"{self.url}: one of {MORE} has no node, or a weight is negative", EXPORT)
         for name, column in columns.items():
             if name in MAY_BE_NULL or column.null_count == 0:
                 continue
-            gaps = named & ~column.is_valid().to_numpy(zero_copy_only=False)
+            gaps = named[: len(column)] & ~column.is_valid().to_numpy(zero_copy_only=False)
             if gaps.any():
-                row = gaps.argmax()
+                row = self.sample_of(int(gaps.argmax()))
                 raise ShardError(f"{self.url}: {name} is null at row {row}, which has a node", EXPORT)
         if self.embedding is not None:
             usable = np.isfinite(self.embedding).all(axis=1) & (self.embedding != 0).any(axis=1)
             if (named & ~usable).any():
-                row = (named & ~usable).argmax()
+                row = self.sample_of(int((named & ~usable).argmax()))
                 raise ShardError(f"{self.url}: the embedding of row {row} is zero or not finite", EXPORT)
+
+    def sample_of(self, text: int) -> int:
+        """The sample that has a text."""
+        behind = text - len(self.row)
+        return text if behind < 0 else int(np.searchsorted(self.first_more, behind, side="right")) - 1
+
+    def texts_of(self, position: int) -> NDArray[np.int64]:
+        """The texts of a sample, the first one first."""
+        begin, end = self.first_more[position : position + 2] + len(self.row)
+        return np.array([position, *range(begin, end)])
 
     def _check_keys(self) -> None:
         _, first = np.unique(self.key.astype(str), return_index=True)
@@ -196,8 +224,9 @@ class Sidecar:
             )
 
 
-def read_columns(url: str, names: Sequence[str]) -> tuple[SidecarHeader, pa.Table]:
-    """The header and some columns of a sidecar; of a remote one little else is fetched.
+def read_columns(url: str, names: Sequence[str], others: Sequence[str] = ()) -> tuple[SidecarHeader, pa.Table]:
+    """The header and some columns of a sidecar; of a remote one little else is fetched. others: columns, or parts of
+    nested ones, that may be absent.
 
     Raises:
         ShardError: the file is missing or not a sidecar, a column is absent or of another type, or rows are missing.
@@ -206,7 +235,7 @@ def read_columns(url: str, names: Sequence[str]) -> tuple[SidecarHeader, pa.Tabl
     with readable(url), files.open(path, "rb", block_size=BLOCK_BYTES) as stream:
         parquet = pq.ParquetFile(stream, pre_buffer=False, page_checksum_verification=True)
         header = _parse_header(url, parquet.schema_arrow.metadata)
-        table = parquet.read(columns=list(names), use_threads=False)
+        table = parquet.read(columns=[*names, *others], use_threads=False)
     _check_columns(url, header, table, names)
     return header, table
 
@@ -224,6 +253,25 @@ def readable(url: str) -> Iterator[None]:
         ) from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # Arrow calls damaged pages an OSError
         raise ShardError(f"{url}: not a readable Parquet file ({error})", EXPORT) from error
+
+
+def text_columns(table: pa.Table) -> tuple[dict[str, pa.Array], NDArray[np.int64]]:
+    """A sidecar's columns, those of MORE behind the samples' own, and where each sample's begin there, int64 [n + 1].
+
+    The weight is 1 where samples have one caption each.
+    """
+    columns = {name: table.column(name).combine_chunks() for name in table.column_names}
+    if "weight" in columns:
+        columns["weight"] = columns["weight"].fill_null(1)
+    if MORE not in columns:
+        return {**columns, "weight": pa.array(np.ones(len(table), np.float32))}, np.zeros(len(table) + 1, np.int64)
+    more = columns.pop(MORE)
+    texts = more.flatten()
+    for field in texts.type:
+        if field.name in columns:
+            columns[field.name] = pa.concat_arrays([columns[field.name], pc.struct_field(texts, field.name)])
+    lengths = pc.fill_null(pc.list_value_length(more), 0).to_numpy(zero_copy_only=False)
+    return columns, np.concatenate([[0], np.cumsum(lengths)])
 
 
 def _parse_header(url: str, metadata: dict[bytes, bytes] | None) -> SidecarHeader:
@@ -255,7 +303,7 @@ def _parse_header(url: str, metadata: dict[bytes, bytes] | None) -> SidecarHeade
 def _check_columns(url: str, header: SidecarHeader, table: pa.Table, names: Sequence[str] | None = None) -> None:
     """ShardError where columns (these, or any) are absent or of another type, or rows are missing."""
     types = dict(zip(table.schema.names, table.schema.types, strict=True))
-    schema = sidecar_schema(header.d, header.k, header.embeddings)
+    schema = sidecar_schema(header.d, header.k, header.embeddings, plural=MORE in types)
     for field in map(schema.field, schema.names if names is None else names):
         found = types.get(field.name, "absent")
         if found != field.type:

@@ -6,16 +6,18 @@ rows from the memory-mapped files of other shards too. Memory: the shard's rows,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from graphbuild.export.quantized import quantize_int8
 from graphbuild.export.sidecar import SidecarHeader, TarIdentity, sidecar_schema
 from graphbuild.graph import sketch
 from graphbuild.graph.certify import require_graph
+from graphbuild.nodes.samples import MORE
 from graphbuild.recipe import EmbeddingKind, Recipe
 from graphbuild.runner.stage import Stage, Task, outputs
 from graphbuild.runner.state import require
@@ -79,7 +81,8 @@ def sidecar_table(
     chunk: int | None = None,
     image_member: str | None = None,
 ) -> pa.Table:
-    """The sidecar of some samples, in their order; samples: row, key, node, caption, image_offset, image_size."""
+    """The sidecar of some samples, in their order; samples: row, key, node, caption, image_offset, image_size, and of
+    several captions weight and MORE, as in samples/."""
     header = SidecarHeader(
         encoder=manifest["embeddings"]["encoder"],
         d=manifest["embeddings"]["d"],
@@ -93,16 +96,33 @@ def sidecar_table(
         sketch_steps=sketch.steps(store.array(BASIS)).tolist() if embeddings == "sketch:64" else None,
         image_member=image_member,
     )
-    node = samples["node"].fill_null(-1).to_numpy()
-    gathered = graph_fields(store, manifest, np.maximum(node, 0), embeddings)
-    schema = sidecar_schema(header.d, header.k, embeddings)
-    columns = [
-        _column(gathered[field.name], node >= 0, field.type)
-        if field.name in gathered
-        else samples[field.name].combine_chunks().cast(field.type)
-        for field in schema
-    ]
+    plural = MORE in samples.column_names
+    schema = sidecar_schema(header.d, header.k, embeddings, plural=plural)
+    own = [field for field in schema if field.name != MORE]
+    columns = _gathered(store, manifest, samples, own, embeddings)
+    if plural:
+        more = samples[MORE].combine_chunks()
+        kind = schema.field(MORE).type
+        texts = pa.Table.from_struct_array(more.flatten())
+        values = _gathered(store, manifest, texts, list(kind.value_type), embeddings)
+        inner = pa.StructArray.from_arrays(values, fields=list(kind.value_type))
+        lengths = pc.fill_null(pc.list_value_length(more), 0).to_numpy(zero_copy_only=False)
+        columns.append(pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]), inner, type=kind))
     return pa.table(columns, schema=schema.with_metadata(header.metadata()))
+
+
+def _gathered(
+    store: Store, manifest: Json, rows: pa.Table, fields: Sequence[pa.Field], embeddings: EmbeddingKind
+) -> list[pa.Array]:
+    """These columns of a sidecar for rows that have a node each, or null: what the graph says, and the rows' own."""
+    node = rows["node"].fill_null(-1).to_numpy()
+    found = graph_fields(store, manifest, np.maximum(node, 0), embeddings)
+    return [
+        _column(found[field.name], node >= 0, field.type)
+        if field.name in found
+        else rows[field.name].combine_chunks().cast(field.type)
+        for field in fields
+    ]
 
 
 def graph_fields(store: Store, manifest: Json, nodes: Array, embeddings: EmbeddingKind) -> dict[str, Array]:

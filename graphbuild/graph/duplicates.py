@@ -36,10 +36,10 @@ def near_duplicates(graph: SampleGraph, threshold: float) -> Mined:
     """The samples of every group of near-duplicates, one of each group to keep.
 
     A group is a connected component over the edges whose similarity reaches the threshold, with two or more samples;
-    samples of one node are duplicates at similarity 1. It is what SemDeDup seeks (Abbas et al., arXiv 2303.09540), but
-    compared across the borders of its k-means clusters. To keep: the first sample of the node whose edges within the
-    group sum to the largest similarity (of equal ones the smallest node); where all pairs of the group are edges, that
-    is the node nearest the group's mean.
+    samples of one node are duplicates at similarity 1. Of several captions a sample's first is compared. It is what
+    SemDeDup seeks (Abbas et al., arXiv 2303.09540), but compared across the borders of its k-means clusters. To keep:
+    the first sample of the node whose edges within the group sum to the largest similarity (of equal ones the smallest
+    node); where all pairs of the group are edges, that is the node nearest the group's mean.
 
     Columns: group int64, the smallest node of the group; row int64, key, shard, node int64 and caption of the sample;
     keep bool; similarity float32 to the kept node. By row.
@@ -58,11 +58,11 @@ def near_duplicates(graph: SampleGraph, threshold: float) -> Mined:
 
 def _samples_of_groups(graph: SampleGraph, threshold: float) -> Iterator[Part]:
     group, strength, truncated = _components(graph, threshold)
-    kept = _strongest(group, strength)
     sample_nodes = graph.sample_nodes()
     backwards = np.flatnonzero(sample_nodes >= 0)[::-1]
-    first_row = np.empty(len(graph), np.int64)
+    first_row = np.full(len(graph), -1)
     first_row[sample_nodes[backwards]] = backwards  # of several values for one place, the last assigned stays
+    kept = _strongest(group, np.where(first_row >= 0, strength, -1))  # not a text that is only a further caption
     size = np.bincount(group[sample_nodes[backwards]], minlength=len(graph))
     yield DUPLICATES.empty_table(), {"groups": int((size > 1).sum()), "truncated_nodes": truncated}
     for shard, table in samples(graph, ["row", "key", "node", "caption"]):

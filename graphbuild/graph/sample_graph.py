@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import polars as pl
+import pyarrow.compute as pc
 
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.graph.certify import refuse_under_floor
+from graphbuild.nodes.samples import MORE
 from graphbuild.store.layout import BACKGROUND, BASIS, NEIGHBORS, SAMPLES, SIMILARITIES, SKETCH, VECTORS
 from graphbuild.store.sharded import ShardedArray, node_array
 from graphbuild.store.shards import shards_of
@@ -127,19 +129,28 @@ class SampleGraph:
 
     @cached_property
     def _rows_by_node(self) -> tuple[Ids, Ids]:
-        rows = np.argsort(self._sample_nodes, kind="stable")
-        return rows, np.searchsorted(self._sample_nodes[rows], np.arange(len(self) + 1))
+        rows, nodes = [np.arange(len(self._sample_nodes))], [self._sample_nodes]
+        for first, name in zip(self._shards.column("first_row"), self._shards.names, strict=True):
+            for column in self._store.table(SAMPLES.format(name), [f"{MORE}.list.element.node"]).columns:
+                more = column.combine_chunks()
+                rows.append(first + np.asarray(pc.list_parent_indices(more)))
+                nodes.append(np.asarray(pc.struct_field(more.flatten(), "node")))
+        row, node = np.concatenate(rows), np.concatenate(nodes)
+        order = np.lexsort((row, node))
+        return row[order], np.searchsorted(node[order], np.arange(len(self) + 1))
 
     def sample_nodes(self) -> Ids:
-        """The node of each sample, int64 [N] by row; -1 where it has no usable caption. Read once: 8 bytes a sample."""
+        """The node of each sample (of its first caption, if it has several), int64 [N] by row; -1 where it has no
+        usable caption. Read once: 8 bytes a sample."""
         return self._sample_nodes
 
     def samples_of(self, node: int) -> Ids:
-        """The rows of a node's samples, int64, ascending. The first call sorts all samples: 24 bytes each."""
+        """The rows of the samples that have a node's text as a caption, int64, ascending. The first call sorts all
+        captions: 24 bytes each."""
         if not 0 <= node < len(self):
             raise InputError(f"node id {node} is not in 0..{len(self) - 1}", "use ids of this store's nodes")
         rows, starts = self._rows_by_node
-        return rows[starts[node] : starts[node + 1]]
+        return np.unique(rows[starts[node] : starts[node + 1]])
 
     # -- a batch
 

@@ -27,6 +27,7 @@ from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.nodes.captions import usable_text
 from graphbuild.nodes.encoder import find_encoder, open_model
 from graphbuild.nodes.matrix import is_matrix
+from graphbuild.nodes.samples import MORE
 from graphbuild.recipe import Recipe, resolve
 from graphbuild.sources.images import upright_rgb
 from graphbuild.sources.ranges import TarRanges
@@ -36,19 +37,25 @@ from graphbuild.store.store import Store
 
 SHARDS = 32
 MAX_PIXELS = 100_000_000  # of an image that is decoded
-COLUMNS = ["row", "key", "node", "caption", "image_offset", "image_size"]
+COLUMNS = ["row", "key", "node", "caption", "image_offset", "image_size", MORE]
 
 
 @dataclass(frozen=True)
 class Sample:
     """One sample: its row, key and caption; node: None without a usable caption. image: (shard's number, offset,
-    bytes) of its image in the tar, None where there is none to be read."""
+    bytes) of its image in the tar, None where there is none to be read. more: its further captions."""
 
     row: int
     key: str
     node: int | None
     caption: str | None
     image: tuple[int, int, int] | None
+    more: tuple[str, ...] = ()
+
+    @property
+    def captions(self) -> str | None:
+        """All of them, as one text to be shown."""
+        return " \N{MIDDLE DOT} ".join([self.caption, *self.more]) if self.caption is not None else None
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,12 @@ class Catalog:
         number = self._shard_of(node)
         if not self.has_samples:
             return None
-        positions = _positions(self._samples(number)["node"], node)
+        table = self._samples(number)
+        positions = _positions(table["node"], node)
+        if MORE in table.column_names:
+            more = table[MORE].combine_chunks()
+            behind = _positions(pa.chunked_array([pc.struct_field(more.flatten(), "node")]), node)
+            positions = sorted(positions + pc.list_parent_indices(more).take(pa.array(behind, pa.int64())).to_pylist())
         return self._sample(number, positions[0])
 
     def image(self, sample: Sample, pixels: int) -> bytes | None:
@@ -248,7 +260,8 @@ class Catalog:
         values = self._samples(number).slice(at, 1).to_pylist()[0]
         offset, size = values.pop("image_offset"), values.pop("image_size")
         has_image = offset is not None and self._shards[number].tar
-        return Sample(**values, image=(number, offset, size) if has_image else None)
+        more = tuple(one["caption"] for one in values.pop(MORE, None) or ())
+        return Sample(**values, image=(number, offset, size) if has_image else None, more=more)
 
 
 def key_range(store: Store, shard: str) -> tuple[str, str] | None:

@@ -20,7 +20,7 @@ ROWS = 5  # terminal rows of an image
 
 def show_neighbors(catalog: Catalog, asked: Sample | None, found: Sequence[Neighbor], *, images: bool) -> None:
     """Print the asked sample, if it is one, and neighbours, best first."""
-    heads = [f"{printable(asked.key)}  node {asked.node}  {printable(asked.caption)}"] if asked else []
+    heads = [f"{printable(asked.key)}  node {asked.node}  {printable(asked.captions)}"] if asked else []
     firsts = [catalog.sample_of(neighbor.node) for neighbor in found]
     nodes = _aligned([f"node {neighbor.node}" for neighbor in found])
     samples = _aligned([_samples(neighbor, first) for neighbor, first in zip(found, firsts, strict=True)])

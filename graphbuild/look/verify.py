@@ -15,7 +15,7 @@ import pyarrow as pa
 from graphbuild.errors import ConfigError, GraphbuildError, StorageError
 from graphbuild.export import clustered
 from graphbuild.export.quantized import quantize_int8
-from graphbuild.export.sidecar import Sidecar
+from graphbuild.export.sidecar import Sidecar, text_columns
 from graphbuild.graph import sketch
 from graphbuild.graph.certify import certify_afresh, check_lists
 from graphbuild.job.steps import STEPS
@@ -179,7 +179,7 @@ def _check_sidecar(store: Store, manifest: Json, shard: Shard, samples: pa.Table
     sidecar = Sidecar.read(store.display(path))
     if sidecar.header.graph != manifest["graph"]["fingerprint"]:
         return [f"{path}: written from another graph"]
-    node = samples["node"].fill_null(-1).to_numpy()
+    node = text_columns(samples)[0]["node"].fill_null(-1).to_numpy()
     for column, written in (("key", samples["key"].to_numpy()), ("row", samples["row"].to_numpy()), ("node", node)):
         if not np.array_equal(getattr(sidecar, column), written):
             return [f"{path}: column {column} differs from {SAMPLES.format(shard.name)}"]

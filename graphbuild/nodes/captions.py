@@ -1,6 +1,7 @@
-"""A sample's caption: which member of a tar holds it, how a class number becomes a prompt, and why there is none.
+"""A sample's captions: which members of a tar hold them, how a class number becomes a prompt, and why there is none.
 
-Reads one member a sample, at most UNPACKED_BYTES of a compressed one. Reasons are few, so that they can be counted.
+Reads the named members of a sample, at most UNPACKED_BYTES of a compressed one. Reasons are few, so that they can be
+counted. Each caption has a weight, with which a loader draws it.
 
 A text is a caption in Unicode NFC, every run of white space one space, ends stripped; case, accents and scripts stay.
 Texts that are the same are one node; a 128-bit hash stands for each. About 2 us a caption.
@@ -12,11 +13,12 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import re
 import unicodedata
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,45 +30,120 @@ from graphbuild.store.files import local_file
 UNPACKED_BYTES = 64 << 20
 FIELD = re.compile(r"\{([^{}]+)\}")
 MAX_CAPTION_BYTES = 1_000_000
+MAX_CAPTIONS = 100  # of a sample
+LINES = "lines"  # of a text member, each a caption
 MARK = "\ufeff"  # byte order
 
 
-def sample_caption(tar: Tar, sample: TarSample, settings: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """(caption, None), or (what stands in its place, why that is no caption)."""
-    fields = template_fields(settings["template"])
-    member = _caption_member(sample, settings)
-    if member is None:
-        return None, f"no member .{' or .'.join(_wanted(settings))}"
-    text, reason = _member_text(tar, member)
-    if text is None or reason is not None:
-        return text, reason
+class Found(NamedTuple):
+    """A caption; or, with the reason, what stands in its place. weight: among its sample's captions."""
+
+    content: str | None
+    reason: str | None = None
+    weight: float = 1.0
+
+
+def sample_captions(tar: Tar, sample: TarSample, settings: Mapping[str, Any]) -> list[Found]:
+    """What the sources of --caption-member hold for a sample, in their order: at least one."""
+    template = settings["template"]
+    fields = template_fields(template)
     if fields:
-        return _joined_fields(text, settings["template"], fields)
-    if _is_json(member):
-        text, reason = _json_field(text, settings["caption_member"].partition(":")[2] or "caption")
-    names = settings.get("class_names")
-    if names is not None and text is not None and reason is None:
-        label = text.strip()
-        if not label.isdecimal() or len(label) > 20 or int(label) >= len(names):
-            return text, f"not a class number below {len(names)}, the count of class names"
-        text = names[int(label)]
-    return (fill_template(settings["template"], text), None) if reason is None else (text, reason)
+        return [Found(*_read(tar, sample, "json", lambda content: [_joined_fields(content, template, fields)])[0])]
+    sources = settings["caption_member"].split(";")
+    found = [_source_captions(tar, sample, source, settings) for source in sources]
+    weights = settings.get("caption_weights")
+    if not isinstance(weights, str):
+        return weighted(found, weights)
+    ((each, reason),) = _read(tar, sample, "json", lambda content: [_json_field(content, weights.partition(":")[2])])
+    if reason is not None:
+        return [Found(content, why or reason) for own in found for content, why in own]
+    return weighted(found, each=each)
+
+
+def weighted(
+    sources: Sequence[Sequence[tuple[str | None, str | None]]], weights: Sequence[float] | None = None, each: Any = None
+) -> list[Found]:
+    """The captions of all sources, (content, None) or (content, why it is none), as one list with their weights.
+
+    weights: of each source, which its captions share. each: the weights of all captions as a list, or as JSON text of
+    one. Without both all are alike.
+    """
+    flat = [pair for own in sources for pair in own]
+    if each is not None:
+        weights = _weights(each, len(flat))
+        if weights is None:
+            return [Found(content, reason or f"no {len(flat)} weights for its captions") for content, reason in flat]
+    elif weights is not None:
+        weights = [weight / len(own) for own, weight in zip(sources, weights, strict=True) for _ in own]
+    found = [Found(*pair, weight) for pair, weight in zip(flat, weights or [1.0] * len(flat), strict=True)]
+    many = f"over {MAX_CAPTIONS} captions of one sample"
+    return found[:MAX_CAPTIONS] + [Found(one.content, one.reason or many) for one in found[MAX_CAPTIONS:]]
+
+
+def _weights(value: Any, count: int) -> list[float] | None:
+    """A list, or JSON text of one, of so many weights, not all of them 0; None where it is no such list."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return None
+    sound = isinstance(found, list) and len(found) == count and all(map(is_weight, found)) and sum(found) > 0
+    return found if sound else None
+
+
+def is_weight(value: object) -> bool:
+    """Whether a value is a number that can be a weight: 0 or more, and finite."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def is_of_lines(caption: str | None, sample: TarSample, settings: Mapping[str, Any]) -> bool:
     """Whether a sample's caption is a text of several lines, which may have been meant as several captions."""
-    member = _caption_member(sample, settings)
-    return caption is not None and member is not None and not _is_json(member) and "\n" in caption.strip()
+    wanted, _, part = settings["caption_member"].partition(":")
+    member = _member(sample, "json" if template_fields(settings["template"]) else wanted)
+    return caption is not None and member is not None and not (part or _is_json(member)) and "\n" in caption.strip()
 
 
-def _caption_member(sample: TarSample, settings: Mapping[str, Any]) -> Member | None:
+def _source_captions(
+    tar: Tar, sample: TarSample, source: str, settings: Mapping[str, Any]
+) -> list[tuple[str | None, str | None]]:
+    """(caption, None) of each that a source holds, or (what stands in its place, why that is no caption)."""
+    wanted, _, part = source.partition(":")
+    member = _member(sample, wanted)
+    if member is not None and _is_json(member):
+        found = _read(tar, sample, wanted, lambda content: _json_texts(content, part or "caption"))
+    else:
+        found = _read(tar, sample, wanted, _lines if part == LINES else lambda content: [(content, None)])
+    names = settings.get("class_names")
+    if names is not None:
+        found = [pair if pair[1] is not None else _class_name(str(pair[0]), names) for pair in found]
+    template = settings["template"]
+    return [(content if reason else fill_template(template, content), reason) for content, reason in found]
+
+
+def _class_name(text: str, names: Sequence[str]) -> tuple[str, str | None]:
+    label = text.strip()
+    if not label.isdecimal() or len(label) > 20 or int(label) >= len(names):
+        return text, f"not a class number below {len(names)}, the count of class names"
+    return names[int(label)], None
+
+
+def _read(
+    tar: Tar, sample: TarSample, wanted: str, parse: Callable[[str], list[tuple[Any, str | None]]]
+) -> list[tuple[Any, str | None]]:
+    """What `parse` makes of a member's text, or why there is none."""
+    member = _member(sample, wanted)
+    if member is None:
+        return [(None, f"no member .{' or .'.join(_extensions(wanted))}")]
+    text, reason = _member_text(tar, member)
+    return [(text, reason)] if text is None or reason is not None else parse(text)
+
+
+def _member(sample: TarSample, wanted: str) -> Member | None:
     by_extension = {member.extension.removesuffix(".gz"): member for member in reversed(sample.members)}
-    return next((by_extension[extension] for extension in _wanted(settings) if extension in by_extension), None)
+    return next((by_extension[extension] for extension in _extensions(wanted) if extension in by_extension), None)
 
 
-def _wanted(settings: Mapping[str, Any]) -> list[str]:
+def _extensions(wanted: str) -> list[str]:
     """The extensions that may hold a caption, the first one there is."""
-    wanted = "json" if template_fields(settings["template"]) else settings["caption_member"].partition(":")[0]
     return [wanted.lower().removeprefix(".")] if wanted != "auto" else ["txt", "json"]
 
 
@@ -74,10 +151,16 @@ def _is_json(member: Member) -> bool:
     return member.extension.removesuffix(".gz") == "json"
 
 
+def _lines(content: str) -> list[tuple[str | None, str | None]]:
+    lines = [line for line in content.splitlines() if line.lstrip(MARK).strip()]
+    return [(line, None) for line in lines or [content]]
+
+
 def _joined_fields(content: str, template: str, fields: list[str]) -> tuple[str | None, str | None]:
-    values = {}
+    values: dict[str, str | None] = {}
     for field in fields:
-        values[field], reason = _json_field(content, field)
+        value, reason = _json_field(content, field)
+        values[field], reason = (value, reason) if reason is not None else _json_text(content, field, value)
         if reason is not None:
             return values[field], reason
     return fill_fields(template, values)
@@ -98,21 +181,33 @@ def _member_text(tar: Tar, member: Member) -> tuple[str | None, str | None]:
         return content[: 4 * CONTENT_CHARACTERS].decode(errors="replace"), f"member .{member.extension} is not UTF-8"
 
 
-def _json_field(content: str, field: str) -> tuple[str, str | None]:
+def _json_field(content: str, field: str) -> tuple[Any, str | None]:
+    """(the value of a field, None), or (content, why there is none)."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
         return content, "member .json is not valid JSON"
     if not isinstance(value, dict) or field not in value:
         return content, f"member .json has no field {field!r}"
-    text = value[field]
-    if isinstance(text, bool) or not isinstance(text, str | int):
-        return content, f"json field {field!r} is not a string"
+    return value[field], None
+
+
+def _json_texts(content: str, field: str) -> list[tuple[str | None, str | None]]:
+    """(text, None) of each text that a field holds, one or a list of them, or (content, why it holds none)."""
+    value, reason = _json_field(content, field)
+    if reason is not None:
+        return [(content, reason)]
+    return [_json_text(content, field, text) for text in (value if isinstance(value, list) and value else [value])]
+
+
+def _json_text(content: str, field: str, value: Any) -> tuple[str, str | None]:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return content, f"json field {field!r} {'is an empty list' if value == [] else 'is not a string'}"
     try:
-        str(text).encode()
+        str(value).encode()
     except ValueError:
         return content, f"json field {field!r} is not Unicode text"
-    return str(text), None
+    return str(value), None
 
 
 def fill_template(template: str, caption: str | None) -> str | None:

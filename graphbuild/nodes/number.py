@@ -21,7 +21,7 @@ import polars as pl
 import pyarrow as pa
 
 from graphbuild.errors import InputError
-from graphbuild.nodes.samples import COLUMNS, NO_NODE, write_rejected
+from graphbuild.nodes.samples import COLUMNS, MORE, MORE_TYPE, NO_NODE, write_rejected
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, digest, outputs, records, summed
 from graphbuild.runner.state import require
@@ -40,31 +40,36 @@ def plan_number(recipe: Recipe, store: Store) -> list[Task]:
 
 def run_number(task: Task, store: Store, writer: Writer) -> Json:
     names = [Path(path).stem for path in task.built]
-    columns = ["hash_high", "hash_low"]
+    columns = ["hash_high", "hash_low", "sample"]  # the last where samples have several captions
     with ThreadPoolExecutor(READERS) as pool:
         tables = list(pool.map(lambda path: store.table(path, columns), task.built))
     sizes = [table.num_rows for table in tables]
-    nodes, counts = number_nodes(pl.from_arrow(pa.concat_tables(tables)))  # type: ignore[arg-type]
+    samples = [sample_places(table)[-1:].sum() + bool(len(table)) for table in tables]
+    hashed = pa.concat_tables([table.select(["hash_high", "hash_low"]) for table in tables])
+    nodes, counts = number_nodes(pl.from_arrow(hashed))  # type: ignore[arg-type]
     if not len(counts):
         fix = "see rejected/scan/ for the reasons" if sum(sizes) else "give tars that hold samples: these hold none"
         raise InputError(f"no sample of {store.url} has a caption", fix)
     writer.array(ROW_NODES, nodes)
     writer.array(NODE_COUNTS, counts)
     shards: dict[str, Json] = {}
-    first_row = first_node = 0
-    for name, size in zip(names, sizes, strict=True):
-        mine = nodes[first_row : first_row + size]
+    first_row = first_node = first_text = 0
+    for name, size, held in zip(names, sizes, map(int, samples), strict=True):
+        mine = nodes[first_text : first_text + size]
         new = max(int(mine.max(initial=NO_NODE)) + 1 - first_node, 0)
         counted = counts[first_node : first_node + new]
-        places = dict(zip(PLACES, (first_row, size, first_node, new), strict=True))
+        places = dict(zip(PLACES, (first_row, held, first_node, new), strict=True))
+        if (first_text, size) != (first_row, held):
+            places |= {"first_text": first_text, "texts": size}
         shards[name] = {**places, "sha256": hashlib.sha256(mine.tobytes() + counted.tobytes()).hexdigest()}
-        first_row += size
+        first_row += held
         first_node += new
+        first_text += size
     return {"counts": {"samples": first_row, "nodes": first_node}, "shards": shards}
 
 
 def number_nodes(hashes: pl.DataFrame) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Node of each row by first appearance of its hash, int64 [N] (NO_NODE for hash 0), and rows a node, int64 [M]."""
+    """Node of each caption by first appearance of its hash, int64 [N] (NO_NODE for hash 0), and captions a node [M]."""
     key = ["hash_high", "hash_low"]
     present = (pl.col("hash_high") != 0) | (pl.col("hash_low") != 0)
     distinct = hashes.filter(present).unique(key, keep="first", maintain_order=True).with_row_index("node")
@@ -92,8 +97,19 @@ def run_texts(task: Task, store: Store, writer: Writer) -> Json:
 def new_texts(store: Store, name: str, shard: Mapping[str, Any]) -> list[str]:
     """The texts that appear in a shard first, in order of node; shard: its facts of stage number."""
     scan = store.table(SCANNED.format(name), ["text"])
-    nodes = store.rows(ROW_NODES, shard["first_row"], shard["first_row"] + shard["samples"])
+    nodes = _nodes(store, shard)
     return list(scan["text"].filter(_first_rows(nodes, shard["first_node"])).to_pylist())
+
+
+def _nodes(store: Store, shard: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    """The nodes of a shard's captions, int64 [n]; shard: its facts of stage number."""
+    first = shard.get("first_text", shard["first_row"])
+    return store.rows(ROW_NODES, first, first + shard.get("texts", shard["samples"]))
+
+
+def sample_places(scan: pa.Table) -> np.ndarray[Any, Any]:
+    """The place in its shard of the sample of each caption [n] of a table of scan."""
+    return scan["sample"].to_numpy() if "sample" in scan.column_names else np.arange(len(scan))
 
 
 def _first_rows(nodes: np.ndarray[Any, Any], first_node: int) -> pa.Array:
@@ -130,13 +146,11 @@ def _scans(store: Store) -> dict[str, str]:
 def run_assign(task: Task, store: Store, writer: Writer) -> Json:
     first, count, first_node, new = (task.built[place] for place in PLACES)
     begin, numbered, gone = task.hints["first_node"], task.hints["nodes"], np.array(task.hints["without"], np.int64)
-    found = store.rows(ROW_NODES, first, first + count)
+    found = _nodes(store, task.built)
     without = np.isin(found, gone)
     nodes = np.where(without, NO_NODE, found - np.searchsorted(gone, found))
     scan = store.table(SCANNED.format(task.name))
-    row = pa.array(np.arange(first, first + count, dtype=np.int64))
-    samples = scan.append_column("row", row).append_column("node", pa.array(nodes, mask=nodes == NO_NODE))
-    writer.table(SAMPLES.format(task.name), samples.select(COLUMNS))
+    writer.table(SAMPLES.format(task.name), _samples(scan, nodes, first))
     texts = scan["text"].filter(_first_rows(found, begin))
     kept = ~np.isin(np.arange(begin, begin + numbered), gone)
     counts = store.rows(NODE_COUNTS, begin, begin + numbered)[kept]
@@ -148,9 +162,37 @@ def run_assign(task: Task, store: Store, writer: Writer) -> Json:
         return facts
     places = np.flatnonzero(without)
     lost = scan.select(["key", "caption"]).take(places).to_pylist()
-    rejected = [(at, one["key"], NO_VECTOR, one["caption"]) for at, one in zip(places.tolist(), lost, strict=True)]
+    positions = sample_places(scan)[places].tolist()
+    rejected = [(at, one["key"], NO_VECTOR, one["caption"]) for at, one in zip(positions, lost, strict=True)]
     write_rejected("assign", task.name, rejected, writer)
     return {**facts, "counts": {**counted, "rejected": len(lost)}, "reasons": {NO_VECTOR: len(lost)}}
+
+
+def _samples(scan: pa.Table, nodes: np.ndarray[Any, Any], first_row: int) -> pa.Table:
+    """The table of samples/: a row a sample, with its first caption that has a node, and in MORE what others have one.
+
+    Weights are of the captions with a node, and sum to 1. Where none has a positive one, the first has all.
+    """
+    captions = scan.append_column("node", pa.array(nodes, mask=nodes == NO_NODE))
+    if "sample" not in scan.column_names:
+        row = pa.array(np.arange(first_row, first_row + len(scan), dtype=np.int64))
+        return captions.append_column("row", row).select(COLUMNS)
+    sample = sample_places(scan)
+    order = np.lexsort((np.arange(len(scan)), nodes == NO_NODE, sample))  # those with a node before the others
+    _, begin = np.unique(sample[order], return_index=True)
+    is_first = np.zeros(len(scan), bool)
+    is_first[order[begin]] = True
+    weight = np.where(nodes == NO_NODE, 0, scan["weight"].to_numpy().astype(np.float64))
+    total = np.bincount(sample, weight)
+    weight = np.where(total[sample] > 0, weight / np.where(total > 0, total, 1)[sample], is_first & (nodes != NO_NODE))
+    captions = captions.set_column(captions.schema.get_field_index("weight"), "weight", pa.array(weight, pa.float32()))
+    is_more = ~is_first & (nodes != NO_NODE)
+    offsets = np.cumsum([0, *np.bincount(sample[is_more], minlength=len(begin))])
+    more = captions.select([field.name for field in MORE_TYPE.value_type]).filter(pa.array(is_more)).to_struct_array()
+    own = captions.filter(pa.array(is_first))
+    row = pa.array(np.arange(first_row, first_row + len(own), dtype=np.int64))
+    behind = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), more.combine_chunks(), type=MORE_TYPE)
+    return own.append_column("row", row).select([*COLUMNS, "weight"]).append_column(MORE, behind)
 
 
 def finish_assign(recipe: Recipe, store: Store, done: list[Json]) -> Json:

@@ -25,11 +25,16 @@ SCHEMA = pa.schema(
         ("members", pa.list_(MEMBER)),
     ]
 )
+PLURAL = [pa.field("sample", pa.int32()), pa.field("weight", pa.float32())]
+"""What scan adds in shards where a sample has several captions, a row each: its place in the shard, and the weight."""
 REJECTED = pa.schema(
     [("position", pa.int64()), ("key", pa.string()), ("reason", pa.string()), ("content", pa.string())]
 )
 NO_NODE = -1
 COLUMNS = ["row", "key", "node", "caption", "image_offset", "image_size", "members"]
+MORE = "more_captions"
+MORE_TYPE = pa.list_(pa.struct([("caption", pa.string()), ("node", pa.int64()), ("weight", pa.float32())]))
+"""Of samples/, where a sample has several captions: those behind the first, whose weight is in the column `weight`."""
 
 
 def write_rejected(stage: str, shard: str, rejected: Sequence[tuple[Any, ...]], writer: Writer) -> None:

@@ -1,9 +1,9 @@
 """Stage scan: reads captions from tars or from a caption list and normalises them; shards get their numbers here.
 
-One task a tar, or one for a list, which it cuts into shards. Writes `_state/scan/<shard>.parquet` (SCHEMA) and, where
-captions cannot become nodes, `rejected/scan/<shard>.parquet` (REJECTED). A tar's sample without a usable caption keeps
-its row, with text null, so that sidecars stay 1:1 with tars; a list's row without one is left out. One pass over the
-input; memory: one shard's captions.
+One task a tar, or one for a list, which it cuts into shards. Writes `_state/scan/<shard>.parquet` (SCHEMA, a row a
+caption; PLURAL where a sample has several) and, for captions that cannot become nodes, `rejected/scan/<shard>.parquet`
+(REJECTED). A tar's sample without a usable caption keeps its row, with text null, so that sidecars stay 1:1 with tars;
+a list's row without one is left out. One pass over the input; memory: one shard's captions.
 """
 
 from __future__ import annotations
@@ -12,27 +12,30 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from graphbuild.errors import ConfigError, InputError, public
 from graphbuild.nodes.captions import (
+    Found,
     fill_fields,
     fill_template,
     hashes,
     is_number,
     is_of_lines,
     read_class_names,
-    sample_caption,
+    sample_captions,
     template_fields,
     usable_text,
+    weighted,
 )
-from graphbuild.nodes.samples import SCHEMA, write_rejected
+from graphbuild.nodes.samples import PLURAL, SCHEMA, write_rejected
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, records, summed, total_counts
 from graphbuild.sources.download import downloaded_tars
-from graphbuild.sources.tables import FIELD_ROLE, TableSpec, read_chunks
+from graphbuild.sources.tables import CAPTION_ROLES, FIELD_ROLE, WEIGHTS_ROLE, TableSpec, read_chunks
 from graphbuild.sources.tars import expand_shards, open_tar, tar_stem
 from graphbuild.store.checksum import file_sha256
 from graphbuild.store.files import file_identities, file_identity
@@ -46,6 +49,8 @@ logger = logging.getLogger(__name__)
 def plan(recipe: Recipe, store: Store) -> list[Task]:
     embed = recipe.embed
     settings: dict[str, Any] = {"template": embed.template}
+    if embed.caption_weights is not None:
+        settings["caption_weights"] = embed.weights
     if embed.captions is not None:
         settings |= embed.model_dump(include={"preset", "caption_column", "key_column", "shard_size"})
         next(read_chunks(_spec(embed.captions, settings), chunk_rows=1))  # refuses a bad list before a file is written
@@ -86,7 +91,7 @@ def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     captions, of_lines = counts["captions"], counts.get("of_several_lines", 0)
     if of_lines:
         logger.warning(
-            "%-9s %s are texts of several lines, and each is one caption: were they several, keep one line of each",
+            "%-9s %s are texts of several lines, each one caption: if lines are captions, --caption-member txt:lines",
             "captions",
             f"{of_lines:,}",
         )
@@ -109,7 +114,7 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
     with open_tar(full_url) as tar:
         samples = tar.samples()
         keys = [sample.key for sample in samples]
-        found = [sample_caption(tar, sample, settings) for sample in samples]
+        found = [sample_captions(tar, sample, settings) for sample in samples]
         found_images = [sample.image(settings.get("image_member")) for sample in samples]
         images = [None if tar.compressed else image for image in found_images]
         members = [[] if tar.compressed else [vars(member) for member in sample.members] for sample in samples]
@@ -119,15 +124,9 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
             "bytes": tar.source.stat().st_size,
             "sha256": file_sha256(tar.source),
         }
-    captions = [content if reason is None else None for content, reason in found]
-    usable = [usable_text(content) if reason is None else (None, reason) for content, reason in found]
-    texts = [text for text, _ in usable]
-    rejected = [
-        (position, keys[position], reason, found[position][0])
-        for position, (_, reason) in enumerate(usable)
-        if reason is not None
-    ]
-    if samples and len(rejected) == len(samples):
+    groups, rejected = _usable(found, keys, range(len(keys)))
+    captions = [one.caption for group in groups for one in group if one.text is not None]
+    if samples and not captions:
         extensions = sorted({repr(f".{member.extension}") for sample in samples for member in sample.members})
         raise InputError(
             f"{full_url}: none of its {len(samples):,} samples has a caption "
@@ -139,10 +138,11 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
         "image_size": [image and image.size for image in images],
         "members": members,
     }
-    _write_shard(shard, keys, captions, texts, places, writer)
+    _write_shard(shard, keys, groups, places, writer)
     write_rejected(STAGE.name, shard, rejected, writer)
-    counts = {"samples": len(samples), "captions": len(samples) - len(rejected), "rejected": len(rejected)}
-    of_lines = sum(is_of_lines(caption, sample, settings) for caption, sample in zip(captions, samples, strict=True))
+    counts = {"samples": len(samples), "captions": len(captions), "rejected": len(rejected)}
+    firsts = [group[0].caption for group in groups]
+    of_lines = sum(is_of_lines(first, sample, settings) for first, sample in zip(firsts, samples, strict=True))
     counts |= {"without_image": found_images.count(None)} | ({"of_several_lines": of_lines} if of_lines else {})
     return {
         "counts": counts,
@@ -152,43 +152,72 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
     }
 
 
+class Usable(NamedTuple):
+    """A caption with its text and weight; text None: of a sample that has no usable one."""
+
+    caption: str | None
+    text: str | None
+    weight: float
+
+
+def _usable(
+    found: Sequence[Sequence[Found]], keys: Sequence[str | None], positions: Sequence[int]
+) -> tuple[list[list[Usable]], list[tuple[Any, ...]]]:
+    """The captions of each sample that can be nodes, or one without a text, and what is rejected."""
+    groups, rejected = [], []
+    for captions, key, position in zip(found, keys, positions, strict=True):
+        group = []
+        for content, reason, weight in captions:
+            text, why = usable_text(content) if reason is None else (None, reason)
+            if text is None:
+                rejected.append((position, key, why, content))
+            else:
+                group.append(Usable(content, text, weight))
+        groups.append(group or [Usable(captions[0].content if captions[0].reason is None else None, None, 1.0)])
+    return groups, rejected
+
+
 def _spec(url: str, settings: Mapping[str, Any]) -> TableSpec:
     fields = template_fields(settings["template"])
-    columns = {f"{FIELD_ROLE}{name}": name for name in fields} or {"caption": settings["caption_column"]}
+    named = settings["caption_column"].split(";")
+    columns = {f"{FIELD_ROLE}{name}": name for name in fields} or dict(zip(CAPTION_ROLES, named, strict=False))
     if settings["key_column"] is not None:
         columns["key"] = settings["key_column"]
-    return TableSpec(path=url, preset=settings["preset"], columns=columns)
+    if isinstance(settings.get("caption_weights"), str):
+        columns[WEIGHTS_ROLE] = settings["caption_weights"]
+    return TableSpec(path=url, preset=settings["preset"], columns=columns, plural=True)
 
 
 def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
     spec = _spec(url, settings)
     shards: dict[str, Json] = {}
     reasons: Counter[str] = Counter()
-    rejected_rows = numbers = 0
+    rejected_rows = numbers = captions = 0
     keys: list[str] = []
-    captions: list[str | None] = []
-    texts: list[str] = []
+    groups: list[list[Usable]] = []
 
     def cut(size: int) -> None:
         shard = shard_name(len(shards))
-        _write_shard(shard, keys[:size], captions[:size], texts[:size], {}, writer)
+        _write_shard(shard, keys[:size], groups[:size], {}, writer)
         shards[shard] = {"samples": len(keys[:size]), "tar": None}
-        del keys[:size], captions[:size], texts[:size]
+        del keys[:size], groups[:size]
 
     for number, chunk in enumerate(read_chunks(spec)):
         rejected = [(row["position"], None, row["reason"], row["content"]) for row in chunk.rejected.to_pylist()]
         positions = chunk.rows["position"].to_pylist()
         row_keys = chunk.rows["key"].to_pylist() if "key" in spec.columns else [str(position) for position in positions]
-        filled = _filled(chunk.rows, settings["template"])
-        for position, key, (caption, missing) in zip(positions, row_keys, filled, strict=True):
-            text, reason = usable_text(caption)
-            if text is None or key is None:
-                rejected.append((position, key, missing or reason or "no key", caption))
-            else:
+        found = [
+            captions if key is not None else [one._replace(reason=one.reason or "no key") for one in captions]
+            for captions, key in zip(_found(chunk.rows, settings), row_keys, strict=True)
+        ]
+        usable, unusable = _usable(found, row_keys, positions)
+        rejected += unusable
+        for key, group in zip(row_keys, usable, strict=True):
+            if group[0].text is not None:
                 keys.append(key)
-                captions.append(caption)
-                texts.append(text)
-                numbers += is_number(caption, settings["template"])
+                groups.append(group)
+                captions += len(group)
+                numbers += sum(is_number(one.caption, settings["template"]) for one in group)
         while len(keys) >= settings["shard_size"]:
             cut(settings["shard_size"])
         write_rejected(STAGE.name, shard_name(number), rejected, writer)
@@ -200,40 +229,56 @@ def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
     if samples == 0:
         why = "; ".join(f"{count:,} rejected: {reason}" for reason, count in reasons.items())
         raise InputError(f"{url}: no row has a caption ({why})", "check --caption-column")
-    counts = {"samples": samples, "captions": samples, "rejected": rejected_rows}
+    counts = {"samples": samples, "captions": captions, "rejected": rejected_rows}
     return {"counts": counts, "numbers": numbers, "reasons": reasons, "shards": shards}
 
 
-def _filled(rows: pa.Table, template: str) -> Iterator[tuple[str | None, str | None]]:
-    """(caption, None), or (None, what is missing), of each row."""
+def _found(rows: pa.Table, settings: Mapping[str, Any]) -> Iterator[list[Found]]:
+    """The captions of each row."""
+    template = settings["template"]
     fields = template_fields(template)
-    if not fields:
-        for caption in rows["caption"].to_pylist():
-            yield fill_template(template, caption), None
+    if fields:
+        named = [rows[f"{FIELD_ROLE}{name}"].to_pylist() for name in fields]
+        for row in zip(*named, strict=True):
+            yield [Found(*fill_fields(template, dict(zip(fields, row, strict=True))))]
         return
-    columns = [rows[f"{FIELD_ROLE}{name}"].to_pylist() for name in fields]
-    for values in zip(*columns, strict=True):
-        yield fill_fields(template, dict(zip(fields, values, strict=True)))
+    columns = [rows[role].to_pylist() for role in CAPTION_ROLES if role in rows.column_names]
+    weights = settings.get("caption_weights")
+    each = rows[WEIGHTS_ROLE].to_pylist() if isinstance(weights, str) else [None] * len(rows)
+    for *values, own in zip(*columns, each, strict=True):
+        several = [value if isinstance(value, list) and value else [value] for value in values]
+        sources = [[(fill_template(template, text), None) for text in texts] for texts in several]
+        yield weighted(sources, each=own or "") if isinstance(weights, str) else weighted(sources, weights)
 
 
 def _write_shard(
     shard: str,
     keys: Sequence[str],
-    captions: Sequence[str | None],
-    texts: Sequence[str | None],
+    groups: Sequence[Sequence[Usable]],
     places: Mapping[str, Sequence[Any]],
     writer: Writer,
 ) -> None:
-    hashed = hashes(texts)
-    columns: dict[str, Any] = {
-        "key": keys,
-        "caption": captions,
-        "text": texts,
+    """A row a caption. A sample's key, image and members stand in each of its rows."""
+    samples = np.repeat(np.arange(len(groups), dtype=np.int32), [len(group) for group in groups])
+    captions = [one for group in groups for one in group]
+    hashed = hashes([one.text for one in captions])
+    own: dict[str, Any] = {
+        "caption": [one.caption for one in captions],
+        "text": [one.text for one in captions],
         "hash_high": hashed[:, 0],
         "hash_low": hashed[:, 1],
+        "sample": samples,
+        "weight": [one.weight for one in captions],
     }
-    columns |= {name: places.get(name, [None] * len(keys)) for name in ("image_offset", "image_size", "members")}
-    writer.table(SCANNED.format(shard), pa.table(columns, schema=SCHEMA))
+    plural = len(captions) > len(keys)
+    columns = {}
+    for field in [*SCHEMA, *PLURAL] if plural else SCHEMA:
+        if field.name in own:
+            columns[field.name] = pa.array(own[field.name], field.type)
+        else:
+            values = pa.array(keys if field.name == "key" else places.get(field.name, [None] * len(keys)), field.type)
+            columns[field.name] = values.take(pa.array(samples)) if plural else values
+    writer.table(SCANNED.format(shard), pa.table(columns))
 
 
 def _reasons(rejected: Sequence[tuple[Any, ...]]) -> dict[str, int]:

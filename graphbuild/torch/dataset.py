@@ -19,11 +19,14 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from webdataset.tariterators import base_plus_ext
 
-from graphbuild.errors import ShardError
-from graphbuild.export.sidecar import SidecarHeader, read_columns
+from graphbuild.errors import ConfigError, ShardError
+from graphbuild.export.sidecar import SidecarHeader, read_columns, text_columns
+from graphbuild.nodes.samples import MORE
 from graphbuild.sources.ranges import TarRanges, member_behind
 from graphbuild.sources.tars import image_extension
 from graphbuild.store.remote import READERS
+from graphbuild.torch.captions import CaptionChoice, check_choice, drawn, gathered, spread
+from graphbuild.torch.epochs import Position
 from graphbuild.torch.fields import SidecarFields, StoreFields
 from graphbuild.torch.images import BadImages, ImageDecoder
 from graphbuild.torch.shards import Shard, check_same_graph, check_tar_size, find_shards
@@ -31,6 +34,7 @@ from graphbuild.torch.shards import Shard, check_same_graph, check_tar_size, fin
 if TYPE_CHECKING:
     from graphbuild.graph.sample_graph import SampleGraph
 
+PLURAL = ("weight", *(f"{MORE}.list.element.{name}" for name in ("caption", "node", "weight")))
 RESTORE = "the sidecar was changed or is another tar's: run `graphbuild export` again"
 HEADERS = 16  # blocks of 512 bytes that may hold a member's headers, with a long name
 
@@ -70,6 +74,8 @@ class GraphDataset(Dataset[dict[str, Any]]):
         urls, sidecars, image_pixels, transform, bad_images: as for `graph_webdataset`. Tars must not be compressed.
         graph: the store that the sidecars were exported from, to take the fields from. Embeddings are then the store's
             float16 ones, whatever the sidecars hold.
+        captions: of samples that have several, as for `graph_webdataset`; "draw" is by `seed` and the epoch last set.
+            "all" gives batches only.
 
     Raises:
         ConfigError: an option out of range, a pattern that names no tar, or a graph that is not the sidecars'.
@@ -87,6 +93,8 @@ class GraphDataset(Dataset[dict[str, Any]]):
         image_pixels: int | None = None,
         transform: Callable[[Any], Any] | None = None,
         bad_images: BadImages = "raise",
+        captions: CaptionChoice = "first",
+        seed: int = 0,
     ) -> None:
         self._decoder = ImageDecoder(image_pixels, transform, bad_images)
         self.shards = find_shards(urls, sidecars)
@@ -96,25 +104,38 @@ class GraphDataset(Dataset[dict[str, Any]]):
         for shard, own in zip(self.shards, headers, strict=True):
             check_same_graph(shard, own, header)
         self._first_item = np.cumsum([0, *map(len, parts)])
-        samples = pa.concat_tables(parts)
-        numbers = ("row", "position", "offset", "size", "node")
-        self._row, self._position, self._offset, self._size, self.nodes = (np.array(samples[name]) for name in numbers)
-        self._texts = samples.select(["key", "caption"])
+        check_choice(captions, header if graph is None else None)
+        self._captions, self._seed, self._epoch = captions, seed, Position()
+        samples = pa.concat_tables(parts, promote_options="default")
+        numbers = ("row", "position", "offset", "size")
+        self._row, self._position, self._offset, self._size = (np.array(samples[name]) for name in numbers)
+        texts, self._first_more = text_columns(samples)
+        self._nodes, self._weight = np.array(texts["node"]), np.array(texts["weight"])
+        self.nodes = self._nodes[: len(samples)]
+        self._strings = {"key": texts["key"], "caption": texts["caption"]}
         if not len(self):
             raise ShardError(f"{self.shards[0].sidecar}: no sample here or in the others has a node", "name other tars")
         self._fields: SidecarFields | StoreFields = (
-            SidecarFields(self.shards, header, self.nodes)
+            SidecarFields(self.shards, header, self.nodes if captions == "first" else self._nodes)
             if graph is None
             else StoreFields(graph, self.shards[0].sidecar, header)
         )
         self._image_member = header.image_member
         self._tars = TarRanges([shard.tar for shard in self.shards])
 
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the captions that samples read from now on have, with captions="draw"; alike on all ranks."""
+        self._epoch.set(epoch, 0)
+
     def __len__(self) -> int:
         return len(self.nodes)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One sample: the fields of a batch without the dimension B, image uint8 [3, H, W]."""
+        if self._captions == "all":
+            raise ConfigError(
+                'captions="all" gives batches', "read it by a batch_sampler, or by a sampler and batch_size"
+            )
         sample: dict[str, Any] = self.__getitems__([index])[0]
         return sample
 
@@ -122,7 +143,7 @@ class GraphDataset(Dataset[dict[str, Any]]):
         """Many samples, which is how a DataLoader asks for a batch; their bytes are read tar by tar."""
         items = self._checked(indices)
         tars = np.searchsorted(self._first_item, items, side="right") - 1
-        keys = self._strings("key", items)
+        keys = self._of("key", items)
         images = self._images(items, tars, keys)
         names = [
             f"{self.shards[tar].tar}: sample {position}, key {key!r}"
@@ -130,13 +151,21 @@ class GraphDataset(Dataset[dict[str, Any]]):
         ]
         pictures, places = self._decoder.decode(images, names)
         items = items[places]
-        nodes = self.nodes[items]
-        columns = {"row": self._row[items], "node": nodes, **self._fields.take(nodes)}
+        texts, offsets = (
+            (items, np.arange(len(items) + 1)) if self._captions == "first" else spread(items, self._first_more)
+        )
+        if self._captions == "draw":
+            epoch = self._epoch.get()[0]
+            texts = texts[drawn(self._row[items], self._weight[texts], offsets, seed=self._seed, epoch=epoch)]
+        columns = {"node": self._nodes[texts], **self._fields.take(self._nodes[texts])}
+        captions = self._of("caption", texts)
+        columns, captions = gathered(self._captions, columns, captions, self._weight[texts], offsets)
         return Samples(
             {
                 "image": pictures,
-                "caption": self._strings("caption", items),
-                "key": self._strings("key", items),
+                "caption": captions,
+                "key": self._of("key", items),
+                "row": torch.from_numpy(self._row[items]),
                 **{name: torch.from_numpy(column) for name, column in columns.items()},
             }
         )
@@ -168,16 +197,16 @@ class GraphDataset(Dataset[dict[str, Any]]):
             item = int(np.delete(items, places)[0])
             tar = int(np.searchsorted(self._first_item, item, side="right")) - 1
             raise SampleIndexError(
-                f"{self.shards[tar].tar}: sample {self._position[item]}, key {self._texts['key'][item].as_py()!r}"
+                f"{self.shards[tar].tar}: sample {self._position[item]}, key {self._strings['key'][item].as_py()!r}"
                 f" (index {item}) is twice in one batch: its views would be each other's negatives",
                 "use a sampler without replacement",
             )
         return items.astype(np.int64)
 
-    def _strings(self, name: str, items: NDArray[np.int64]) -> list[str]:
-        """The keys or the captions of some items."""
-        column = self._texts[name]
-        return [column[item].as_py() for item in items.tolist()]
+    def _of(self, name: str, places: NDArray[np.int64]) -> list[str]:
+        """Some of the keys or captions."""
+        column = self._strings[name]
+        return [column[place].as_py() for place in places.tolist()]
 
     def _images(self, items: NDArray[np.int64], tars: NDArray[np.int64], keys: list[str]) -> list[bytes]:
         """The encoded images of some items: each checked to be the member that the sidecar names."""
@@ -224,12 +253,13 @@ def read_samples(shard: Shard) -> tuple[SidecarHeader, pa.Table]:
     """The header of a shard's sidecar, which must fit the tar's size and itself, and its samples with node and image.
 
     Columns, in tar order: row int64; position int32, in the tar; node int64; offset int64 and size int32 of the image;
-    key, caption.
+    key, caption; and where samples have several captions weight, and MORE with caption, node and weight.
 
     Raises:
         ShardError: it does not, or a tar is compressed.
     """
-    header, table = read_columns(shard.sidecar, ["row", "key", "node", "caption", "image_offset", "image_size"])
+    names = ["row", "key", "node", "caption", "image_offset", "image_size"]
+    header, table = read_columns(shard.sidecar, names, PLURAL)
     check_tar_size(shard, header)
     row = table.column("row").to_numpy()
     if header.chunk is None and len(row) and not np.array_equal(row, row[0] + np.arange(len(row))):
@@ -255,4 +285,5 @@ def read_samples(shard: Shard) -> tuple[SidecarHeader, pa.Table]:
             RESTORE,
         )
     columns = {"row": row[usable], "position": position, "offset": offset, "size": size.astype(np.int32)}
-    return header, pa.table(columns | {name: table[name] for name in ("node", "key", "caption")})
+    texts = [name for name in ("node", "key", "caption", "weight", MORE) if name in table.column_names]
+    return header, pa.table(columns | {name: table[name] for name in texts})

@@ -12,6 +12,7 @@ import logging
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain, groupby, islice
 from typing import Any
 
@@ -23,6 +24,7 @@ from webdataset.utils import pytorch_worker_info
 
 from graphbuild.errors import ConfigError
 from graphbuild.export.sidecar import SidecarHeader
+from graphbuild.torch.captions import CaptionChoice, check_choice, drawn, gathered
 from graphbuild.torch.epochs import Epochs, Position
 from graphbuild.torch.fields import GRAPH_FIELDS, as_in_batch
 from graphbuild.torch.images import BadImages, ImageDecoder
@@ -31,7 +33,7 @@ from graphbuild.torch.shards import JoinedSample, Shard, find_shards, joined_sam
 
 logger = logging.getLogger(__name__)
 
-BATCH_FIELDS = ("image", "caption", "key", "row", "node", *GRAPH_FIELDS)
+BATCH_FIELDS = ("image", "caption", "key", "row", "node", "weight", "offsets", *GRAPH_FIELDS)
 
 
 class GraphWebDataset(IterableDataset[dict[str, Any]]):
@@ -63,6 +65,11 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
             what the others leave is another part each epoch. Costs one small read a sidecar, here (a pass over a
             compressed tar).
         split_by_rank: False gives every rank all shards, as an evaluation on one rank needs.
+        captions: of samples that have several. "first": the first one. "draw": one for each sample and epoch, at random
+            by weight, the same whatever the ranks and workers; all fields are those of its text. "all": all, side by
+            side: caption is a list of T, the fields of nodes have T rows, weight float32 [T], and offsets int64 [B + 1]
+            say where each sample's begin. "mean": of their embeddings, by weight, with all their neighbours
+            (`graphbuild.torch.captions.mean`); caption and node are the first one's.
 
     Yields:
         Dicts: image uint8 [B, 3, P, P], a list of [3, H, W] without image_pixels, or the
@@ -93,6 +100,7 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
         partial: bool = True,
         equal_ranks: bool = False,
         split_by_rank: bool = True,
+        captions: CaptionChoice = "first",
     ) -> None:
         if batch_size < 1 or shuffle < 0:
             raise ConfigError(f"batch_size = {batch_size}, shuffle = {shuffle}", "batch_size starts at 1, shuffle at 0")
@@ -113,6 +121,8 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
             partial=partial,
             equal_ranks=equal_ranks,
         )
+        check_choice(captions, self.header if captions == "mean" else None)
+        self._captions = captions
         self._position = Position()
         self._known_rank: tuple[int, int] | None = None
 
@@ -168,7 +178,7 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
             self._join,
             *self._shuffled(random.Random(f"samples {self._epochs.seed} {epoch} {rank} {part.stream}")),
             wds.batched(self._epochs.batch_size, collation_fn=None, partial=self._epochs.partial),
-            lambda batches: map(self._collate, islice(batches, part.first, part.last)),
+            lambda batches: map(partial(self._collate, epoch), islice(batches, part.first, part.last)),
         ):
             yield batch
             given += 1
@@ -207,20 +217,29 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
             chain.from_iterable,
         ]
 
-    def _collate(self, samples: list[JoinedSample]) -> dict[str, Any]:
+    def _collate(self, epoch: int, samples: list[JoinedSample]) -> dict[str, Any]:
         images, chosen = self._decoder.decode([sample.image for sample in samples], [sample.name for sample in samples])
         samples = [samples[i] for i in chosen]
-        places = [(sample.sidecar, sample.position) for sample in samples]
-        stored = {
-            name: np.stack([getattr(sidecar, name)[position] for sidecar, position in places])
-            for name in ("row", "node", *GRAPH_FIELDS)
-            if getattr(places[0][0], name) is not None
-        }
-        columns = {"row": stored["row"], "node": stored["node"], **as_in_batch(stored, self.header)}
+        rows = np.array([sample.sidecar.row[sample.position] for sample in samples])
+        places, offsets = [(sample.sidecar, sample.position) for sample in samples], np.arange(len(samples) + 1)
+        if self._captions != "first":
+            texts = [sample.sidecar.texts_of(sample.position) for sample in samples]
+            places = [(sample.sidecar, i) for sample, own in zip(samples, texts, strict=True) for i in own.tolist()]
+            offsets = np.cumsum([0, *map(len, texts)])
+        weights = np.array([sidecar.weight[i] for sidecar, i in places], np.float32)
+        if self._captions == "draw":
+            picked = drawn(rows, weights, offsets, seed=self._epochs.seed, epoch=epoch)
+            places = [places[i] for i in picked.tolist()]
+        names = [name for name in ("node", *GRAPH_FIELDS) if getattr(places[0][0], name) is not None]
+        stored = {name: np.stack([getattr(sidecar, name)[i] for sidecar, i in places]) for name in names}
+        columns = {"node": stored["node"], **as_in_batch(stored, self.header)}
+        captions = [sidecar.caption[i] for sidecar, i in places]
+        columns, captions = gathered(self._captions, columns, captions, weights, offsets)
         batch: dict[str, Any] = {
             "image": self._decoder.collate(images),
-            "caption": [sidecar.caption[position] for sidecar, position in places],
-            "key": [sidecar.key[position] for sidecar, position in places],
+            "caption": captions,
+            "key": [sample.sidecar.key[sample.position] for sample in samples],
+            "row": torch.from_numpy(rows),
             **{name: torch.from_numpy(column) for name, column in columns.items()},
         }
         for name in self._extra:

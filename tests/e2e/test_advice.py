@@ -306,6 +306,7 @@ ELSEWHERE = {
     "run `graphbuild verify {...}`": "damage: tests/e2e/test_mutations.py",
     "run `graphbuild {...} {...}` again": "tests/job/test_mixed_records.py",
     "the tar changed after the export": "tests/torch/test_loader.py",
+    "run `graphbuild export --embeddings int8`": "tests/nodes/test_plural.py",
     "open the graph of the sidecars' store": "tests/torch/test_dataset.py",
     "run `graphbuild export` ": "tests/torch/test_loader.py",
     "write the tar again without --sparse": "tests/sources/test_tars.py",

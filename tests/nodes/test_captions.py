@@ -149,4 +149,4 @@ def test_a_text_of_several_lines_is_one_caption_and_is_counted(
     texts = store.table("_state/scan/00000.parquet")["text"].to_pylist()
     assert texts == ["a dog a cat", "a dog", "a cat", "a dog a cat", "a dog a cat"]
     assert store.manifest()["stages"]["scan"]["counts"]["of_several_lines"] == 2
-    assert "2 are texts of several lines, and each is one caption" in caplog.text
+    assert "2 are texts of several lines, each one caption" in caplog.text

@@ -27,6 +27,7 @@ from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import records, total_counts
 from graphbuild.runner.state import pending, require
 from graphbuild.sources.fetched import require_images
+from graphbuild.sources.tables import CAPTION_ROLES
 from graphbuild.sources.tars import expand_shards, open_tar
 from graphbuild.store.files import open_parts
 from graphbuild.store.remote import file_system, reaching
@@ -115,12 +116,13 @@ def _of_urls(recipe: Recipe, rows: int | None) -> Job:
 
 def _of_captions(recipe: Recipe, url: str, rows: int | None) -> Job:
     embed, encoder = recipe.embed, encoder_facts(recipe)
-    known = lists.look(url, embed.preset, {"caption": embed.caption_column}, rows, encoder.folder)
+    columns = dict(zip(CAPTION_ROLES, embed.caption_sources, strict=False))
+    known = lists.look(url, embed.preset, columns, rows, encoder.folder)
     return _of_list("captions", known, known.rows, embed.shard_size, encoder)
 
 
 def _of_list(source: str, known: lists.Known, samples: int, shard_size: int, encoder: EncoderFacts) -> Job:
-    nodes, shards = round(samples * known.distinct), math.ceil(known.rows / shard_size)
+    nodes, shards = round(samples * known.captions * known.distinct), math.ceil(known.rows / shard_size)
     said = f"{known.distinct:.0%} of the captions differ (fewer, where the list repeats itself)"
     job = Job(source, known.rows, samples, nodes, shards, encoder, assumed=(*known.assumed, said))
     return replace(job, tokens=known.tokens, characters=known.characters, list_bytes=known.bytes)
@@ -157,7 +159,7 @@ def _of_tars(recipe: Recipe, shards: str, rows: int | None) -> Job:
 
 def _of_samples(recipe: Recipe, samples: int, sizes: list[int], assumed: tuple[str, ...]) -> Job:
     """Of tars of those sizes."""
-    nodes = samples
+    nodes = samples * len(recipe.embed.caption_sources)
     if recipe.embed.class_names is not None:
         nodes = min(len(read_class_names(recipe.embed.class_names)), samples)
     else:

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from graphbuild.errors import InputError
-from graphbuild.sources.tables import TableSpec, read_chunks
+from graphbuild.sources.tables import CAPTION_ROLES, TableSpec, read_chunks
 from graphbuild.store.remote import file_system, reaching
 
 SAMPLE_ROWS, SAMPLE_BYTES = 2_000, 8 << 20
@@ -29,6 +29,7 @@ class Known:
     tokens: float = 15.0  # of a caption, as MiniLM's
     characters: float = 65.0
     bytes: float = 0.0
+    captions: float = 1.0  # of a row
     distinct: float = 1.0  # share of the sampled captions that differ
     assumed: tuple[str, ...] = ()
 
@@ -57,7 +58,7 @@ def look(url: str, preset: str | None, columns: Mapping[str, str], rows: int | N
     with reaching(url):
         info = files.info(path) if files.exists(path) else None
     if info is not None:
-        known = _sampled(TableSpec(path=url, preset=preset, columns=columns), usual, info, tokenizer)
+        known = _sampled(TableSpec(path=url, preset=preset, columns=columns, plural=True), usual, info, tokenizer)
     elif rows is None and not usual.rows:
         raise InputError(f"{url} does not exist", "check the path of the list, or give --rows")
     else:
@@ -71,7 +72,8 @@ def look(url: str, preset: str | None, columns: Mapping[str, str], rows: int | N
 def _sampled(spec: TableSpec, usual: Known, info: Mapping[str, Any], tokenizer: Path | None) -> Known:
     size = float(info.get("size") or 0)
     rows = next(read_chunks(spec, chunk_rows=SAMPLE_ROWS)).rows.slice(0, SAMPLE_ROWS)
-    texts = [text or "" for text in rows["caption"].to_pylist()] if "caption" in rows.column_names else []
+    values = [value for role in CAPTION_ROLES if role in rows.column_names for value in rows[role].to_pylist()]
+    texts = [text or "" for value in values for text in (value if isinstance(value, list) else [value])]
     changed = info.get("mtime") or info.get("LastModified")
     when = datetime.fromtimestamp(changed, UTC) if isinstance(changed, int | float) else changed or datetime.now(UTC)
     headed = spec.preset is None and spec.name.removesuffix(".gz").endswith((".csv", ".tsv"))
@@ -81,7 +83,8 @@ def _sampled(spec: TableSpec, usual: Known, info: Mapping[str, Any], tokenizer: 
         return known
     tokens, characters = tokens_of(texts, tokenizer), sum(map(len, texts)) / len(texts)
     distinct = len({text.casefold() for text in texts}) / len(texts)
-    return replace(known, tokens=tokens, characters=characters, distinct=distinct, assumed=())
+    several = len(texts) / len(rows)
+    return replace(known, tokens=tokens, characters=characters, captions=several, distinct=distinct, assumed=())
 
 
 def _rows(spec: TableSpec, size: float) -> int:

@@ -202,7 +202,7 @@ def _image_of(catalog: Catalog, node: int) -> bytes | None:
 
 
 def _public(sample: Sample) -> Json:
-    return {**dataclasses.asdict(sample), "image": sample.image is not None}
+    return {**dataclasses.asdict(sample), "caption": sample.captions, "image": sample.image is not None}
 
 
 def _count(request: web.Request) -> int:

@@ -6,7 +6,16 @@ whichever comes first) and, for parquet, the pages being decoded. `read_chunks` 
 """
 
 from graphbuild.sources.tables.reader import read_chunks
-from graphbuild.sources.tables.spec import FIELD_ROLE, PRESETS, Chunk, TableSpec
+from graphbuild.sources.tables.spec import CAPTION_ROLES, FIELD_ROLE, PRESETS, WEIGHTS_ROLE, Chunk, TableSpec
 from graphbuild.sources.tables.text import MAX_ROW_BYTES
 
-__all__ = ["FIELD_ROLE", "MAX_ROW_BYTES", "PRESETS", "Chunk", "TableSpec", "read_chunks"]
+__all__ = [
+    "CAPTION_ROLES",
+    "FIELD_ROLE",
+    "MAX_ROW_BYTES",
+    "PRESETS",
+    "WEIGHTS_ROLE",
+    "Chunk",
+    "TableSpec",
+    "read_chunks",
+]

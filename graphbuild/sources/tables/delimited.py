@@ -44,7 +44,7 @@ def delimited_table(
         reason = BLANK if not raw else header if isinstance(header, str) else NOT_UTF8
         cause = f"{spec.path}: the first line, which should name the columns, is bad: {reason}"
         raise InputError(cause, "mend the first line")
-    names = [(name or b"").decode() for name in header]
+    names = [bytes(name or b"").decode() for name in header]  # type: ignore[arg-type]
     hint = ""
     if any(map(is_url, names)):
         presets = [preset for preset in PRESETS if not is_csv and _fits(preset, names)]

@@ -13,8 +13,16 @@ from itertools import chain
 from typing import Any
 
 from graphbuild.errors import InputError
-from graphbuild.sources.tables.spec import BLANK, NOT_UTF8, TableSpec, select, wrong_type
-from graphbuild.sources.tables.text import TextTable, chomp
+from graphbuild.sources.tables.spec import (
+    BLANK,
+    CAPTION_ROLES,
+    NOT_UTF8,
+    WEIGHTS_ROLE,
+    TableSpec,
+    select,
+    wrong_type,
+)
+from graphbuild.sources.tables.text import Field, TextTable, chomp
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _JSON_TYPES = {bool: "a boolean", int: "a number", float: "a number", list: "an array", dict: "an object"}
@@ -33,25 +41,33 @@ def json_table(spec: TableSpec, head: list[bytes], lines: Iterator[bytes], keep_
     selected = [(name, names[index]) for name, index in select(spec, names, keep_others)]
     for role, column in spec.columns.items():
         types = {type(row[column]) for row in objects if row.get(column) is not None}
-        if types and not types & {str, int if role == "key" else str}:
+        allowed = {str} | ({int} if role == "key" else set()) | ({list} if spec.takes_lists(role) else set())
+        if types and not types & allowed:
             kind = " or ".join(sorted({_JSON_TYPES[each] for each in types}))
             raise wrong_type(spec.path, role, column, kind)
 
     known = set(names)
 
-    def fields_of(line: bytes) -> list[bytes | None] | str:
+    def fields_of(line: bytes) -> list[Field] | str:
         row = _json_object(line)
         if isinstance(row, str):
             return row
         if keep_others and not row.keys() <= known:
             return f"key {min(row.keys() - known)[:80]!r}, which the first rows do not have"
-        fields: list[bytes | None] = []
+        fields: list[Field] = []
         for name, column in selected:
             value = row.get(column)
             if name in spec.columns and column not in row:
                 return f"no column {column!r}"
+            if name in CAPTION_ROLES and spec.takes_lists(name) and isinstance(value, list):
+                texts = [text for text in value if isinstance(text, str)]
+                if len(texts) < len(value) or any(map(_SURROGATE.search, texts)):
+                    return f"{column!r} holds what is no text"
+                fields.append(texts)
+                continue
             if not isinstance(value, str | None):
-                if name in spec.columns and not (name == "key" and type(value) is int):
+                is_fit = (name == "key" and type(value) is int) or name == WEIGHTS_ROLE
+                if name in spec.columns and not is_fit:
                     return f"{column!r} is {_JSON_TYPES[type(value)]}, not text"
                 value = json.dumps(value, ensure_ascii=False)
             if value is not None and _SURROGATE.search(value):

@@ -21,6 +21,7 @@ from graphbuild.sources.tables.spec import (
     CHUNK_BYTES,
     NO_URL,
     NOT_UTF8,
+    WEIGHTS_ROLE,
     Chunk,
     TableSpec,
     is_utf8,
@@ -46,7 +47,7 @@ def parquet_chunks(spec: TableSpec, file: Any, keep_others: bool, chunk_rows: in
         schema = parquet.schema_arrow
         selected = select(spec, schema.names, keep_others)
         for (role, index), column in zip(selected, spec.columns.values(), strict=False):
-            if not _is_text(schema.field(index).type, role):
+            if not _is_text(schema.field(index).type, role, spec):
                 raise wrong_type(spec.path, role, column, str(schema.field(index).type))
         wanted = None if keep_others else list(dict.fromkeys(spec.columns.values()))
         others = selected[len(spec.columns) :]
@@ -75,13 +76,24 @@ def _merge(batches: Iterable[pa.RecordBatch], chunk_rows: int) -> Iterator[pa.Re
             size += batch.nbytes
 
 
-def _is_text(type_: pa.DataType, role: str) -> bool:
+def _is_text(type_: pa.DataType, role: str, spec: TableSpec) -> bool:
     if pa.types.is_dictionary(type_):
         type_ = type_.value_type
     if role == "key" and pa.types.is_integer(type_):
         return True
+    if _is_list(type_):
+        return spec.takes_lists(role) and (role == WEIGHTS_ROLE or _is_text(type_.value_type, "", spec))
     tests = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
     return any(getattr(pa.types, f"is_{test}")(type_) for test in tests)
+
+
+def _is_list(type_: pa.DataType) -> bool:
+    return any(getattr(pa.types, f"is_{test}")(type_) for test in ("list", "large_list", "fixed_size_list"))
+
+
+def _texts(value: bytes | list[bytes | None] | None) -> list[bytes]:
+    """The texts of a value, none, one or several."""
+    return [text for text in (value if isinstance(value, list) else [value]) if text is not None]
 
 
 def _parquet_chunk(spec: TableSpec, batch: pa.RecordBatch, others: list[tuple[str, int]], position: int) -> Chunk:
@@ -93,15 +105,20 @@ def _parquet_chunk(spec: TableSpec, batch: pa.RecordBatch, others: list[tuple[st
         values = batch.column(batch.schema.get_field_index(column))
         if pa.types.is_dictionary(values.type):
             values = values.dictionary_decode()
+        if role == WEIGHTS_ROLE and _is_list(values.type):
+            values = pa.array([None if each is None else json.dumps(each) for each in values.to_pylist()], pa.string())
         if pa.types.is_integer(values.type):
             values = values.cast(pa.large_string())
-        raw[column] = values = values.cast(pa.large_binary())
+        binary, string = pa.large_binary(), pa.large_string()
+        if _is_list(values.type):
+            binary, string = pa.large_list(binary), pa.large_list(string)
+        raw[column] = values = values.cast(binary)
         try:
-            text = values.cast(pa.large_string())
+            text = values.cast(string)
         except pa.ArrowInvalid:
-            sound = [value is None or is_utf8(value) for value in values.to_pylist()]
+            sound = [all(map(is_utf8, _texts(value))) for value in values.to_pylist()]
             not_utf8 |= ~np.array(sound)
-            text = pc.if_else(pa.array(sound), values, None).cast(pa.large_string())
+            text = pc.if_else(pa.array(sound), values, None).cast(string)
         if role == "url":
             is_empty = pc.equal(pc.ascii_trim_whitespace(text), "")
             no_url = pc.fill_null(is_empty, True).to_numpy(zero_copy_only=False)
@@ -114,8 +131,8 @@ def _parquet_chunk(spec: TableSpec, batch: pa.RecordBatch, others: list[tuple[st
     for row in np.flatnonzero(bad).tolist():
         content: dict[str, str | None] = {}
         for column, array in raw.items():
-            value = array[row].as_py()
-            content[column] = None if value is None else value.decode(errors="replace")
+            texts = [text.decode(errors="replace") for text in _texts(array[row].as_py())]
+            content[column] = "; ".join(texts) if texts else None
         reason = NOT_UTF8 if not_utf8[row] else NO_URL
         rejects.append((position + row, reason, json.dumps(content, ensure_ascii=False).encode()))
     return Chunk(pa.table(table).filter(pa.array(~bad)), rejected(rejects))

@@ -21,24 +21,33 @@ PRESETS: Mapping[str, tuple[str, ...]] = {"cc3m": ("caption", "url"), "cc12m": (
 MAX_CONTENT_CHARACTERS = 10_000
 CHUNK_BYTES = 64 << 20
 FIELD_ROLE = "field "  # of a column that the caption's template names
+CAPTION_ROLES = ("caption", *(f"caption {number}" for number in range(2, 101)))  # of columns with a caption each
+WEIGHTS_ROLE = "weights"  # of a column with a list of numbers, one for each caption
 BLANK, NO_URL, NOT_UTF8 = "blank line", "no url", "invalid UTF-8"
 _REJECTED = pa.schema([("position", pa.int64()), ("reason", pa.string()), ("content", pa.large_string())])
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableSpec:
-    """Where a list lies, and which of its columns (value) plays which role (key: "caption", "url" or "key").
+    """Where a list lies, and which of its columns (value) plays which role (key: "url", "key", one of CAPTION_ROLES,
+    WEIGHTS_ROLE, or FIELD_ROLE and a name).
 
-    `preset` names a published headerless TSV, whose columns are called "caption" and "url".
+    `preset` names a published headerless TSV, whose columns are called "caption" and "url". plural: a value of
+    CAPTION_ROLES may be a list of texts.
     """
 
     path: str
     columns: Mapping[str, str]
     preset: str | None = None
+    plural: bool = False
 
     def __post_init__(self) -> None:
         if self.preset is not None and self.preset not in PRESETS:
             raise ConfigError(f"there is no preset {self.preset!r}", f"--preset takes {' or '.join(PRESETS)}")
+
+    def takes_lists(self, role: str) -> bool:
+        """Whether a value of this role may be a list."""
+        return role == WEIGHTS_ROLE or (self.plural and role in CAPTION_ROLES)
 
     @property
     def name(self) -> str:
@@ -50,7 +59,8 @@ class Chunk(NamedTuple):
     """Consecutive rows of a list, both tables in the file's order.
 
     rows: position int64 (0-based row number in the file, the header not counted), a large_string column for
-        each role, then, if asked for, the file's other columns.
+        each role (of a caption large_list<large_string> where values are lists; weights as JSON), then, if asked for,
+        the file's other columns.
     rejected: position int64, reason string, content large_string (the line; of parquet the role columns as
         JSON; cut at 10,000 characters with an ellipsis).
     """
@@ -66,14 +76,14 @@ def select(spec: TableSpec, names: list[str], keep_others: bool, hint: str = "")
         if column not in names:
             folded = {name.casefold(): name for name in names}
             close = difflib.get_close_matches(column.casefold(), folded, n=1, cutoff=0.5)
-            fix = f"try --{role}-column {folded[close[0]]!r}" if close else f"name one with --{role}-column"
+            fix = f"try {option(role)} {folded[close[0]]!r}" if close else f"name one with {option(role)}"
             if role.startswith(FIELD_ROLE):
                 fix = f"write {{{folded[close[0]]}}} in --template" if close else "name others in --template"
             there = ", ".join(repr(name[:80]) for name in names[:50]) + (", ..." if len(names) > 50 else "")
             raise InputError(f"{spec.path} has no column {column!r}; its columns are {there}", hint or fix)
         if names.count(column) > 1:
             cause = f"{spec.path} has {names.count(column)} columns {column!r}"
-            raise InputError(cause, f"rename them, or name another with --{role}-column")
+            raise InputError(cause, f"rename them, or name another with {option(role)}")
         selected.append((role, names.index(column)))
     taken = {"position", *spec.columns}
     for index, name in enumerate(names if keep_others else []):
@@ -97,7 +107,12 @@ def rejected(rejects: Sequence[tuple[int, str, bytes]]) -> pa.Table:
 
 def wrong_type(path: str, role: str, column: str, kind: str) -> InputError:
     """The error for a role's column that holds `kind` instead of text."""
-    return InputError(f"{path}: column {column!r} is {kind}, not text", f"name another with --{role}-column")
+    return InputError(f"{path}: column {column!r} is {kind}, not text", f"name another with {option(role)}")
+
+
+def option(role: str) -> str:
+    """The option that names a role's column."""
+    return "--caption-weights" if role == WEIGHTS_ROLE else f"--{role.partition(' ')[0]}-column"
 
 
 def is_utf8(value: bytes) -> bool:

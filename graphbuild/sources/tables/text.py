@@ -10,7 +10,7 @@ import gzip
 import io
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 
@@ -27,8 +27,9 @@ _FOREIGN = {
     b"PK\x03\x04": ("a zip archive or a spreadsheet", "unpack it, or export it as CSV"),
 }
 
-# A row's bytes without the line end, and its fields in UTF-8, or the reason why it has none.
-Record = tuple[bytes, Sequence[bytes | None] | str]
+Field = bytes | list[str] | None  # in UTF-8, or several texts
+# A row's bytes without the line end, and its fields, or the reason why it has none.
+Record = tuple[bytes, Sequence[Field] | str]
 # The output's columns as (name, index in the file); the file's number of columns; its records.
 TextTable = tuple[list[tuple[str, int]], int, Iterator[Record]]
 
@@ -89,15 +90,18 @@ def text_chunks(
     """Chunks out of the records of a TextTable; a record that cannot be delivered is rejected with the reason."""
     url = dict(selected)["url"] if "url" in spec.columns else None
     positions: list[int] = []
-    targets: list[tuple[list[bytes | None], int]] = [([], index) for _, index in selected]
+    targets: list[tuple[list[Field], int]] = [([], index) for _, index in selected]
     rejects: list[tuple[int, str, bytes]] = []
     size = 0
 
     def chunk() -> Chunk:
         columns = {"position": pa.array(positions, pa.int64())}
         for (name, _), (column, _) in zip(selected, targets, strict=True):
-            # Several times faster than an array of strings at once; the cast validates the UTF-8 again.
-            columns[name] = pa.array(column, pa.large_binary()).cast(pa.large_string())
+            if any(isinstance(value, list) for value in column):
+                texts = [[value.decode()] if isinstance(value, bytes) else value for value in column]
+                columns[name] = pa.array(texts, pa.large_list(pa.large_string()))
+            else:  # several times faster than an array of strings at once; the cast validates the UTF-8 again
+                columns[name] = pa.array(column, pa.large_binary()).cast(pa.large_string())
         return Chunk(pa.table(columns), rejected(rejects))
 
     for position, (raw, fields) in enumerate(records):
@@ -111,7 +115,7 @@ def text_chunks(
             reason = fields
         elif len(fields) != width:
             reason = f"{len(fields)} fields instead of {width}"
-        elif url is not None and not (fields[url] or b"").strip():
+        elif url is not None and not (cast(bytes | None, fields[url]) or b"").strip():
             reason = NO_URL
         else:
             reason = ""
