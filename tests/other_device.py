@@ -47,13 +47,16 @@ class OtherDevice(TorchDispatchMode):
     """Raises where an operation but a copy takes tensors of two devices; a CPU's single number may stand beside any."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = str(func), kwargs or {}
+        kwargs = kwargs or {}
+        wanted = kwargs.get("device")
+        if Elsewhere not in types and wanted != META:  # all is here and stays here, as in most operations
+            return func(*args, **kwargs)
+        name = str(func)
         judged = (args[0], *args[2:]) if name.startswith(BY_INDEX) and isinstance(args[0], Elsewhere) else args
         tensors = [leaf for leaf in tree_leaves((judged, kwargs)) if isinstance(leaf, torch.Tensor)]
         places = {isinstance(tensor, Elsewhere) for tensor in tensors if tensor.ndim or isinstance(tensor, Elsewhere)}
         if len(places) > 1 and not name.startswith(COPIES):
             raise RuntimeError(f"{name} takes tensors of two devices")
-        wanted = kwargs.get("device")
         there = wanted == META if wanted is not None else isinstance(args[0], Elsewhere) or True in places
         inner, options = tree_map_only(Elsewhere, lambda tensor: tensor.values, (args, kwargs))
         if wanted is not None:

@@ -12,12 +12,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from other_device import CPU, other_device
 from scipy.stats import ttest_rel
@@ -60,6 +62,15 @@ RECIPE: dict[str, Any] = {
     "measures": ["linear kind", "linear kind swapped"],
     "claims": [{"group": "first", "measure": "linear kind", "better": "X-Sample", "worse": "SimCLR", "deviations": 2}],
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Networks and probes are so small that threads would wait for each other most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
