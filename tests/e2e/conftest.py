@@ -20,6 +20,7 @@ from graphbuild.demo.scenes import encode_jpeg, make_scenes, render
 Picture = tuple[bytes, str]  # a JPEG and its caption
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 NOT_INHERITED = ("RAY_ADDRESS", "AWS_", "FSSPEC_", "COLUMNS")
+READ_WHEN_NEEDED = ("AWS_", "COLUMNS")  # and not when libraries are imported
 
 
 @pytest.fixture(scope="session")
@@ -42,10 +43,11 @@ def cli(program: Path, environment: dict[str, str]) -> Cli:
         *arguments: object, code: int | None = 0, env: dict[str, str] | None = None, timeout: float = 500
     ) -> subprocess.CompletedProcess[str]:
         command = [str(program), *map(str, arguments)]
-        if env is None:
-            done = forked.run(command, environment, timeout)
-        else:  # which libraries may read when they are imported
-            done = subprocess.run(command, env={**environment, **env}, capture_output=True, text=True, timeout=timeout)
+        own = {**environment, **(env or {})}
+        if all(name.startswith(READ_WHEN_NEEDED) for name in env or {}):
+            done = forked.run(command, own, timeout)
+        else:
+            done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=timeout)
         if code is not None and done.returncode != code:
             pytest.fail(f"{' '.join(command)} exited {done.returncode}, not {code}\n{done.stdout}\n{done.stderr}")
         return done

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import forked
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -53,11 +54,14 @@ def graphbuild(*arguments: object, encoding: str = "utf-8") -> Outcome:
     return Outcome(code, *(stream.buffer.getvalue().decode(encoding) for stream in (out, err)))  # type: ignore[attr-defined]
 
 
-def graphbuild_process(*arguments: object) -> Outcome:
-    """Run a command as a user's shell would."""
-    script = Path(sys.executable).with_name("graphbuild")
-    done = subprocess.run([script, *map(str, arguments)], capture_output=True, timeout=120, check=False)
-    return Outcome(done.returncode, done.stdout.decode(), done.stderr.decode())
+def graphbuild_process(*arguments: object, is_forked: bool = True) -> Outcome:
+    """Run a command in a process of its own; is_forked: False starts it as a user's shell would."""
+    command = [str(Path(sys.executable).with_name("graphbuild")), *map(str, arguments)]
+    if is_forked:
+        done = forked.run(command, os.environ, timeout=120)
+    else:
+        done = subprocess.run(command, capture_output=True, timeout=120, check=False, text=True)
+    return Outcome(done.returncode, done.stdout, done.stderr)
 
 
 def refused(outcome: Outcome, *named: object, code: int = 2) -> None:
@@ -748,7 +752,8 @@ def test_a_template_without_one_place_for_the_caption_is_refused(tmp_path: Path,
 def test_an_encoder_that_cannot_be_loaded_is_refused_in_seconds(tmp_path: Path, store: Path) -> None:
     captions = write_list(tmp_path / "a.csv", "caption\nx\ny\n")
     begin = time.monotonic()
-    outcome = graphbuild_process("embed", store, "--captions", captions, "--encoder", "graphbuild-tests/no-such-model")
+    arguments = ("embed", store, "--captions", captions, "--encoder", "graphbuild-tests/no-such-model")
+    outcome = graphbuild_process(*arguments, is_forked=False)
     refused(outcome, "'graphbuild-tests/no-such-model'", "--encoder")
     assert time.monotonic() - begin < 30
     assert not store.exists()
@@ -1038,7 +1043,8 @@ def test_a_process_says_the_same_and_shows_no_traceback(tmp_path: Path, store: P
     (tmp_path / "a.tar").write_bytes(good_tar)
     (tmp_path / "b.tar").write_bytes(good_tar[:5_000])
     for workers in (0, 1):
-        outcome = graphbuild_process("embed", store, "--shards", tmp_path / "*.tar", "--workers", workers)
+        arguments = ("embed", store, "--shards", tmp_path / "*.tar", "--workers", workers)
+        outcome = graphbuild_process(*arguments, is_forked=workers == 1)
         refused(outcome, tmp_path / "b.tar", "not a whole tar", "1 FAILED", "fetch or write it again")
         nothing_built(store)
     outcome = graphbuild_process("embed", store, "--captions", tmp_path / "missing.csv")

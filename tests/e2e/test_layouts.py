@@ -56,7 +56,7 @@ def store(source: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-CLUSTERED = ("--layout", "clustered", "--chunk", CHUNK, "--shard-size", SHARD, "--workers", 2)
+CLUSTERED = ("--layout", "clustered", "--chunk", CHUNK, "--shard-size", SHARD, "--workers", 0)
 
 
 def members_of(tar: Path) -> dict[str, bytes]:
@@ -160,7 +160,7 @@ def test_a_stream_of_chunks_goes_on_in_the_middle_of_an_epoch(store: Path) -> No
 def test_any_number_of_workers_and_a_second_run_give_the_same_bytes(store: Path, cli: Cli, tmp_path: Path) -> None:
     copy = tmp_path / "store"
     shutil.copytree(store, copy, ignore=shutil.ignore_patterns("clustered", "cluster"))
-    cli("export", copy, *CLUSTERED[:-1], 0)
+    cli("export", copy, *CLUSTERED[:-1], 2)
     names = sorted(path.name for path in (store / "clustered").iterdir())
     assert names == sorted(path.name for path in (copy / "clustered").iterdir())
     assert all((store / "clustered" / name).read_bytes() == (copy / "clustered" / name).read_bytes() for name in names)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 
@@ -45,9 +46,7 @@ def built(recipe: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> P
 @contextlib.contextmanager
 def stopped_while_it_writes(program: Path, environment: dict[str, str], *arguments: object) -> Iterator[Any]:
     """A command that stands still with the lock of its store, its third argument."""
-    command = [str(program), *map(str, arguments)]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+    process = forked.Started([str(program), *map(str, arguments)], environment)
     wait_for((Path(str(arguments[2])) / LOCK).exists, process)
     process.send_signal(signal.SIGSTOP)
     try:
@@ -215,13 +214,19 @@ def test_who_loses_its_lock_on_s3_is_told(s3: tuple[Any, dict[str, str]], monkey
     client, _ = s3
     monkeypatch.setattr(lock, "RENEW_SECONDS", 0.2)
 
+    def renewed() -> bool:
+        said = json.loads(client.get_object(Bucket="jobs", Key=f"lost/{LOCK}")["Body"].read())
+        return bool(said["renewed"] > 0)
+
     def write() -> None:
         with writing(Store("s3://jobs/lost"), "index"):
-            time.sleep(1)
-            said = json.loads(client.get_object(Bucket="jobs", Key=f"lost/{LOCK}")["Body"].read())
-            assert said["renewed"] > 0
+            end = time.monotonic() + 30
+            while not renewed() and time.monotonic() < end:
+                time.sleep(0.05)
+            assert renewed()
             put_lock(client, "lost", ELSEWHERE, 0)
-            time.sleep(60)
+            for _ in range(600):  # in steps: a signal that is ignored ends none of them
+                time.sleep(0.1)
 
     with pytest.raises(StageError, match="process 1 on far"):
         write()

@@ -52,11 +52,11 @@ def test_a_refused_choice_is_told_in_the_words_of_the_command_line(store: Path) 
 def test_each_verb_names_the_next_until_the_store_is_verified(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", captioned(CAPTIONS))
     said = succeeded(graphbuild("embed", tmp_path / "store", "--shards", path, "--workers", 0))
-    verbs = []
+    verbs, options = [], {"index": ["--k", 2, "--workers", 0], "export": ["--workers", 0]}
     while found := re.search(r"^next +graphbuild (.*)$", said, re.M):
         words = shlex.split(found[1])
         verbs.append(words[0])
-        said = succeeded(graphbuild(*words, *{"index": ["--k", 2]}.get(words[0], [])))
+        said = succeeded(graphbuild(*words, *options.get(words[0], [])))
         if words[0] == "export":
             assert "4 samples in 1 sidecar, in shards/" in said
     assert verbs == ["index", "export", "verify"]

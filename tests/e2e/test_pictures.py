@@ -98,7 +98,16 @@ def test_a_download_tells_the_size_that_a_large_photograph_had(cli: Cli, tmp_pat
     Image.new("RGB", (1_000, 700)).save(photograph, "JPEG", exif=lying.tobytes())
     with serving(lambda path: photograph.getvalue()) as address:
         (tmp_path / "list.csv").write_text(f"url,caption\n{address}/0.jpg,black\n")
-        cli("download", tmp_path / "out", tmp_path / "list.csv", "--image-size", 64, "--allow-private-hosts")
+        cli(
+            "download",
+            tmp_path / "out",
+            tmp_path / "list.csv",
+            "--image-size",
+            64,
+            "--allow-private-hosts",
+            "--workers",
+            0,
+        )
     (row,) = pq.read_table(tmp_path / "out/shards/00000.parquet").to_pylist()
     sizes = [row[name] for name in ("original_width", "original_height", "width", "height")]
     assert sizes == [700, 1_000, 64, 91]

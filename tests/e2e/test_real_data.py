@@ -277,7 +277,7 @@ def downloaded(flickr: list[Picture], cli: Cli, tmp_path_factory: pytest.TempPat
             "no",
             "--allow-private-hosts",
             "--workers",
-            2,
+            0,
         ]
         printed = {"download": cli("download", store, folder / "list.tsv", *options).stdout}
     printed["embed"] = cli("embed", store, "--workers", 0).stdout

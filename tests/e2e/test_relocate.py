@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,15 +26,27 @@ def members(pictures: list[Picture]) -> list[tuple[str, bytes]]:
     ]
 
 
-@pytest.fixture
-def store(tmp_path: Path, cli: Cli, write_tar: WriteTar, pictures: list[Picture]) -> Path:
-    """A finished store over three tars."""
+@pytest.fixture(scope="module")
+def finished(
+    cli: Cli, write_tar: WriteTar, pictures: list[Picture], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """A folder in which a store was made over three tars, and a copy of it."""
+    work = tmp_path_factory.mktemp("relocate") / "work"
     for name, first in (("a", 0), ("b", 20), ("c", 40)):
-        write_tar(tmp_path / f"old/{name}.tar", members(pictures[first : first + 20]))
-    cli("embed", tmp_path / "out", "--shards", tmp_path / "old", "--workers", 0)
-    cli("index", tmp_path / "out", "--k", 3, "--workers", 0)
-    cli("export", tmp_path / "out", "--workers", 0)
-    return tmp_path / "out"
+        write_tar(work / f"old/{name}.tar", members(pictures[first : first + 20]))
+    cli("embed", work / "out", "--shards", work / "old", "--workers", 0)
+    cli("index", work / "out", "--k", 3, "--workers", 0)
+    cli("export", work / "out", "--workers", 0)
+    return work, Path(shutil.copytree(work, work.with_name("copy")))
+
+
+@pytest.fixture
+def store(finished: tuple[Path, Path]) -> Path:
+    """A finished store over three tars, where it was made."""
+    work, copy = finished
+    shutil.rmtree(work)
+    shutil.copytree(copy, work)
+    return work / "out"
 
 
 def made(store: Path) -> dict[str, tuple[int, bytes]]:
@@ -42,17 +55,15 @@ def made(store: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
 
 
-def test_moved_and_renamed_tars_are_found_and_only_sidecars_are_written_again(
-    store: Path, cli: Cli, tmp_path: Path
-) -> None:
+def test_moved_and_renamed_tars_are_found_and_only_sidecars_are_written_again(store: Path, cli: Cli) -> None:
     before = made(store)
-    (tmp_path / "new [v2]").mkdir()
+    (store.parent / "new [v2]").mkdir()
     for old, new in (("a", "9"), ("b", "b"), ("c", "0")):
-        (tmp_path / f"old/{old}.tar").rename(tmp_path / f"new [v2]/{new}.tar")
+        (store.parent / f"old/{old}.tar").rename(store.parent / f"new [v2]/{new}.tar")
     assert "graphbuild relocate" in cli("verify", store, code=1).stderr
-    refused = cli("embed", store, "--shards", tmp_path / "new [v2]", "--workers", 0, code=2)
+    refused = cli("embed", store, "--shards", store.parent / "new [v2]", "--workers", 0, code=2)
     assert f"graphbuild relocate {store}" in refused.stderr
-    said = cli("relocate", store, tmp_path / "new [v2]", "--workers", 0)
+    said = cli("relocate", store, store.parent / "new [v2]", "--workers", 0)
     assert "3 tars found by their content" in said.stdout
     assert "encoding  up to date" in said.stderr
     assert made(store) == before
@@ -63,7 +74,7 @@ def test_moved_and_renamed_tars_are_found_and_only_sidecars_are_written_again(
     ]
     keys = pq.read_table(store / "samples/00000.parquet")["key"].to_pylist()
     assert pq.read_table(store / "shards/9.graph.parquet")["key"].to_pylist() == keys
-    dataset = GraphDataset(tmp_path / "new [v2]", sidecars=store / "shards", image_pixels=16)
+    dataset = GraphDataset(store.parent / "new [v2]", sidecars=store / "shards", image_pixels=16)
     assert len(dataset) == 60
     again = cli("embed", store, "--workers", 0).stderr
     assert again.count("up to date") == len(again.strip().splitlines())
@@ -71,26 +82,26 @@ def test_moved_and_renamed_tars_are_found_and_only_sidecars_are_written_again(
 
 
 def test_a_tar_that_is_not_there_or_has_changed_is_named_and_nothing_changes(
-    store: Path, cli: Cli, tmp_path: Path, write_tar: WriteTar, pictures: list[Picture]
+    store: Path, cli: Cli, write_tar: WriteTar, pictures: list[Picture]
 ) -> None:
-    (tmp_path / "old").rename(tmp_path / "new")
-    write_tar(tmp_path / "new/b.tar", members(pictures[21:41]))
+    (store.parent / "old").rename(store.parent / "new")
+    write_tar(store.parent / "new/b.tar", members(pictures[21:41]))
     before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
-    refused = cli("relocate", store, tmp_path / "new", "--workers", 0, code=2)
+    refused = cli("relocate", store, store.parent / "new", "--workers", 0, code=2)
     assert "1 of the 3 tars" in refused.stderr
     assert "old/b.tar" in refused.stderr
     assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
 
 
-def test_half_a_relocation_goes_on_with_the_same_command(store: Path, cli: Cli, tmp_path: Path) -> None:
+def test_half_a_relocation_goes_on_with_the_same_command(store: Path, cli: Cli) -> None:
     before = made(store)
-    (tmp_path / "old").rename(tmp_path / "new")
+    (store.parent / "old").rename(store.parent / "new")
     done = store / "_state/scan/00001.done.json"
     kept = done.read_text()
-    cli("relocate", store, tmp_path / "new", "--workers", 0)
+    cli("relocate", store, store.parent / "new", "--workers", 0)
     done.write_text(kept)  # as if the command had stopped before it wrote this record
-    assert str(tmp_path / "old") in json.loads(kept)["facts"]["shards"]["00001"]["tar"]["url"]
-    cli("relocate", store, tmp_path / "new", "--workers", 0)
+    assert str(store.parent / "old") in json.loads(kept)["facts"]["shards"]["00001"]["tar"]["url"]
+    cli("relocate", store, store.parent / "new", "--workers", 0)
     assert made(store) == before
     cli("export", store, "--workers", 0)
     assert "no problems" in cli("verify", store).stdout

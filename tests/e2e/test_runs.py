@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
@@ -28,6 +29,7 @@ import pytest
 Picture = tuple[bytes, str]
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 WriteTar = Callable[[Path, Iterable[tuple[str, bytes]]], None]
+Process = subprocess.Popen[str] | forked.Started
 Digests = dict[str, str]
 DERIVED = {"manifest.json", "shards.parquet", "shards/sizes.json"}  # written again, the same, when their stage has work
 K = 5
@@ -162,7 +164,7 @@ def descendants(pid: int) -> dict[int, str]:
     return {child: names.get(child, "") for child in found}
 
 
-def workers_of(process: subprocess.Popen[str], name: str = "ray::Worker") -> list[int]:
+def workers_of(process: Process, name: str = "ray::Worker") -> list[int]:
     return [pid for pid, command in descendants(process.pid).items() if command.startswith(name)]
 
 
@@ -173,7 +175,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 120) -> Any:
+def wait_for(condition: Callable[[], Any], process: Process, seconds: float = 120) -> Any:
     """The first true value of a condition, while a process runs."""
     end = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < end:
@@ -189,15 +191,12 @@ def done(store: Path, stage: str) -> int:
 
 
 @pytest.fixture
-def start(program: Path, environment: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def start(program: Path, environment: dict[str, str]) -> Iterator[Callable[..., forked.Started]]:
     """Start `graphbuild ARGUMENTS` and go on; what still runs at the end is killed."""
-    started: list[subprocess.Popen[str]] = []
+    started: list[forked.Started] = []
 
-    def run(*arguments: object) -> subprocess.Popen[str]:
-        command = [str(program), *map(str, arguments)]
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+    def run(*arguments: object) -> forked.Started:
+        process = forked.Started([str(program), *map(str, arguments)], environment)
         started.append(process)
         return process
 
@@ -209,7 +208,7 @@ def start(program: Path, environment: dict[str, str]) -> Iterator[Callable[..., 
 
 @needs_proc
 def test_a_run_outlives_a_killed_worker_with_the_same_bytes(
-    built: Path, recipe: Path, start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+    built: Path, recipe: Path, start: Callable[..., forked.Started], tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
     process = start("run", recipe, store, "--workers", 2)
@@ -225,10 +224,10 @@ def test_a_run_outlives_a_killed_worker_with_the_same_bytes(
 
 @needs_proc
 def test_a_killed_run_is_resumed_to_the_same_bytes(
-    built: Path, recipe: Path, start: Callable[..., subprocess.Popen[str]], cli: Cli, tmp_path: Path
+    built: Path, recipe: Path, start: Callable[..., forked.Started], cli: Cli, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
-    process = start("run", recipe, store, "--workers", 2)
+    process = start("run", recipe, store, "--workers", 1)
     wait_for(lambda: done(store, "encode") >= 1, process)
     workers = workers_of(process)
     process.kill()
