@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import multiprocessing.process
 import multiprocessing.util
 import os
 import signal
@@ -31,8 +32,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], timeout: float) 
     """As `subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)`."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        process = _context.Process(target=_main, args=(list(command), dict(environment), Path.cwd(), out, err))
-        process.start()
+        process = start(command, environment, out, err)
         process.join(timeout)
         if process.exitcode is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -41,6 +41,15 @@ def run(command: Sequence[str], environment: Mapping[str, str], timeout: float) 
         code = process.exitcode
         process.close()
         return subprocess.CompletedProcess(list(command), code, out.read_text(), err.read_text())
+
+
+def start(
+    command: Sequence[str], environment: Mapping[str, str], out: Path, err: Path
+) -> multiprocessing.process.BaseProcess:
+    """Begin it as a process whose output goes to these files."""
+    process = _context.Process(target=_main, args=(list(command), dict(environment), Path.cwd(), out, err))
+    process.start()
+    return process
 
 
 def _main(command: list[str], environment: dict[str, str], folder: Path, out: Path, err: Path) -> None:
