@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,6 @@ from graphbuild.runner.stage import Stage, Task, records
 from graphbuild.runner.state import require
 from graphbuild.store.store import Json, Store, Writer
 
-WORKERS = [0, 2]
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import a test file
 
 
@@ -77,27 +76,61 @@ def store(tmp_path: Path) -> Store:
     return Store(str(tmp_path / "store"))
 
 
-@pytest.mark.parametrize("workers", WORKERS)
-def test_what_is_done_is_not_done_again(store: Store, workers: int) -> None:
-    with Runner(workers=workers) as runner:
-        entry = runner.run(stage(write), Recipe(), store)
-        before = {path: path.stat().st_mtime_ns for path in Path(store.url).rglob("*") if path.is_file()}
-        assert runner.run(stage(fail_one), Recipe(), store) == entry
+@pytest.fixture(scope="module")
+def started() -> Iterator[list[Runner]]:
+    """The runner of `on_ray`, while its Ray runs."""
+    runners: list[Runner] = []
+    yield runners
+    end(runners)
+
+
+def end(runners: list[Runner]) -> None:
+    while runners:
+        runners.pop().__exit__(None, None, None)
+
+
+@pytest.fixture
+def on_ray(started: list[Runner]) -> Runner:
+    """Two workers on a Ray that this runner starts; tests follow each other on it as the stages of a job do.
+
+    That Ray counts a GPU, which to it is a number.
+    """
+    if not started:
+        with pytest.MonkeyPatch.context() as patches:
+            patches.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # which would refuse that number
+            patches.setenv("RAY_OVERRIDE_RESOURCES", '{"GPU": 1}')
+            started.append(Runner(workers=2))
+            started[0].start_ray()
+    return started[0]
+
+
+@pytest.fixture(params=[0, 2])
+def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
+    """So many workers: none, that is this process, or two on Ray."""
+    if request.param:
+        yield request.getfixturevalue("on_ray")
+    else:
+        with Runner(workers=0) as here:
+            yield here
+
+
+def test_what_is_done_is_not_done_again(store: Store, runner: Runner) -> None:
+    entry = runner.run(stage(write), Recipe(), store)
+    before = {path: path.stat().st_mtime_ns for path in Path(store.url).rglob("*") if path.is_file()}
+    assert runner.run(stage(fail_one), Recipe(), store) == entry
     assert entry["counts"] == {"files": 4}
     assert {path: path.stat().st_mtime_ns for path in Path(store.url).rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("workers", WORKERS)
-def test_one_failure_lets_the_others_go_on_and_is_recorded(store: Store, workers: int) -> None:
-    with Runner(workers=workers) as runner:
-        with pytest.raises(StageError, match=r"00002 \(same\): ZeroDivisionError: by zero"):
-            runner.run(stage(fail_one), Recipe(), store)
-        assert set(records(store, "search")) == {"00000", "00001", "00003"}
-        failure = records(store, "search", "failed")["00002"]
-        assert "ZeroDivisionError" in failure["traceback"]
-        with pytest.raises(ConfigError, match="`graphbuild index` is not finished"):
-            require(store, "search", "index")
-        runner.run(stage(write), Recipe(), store)
+def test_one_failure_lets_the_others_go_on_and_is_recorded(store: Store, runner: Runner) -> None:
+    with pytest.raises(StageError, match=r"00002 \(same\): ZeroDivisionError: by zero"):
+        runner.run(stage(fail_one), Recipe(), store)
+    assert set(records(store, "search")) == {"00000", "00001", "00003"}
+    failure = records(store, "search", "failed")["00002"]
+    assert "ZeroDivisionError" in failure["traceback"]
+    with pytest.raises(ConfigError, match="`graphbuild index` is not finished"):
+        require(store, "search", "index")
+    runner.run(stage(write), Recipe(), store)
     assert not records(store, "search", "failed")
     assert len(require(store, "search", "index")) == 4
 
@@ -114,15 +147,14 @@ def test_a_full_gpu_says_what_leaves_it_room(store: Store) -> None:
     assert "--workers 1" in error.value.fix
 
 
-def test_a_worker_that_dies_has_its_task_run_again(store: Store) -> None:
-    with Runner(workers=2) as runner:
-        assert runner.run(stage(die_once), Recipe(), store)["tasks"] == 4
+def test_a_worker_that_dies_has_its_task_run_again(store: Store, on_ray: Runner) -> None:
+    assert on_ray.run(stage(die_once), Recipe(), store)["tasks"] == 4
     assert (Path(store.url) / "died-00001").exists()
 
 
-def test_a_task_that_kills_every_worker_fails_alone(store: Store) -> None:
-    with Runner(workers=2) as runner, pytest.raises(StageError, match=r"00003 \(same\): its worker died 3 times"):
-        runner.run(stage(die_always), Recipe(), store)
+def test_a_task_that_kills_every_worker_fails_alone(store: Store, on_ray: Runner) -> None:
+    with pytest.raises(StageError, match=r"00003 \(same\): its worker died 3 times"):
+        on_ray.run(stage(die_always), Recipe(), store)
     assert set(records(store, "search")) == {"00000", "00001", "00002"}
 
 
@@ -130,37 +162,38 @@ def on_cuda(recipe: Recipe, store: Store) -> list[Task]:
     return [dataclasses.replace(task, hints={"device": "cuda"}) for task in stage(write).plan(recipe, store)]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
 def test_a_gpu_that_is_asked_for_and_cannot_be_used_is_an_error_and_no_reason_to_take_the_cpu(
-    store: Store, monkeypatch: pytest.MonkeyPatch, workers: int
+    store: Store, monkeypatch: pytest.MonkeyPatch, runner: Runner
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     one = dataclasses.replace(stage(write), on_device=True, plan=on_cuda)
-    with Runner(workers=workers) as runner, pytest.raises(ConfigError, match="torch can use no GPU here"):
+    with pytest.raises(ConfigError, match="torch can use no GPU here"):
         runner.run(one, Recipe(), store)
 
 
+def say_gpu(task: Task, store: Store, writer: Writer) -> Json:
+    return {**write(task, store, writer), "counts": {"gpu": int(os.environ.get("CUDA_VISIBLE_DEVICES") == "0")}}
+
+
 def test_gpus_of_this_machine_that_ray_counts_and_torch_cannot_use_are_left_alone(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch, on_ray: Runner
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0, "GPU": 1.0})
-    with Runner(workers=1) as runner:  # none of whose workers could start, with a share of a GPU that is not there
-        assert runner.run(dataclasses.replace(stage(write), on_device=True), Recipe(), store)["tasks"] == 4
+    assert ray.cluster_resources()["GPU"] == 1.0
+    entry = on_ray.run(dataclasses.replace(stage(say_gpu), on_device=True), Recipe(), store)
+    assert entry["tasks"] == 4
+    assert entry["counts"] == {"gpu": 0}
 
 
-def test_workers_that_a_cluster_has_no_cpu_for_hold_nothing_up(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    ray.init(address="local", num_cpus=1, include_dashboard=False)
-    try:
-        with Runner(workers=3) as runner:
-            runner.run(stage(write), Recipe(), store)  # also until Ray is warm
-            begin = time.monotonic()
-            for k in range(3, 8):
-                runner.run(stage(write), Recipe(index=Index(k=k)), store, force=True)
-            assert time.monotonic() - begin < 20
-    finally:
-        ray.shutdown()
+def test_workers_that_a_cluster_has_no_cpu_for_hold_nothing_up(
+    store: Store, monkeypatch: pytest.MonkeyPatch, on_ray: Runner
+) -> None:
+    monkeypatch.setattr(on_ray, "workers", 4)  # the cluster has two CPUs
+    on_ray.run(stage(write), Recipe(), store)  # also until Ray is warm
+    begin = time.monotonic()
+    for k in range(3, 8):
+        on_ray.run(stage(write), Recipe(index=Index(k=k)), store, force=True)
+    assert time.monotonic() - begin < 20
 
 
 def meet(task: Task, store: Store, writer: Writer) -> Json:
@@ -175,24 +208,17 @@ def meet(task: Task, store: Store, writer: Writer) -> Json:
         time.sleep(0.01)
     time.sleep(0.2)  # the other sees this one too
     mark.unlink()
-    gpu = os.environ["CUDA_VISIBLE_DEVICES"] == "0"
-    return {**write(task, store, writer), "counts": {"met": int(met), "gpu": int(gpu)}}
+    said = say_gpu(task, store, writer)
+    return {**said, "counts": {"met": int(met), **said["counts"]}}
 
 
-def test_two_workers_share_a_gpu_in_one_stage_and_one_has_it_alone_in_the_next(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    ray.init(address="local", num_cpus=1, num_gpus=1, include_dashboard=False)  # to Ray a GPU is a number
-    try:
-        with Runner() as runner:
-            for sharing, met in ((2, 4), (1, 0)):
-                one = dataclasses.replace(stage(meet), on_device=True, sharing=sharing)
-                entry = runner.run(one, Recipe(index=Index(k=sharing)), store, force=True)
-                assert entry["counts"] == {"gpu": 4, "met": met}
-    finally:
-        ray.shutdown()
+@pytest.mark.usefixtures("on_ray")
+def test_two_workers_share_a_gpu_in_one_stage_and_one_has_it_alone_in_the_next(store: Store) -> None:
+    with Runner() as runner:  # which takes Ray's word, as it did not start that
+        for sharing, met in ((2, 4), (1, 0)):
+            one = dataclasses.replace(stage(meet), on_device=True, sharing=sharing)
+            entry = runner.run(one, Recipe(index=Index(k=sharing)), store, force=True)
+            assert entry["counts"] == {"gpu": 4, "met": met}
 
 
 def test_other_settings_stop_with_a_diff_and_force_rebuilds(store: Store) -> None:
@@ -271,7 +297,8 @@ def test_a_stage_that_changes_takes_later_ones_out_of_the_manifest(store: Store)
     assert store.manifest()["stages"] == {}
 
 
-def test_an_address_where_no_cluster_is_names_the_option(store: Store) -> None:
+def test_an_address_where_no_cluster_is_names_the_option(store: Store, started: list[Runner]) -> None:
+    end(started)  # a process that has a Ray uses that
     with Runner(address="127.0.0.1:1") as runner, pytest.raises(ConfigError, match=r"127\.0\.0\.1:1"):
         runner.run(stage(write), Recipe(), store)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import http.cookiejar
+import os
 import re
-import subprocess
-import sys
+import signal
+import time
 import unicodedata
 import urllib.error
 import urllib.request
@@ -22,7 +23,6 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from browser import Tab
 
-from graphbuild.demo.scenes import encode_jpeg, make_scenes, render
 from graphbuild.errors import StorageError
 from graphbuild.job.steps import run_verb
 from graphbuild.look.explore import server
@@ -30,25 +30,34 @@ from graphbuild.nodes.encoder import find_encoder, open_model
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store
+from tests.e2e import forked
 
 Serve = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
 def serve() -> Iterator[Serve]:
-    """Start `graphbuild explore ARGUMENTS` on a free port; gives the address that it prints."""
-    running = []
+    """The address that `graphbuild explore ARGUMENTS` prints, on a free port; the same arguments share a server."""
+    running: dict[tuple[str, ...], tuple[forked.Started, str]] = {}
 
     def start(*arguments: object) -> str:
-        program = str(Path(sys.executable).with_name("graphbuild"))
-        command = [program, "explore", *map(str, arguments), "--port", "0"]
-        running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        line = running[-1].stdout.readline()  # type: ignore[union-attr]
-        return line.split()[1]
+        key = tuple(map(str, arguments))
+        if key not in running:
+            process = forked.Started(["graphbuild", "explore", *key, "--port", "0"], os.environ)
+            running[key] = process, printed(process)
+        return running[key][1]
+
+    def printed(process: forked.Started) -> str:
+        end = time.monotonic() + 120
+        while not process.printed()[0].endswith("\n"):
+            assert process.poll() is None, process.printed()[1]
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        return process.printed()[0].split()[1]
 
     yield start
-    for process in running:
-        process.terminate()
+    for process, _ in running.values():
+        process.send_signal(signal.SIGTERM)
         process.wait(20)
 
 
@@ -195,8 +204,7 @@ def test_two_stores_stand_side_by_side(tab: Tab, serve: Serve, store: Path, othe
 
 
 def test_every_hostile_caption_is_text_and_runs_nothing(tab: Tab, address: str, texts: list[str]) -> None:
-    pixel = encode_jpeg(render(make_scenes(1)[0], 32))
-    tab.page.route("**/image/**", lambda route: route.fulfill(body=pixel, content_type="image/jpeg"))
+    tab.page.add_init_script("Object.defineProperty(HTMLImageElement.prototype, 'src', {set() {}})")  # none is loaded
     tab.page.goto(f"{address}#node=1")
     wait_for(tab, 1)
     tab.page.locator("#count").evaluate("input => { input.value = 2; }")
@@ -298,7 +306,8 @@ def test_strangers_and_bad_requests_are_refused(address: str) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_only_who_was_given_the_printed_address_gets_in_on_loopback_too(serve: Serve, store: Path, host: str) -> None:
-    address = serve(store, "--host", host).replace("0.0.0.0", "127.0.0.1")
+    arguments = [] if host == "127.0.0.1" else ["--host", host]  # the first is what it takes by itself
+    address = serve(store, *arguments).replace("0.0.0.0", "127.0.0.1")
     base, mine = signed_in(address)
     for path in ("", "?token=wrong", "?token=", "page.js", "api/stores", "api/0/node/3", "api/0/map", "image/0/1"):
         assert fetch(base + path)[0] == 403, path
@@ -308,10 +317,10 @@ def test_only_who_was_given_the_printed_address_gets_in_on_loopback_too(serve: S
 
 
 def test_two_explorers_of_one_machine_do_not_sign_each_other_out(
-    tab: Tab, serve: Serve, address: str, other_store: Path
+    tab: Tab, serve: Serve, address: str, store: Path, other_store: Path
 ) -> None:
     tab.page.goto(f"{address}#node=3")
-    tab.page.context.new_page().goto(serve(other_store))
+    tab.page.context.new_page().goto(serve(store, "--compare", other_store))
     tab.page.reload()
     tab.wait("document.querySelectorAll('.card').length > 0")
     assert tab.page.url == address.partition("?")[0] + "#node=3", "the token stays out of the browser's history"
