@@ -65,13 +65,47 @@ class Download(Section):
     encode_quality: int = setting(95, "JPEG quality of resized images", ge=1, le=100)
     timeout_seconds: float = setting(10, "to connect, and between two packets", gt=0)
     retries: int = setting(1, "of errors that may pass: time-outs, resets, busy servers", ge=0)
+    min_bytes: int = setting(0, "a smaller file is refused", ge=0)
     max_bytes: int = setting(50_000_000, "a larger file is refused", ge=1)
     max_pixels: int = setting(100_000_000, "a larger image is refused before it is decoded", ge=1)
+    min_image_size: int = setting(0, "pixels; an image with a smaller side is refused", ge=0)
+    max_aspect_ratio: float | None = setting(
+        None, "longer side to shorter; an image with a larger one is refused", unset="any", ge=1
+    )
     host_connections: int = setting(8, "at a time to one host, of one worker", ge=1)
     allow_private_hosts: bool = setting(
         False, "also fetch from addresses that are not public; not remembered by the store", "switch"
     )
+    user_agent_token: str | None = setting(
+        None,
+        "whom sites may address when they opt out, with commas between",
+        unset="graphbuild and img2dataset, which always count",
+        min_length=1,
+    )
+    robots_txt: bool = setting(False, "read each host's robots.txt, and fetch nothing that it forbids")
+    ignore_opt_out: bool = setting(
+        False, "fetch also what sites opt out of (X-Robots-Tag, ...); not remembered by the store", "switch"
+    )
+    proxy: str | None = setting(
+        None,
+        "http://HOST:PORT, or env: as http_proxy, https_proxy and no_proxy say; not remembered by the store",
+        "switch",
+        unset="none",
+    )
     threads: int = setting(32, "requests at a time, a worker", ge=1)
+
+    @field_validator("proxy")
+    @classmethod
+    def _check_proxy(cls, proxy: str | None) -> str | None:
+        if proxy not in (None, "env") and not re.fullmatch(r"http://([^/?#@\s]+@)?[^/?#@\s]+/?", str(proxy)):
+            raise ValueError("it must be env, or http://HOST:PORT, or http://USER:PASSWORD@HOST:PORT")
+        return proxy
+
+    @model_validator(mode="after")
+    def _check_bytes(self) -> Download:
+        if self.min_bytes > self.max_bytes:
+            raise ValueError(f"min_bytes {self.min_bytes:,} is over max_bytes {self.max_bytes:,}: no file would fit")
+        return self
 
 
 class Embed(Section):

@@ -24,8 +24,9 @@ def test_a_recipe_writes_every_default_out_and_reads_back_the_same(tmp_path: Pat
     dumped = Recipe().dump()
     assert read_recipe(write(tmp_path, dumped)) == Recipe()
     written = yaml.safe_load(dumped)
+    switches = {"allow_private_hosts", "ignore_opt_out", "proxy"}
     assert {name: set(section) for name, section in written.items()} == {
-        name: set(field.annotation.model_fields) - {"allow_private_hosts"}  # type: ignore[union-attr]
+        name: set(field.annotation.model_fields) - switches  # type: ignore[union-attr]
         for name, field in Recipe.model_fields.items()
     }
     assert (written["index"]["k"], written["export"]["embeddings"]) == (64, "int8")
@@ -116,6 +117,12 @@ def test_no_source_of_any_kind_is_the_tars_of_the_store(tmp_path: Path, before: 
     assert resolve(Store(str(tmp_path)), "embed", {named: None}) == Recipe()
 
 
+def test_a_least_size_over_the_largest_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="min_bytes 2,000 is over max_bytes 1,000"):
+        read_recipe(write(tmp_path, "download: {min_bytes: 2000, max_bytes: 1000}\n"))
+    assert resolve(Store(str(tmp_path / "new")), "download", {"min_bytes": 5, "max_bytes": 5}).download.min_bytes == 5
+
+
 # -- switches of security
 
 
@@ -137,6 +144,14 @@ def test_a_store_neither_keeps_nor_obeys_a_switch_and_says_so_where_it_matters(
         download = resolve(store, section, changes).download
         assert (download.allow_private_hosts, download.threads) == (allowed, 7)
         assert sum("--allow-private-hosts" in text for text in caplog.messages) == warnings
+
+
+@pytest.mark.parametrize("switch", ["ignore_opt_out: true", "proxy: 'http://us:5ec2e7@h:1'"])
+def test_neither_are_what_ignores_opt_outs_and_a_proxy_with_its_password(tmp_path: Path, switch: str) -> None:
+    named = read_recipe(write(tmp_path, f"download: {{{switch}}}\n"))
+    assert named != Recipe()
+    assert Recipe.model_validate(yaml.safe_load(named.dump())) == Recipe()
+    assert resolve(Store(str(tmp_path)), "download", {}) == Recipe()
 
 
 def test_a_store_that_allows_nothing_private_is_not_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -44,8 +44,8 @@ def run(recipe: RecipeArg, store: StoreArg, how: How) -> None:
 
 @builds(
     "download",
-    "preset url_column caption_column shard_size image_size resize_mode timeout_seconds retries threads"
-    " allow_private_hosts",
+    "preset url_column caption_column shard_size image_size resize_mode min_image_size max_aspect_ratio min_bytes"
+    " max_bytes timeout_seconds retries threads user_agent_token robots_txt ignore_opt_out proxy allow_private_hosts",
     positional="urls",
 )
 def download(store: StoreArg, changes: Changes, how: How) -> None:
@@ -83,7 +83,7 @@ def export(store: StoreArg, changes: Changes, how: How) -> None:
     _run_section("export", store, changes, how)
 
 
-@builds("download", "allow_private_hosts", without="force")
+@builds("download", "ignore_opt_out proxy allow_private_hosts", without="force")
 def retry(
     store: StoreArg,
     reason: Annotated[list[str] | None, option("instead: URLs whose reason contains this; may be given again")] = None,
@@ -97,7 +97,8 @@ def retry(
 
     if reason and all_urls:
         raise ConfigError("--all and --reason exclude each other", "give one of them")
-    opened, wanted = open_store(store), wanted_urls(reason or (), everything=all_urls)
+    opted_out = bool(changes.get("ignore_opt_out"))
+    opened, wanted = open_store(store), wanted_urls(reason or (), everything=all_urls, opted_out=opted_out)
     if how.dry_run:
         from graphbuild.job.plan.retry import plan_retry
 

@@ -27,10 +27,12 @@ from graphbuild.store.store import Json, Store
 VERBS = ("download", "embed", "index", "export")
 
 
-def wanted_urls(reasons: Sequence[str], *, everything: bool) -> Wanted:
-    """Which failed URLs are fetched again: all, those whose reason contains one of these texts, or "passing", those
-    whose failure may have passed."""
-    return "all" if everything else sorted(reasons) or "passing"
+def wanted_urls(reasons: Sequence[str], *, everything: bool, opted_out: bool = False) -> Wanted:
+    """Which failed URLs are fetched again: all, opted_out: also of sites that said no; those whose reason contains one
+    of these texts; or "passing", those whose failure may have passed."""
+    if everything:
+        return [""] if opted_out else "all"  # every reason contains ""
+    return sorted(reasons) or "passing"
 
 
 def retry_store(

@@ -6,12 +6,12 @@ import re
 
 from graphbuild.job.steps import STEPS
 from graphbuild.machine.terminal import counted
-from graphbuild.sources.fetched import REFUSED, fetch_failed, fetch_refused, refused
+from graphbuild.sources.fetched import OPT_OUT, REFUSED, fetch_failed, fetch_refused, refused
 from graphbuild.store.shards import node_count
 from graphbuild.store.store import Json, Store
 
 NEXT = {"download": "embed", "embed": "index", "index": "export", "export": "verify", "run": "verify"}
-NOT_OF_AGE = rf"{REFUSED}|Connection refused|HTTP Error (429|5\d\d)"  # failures of neither an old list nor of DNS
+NOT_OF_AGE = rf"{REFUSED}|{OPT_OUT}|Connection refused|HTTP Error (429|5\d\d)"  # neither an old list nor DNS
 EXPORTED = {"export": ("sidecar", "shards/"), "inline": ("tar", "inline/"), "cluster": ("tar", "clustered/")}
 
 
@@ -26,7 +26,8 @@ def summary(verb: str, manifest: Json, store: Store) -> str:
         left = refused(manifest["download"]["failures"]) if name == "download" else 0
         lines += [refused_line(left, store)] if left else []
     if verb == "download" and not manifest["stages"]["download"]["counts"]["images"]:
-        lines.append(f"next      {fetch_failed(store, manifest['download']['failures'])}")
+        command = fetch_failed(store, manifest["download"]["failures"])
+        lines += [f"next      {command}"] if command else []
     elif verb in NEXT:
         lines.append(f"next      graphbuild {NEXT[verb]} {store.url}")
     return "\n".join(lines)
@@ -56,6 +57,8 @@ def _download(manifest: Json) -> list[str]:
             f"          {placeholders['urls']:6,} URLs gave {placeholders['images']} image(s) byte for byte the same: "
             "placeholders? (kept)"
         )
+    if ignored := manifest["download"].get("opt_out_ignored"):
+        lines.append(f"          {ignored:6,} URLs were fetched with --ignore-opt-out")
     if share < 0.5:
         aged = sum(count for reason, count in failures.items() if not re.search(NOT_OF_AGE, reason))
         why = "; an old list, or DNS overloaded (fewer --threads)?" if aged > sum(failures.values()) / 2 else ""

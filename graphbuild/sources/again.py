@@ -7,7 +7,7 @@ from collections import Counter
 import polars as pl
 
 from graphbuild.runner.stage import Task, outputs, records
-from graphbuild.sources.fetched import failed_urls, may_pass_later
+from graphbuild.sources.fetched import OPT_OUT, failed_urls, may_pass_later
 from graphbuild.store import layout
 from graphbuild.store.layout import shard_name
 from graphbuild.store.store import Json, Store, Writer
@@ -32,7 +32,7 @@ def cut_retry(task: Task, store: Store, writer: Writer) -> Json:
 def matches(failed: pl.DataFrame, wanted: Wanted) -> pl.Series:
     """Which failures are wanted, bool [n]."""
     if wanted == "all":
-        kept = [True] * failed.height
+        kept = [OPT_OUT not in reason for reason in failed["reason"]]
     elif wanted == "passing":
         kept = [may_pass_later(message) for message in failed["message"]]
     else:

@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from graphbuild.errors import ConfigError, ImageError, InputError, StageError
-from graphbuild.recipe import Recipe
+from graphbuild.recipe import Download, Recipe
 from graphbuild.runner.stage import Stage, Task, outputs, records
 from graphbuild.runner.state import require
 from graphbuild.sources import fetched
@@ -49,7 +48,10 @@ RESERVED = (
     "retry_of",
 )
 LIST = {"urls", "preset", "url_column", "caption_column"}  # settings that tell what is fetched
-HINTS = {"threads", "host_connections", "allow_private_hosts"}  # and how fast; all others decide what a shard holds
+# and how, or past which refusals; all others decide what a shard holds
+HINTS = {"threads", "host_connections", "allow_private_hosts", "ignore_opt_out", "proxy"}
+# Of these a record names what differs from the default: finished shards of versions without them stay what they are.
+LATER = {"min_bytes", "min_image_size", "max_aspect_ratio", "user_agent_token", "robots_txt"}
 
 
 def plan_urls(recipe: Recipe, store: Store) -> list[Task]:
@@ -110,11 +112,12 @@ def run_urls(task: Task, store: Store, writer: Writer) -> Json:
 def plan_download(recipe: Recipe, store: Store) -> list[Task]:
     _check_installed()
     config = recipe.download
+    unused = {name for name in LATER if getattr(config, name) == Download.model_fields[name].default}
     return [
         Task(
             stage="download",
             name=Path(path).stem,
-            settings=config.model_dump(exclude=LIST | HINTS),
+            settings=config.model_dump(exclude=LIST | HINTS | unused),
             built={"urls": sha256},
             hints=config.model_dump(include=HINTS),
         )
@@ -144,11 +147,15 @@ def run_download(task: Task, store: Store, writer: Writer) -> Json:
         for name, path in produced.items():
             with writer.file(f"shards/{task.name}{name}") as target:
                 shutil.copyfile(path, target)
-    return {"counts": {"urls": len(urls), "images": images, "failed": failures.total()}, "reasons": failures}
+    counts = {"urls": len(urls), "images": images, "failed": failures.total()}
+    ignored = {"opt_out_ignored": len(urls)} if task.hints.get("ignore_opt_out") else {}
+    return {"counts": counts, "reasons": failures, **ignored}
 
 
 def finish_download(recipe: Recipe, store: Store, done: list[Json]) -> Json:
-    """What became of the list: failures by reason and host, placeholders; a URL tried again counts once."""
+    """What became of the list: failures by reason and host, placeholders; a URL tried again counts once. And how many
+    URLs were fetched whatever their sites say, if any."""
+    ignored = sum(record["facts"].get("opt_out_ignored", 0) for record in done)
     tries = fetched.last_tries(store, ["url", "status", "error_message", "sha256"])
     return {
         "download": {
@@ -156,6 +163,7 @@ def finish_download(recipe: Recipe, store: Store, done: list[Json]) -> Json:
             "retried": fetched.retried(store).total(),
             "hosts": fetched.failing_hosts(tries),
             "placeholders": fetched.placeholders(tries),
+            **({"opt_out_ignored": ignored} if ignored else {}),
         }
     }
 
@@ -172,18 +180,26 @@ JPEG_BEGINS = b"\xff\xd8"
 
 class CheckedResizer:
     """img2dataset's resizer, given what Pillow decoded: its own decoder fills a cut image with grey and goes on, turns
-    16 bits into white, and knows no orientation. With resize_mode "no" a JPEG's own bytes are kept."""
+    16 bits into white, and knows no orientation. With resize_mode "no" a JPEG's own bytes are kept. What the settings
+    refuse of bytes and sides is measured on the file as it came."""
 
-    def __init__(self, resizer: Any, max_pixels: int) -> None:
+    def __init__(self, resizer: Any, config: Download) -> None:
         self.resizer = resizer
-        self.max_pixels = max_pixels
+        self.config = config
         self.least = 0 if resizer.skip_reencode else 2 * resizer.image_size  # more of a large JPEG does not show
 
     def __call__(self, stream: io.BytesIO, boxes: Any = None) -> tuple[Any, ...]:
         from graphbuild.sources.images import upright_rgb
 
         try:
-            image = upright_rgb(stream, max_pixels=self.max_pixels, least=self.least)
+            if stream.getbuffer().nbytes < self.config.min_bytes:
+                raise ImageError(f"too small: under {self.config.min_bytes:,} bytes")
+            image = upright_rgb(stream, max_pixels=self.config.max_pixels, least=self.least)
+            shorter, longer = sorted(image.info["size"])
+            if shorter < self.config.min_image_size:
+                raise ImageError(f"too small: a side under {self.config.min_image_size:,} pixels")
+            if self.config.max_aspect_ratio is not None and longer > self.config.max_aspect_ratio * shorter:
+                raise ImageError(f"too long: sides over {self.config.max_aspect_ratio:g} to 1")
         except ImageError as error:
             return None, None, None, None, None, error.cause
         if self.resizer.skip_reencode and stream.getbuffer()[:2] == JPEG_BEGINS:
@@ -204,37 +220,37 @@ def _img2dataset(task: Task, urls: pa.Table, folder: Path) -> None:
 
     from graphbuild.sources.fetch import Policy, fetching
 
-    settings: Mapping[str, Any] = task.settings
+    given = {**task.settings, **task.hints}
+    config = Download(**{name: given[name] for name in Download.model_fields if name in given})
     source = folder / "urls.arrow"
     with pa.OSFile(str(source), "wb") as file, pa.ipc.new_file(file, urls.schema) as batches:
         batches.write_table(urls)
     resizer = Resizer(
-        image_size=settings["image_size"],
-        resize_mode=settings["resize_mode"],
-        resize_only_if_bigger=settings["resize_only_if_bigger"],
-        encode_quality=settings["encode_quality"],
-        skip_reencode=settings["resize_mode"] == "no",
+        image_size=config.image_size,
+        resize_mode=config.resize_mode,
+        resize_only_if_bigger=config.resize_only_if_bigger,
+        encode_quality=config.encode_quality,
+        skip_reencode=config.resize_mode == "no",
     )
     downloader = Downloader(
         sample_writer_class=WebDatasetSampleWriter,
-        resizer=CheckedResizer(resizer, settings["max_pixels"]),
-        thread_count=task.hints["threads"],
+        resizer=CheckedResizer(resizer, config),
+        thread_count=config.threads,
         save_caption=True,
         extract_exif=False,
         output_folder=str(folder),
         column_list=urls.column_names,
-        timeout=settings["timeout_seconds"],
-        number_sample_per_shard=max(settings["shard_size"], 2),
+        timeout=config.timeout_seconds,
+        number_sample_per_shard=max(config.shard_size, 2),
         oom_shard_count=len(task.name),
         compute_hash="sha256",
         verify_hash_type=None,
         encode_format="jpg",
         retries=0,  # `fetch` tells errors that may pass from others
         user_agent_token=None,
-        disallowed_header_directives=None,
+        disallowed_header_directives=None,  # `fetch` looks at them, and at more
     )
-    given = {**settings, **task.hints}
-    policy = Policy(**{setting.name: given[setting.name] for setting in fields(Policy)})
+    policy = Policy(**{setting.name: getattr(config, setting.name) for setting in fields(Policy)})
     with fetching(policy):
         downloader.download_shard((int(task.name), str(source)))
 

@@ -8,7 +8,6 @@ pause, others not; none names the URL, which may hold a password or a signature.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import functools
 import http.client
@@ -22,12 +21,15 @@ import urllib.error
 import urllib.request
 import urllib.response
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
-from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit
+from typing import Any
+from urllib.parse import urljoin
 
-from graphbuild.sources.hosts import Host, RefusedError
+from graphbuild.sources.hosts import Host, RefusedError, refuse_private
+from graphbuild.sources.optout import Robots, agents, opted_out
+from graphbuild.sources.proxy import Proxies
+from graphbuild.sources.target import Target, response_of
 
 REDIRECTS = 5
 REDIRECTING = frozenset({301, 302, 303, 307, 308})
@@ -42,7 +44,8 @@ class Policy:
     """timeout_seconds: to connect, and between two packets; a whole fetch, from its host's turn on and with its
     redirects, may take DEADLINES times as long. retries: of errors that may pass. max_bytes: of a body, unpacked.
     host_connections: at a time to one host, of this process. allow_private_hosts: also fetch from loopback, link-local,
-    private and other addresses that are not public.
+    private and other addresses that are not public. user_agent_token: whom sites may address, too, when they say no
+    (`graphbuild.sources.optout`); robots_txt: read it; ignore_opt_out: fetch all the same. proxy: see `Proxies`.
     """
 
     timeout_seconds: float = 10
@@ -50,6 +53,10 @@ class Policy:
     max_bytes: int = 50_000_000
     host_connections: int = 8
     allow_private_hosts: bool = False
+    user_agent_token: str | None = None
+    robots_txt: bool = False
+    ignore_opt_out: bool = False
+    proxy: str | None = None
 
 
 @contextlib.contextmanager
@@ -70,6 +77,9 @@ class Fetcher:
         self.policy = policy
         self._hosts: dict[tuple[str, int], Host] = {}  # to both only setdefault adds: one step for threads
         self._turns: dict[str, threading.Semaphore] = {}
+        self._agents = agents(policy.user_agent_token)
+        self._robots: dict[tuple[bool, str, int], Robots] = {}
+        self._proxies = Proxies(policy.proxy)
 
     def open(self, request: Any, data: None = None, timeout: Any = None) -> urllib.response.addinfourl:
         """The response with its whole body in memory.
@@ -79,24 +89,30 @@ class Fetcher:
             HTTPException: the same.
         """
         request = urllib.request.Request(request) if isinstance(request, str) else request
+        return self._tries(request.full_url, dict(request.header_items()), obeys=not self.policy.ignore_opt_out)
+
+    def _tries(self, url: str, headers: dict[str, str], *, obeys: bool) -> urllib.response.addinfourl:
+        """obeys: leaves what its site says no to."""
         for attempt in range(self.policy.retries + 1):
             try:
-                return self._fetch(request.full_url, dict(request.header_items()))
+                return self._fetch(url, headers, obeys=obeys)
             except (OSError, http.client.HTTPException) as error:
                 if attempt == self.policy.retries or not may_pass(error):
                     raise
                 time.sleep(pause(attempt, error))
         raise AssertionError("the last try returns or raises")
 
-    def _fetch(self, url: str, headers: dict[str, str]) -> urllib.response.addinfourl:
+    def _fetch(self, url: str, headers: dict[str, str], *, obeys: bool) -> urllib.response.addinfourl:
         seconds = DEADLINES * self.policy.timeout_seconds
         target = Target.of(url)
         for redirects_left in reversed(range(REDIRECTS + 1)):
+            if obeys and self.policy.robots_txt:
+                self._ask_robots(target, headers)
             turn = self._turns.get(target.name) or threading.Semaphore(self.policy.host_connections)
             with self._turns.setdefault(target.name, turn):
                 begin = time.monotonic()
                 try:
-                    response, body = self._exchange(target, headers, begin + seconds)
+                    response, body = self._exchange(target, headers, begin + seconds, obeys=obeys)
                 except (OSError, http.client.HTTPException):
                     if time.monotonic() >= begin + seconds:
                         raise TimeoutError(f"not complete after {DEADLINES} time-outs") from None
@@ -114,8 +130,22 @@ class Fetcher:
             target = Target.of(location.encode("latin-1").decode(errors="surrogateescape"), target.url)
         raise AssertionError("the last redirect returns or raises")
 
+    def _ask_robots(self, target: Target, headers: dict[str, str]) -> None:
+        origin = target.secure, target.name, target.port
+        robots = self._robots.get(origin) or self._robots.setdefault(origin, Robots(self._agents))
+
+        def read() -> bytes | None:
+            try:  # what its own headers say is not about images
+                return self._tries(urljoin(target.url, "/robots.txt"), headers, obeys=False).read()
+            except urllib.error.HTTPError as error:
+                if error.code >= 500 or may_pass(error):
+                    raise
+                return None
+
+        robots.check(target.path, read)
+
     def _exchange(
-        self, target: Target, headers: dict[str, str], deadline: float
+        self, target: Target, headers: dict[str, str], deadline: float, *, obeys: bool
     ) -> tuple[http.client.HTTPResponse, bytearray]:
         """The response and, of a success, its body."""
 
@@ -126,30 +156,39 @@ class Fetcher:
                 raise TimeoutError("timed out")
             return seconds
 
-        place = target.name, target.port
-        host = self._hosts.get(place) or self._hosts.setdefault(place, Host(*place))
+        proxy, path = self._proxies.of(target), target.path
+        headers = headers | target.headers | {"Connection": "close"}
         with contextlib.ExitStack() as opened:
             connection = http.client.HTTPConnection(target.name, target.port)
             try:
-                sock = opened.enter_context(host.connect(wait, self.policy.allow_private_hosts))
+                if proxy is None:
+                    place = target.name, target.port
+                    host = self._hosts.get(place) or self._hosts.setdefault(place, Host(*place))
+                    sock = opened.enter_context(host.connect(wait, self.policy.allow_private_hosts))
+                else:
+                    if not self.policy.allow_private_hosts:
+                        refuse_private(target.name)
+                    sock = opened.enter_context(proxy.host.connect(wait, allow_private=True))
+                    if target.secure:
+                        proxy.tunnel(sock, wait, target)
+                    else:
+                        path, headers = f"http://{target.authority.removesuffix(':80')}{path}", headers | proxy.headers
                 if target.secure:
                     connection.default_port = 443
                     sock.settimeout(wait())
                     sock = opened.enter_context(_trusted().wrap_socket(sock, server_hostname=target.name))
-            except RefusedError:
+            except (RefusedError, urllib.error.HTTPError):
                 raise
             except OSError as error:
                 raise urllib.error.URLError(error) from None
             connection.sock = sock
-            connection.request("GET", target.path, headers=headers | target.headers | {"Connection": "close"})
-            response = opened.enter_context(http.client.HTTPResponse(cast(Any, _Received(sock, wait)), method="GET"))
-            try:
-                response.begin()
-            except http.client.RemoteDisconnected:
-                raise
-            except (http.client.BadStatusLine, http.client.UnknownProtocol):  # which hold what the server said
-                raise OSError("the answer is not HTTP") from None
-            return response, self._body(response) if 200 <= response.status < 300 else bytearray()
+            connection.request("GET", path, headers=headers)
+            response = opened.enter_context(response_of(sock, wait, "GET"))
+            if not 200 <= response.status < 300:
+                return response, bytearray()
+            if obeys and (reason := opted_out(response.headers, self._agents)):
+                raise RefusedError(reason)
+            return response, self._body(response)
 
     def _body(self, response: http.client.HTTPResponse) -> bytearray:
         """The body, unpacked if the server packed it unasked."""
@@ -176,66 +215,6 @@ fetcher = functools.cache(Fetcher)  # what a process learns of hosts serves its 
 @functools.cache
 def _trusted() -> ssl.SSLContext:
     return ssl.create_default_context()
-
-
-class _Received(io.RawIOBase):
-    """What comes in through a socket. No read waits longer than `wait()`, whatever the server lets drip."""
-
-    def __init__(self, sock: socket.socket, wait: Callable[[], float]) -> None:
-        self._sock, self._wait = sock, wait
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        seconds = self._wait()
-        if seconds != self._sock.gettimeout():  # a system call a read for nothing, until the deadline is near
-            self._sock.settimeout(seconds)
-        return self._sock.recv_into(buffer)
-
-
-class Target(NamedTuple):
-    """What is asked for at which host. path: with the query; headers: of the URL's user and password."""
-
-    url: str
-    secure: bool
-    name: str
-    port: int
-    path: str
-    headers: dict[str, str]
-
-    @classmethod
-    def of(cls, reference: str, base: str = "") -> Target:
-        """A URL, or what a redirect from `base` refers to, encoded as browsers do by the sets of the WHATWG's URL
-        standard: %XX stays as it is.
-
-        Raises:
-            URLError: it is none of http or https.
-        """
-        try:
-            before, mark, query = reference.strip().partition("?")
-            url = urljoin(base, before.replace("\\", "/") + mark + query)
-            parts = urlsplit(url)
-            if parts.scheme not in ("http", "https"):
-                kind = parts.scheme if parts.scheme.isalpha() else "none"
-                raise urllib.error.URLError(f"unknown url type: {kind}")
-            secure = parts.scheme == "https"
-            name = (parts.hostname or "").encode("idna").decode()
-            port = parts.port or (443 if secure else 80)
-            if not name or not name.isprintable() or " " in name:
-                raise ValueError(name)
-        except ValueError:
-            raise urllib.error.URLError("not a URL") from None
-        path = quote(parts.path or "/", "!$%&'()*+,/:;=@[]|", errors="surrogateescape")
-        query = quote(parts.query, "!$%&()*+,/:;=?@[\\]^`{|}", errors="surrogateescape")
-        headers = {}
-        if parts.username is not None:
-            pair = unquote_to_bytes(parts.username) + b":" + unquote_to_bytes(parts.password or "")
-            headers["Authorization"] = f"Basic {base64.b64encode(pair).decode()}"
-        return cls(url, secure, name, port, f"{path}?{query}" if query else path, headers)
 
 
 def may_pass(error: BaseException) -> bool:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 REFUSED = "refused: not a public address"  # how the reason begins
+OPT_OUT = "opt-out"  # and of a site that says no, which is not asked again (`graphbuild.sources.optout`)
 _PASSING = re.compile(
     r"HTTP Error (408|425|429|500|502|503|504)\b|timed out|time-outs|reset by peer|Connection (refused|aborted)"
     r"|Broken pipe|Remote end closed|IncompleteRead|Temporary failure in name|unreachable|its host is down"
@@ -119,9 +120,9 @@ def placeholders(tries: pl.DataFrame, at_least: int = 5) -> Json:
 # -- what to do next
 
 
-def refused(failures: Mapping[str, int]) -> int:
-    """How many URLs were not fetched because their address is not public."""
-    return sum(count for reason, count in failures.items() if REFUSED in reason)
+def refused(failures: Mapping[str, int], begin: str = REFUSED) -> int:
+    """How many URLs were not fetched because their address is not public, or for another reason that begins so."""
+    return sum(count for reason, count in failures.items() if begin in reason)
 
 
 def fetch_refused(store: Store) -> str:
@@ -130,8 +131,11 @@ def fetch_refused(store: Store) -> str:
 
 
 def fetch_failed(store: Store, failures: Mapping[str, int]) -> str:
-    """The command that fetches what failed, of a download without an image."""
-    return fetch_refused(store) if refused(failures) == sum(failures.values()) else f"graphbuild retry {store.url}"
+    """The command that fetches what failed, of a download without an image; "" where all sites said no."""
+    count = sum(failures.values())
+    if refused(failures, OPT_OUT) == count:
+        return ""
+    return fetch_refused(store) if refused(failures) == count else f"graphbuild retry {store.url}"
 
 
 def require_images(store: Store) -> None:
@@ -144,6 +148,9 @@ def require_images(store: Store) -> None:
     most = max(failures, key=lambda reason: failures[reason])
     command = fetch_failed(store, failures)
     fix = f"run `{command}`"
-    if not refused(failures):
+    if not command:
+        fix = "use another list; if you may use what these sites opt out of: "
+        fix += f"`graphbuild retry {store.url} --reason {OPT_OUT} --ignore-opt-out`"
+    elif not refused(failures):
         fix += ", once the servers can be reached; --all fetches also what failed for good"
     raise StageError(f"{store.url}: the download gave no image ({failures[most]:,} URLs: {most})", fix)

@@ -5,6 +5,7 @@ Memory: about 2 KB a host.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket
 import threading
@@ -77,11 +78,7 @@ class Host:
             if time.monotonic() >= self.fresh_until:
                 self.addresses, self.error, remembered = [], None, REMEMBERED
                 try:
-                    found = socket.getaddrinfo(self.name, None, type=socket.SOCK_STREAM)
-                    every = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-                    self.addresses = [address for address in every if allow_private or is_public(address)]
-                    if not self.addresses:
-                        self.error = RefusedError(f"{REFUSED} (--allow-private-hosts)\n{', '.join(every)}")
+                    self.addresses = addresses_of(self.name, allow_private)
                 except (OSError, UnicodeError) as error:
                     self.error = error if isinstance(error, OSError) else OSError(f"not a host name: {error}")
                     if isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN:
@@ -90,6 +87,28 @@ class Host:
             if self.error is not None:
                 raise self.error.with_traceback(None)  # or it would grow with each fetch
             return self.addresses
+
+
+def addresses_of(name: str, allow_private: bool, flags: int = 0) -> list[str]:
+    """A host's addresses, but for those that are not public; flags: of getaddrinfo.
+
+    Raises:
+        RefusedError: it has no others.
+        OSError: it cannot be found. UnicodeError: it is no host name.
+    """
+    found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM, flags=flags)
+    every = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    kept = [address for address in every if allow_private or is_public(address)]
+    if not kept:
+        raise RefusedError(f"{REFUSED} (--allow-private-hosts)\n{', '.join(every)}")
+    return kept
+
+
+def refuse_private(name: str) -> None:
+    """RefusedError where a name alone, which somebody else will look up, means an address that is not public."""
+    local = name == "localhost" or name.endswith(".localhost")
+    with contextlib.suppress(socket.gaierror, UnicodeError):  # a name, of which nothing is known
+        addresses_of("127.0.0.1" if local else name, allow_private=False, flags=socket.AI_NUMERICHOST)
 
 
 def is_public(address: str) -> bool:

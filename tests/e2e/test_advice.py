@@ -287,6 +287,7 @@ ELSEWHERE = {
     "use --device cpu, or leave --precision away": "a GPU",
     "use --device cpu, or an --address": "a cluster without GPUs: tests/runner/test_runner.py",
     "{...}, or use --workers 0": "a Ray that does not start: tests/runner/test_runner.py",
+    "give --proxy http://HOST:PORT; with --proxy env": "the environment: tests/sources/test_proxy.py",
     "choose another --port": "tests/look/pages/test_explore.py",
     "name a file that you may write": "another user's folder",
     "name another folder by --out": "another user's folder",
