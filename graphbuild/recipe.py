@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 SOURCES = ("shards", "captions", "vectors")  # of embed; none of them: the store's own tars
 TARS, CAPTIONED = ("", "shards"), ("", "shards", "captions")  # sources that are tars, and that have captions
+ENCODING = ("prompt", "prompt_name", "trust_remote_code", "dim", "precision", "device")  # not of a matrix
 Preset = Literal["cc3m", "cc12m"]
 ResizeMode = Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
 Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
@@ -159,6 +160,16 @@ class Embed(Section):
         DEFAULT_ENCODER, "sentence-transformers name or folder, or matrix:FILE.npy", sources=CAPTIONED, min_length=1
     )
     prompt: str | None = setting(None, "put before each text, for the encoder", unset="its own", sources=CAPTIONED)
+    prompt_name: str | None = setting(
+        None,
+        "the same: one of the encoder's own prompts, as query",
+        unset="its default",
+        sources=CAPTIONED,
+        min_length=1,
+    )
+    trust_remote_code: bool = setting(
+        False, "run the code that comes with the encoder; not remembered by the store", "switch", sources=CAPTIONED
+    )
     dim: int | None = setting(
         None, "first coordinates kept, of Matryoshka encoders", unset="all", sources=CAPTIONED, ge=1
     )
@@ -170,6 +181,8 @@ class Embed(Section):
         given = [name for name in SOURCES if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other: give one source")
+        if self.prompt is not None and self.prompt_name is not None:
+            raise ValueError("prompt and prompt_name exclude each other: give one of them")
         sources, weights = self.caption_sources, self.weights
         if not all(sources) or len(set(sources)) < len(sources) or len(sources) > 100:
             raise ValueError(f"{';'.join(sources)!r} must name 1 to 100 sources of captions, each once")
@@ -350,7 +363,7 @@ def unread(recipe: Recipe) -> list[tuple[str, str, str]]:
             for name in ("caption_column", "caption_member", "caption_weights")
         }
     if embed.vectors is None and is_matrix:
-        found |= {("embed", name): "with a matrix as --encoder" for name in ("prompt", "dim", "precision", "device")}
+        found |= {("embed", name): "with a matrix as --encoder" for name in ENCODING}
     if exported.layout != "clustered":
         found |= {("export", name): f"with --layout {exported.layout}" for name in ("chunk", "shard_size")}
     if recipe.index.engine == "exact":

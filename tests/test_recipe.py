@@ -24,7 +24,7 @@ def test_a_recipe_writes_every_default_out_and_reads_back_the_same(tmp_path: Pat
     dumped = Recipe().dump()
     assert read_recipe(write(tmp_path, dumped)) == Recipe()
     written = yaml.safe_load(dumped)
-    switches = {"allow_private_hosts", "ignore_opt_out", "proxy"}
+    switches = {"allow_private_hosts", "ignore_opt_out", "proxy", "trust_remote_code"}
     assert {name: set(section) for name, section in written.items()} == {
         name: set(field.annotation.model_fields) - switches  # type: ignore[union-attr]
         for name, field in Recipe.model_fields.items()

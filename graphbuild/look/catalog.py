@@ -25,7 +25,7 @@ from graphbuild.graph.by_vector import VectorSearch
 from graphbuild.graph.certify import require_graph
 from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.nodes.captions import usable_text
-from graphbuild.nodes.encoder import find_encoder, open_model
+from graphbuild.nodes.encoder import find_encoder, open_model, prompt_of
 from graphbuild.nodes.matrix import is_matrix
 from graphbuild.nodes.samples import MORE
 from graphbuild.recipe import Recipe, resolve
@@ -220,7 +220,7 @@ class Catalog:
                 f"{self.store.url} was built from ready vectors or a matrix, so there is no encoder for a text",
                 "ask by KEY, or by node (--node)" if self.has_samples else "ask by node (--node)",
             )
-        return open_model(find_encoder(embed.encoder), "cpu", embed.precision, embed.prompt, embed.dim)
+        return open_model(find_encoder(embed.encoder), "cpu", embed.precision, prompt_of(embed), embed.dim)
 
     @cached_property
     def has_samples(self) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 
 from graphbuild.errors import InputError, StageError
 from graphbuild.nodes import matrix
-from graphbuild.nodes.encoder import find_encoder, open_model
+from graphbuild.nodes.encoder import find_encoder, open_model, prompt_of
 from graphbuild.nodes.number import new_texts
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, digest, outputs, records, total_counts
@@ -35,12 +35,14 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
     hints: dict[str, Any] = {"device": embed.device, "encoder": embed.encoder}
     if matrix.is_matrix(embed.encoder):
         classes = matrix.read_classes(embed)
-        settings = {"encoder": matrix.PREFIX, "classes": digest(classes)}
+        settings: dict[str, Any] = {"encoder": matrix.PREFIX, "classes": digest(classes)}
         inputs = {"matrix": file_identity(embed.encoder.removeprefix(matrix.PREFIX))}
         hints["classes"] = classes
     else:
-        identity = find_encoder(embed.encoder).identity
+        identity = find_encoder(embed.encoder, trusted=embed.trust_remote_code).identity
         settings = {"encoder": identity, **embed.model_dump(include={"prompt", "dim", "precision"})}
+        settings["prompt"] = prompt_of(embed)
+        hints["trusted"] = embed.trust_remote_code
         inputs = {}
     (numbering,) = require(store, "number", "embed")
     told = records(store, "texts") or records(store, "assign")
@@ -64,7 +66,7 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
         writer.array(VECTORS.format(task.name), vectors)
         return {"counts": {"embeddings": len(texts)}, **told}
     settings = task.settings
-    encoder = find_encoder(task.hints["encoder"])
+    encoder = find_encoder(task.hints["encoder"], trusted=task.hints["trusted"])
     if encoder.identity != settings["encoder"]:
         raise StageError(
             f"this worker's {encoder.identity} is not {settings['encoder']}",
@@ -105,13 +107,13 @@ def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     if matrix.is_matrix(recipe.embed.encoder):
         deviation = {name: facts[0][name] for name in ("mean_deviation", "max_deviation")}
         return embeddings_entry(done, {"encoder": recipe.embed.encoder, **deviation})
-    encoder = find_encoder(recipe.embed.encoder)
+    encoder = find_encoder(recipe.embed.encoder, trusted=recipe.embed.trust_remote_code)
     entry = {
         "encoder": encoder.name,
         "weights_sha256": encoder.sha256,
         "revision": encoder.revision,
         "static": facts[0]["static"],
-        "prompt": recipe.embed.prompt,
+        "prompt": prompt_of(recipe.embed),
         "max_tokens": facts[0]["max_tokens"],
         "truncated": total_counts(done)["truncated"],
         "precision": sorted({fact["precision"] for fact in facts}),
@@ -139,7 +141,8 @@ def check(recipe: Recipe) -> None:
     if matrix.is_matrix(recipe.embed.encoder):
         matrix.read_classes(recipe.embed)
     else:
-        find_encoder(recipe.embed.encoder)
+        find_encoder(recipe.embed.encoder, trusted=recipe.embed.trust_remote_code)
+        prompt_of(recipe.embed)
 
 
 STAGE = Stage(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from graphbuild.errors import QualityError
-from graphbuild.nodes.encoder import find_encoder, open_model
+from graphbuild.nodes.encoder import find_encoder, open_model, prompt_of
 from graphbuild.nodes.matrix import is_matrix
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task
@@ -34,7 +34,10 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
             stage="fidelity",
             name="all",
             built={"embeddings": store.manifest()["embeddings"]["fingerprint"], "sample": SAMPLE},
-            hints=embed.model_dump(include={"encoder", "prompt", "dim", "device", "precision"}),
+            hints={
+                **embed.model_dump(include={"encoder", "trust_remote_code", "dim", "device", "precision"}),
+                "prompt": prompt_of(embed),
+            },
         )
     ]
 
@@ -42,7 +45,8 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
 def run(task: Task, store: Store, writer: Writer) -> Json:
     texts, vectors = sampled(store)
     hints = task.hints
-    model = open_model(find_encoder(hints["encoder"]), hints["device"], "float32", hints["prompt"], hints["dim"])
+    encoder = find_encoder(hints["encoder"], trusted=hints["trust_remote_code"])
+    model = open_model(encoder, hints["device"], "float32", hints["prompt"], hints["dim"])
     cosines = cosine(model.reference(texts), vectors)
     floor = INT8_MEAN_FLOOR if hints["precision"] == "int8" else MEAN_FLOOR
     if not cosines.mean() >= floor:  # also where it is no number

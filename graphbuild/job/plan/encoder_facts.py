@@ -34,7 +34,7 @@ def encoder_facts(recipe: Recipe) -> EncoderFacts:
         return NO_ENCODER
     from safetensors import safe_open
 
-    folder = find_encoder(embed.encoder).folder
+    folder = find_encoder(embed.encoder, trusted=embed.trust_remote_code).folder
     layers = whole = 0.0
     for path in folder.rglob("*.safetensors"):
         whole += path.stat().st_size

@@ -69,7 +69,7 @@ class Model:
     def whole(self) -> SentenceTransformer:
         """The sentence-transformers model: in float32 where its copy runs packed, else as it runs."""
         may_be_packed = _model_type(self.encoder.folder) in FAMILIES
-        return _load(self.encoder.folder, self.device, "float32" if may_be_packed else self.precision)
+        return _load(self.encoder, self.device, "float32" if may_be_packed else self.precision)
 
     @property
     def is_static(self) -> bool:
@@ -89,7 +89,7 @@ class Model:
                 vectors, computed = self._encode_whole(prompted, np.array([len(text) for text in prompted]))
                 return Encoded(_half(vectors), computed, computed, 0)
             tokens = tokenize(tokenizer, prompted, self.max_tokens or 1 << 30)
-            packed = _packed(self.encoder.folder, self.device, self.precision)
+            packed = _packed(self.encoder, self.device, self.precision)
             if packed is None:
                 vectors, computed = self._encode_whole(prompted, tokens.lengths)
             else:
@@ -99,7 +99,7 @@ class Model:
 
     def _encode_whole(self, prompted: Sequence[str], lengths: Ints) -> tuple[Single, int]:
         """By sentence-transformers, in batches of a budget of tokens: vectors [n, d], and the tokens computed."""
-        whole = _load(self.encoder.folder, self.device, self.precision)
+        whole = _load(self.encoder, self.device, self.precision)
         budget = CPU_TOKENS if self.device == "cpu" and not self.is_static else GPU_TOKENS
         found, order, computed = [], [], 0
         for chosen in batches(lengths, budget):
@@ -115,7 +115,7 @@ class Model:
     def reference(self, texts: Sequence[str]) -> Single:
         """The same by sentence-transformers' own `encode` in float32: unit-norm vectors, float32 [n, d]."""
         with torch_threads(1), attention_of_any_shape():
-            vectors = _load(self.encoder.folder, self.device, "float32").encode(
+            vectors = _load(self.encoder, self.device, "float32").encode(
                 list(texts), prompt=self._prompt(), batch_size=32, show_progress_bar=False, convert_to_tensor=True
             )
             return self._finished(vectors.float())
@@ -166,7 +166,7 @@ def _check_int8(model: Model) -> None:
         )
     if model.device != "cpu":
         raise ConfigError("--precision int8 runs on CPUs only", "use --device cpu, or leave --precision away")
-    if _packed(model.encoder.folder, "cpu", "int8") is None:
+    if _packed(model.encoder, "cpu", "int8") is None:
         raise ConfigError(
             f"--precision int8: {model.encoder.name} is none of {', '.join(FAMILIES)} with ordinary pooling",
             "leave --precision away",
@@ -195,7 +195,7 @@ def attention_of_any_shape() -> Iterator[None]:
 
 
 @lru_cache(maxsize=2)
-def _load(folder: Path, device: str, precision: str) -> SentenceTransformer:
+def _load(encoder: Encoder, device: str, precision: str) -> SentenceTransformer:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if device == "cpu" else "true")
     import torch
     from sentence_transformers import SentenceTransformer
@@ -206,28 +206,28 @@ def _load(folder: Path, device: str, precision: str) -> SentenceTransformer:
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
     try:
         return SentenceTransformer(
-            str(folder),
+            str(encoder.folder),
             device=device,
-            trust_remote_code=False,
+            trust_remote_code=encoder.code is not None,
             model_kwargs={"use_safetensors": True, "dtype": getattr(torch, precision)},
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ConfigError(
-            f"the encoder in {folder} cannot be loaded ({error})",
+            f"the encoder in {encoder.folder} cannot be loaded ({error})",
             "choose a sentence-transformers model with --encoder",
         ) from error
 
 
 @lru_cache(maxsize=2)
-def _packed(folder: Path, device: str, precision: str) -> Packed | Int8 | None:
+def _packed(encoder: Encoder, device: str, precision: str) -> Packed | Int8 | None:
     import torch
 
     from graphbuild.nodes.encoder.int8 import Int8
     from graphbuild.nodes.encoder.packed import Packed
 
-    if _model_type(folder) not in FAMILIES:
+    if _model_type(encoder.folder) not in FAMILIES:
         return None
-    whole = _load(folder, device, "float32")
+    whole = _load(encoder, device, "float32")
     if not hasattr(whole.tokenizer, "backend_tokenizer"):
         return None
     transformer = getattr(whole[0], "model", None)
@@ -244,7 +244,7 @@ def _packed(folder: Path, device: str, precision: str) -> Packed | Int8 | None:
     if not _is_as_packed(whole, transformer, pooling):
         logger.warning(
             "%s: transformers %s computes it otherwise than graphbuild's packed forward, so it runs padded, slower",
-            folder,
+            encoder.folder,
             version_of("transformers"),
         )
         return None

@@ -97,8 +97,9 @@ def saved(folder: Path, family: str, pooling: str, *more: torch.nn.Module, longe
 )
 def test_vectors_are_those_of_sentence_transformers(tmp_path, family, pooling, is_packed):
     folder = saved(tmp_path, family, pooling)
-    model = open_model(find_encoder(str(folder)), "cpu", "float32")
-    assert (_packed(folder, "cpu", "float32") is not None) == is_packed
+    encoder = find_encoder(str(folder))
+    model = open_model(encoder, "cpu", "float32")
+    assert (_packed(encoder, "cpu", "float32") is not None) == is_packed
     texts = captions(300, longest=50)
     found = model.encode(texts)
     expected = SentenceTransformer(str(folder), device="cpu").encode(texts, normalize_embeddings=True)
