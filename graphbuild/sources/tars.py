@@ -168,6 +168,14 @@ def open_tar(url: str) -> Iterator[Tar]:
         yield Tar(path, url, stack.enter_context(_WholeReads(io.FileIO(path))), source, compressed)
 
 
+def add_member(archive: tarfile.TarFile, name: str, content: bytes | memoryview) -> int:
+    """Append a member, without date, owner and mode of its own; returns where its content begins."""
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    archive.addfile(info, io.BytesIO(content))
+    return archive.offset - -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
 def expand_shards(pattern: str) -> list[str]:
     """The tars that a path, folder or pattern names (`named_tars`), of different names.
 
