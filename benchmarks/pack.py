@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
+import re
 import shutil
 import statistics
 import subprocess
@@ -93,7 +93,8 @@ def main() -> None:
     if options.one:
         with Runner(workers=0) as runner:
             pack(options.one, options.folder, runner)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        status = Path("/proc/self/status").read_text()
+        print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)  # type: ignore[index]
         return
     shutil.rmtree(options.folder, ignore_errors=True)
     source = options.folder / "source"

@@ -254,8 +254,8 @@ def replaced_by(step: Step, tasks: Sequence[Task], store: Store, *, force: bool)
     Raises:
         ConfigError: there is such work, and force is not given.
     """
-    owned = " ".join(other.owns for other in STEPS if other.verb == step.verb)
-    verbs = {other.verb for other in STEPS if other.verb == step.verb or _meet(other.owns, owned)}
+    files = " ".join(other.owns for other in STEPS if other.verb == step.verb)
+    verbs = {other.verb for other in STEPS if other.verb == step.verb or _meet(other.owns, files)}
     sources = [other for other in STEPS if other.verb in verbs and other.reads_outside]
     makers = [other for other in sources if other.finished(store)]
     if step not in sources or not makers or not tasks:

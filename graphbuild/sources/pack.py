@@ -19,7 +19,7 @@ from graphbuild.errors import ConfigError, ImageError, InputError, public
 from graphbuild.recipe import Pack, Recipe
 from graphbuild.runner.stage import Stage, Task, outputs, records, summed, total_counts
 from graphbuild.runner.state import require
-from graphbuild.sources.parts import Row, find_parts, read_file, read_rows
+from graphbuild.sources.parts import Part, Row, find_parts, read_file, read_rows
 from graphbuild.sources.tables.spec import rejected
 from graphbuild.sources.tars import add_member
 from graphbuild.store.layout import REJECTED, by_number, shard_name
@@ -27,6 +27,7 @@ from graphbuild.store.store import Json, Store, Writer
 
 CAPTIONS = ("txt", "caption", "text")
 OWN = ("key", "origin")  # of a sample's json
+_STRICT = json.JSONEncoder(allow_nan=False)
 _KEY = re.compile(r"[^./\\\x00-\x1f\x7f\ud800-\udfff]{1,100}")  # readers of tars cut names at dots
 
 
@@ -36,28 +37,27 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
         raise ConfigError("no source given", "name it: `graphbuild pack STORE SOURCE`, or pack.source in the recipe")
     settings = config.model_dump(exclude={"source"})
     ranges = [
-        (part, {"file": part.name, "first_row": first, "rows": min(config.shard_size, part.rows - first)})
+        (part, first, min(config.shard_size, part.rows - first))
         for part in find_parts(config)
         for first in range(0, part.rows, config.shard_size)
     ]
     if not ranges:
         raise InputError(f"{config.source} has no rows", "give a source with at least one row")
-    numbers = _numbers([(place["file"], place["first_row"]) for _, place in ranges], settings, store)
     tasks = [
         Task(
             stage="pack",
             name=name,
-            settings={**settings, **place},
-            inputs={"images": part.identity(place["first_row"], place["rows"])},
-            hints={"url": part.url, "names": list(part.images)[place["first_row"] :][: place["rows"]]},
+            settings={**settings, "file": part.name, "first_row": first, "rows": count},
+            inputs={"images": part.identity(first, count)},
+            hints={"url": part.url, "names": list(part.images)[first : first + count]},
         )
-        for name, (part, place) in zip(numbers, ranges, strict=True)
+        for name, (part, first, count) in zip(_numbers(ranges, settings, store), ranges, strict=True)
     ]
     return sorted(tasks, key=lambda task: by_number(task.name))
 
 
-def _numbers(places: list[tuple[str, int]], settings: Json, store: Store) -> list[str]:
-    """The tars of these places (part, first row): those that the store has packed so keep theirs, others get the next
+def _numbers(ranges: list[tuple[Part, int, int]], settings: Json, store: Store) -> list[str]:
+    """The tars of these ranges (part, first row, rows): those that the store has packed so keep theirs, others get the next
     free ones, so that a new part changes no other's, and a run that was stopped ends as one that was not."""
     done = {name: record["settings"] for name, record in records(store, "pack").items()}
     kept = {
@@ -67,7 +67,7 @@ def _numbers(places: list[tuple[str, int]], settings: Json, store: Store) -> lis
     }
     taken = set(kept.values())
     free = (name for number in itertools.count() if (name := shard_name(number)) not in taken)
-    return [kept.get(place) or next(free) for place in places]
+    return [kept.get((part.name, first)) or next(free) for part, first, _ in ranges]
 
 
 def run(task: Task, store: Store, writer: Writer) -> Json:
@@ -79,7 +79,7 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
     seen: set[str] = set()
     with (
         writer.file(f"shards/{task.name}.tar") as path,
-        tarfile.open(path, "w", copybufsize=1 << 24) as archive,
+        tarfile.open(path, "w") as archive,
     ):
         for row in read_rows(task.hints["url"], task.hints["names"], config, first, count):
             try:
@@ -162,7 +162,7 @@ def _renamed(values: Json) -> Json:
 def _json(values: Json) -> bytes:
     """JSON, in which a NaN or an infinity is null."""
     try:
-        return json.dumps(values, allow_nan=False).encode()
+        return _STRICT.encode(values).encode()
     except ValueError:
         return json.dumps(json.loads(json.dumps(values), parse_constant=lambda _: None)).encode()
 

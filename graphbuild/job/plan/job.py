@@ -98,9 +98,8 @@ def job_of(verb: str, recipe: Recipe, store: Store | None = None, rows: int | No
     elif store is not None and verb == "embed":
         job = _of_own_tars(recipe, store)
     else:
-        raise ConfigError(
-            "the recipe names no source", "give download.urls, pack.source, or embed.shards, captions or vectors"
-        )
+        fix = "give download.urls, pack.source, or embed.shards, captions or vectors"
+        raise ConfigError("the recipe names no source", fix)
     return replace(job, verb=verb, k=job.k or min(recipe.index.k, max(job.nodes - 1, 1)), shards=max(job.shards, 1))
 
 
@@ -121,8 +120,7 @@ def _of_urls(recipe: Recipe, rows: int | None) -> Job:
 
 def _of_parts(recipe: Recipe, rows: int | None) -> Job:
     config = recipe.pack
-    if config.source is None:
-        raise ConfigError("no source given", "name it: `graphbuild pack STORE SOURCE`, or pack.source in the recipe")
+    assert config.source is not None
     parts = find_parts(config) if rows is None else [Part(config.source, "", rows)]
     held = [part for part in parts if rows is None and part.url.endswith(".parquet")]
     with reaching(config.source):
