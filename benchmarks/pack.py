@@ -1,9 +1,10 @@
 """How fast parquet with image bytes becomes tars, beside a plain copy of the same files, and in how much memory.
 
-The files are as Hugging Face writes them: a struct of bytes and path, 100 rows a row group; the images are random bytes
-behind a JPEG's beginning. `shutil.copyfile` with a flush to disk, and `graphbuild pack`, which flushes and hashes what it
-writes, take turns; before each the files leave the page cache. Memory: the peak of a process that packs one file, at
-two numbers of rows; in one row group, too, as `pyarrow.parquet.write_table` writes by default.
+The files are as Hugging Face writes them: a struct of bytes and path, 100 rows a row group; the images are random
+bytes behind a JPEG's beginning. `shutil.copyfile` with a flush to disk, and `graphbuild pack`, which flushes and hashes
+what it writes, take turns; before each the files leave the page cache. Both need the machine for themselves: a copy
+waits for the disk, and pack computes. Memory: the peak of a process that packs one file, at two numbers of rows; in one
+row group, too, as `pyarrow.parquet.write_table` writes by default.
 
     python benchmarks/pack.py FOLDER --files 8 --rows 1000 --bytes 100000 --rounds 3 --workers 2
 """

@@ -57,8 +57,8 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
 
 
 def _numbers(ranges: list[tuple[Part, int, int]], settings: Json, store: Store) -> list[str]:
-    """The tars of these ranges (part, first row, rows): those that the store has packed so keep theirs, others get the next
-    free ones, so that a new part changes no other's, and a run that was stopped ends as one that was not."""
+    """The tars of these ranges (part, first row, rows): those that the store has packed so keep theirs, others get the
+    next free ones, so that a new part changes no other's, and a run that was stopped ends as one that was not."""
     done = {name: record["settings"] for name, record in records(store, "pack").items()}
     kept = {
         (told["file"], told["first_row"]): name
