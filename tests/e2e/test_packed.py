@@ -56,9 +56,7 @@ def built(source: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder / "store"
 
 
-def test_the_verbs_one_by_one_give_the_bytes_of_the_recipe(
-    source: Path, built: Path, cli: Cli, tmp_path: Path
-) -> None:
+def test_the_verbs_one_by_one_give_the_bytes_of_the_recipe(source: Path, built: Path, cli: Cli, tmp_path: Path) -> None:
     store = tmp_path / "store"
     said = cli("pack", store, source, "--shard-size", SHARD, "--dry-run").stdout
     assert "90 samples; 6 shards" in said
