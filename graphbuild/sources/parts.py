@@ -14,8 +14,9 @@ import logging
 import posixpath
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -52,6 +53,7 @@ class Part:
     name: str
     rows: int
     images: Mapping[str, str] = field(default_factory=dict)
+    beside: int = 0  # images in the folder of a table that tells of them
 
     def identity(self, first: int, count: int) -> str:
         """What tells that those rows are still the same; of a table: all of it."""
@@ -79,16 +81,21 @@ def find_parts(config: Pack) -> list[Part]:
     """
     source = str(config.source)
     try:
-        folder, found = folder_of(source), []
+        found: list[Part] = []
         with reaching(source):
+            folder = file_system(folder_of(source))[1].rstrip("/")
             for url in expand(source):
                 fs, path = file_system(url)
-                found += _in_folder(url, folder) if fs.isdir(path) else [Part(url, _name(url, folder), 0)]
+                found += _in_folder(url, folder) if fs.isdir(path) else [Part(url, _name(path, folder), 0)]
     except FileNotFoundError as error:
         raise InputError(f"no file matches {error}", "check SOURCE; quote a pattern with * in the shell") from None
     except (ValueError, ImportError) as error:
         raise InputError(f"{source}: {error}", "write it as in 'data/train-{00000..00009}.parquet'") from None
-    parts = [part if part.images else Part(part.url, part.name, _count(part.url, config)) for part in found]
+    parts = [part if part.images else replace(part, rows=_count(part.url, config)) for part in found]
+    for part in parts:
+        if part.beside > part.rows:
+            left = part.beside - part.rows
+            logger.warning("%-9s %s: at least %d images beside it are in no row, and left out", "pack", part.name, left)
     if not parts:
         raise InputError(
             f"{source} holds no parquet, no metadata.jsonl or .csv and no image", "name a table or a folder of images"
@@ -96,8 +103,10 @@ def find_parts(config: Pack) -> list[Part]:
     return sorted(parts, key=lambda part: part.name)
 
 
-def _name(url: str, folder: str) -> str:
-    return url.removeprefix(folder) if url.startswith(folder) else public(url).rpartition("://")[2]
+def _name(path: str, folder: str) -> str:
+    """A path in a folder, both as their file system spells them; of the folder itself the last part."""
+    inside = path.rpartition("/")[2] if path == folder else path.removeprefix(f"{folder}/")
+    return public(inside).rpartition("://")[2].strip("/")
 
 
 def _in_folder(url: str, folder: str) -> list[Part]:
@@ -122,7 +131,10 @@ def _in_folder(url: str, folder: str) -> list[Part]:
     def full(path: str) -> str:
         return fs.unstrip_protocol(path) if "://" in url else path
 
-    parts = [Part(full(path), _name(full(path), folder), 0) for path in tables]
+    below = {path: sum(len(images[at]) for at in images if f"{at}/".startswith(path)) for path in told}
+    parts = [
+        Part(full(path), _name(path, folder), 0, beside=below.get(f"{path.rpartition('/')[0]}/", 0)) for path in tables
+    ]
     others = [at for at in images if images[at] and not f"{at}/".startswith(tuple(told))]
     if not all(path.endswith(METADATA) for path in tables):  # what lies beside tables of images are no samples
         if others:
@@ -134,7 +146,7 @@ def _in_folder(url: str, folder: str) -> list[Part]:
         for name, info in files[at].items():
             told_of[name.rpartition(".")[0]].append(f"{name}, {info['size']}, {version(info)}")
         named = {name: "; ".join(told_of[name.rpartition(".")[0]]) for name in images[at]}
-        parts.append(Part(full(at), _name(f"{full(at)}/", folder) or f"{at.rpartition('/')[2]}/", len(named), named))
+        parts.append(Part(full(at), f"{_name(at, folder)}/", len(named), named))
     return parts
 
 
@@ -146,7 +158,7 @@ def _count(url: str, config: Pack) -> int:
     """Rows of a table."""
     name = public(url).lower()
     if name.endswith(".parquet"):
-        with _parquet(url) as (parquet, _):
+        with open_parts(url) as file, _parquet(url, file) as parquet:
             image_column(url, parquet.schema_arrow, config)
             return int(parquet.metadata.num_rows)
     if name.endswith(".jsonl"):
@@ -209,27 +221,25 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 @contextlib.contextmanager
-def _parquet(url: str) -> Iterator[tuple[pq.ParquetFile, int]]:
-    """A parquet file, opened by Arrow itself, and its bytes; a remote one is copied for the while."""
-    with local_file(url) as path:
-        try:
-            with pq.ParquetFile(
-                path, pre_buffer=False, buffer_size=BUFFER_BYTES, page_checksum_verification=True
-            ) as parquet:
-                yield parquet, path.stat().st_size
-        except (pa.ArrowException, OSError) as error:
-            cause = f"{url}: not parquet, truncated or damaged: {error}"
-            raise InputError(cause, "fetch or write the file again") from error
+def _parquet(url: str, source: Path | IO[bytes]) -> Iterator[pq.ParquetFile]:
+    """A parquet file that is opened; what ails it is named."""
+    options = {"pre_buffer": False, "buffer_size": BUFFER_BYTES, "page_checksum_verification": True}
+    try:
+        with pq.ParquetFile(source, **options) as parquet:
+            yield parquet
+    except (pa.ArrowException, OSError) as error:
+        cause = f"{url}: not parquet, truncated or damaged: {error}"
+        raise InputError(cause, "fetch or write the file again") from error
 
 
 def _parquet_rows(url: str, config: Pack, first: int, count: int) -> Iterator[Row]:
-    with _parquet(url) as (parquet, size):
+    with local_file(url) as path, _parquet(url, path) as parquet:  # a remote one is copied for the while
         column = image_column(url, parquet.schema_arrow, config)
         sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
         ends = list(itertools.accumulate(sizes))
         groups = [n for n, end in enumerate(ends) if end > first and end - sizes[n] < first + count]
         number = ends[groups[0]] - sizes[groups[0]] if groups else 0
-        batch_rows = min(max(BATCH_BYTES * parquet.metadata.num_rows // size, 1), 1_000)
+        batch_rows = min(max(BATCH_BYTES * parquet.metadata.num_rows // path.stat().st_size, 1), 1_000)
         for batch in parquet.iter_batches(batch_rows, row_groups=groups, use_threads=False):
             begin, end = max(first - number, 0), min(first + count - number, batch.num_rows)
             if begin < end:

@@ -3,14 +3,20 @@ columns that go back beside the source, and switches between packed and download
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import tarfile
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -161,6 +167,67 @@ def test_packed_and_downloaded_tars_replace_each_other_only_by_force(
             "00000_stats.json",
         }
         assert not (store / "rejected/pack").exists() or not list((store / "rejected/pack").iterdir())
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What huggingface_hub asks for of a dataset U/N: the folder `root`."""
+
+    protocol_version = "HTTP/1.1"
+    root: Path
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        path = unquote(self.path.partition("?")[0])
+        if path == "/api/datasets/U/N":
+            return self.answer(json.dumps({"id": "U/N", "sha": "a" * 40}).encode())
+        if path.startswith("/api/datasets/U/N/tree/main"):
+            folder = self.root / path.removeprefix("/api/datasets/U/N/tree/main").strip("/")
+            entries = [self.entry(one) for one in sorted(folder.iterdir())]
+            return self.answer(json.dumps(entries).encode())
+        file = self.root / path.removeprefix("/datasets/U/N/resolve/main/")
+        if not path.startswith("/datasets/") or not file.is_file():
+            return self.answer(b"", 404)
+        content, asked = file.read_bytes(), re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        Hub.asked.append(f"{file.name} {'in part' if asked else 'whole'}")
+        if not asked:
+            return self.answer(content)
+        first, last = int(asked[1]), min(int(asked[2]), len(content) - 1)
+        return self.answer(content[first : last + 1], 206, f"bytes {first}-{last}/{len(content)}")
+
+    def entry(self, path: Path) -> dict[str, Any]:
+        told = {"path": str(path.relative_to(self.root)), "oid": hashlib.sha1(path.name.encode()).hexdigest()}
+        return told | ({"type": "directory"} if path.is_dir() else {"type": "file", "size": path.stat().st_size})
+
+    def answer(self, body: bytes, code: int = 200, places: str = "") -> None:
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        if places:
+            self.send_header("Content-Range", places)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+def test_a_dataset_of_the_hub_is_packed_by_its_url(source: Path, built: Path, cli: Cli, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    Hub.root = source
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+        url = "hf://datasets/U/N/data/*.parquet"
+        cli("pack", tmp_path / "store", url, "--shard-size", SHARD, "--workers", 0, env=hub)
+        server.shutdown()
+    for number in range(6):
+        packed = tmp_path / f"store/shards/{number:05d}.tar"
+        with tarfile.open(packed) as ours, tarfile.open(built / f"shards/{number:05d}.tar") as theirs:
+            assert [one.name for one in ours] == [one.name for one in theirs]
+            for one in ours:
+                if not one.name.endswith(".json"):  # `file` is told from another folder
+                    mine, other = ours.extractfile(one), theirs.extractfile(one.name)
+                    assert mine.read() == other.read()  # type: ignore[union-attr]
+    assert Hub.asked.count("train-00000.parquet whole") == 2, "once for each of its tars, and not to plan"
 
 
 def test_columns_of_what_was_not_packed_are_refused(
