@@ -90,7 +90,7 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
                 image, ending = _image(row, config, folder)
             except (_RowError, ImageError) as error:
                 reason = error.cause if isinstance(error, ImageError) else str(error)
-                turned_away.append((row.number, reason, _json(row.values)))
+                turned_away.append((row.number, reason, _json(row.values)[:50_000]))
                 continue
             seen.add(key)
             values = {name: value for name, value in row.values.items() if name != caption}

@@ -35,7 +35,6 @@ from graphbuild.store.files import file_identity, local_file, open_parts
 from graphbuild.store.remote import file_system, reaching, version
 
 logger = logging.getLogger(__name__)
-TABLES = (".parquet", ".jsonl", ".csv", ".tsv", ".csv.gz", ".tsv.gz")
 METADATA = ("metadata.parquet", "metadata.jsonl", "metadata.csv")  # of a folder of images, as Hugging Face names it
 FILE_NAME = "file_name"  # its column of paths
 BATCH_BYTES = 16 << 20
