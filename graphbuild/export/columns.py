@@ -1,7 +1,7 @@
 """Stage columns: for each part that was packed (`graphbuild pack`) a parquet file of the graph's fields, row for row.
 
 columns/<file>.parquet has as many rows as that file, in its order; those that became no sample, or one without a node,
-are null. So the two are joined side by side, without a key. Memory: one shard's sidecar.
+are null. So the two are joined side by side, without a key. Memory: the file's samples, and one shard's sidecar.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from graphbuild.errors import ConfigError, StageError
 from graphbuild.export.sidecar import sidecar_schema
 from graphbuild.export.sidecars import sidecar_table
 from graphbuild.graph.certify import require_graph
+from graphbuild.nodes.samples import MORE
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, outputs, records
 from graphbuild.runner.state import require
@@ -62,7 +63,9 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
 
 def run(task: Task, store: Store, writer: Writer) -> Json:
     manifest, embeddings = store.manifest(), task.settings["embeddings"]
-    fields = sidecar_schema(manifest["embeddings"]["d"], manifest["graph"]["k"], embeddings)
+    tables = [store.table(SAMPLES.format(part["shard"])) for part in task.built["parts"]]
+    plural = any(MORE in samples.column_names for samples in tables)
+    fields = sidecar_schema(manifest["embeddings"]["d"], manifest["graph"]["k"], embeddings, plural=plural)
     schema = pa.schema([field.with_nullable(True) for field in fields if field.name not in LEFT_OUT])
     counts = {"samples": 0, "without_node": 0, "rejected": 0}
     file = task.built["file"].strip("/").removesuffix(".parquet")
@@ -70,8 +73,8 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
         writer.file(f"{FOLDER}/{file}.parquet") as path,
         pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as target,
     ):
-        for part in task.built["parts"]:
-            samples, kept = store.table(SAMPLES.format(part["shard"])), np.ones(part["rows"], bool)
+        for part, samples in zip(task.built["parts"], tables, strict=True):
+            kept = np.ones(part["rows"], bool)
             if part["rejected"]:
                 rejected = store.table(f"{REJECTED.format('pack')}/{part['shard']}.parquet", ["position"])
                 kept[rejected["position"].to_numpy() - part["first_row"]] = False
@@ -82,6 +85,9 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
                 )
             table = sidecar_table(store, manifest, samples, embeddings, shard=part["shard"], tar=None)
             place = pa.array(np.cumsum(kept) - 1, mask=~kept)  # of each row, its sample
+            for field in schema:
+                if field.name not in table.column_names:  # no sample of this shard has several captions
+                    table = table.append_column(field, pa.nulls(len(table), field.type))
             target.write_table(table.select(schema.names).take(place).cast(schema))
             counts["samples"] += len(samples)
             counts["without_node"] += samples["node"].null_count

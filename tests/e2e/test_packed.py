@@ -113,6 +113,27 @@ def test_columns_have_a_row_for_each_row_of_the_source(source: Path, built: Path
             assert [one["background_mean"], one["background_std"]] == background[node].tolist()
 
 
+def test_several_captions_of_a_row_stand_in_its_row_of_the_columns(
+    pictures: list[Picture], cli: Cli, tmp_path: Path
+) -> None:
+    texts = [[one[1] for one in pictures[n : n + 1 + n % 3]] if n < 6 else [pictures[n][1]] for n in range(12)]
+    images = [None if n == 2 else one[0] for n, one in enumerate(pictures[:12])]
+    pq.write_table(pa.table({"image": images, "captions": texts}), tmp_path / "a.parquet")
+    store = tmp_path / "store"
+    cli("pack", store, tmp_path / "a.parquet", "--shard-size", 6, "--workers", 0)
+    cli("embed", store, "--caption-member", "json:captions", "--workers", 0)
+    cli("index", store, "--k", K, "--workers", 0)
+    cli("export", store, "--layout", "columns", "--embeddings", "none", "--workers", 0)
+    tables = [pq.read_table(path).to_pylist() for path in (store / "nodes").glob("*.parquet")]
+    named = {row["node"]: row["text"] for rows in tables for row in rows}
+    found = pq.read_table(store / "columns/a.parquet").to_pylist()
+    assert len(found) == 12
+    for number, row in enumerate(found):
+        nodes = [row["node"], *(one["node"] for one in row["more_captions"] or [])]
+        assert [named.get(node) for node in nodes] == ([None] if number == 2 else texts[number])
+        assert all(len(one["neighbors"]) == K for one in row["more_captions"] or [])
+
+
 def test_loaders_take_packed_tars(built: Path, cli: Cli, pictures: list[Picture], tmp_path: Path) -> None:
     from graphbuild.torch import GraphDataset
 
