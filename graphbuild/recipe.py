@@ -29,7 +29,7 @@ ResizeMode = Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "b
 Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 EmbeddingKind = Literal["int8", "float16", "sketch:64", "none"]
-Layout = Literal["sidecars", "inline", "clustered"]
+Layout = Literal["sidecars", "inline", "clustered", "columns"]
 Mark = Literal["path", "of source", "switch"]
 
 logger = logging.getLogger(__name__)
@@ -107,6 +107,23 @@ class Download(Section):
         if self.min_bytes > self.max_bytes:
             raise ValueError(f"min_bytes {self.min_bytes:,} is over max_bytes {self.max_bytes:,}: no file would fit")
         return self
+
+
+class Pack(Section):
+    """Images of other layouts to tars, byte for byte."""
+
+    source: str | None = setting(
+        None, "parquet, or folders of images with metadata or texts: a file, folder or pattern", "path", min_length=1
+    )
+    image_column: str | None = setting(
+        None, "of images, or of their paths", unset="the one of bytes, or file_name", min_length=1
+    )
+    caption_column: str | None = setting(None, "becomes txt", unset="txt, caption or text", min_length=1)
+    key_column: str | None = setting(None, "of keys, unique in a tar", unset="numbers", min_length=1)
+    image_size: int | None = setting(
+        None, "pixels of the shorter side; larger images become JPEGs of it", unset="images stay as they are", ge=1
+    )
+    shard_size: int = setting(10_000, "rows a tar", ge=1, le=1_000_000)
 
 
 class Embed(Section):
@@ -253,11 +270,12 @@ class Index(Section):
 
 
 class Export(Section):
-    """Graph to sidecars beside the tars, or to new tars."""
+    """Graph to sidecars beside the tars, to new tars, or to columns for the files that were packed."""
 
     embeddings: EmbeddingKind = setting("int8", "carried by the sidecars")
     layout: Layout = setting(
-        "sidecars", "sidecars beside the tars; new tars with the fields inside; new tars in neighbour order"
+        "sidecars",
+        "sidecars beside the tars; new tars with the fields inside, or in neighbour order; parquet beside packed files",
     )
     chunk: int = setting(32, "of clustered: neighbours shuffled as one", ge=2, le=4096)
     shard_size: int = setting(10_000, "of clustered: samples a tar", ge=1, le=1_000_000)
@@ -265,6 +283,7 @@ class Export(Section):
 
 class Recipe(Section):
     download: Download = Field(default_factory=Download)
+    pack: Pack = Field(default_factory=Pack)
     embed: Embed = Field(default_factory=Embed)
     index: Index = Field(default_factory=Index)
     export: Export = Field(default_factory=Export)
@@ -380,7 +399,7 @@ def _parse(content: bytes, where: str) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{where} is not valid YAML: {error}", "fix the line named above") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{where} must hold sections (download, embed, index, export)", "see pipelines/ for examples")
+        raise ConfigError(f"{where} must hold sections ({', '.join(SECTIONS)})", "see pipelines/ for examples")
     return _validate(values, where)
 
 

@@ -53,6 +53,12 @@ def download(store: StoreArg, changes: Changes, how: How) -> None:
     _run_section("download", store, changes, how)
 
 
+@builds("pack", "image_column caption_column key_column image_size shard_size", positional="source")
+def pack(store: StoreArg, changes: Changes, how: How) -> None:
+    """Parquet or folders of images to WebDataset tars."""
+    _run_section("pack", store, changes, how)
+
+
 @builds(
     "embed",
     "shards captions vectors preset caption_column key_column vector_column caption_member caption_weights image_member"

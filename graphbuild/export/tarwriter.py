@@ -6,7 +6,6 @@ that the store names, so a source that has changed since is refused. Memory: BAT
 
 from __future__ import annotations
 
-import io
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import pyarrow as pa
 
 from graphbuild.errors import InputError, ShardError
 from graphbuild.sources.ranges import TarRanges
-from graphbuild.sources.tars import Member
+from graphbuild.sources.tars import Member, add_member
 from graphbuild.store.sharded import Array
 
 BATCH = 512
@@ -49,12 +48,12 @@ def write_tar(
                 for member in found:
                     name = f"{row['key']}.{member.extension}"
                     inner = _content(content, member, int(starts[i]), name, tars[origin[i]])
-                    offset = _add(archive, f"{keys[begin + i]}.{member.extension}", inner)
+                    offset = add_member(archive, f"{keys[begin + i]}.{member.extension}", inner)
                     if member.offset == row["image_offset"]:
                         image_offsets[begin + i], image_sizes[begin + i] = offset, member.size
                 more = extra(begin + i) if extra is not None else None
                 if more is not None:
-                    _add(archive, f"{keys[begin + i]}.{more[0]}", more[1])
+                    add_member(archive, f"{keys[begin + i]}.{more[0]}", more[1])
     ranges.close()
     return image_offsets, image_sizes
 
@@ -63,14 +62,6 @@ def check_members(samples: pa.Table, url: str) -> None:
     """Raise an InputError unless the store knows where the members of these samples lie in their tar."""
     if len(samples) and samples["members"].combine_chunks().value_lengths().to_numpy().min() == 0:
         raise InputError(f"{url} is compressed: its members cannot be copied one by one", "unpack it and embed again")
-
-
-def _add(archive: tarfile.TarFile, name: str, content: bytes) -> int:
-    """Append a member; returns where its content begins."""
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    archive.addfile(info, io.BytesIO(content))
-    return archive.offset - -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def _content(sample: bytes, member: Member, start: int, name: str, tar: str) -> bytes:

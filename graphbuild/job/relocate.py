@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from graphbuild.errors import ConfigError, InputError, public
-from graphbuild.export import clustered, inline, sidecars
+from graphbuild.export import clustered, columns, inline, sidecars
 from graphbuild.job.steps import run_verb
 from graphbuild.nodes.number import finish_assign
 from graphbuild.recipe import resolve
@@ -45,7 +45,7 @@ def relocate(store: Store, shards: str, runner: Runner) -> Iterator[str]:
         )
     for name, record in done.items():
         store.write_json(state_path("scan", name), _moved(record, urls[name]))
-    invalidate(store, [stage.name for stage in (sidecars.STAGE, inline.STAGE, clustered.CLUSTER)])
+    invalidate(store, [stage.name for stage in (sidecars.STAGE, inline.STAGE, columns.STAGE, clustered.CLUSTER)])
     recipe = resolve(store, "embed", {"shards": shards})
     write_manifest(store, store.manifest() | finish_assign(recipe, store, assigned))
     run_verb("embed", recipe, store, runner)

@@ -24,7 +24,7 @@ from graphbuild.sources.fetched import failed_urls, refused, require_images
 from graphbuild.store.layout import shard_name
 from graphbuild.store.store import Json, Store
 
-VERBS = ("download", "embed", "index", "export")
+VERBS = ("download", "pack", "embed", "index", "export")
 
 
 def wanted_urls(reasons: Sequence[str], *, everything: bool, opted_out: bool = False) -> Wanted:

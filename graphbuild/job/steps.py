@@ -18,7 +18,7 @@ from functools import cache
 from typing import Any
 
 from graphbuild.errors import ConfigError, StageError
-from graphbuild.export import clustered, inline, sidecars
+from graphbuild.export import clustered, columns, inline, sidecars
 from graphbuild.graph import certify, index, mined
 from graphbuild.machine.versions import version_of
 from graphbuild.nodes import encode, fidelity, number, scan, vectors
@@ -26,7 +26,7 @@ from graphbuild.recipe import Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import Stage, Task, records, state_path, write_manifest
 from graphbuild.runner.state import are_finished, invalidate, is_done, write_recipe
-from graphbuild.sources import download
+from graphbuild.sources import download, pack
 from graphbuild.store.layout import STATE
 from graphbuild.store.leftovers import remove_leftovers
 from graphbuild.store.remote import READERS
@@ -70,6 +70,7 @@ STEPS = (
                                                                          " rejected/urls/#.parquet"),
     Step(download.DOWNLOAD, "download", "_state/urls/",                  "shards/#.tar shards/#.parquet"
                                                                          " shards/#_stats.json"),
+    Step(pack.STAGE,        "pack",     "images",                        "shards/#.tar rejected/pack/#.parquet"),
     Step(scan.STAGE,        "embed",    "tars | list | shards/#.tar",    "_state/scan/#.parquet"
                                                                          " rejected/scan/#.parquet"),
     Step(number.NUMBER,     "embed",    "_state/scan/",                  "_state/number/"),
@@ -91,6 +92,7 @@ STEPS = (
     Step(certify.STAGE,     "index",    "nodes/#.npy graph/#.*.npy",     ""),
     Step(sidecars.STAGE,    "export",   "_state/certify/ samples/",      "shards/*.graph.parquet shards/sizes.json"),
     Step(inline.STAGE,      "export",   "_state/certify/ samples/",      "inline/"),
+    Step(columns.STAGE,     "export",   "_state/certify/ samples/",      "columns/"),
     Step(clustered.ARRANGE, "export",   "_state/certify/ samples/",      "_work_clustered/places.npy"),
     Step(clustered.SCATTER, "export",   "_work_clustered/places.npy",    "_work_clustered/#.arrow"),
     Step(clustered.CLUSTER, "export",   "_work_clustered/#.arrow",       "clustered/"),
@@ -159,18 +161,19 @@ def _example(text: str) -> str:
 
 
 def steps_of(verb: str, recipe: Recipe) -> list[Step]:
-    """The steps of download, embed, index, export, or of `run`, which is all that the recipe's source needs."""
+    """The steps of download, pack, embed, index, export, or of `run`, which is all that the recipe's source needs."""
     if verb == "run":
-        if recipe.download.urls is not None and recipe.embed.source:
+        given = {"download.urls": recipe.download.urls, "pack.source": recipe.pack.source}
+        given[f"embed.{recipe.embed.source}"] = recipe.embed.source or None
+        sources = [name for name, value in given.items() if value is not None]
+        if len(sources) > 1:
             raise ConfigError(
-                f"the recipe has download.urls and embed.{recipe.embed.source}: two sources",
-                "drop one of them from the recipe",
+                f"the recipe has {' and '.join(sources)}: {len(sources)} sources", "name only one in the recipe"
             )
-        verbs = ("download", "embed", "index", "export")[recipe.download.urls is None :]
-        return [step for part in verbs for step in steps_of(part, recipe)]
-    layout = {"sidecars": [sidecars.STAGE], "inline": [inline.STAGE], "clustered": clustered.STAGES}[
-        recipe.export.layout
-    ]
+        first = [name.partition(".")[0] for name in sources if not name.startswith("embed")]
+        return [step for part in (*first, "embed", "index", "export") for step in steps_of(part, recipe)]
+    layouts = {"sidecars": [sidecars.STAGE], "inline": [inline.STAGE], "clustered": clustered.STAGES}
+    layout = {**layouts, "columns": [columns.STAGE]}[recipe.export.layout]
     steps = [step for step in STEPS if step.verb == verb]
     if verb == "embed":
         return [step for step in steps if (step.stage is vectors.STAGE) == (recipe.embed.source == "vectors")]
@@ -244,17 +247,21 @@ def is_spared(step: Step, recipe: Recipe, store: Store, *, force: bool) -> bool:
 
 def replaced_by(step: Step, tasks: Sequence[Task], store: Store, *, force: bool) -> list[Step]:
     """The steps whose work must go before these tasks of a step may run: where finished work was made of another
-    source, all steps of its verb and of later ones. Another source is one of another kind, or one of the same kind with
-    none of its files. Records of a step that excludes this one decide: what both wrote may be of either. Nothing is
-    removed here.
+    source, all steps of its verb and of later ones, and of a verb that makes the same files. Another source is one of
+    another kind, or one of the same kind with none of its files. Records of a step that excludes this one decide: what
+    both wrote may be of either. Nothing is removed here.
 
     Raises:
         ConfigError: there is such work, and force is not given.
     """
-    sources = [other for other in STEPS if other.verb == step.verb and other.reads_outside]
+    files = " ".join(other.owns for other in STEPS if other.verb == step.verb)
+    verbs = {other.verb for other in STEPS if other.verb == step.verb or _meet(other.owns, files)}
+    sources = [other for other in STEPS if other.verb in verbs and other.reads_outside]
     makers = [other for other in sources if other.finished(store)]
-    if len(sources) == 1 or step not in sources or not makers or not tasks:  # a verb of one source cannot switch
+    if step not in sources or not makers or not tasks:
         return []
+    if makers == [step] and all(other is step or other.verb != step.verb for other in sources):
+        return []  # what a verb of one kind of source has changed, `pending` tells
     maker = next((other for other in makers if other is not step), step)
     done, now = maker.finished(store), _source(vars(tasks[0]))
     found = (record for path in sorted(done) if (record := store.read_jsons({path: done[path]})[0]) is not None)
@@ -262,7 +269,7 @@ def replaced_by(step: Step, tasks: Sequence[Task], store: Store, *, force: bool)
     kept = {state_path(step.name, task.name) for task in tasks} & done.keys()
     if maker is step and before == now and kept:
         return []
-    gone = STEPS[next(number for number, other in enumerate(STEPS) if other.verb == step.verb) :]
+    gone = STEPS[next(number for number, other in enumerate(STEPS) if other.verb in verbs) :]
     if not force:
         owned = [pattern.split("#")[0] for other in gone if other.finished(store) for pattern in other.owns.split()]
         raise ConfigError(
@@ -299,4 +306,4 @@ def remove_step(step: Step, store: Store) -> None:
 
 def _source(task: Mapping[str, Any]) -> str:
     """What a task or its record says it read from outside the store, or else of it."""
-    return " and ".join(sorted(task.get("inputs", {})) or [f"downloaded {name}s" for name in sorted(task["built"])])
+    return " and ".join(sorted(task.get("inputs", {})) or [f"the store's own {name}s" for name in task["built"]])

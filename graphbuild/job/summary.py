@@ -10,14 +10,19 @@ from graphbuild.sources.fetched import OPT_OUT, REFUSED, fetch_failed, fetch_ref
 from graphbuild.store.shards import node_count
 from graphbuild.store.store import Json, Store
 
-NEXT = {"download": "embed", "embed": "index", "index": "export", "export": "verify", "run": "verify"}
+NEXT = {"download": "embed", "pack": "embed", "embed": "index", "index": "export", "export": "verify", "run": "verify"}
 NOT_OF_AGE = rf"{REFUSED}|{OPT_OUT}|Connection refused|HTTP Error (429|5\d\d)"  # neither an old list nor DNS
-EXPORTED = {"export": ("sidecar", "shards/"), "inline": ("tar", "inline/"), "cluster": ("tar", "clustered/")}
+EXPORTED = {
+    "export": ("sidecar", "shards/"),
+    "inline": ("tar", "inline/"),
+    "columns": ("parquet file", "columns/"),
+    "cluster": ("tar", "clustered/"),
+}
 
 
 def summary(verb: str, manifest: Json, store: Store) -> str:
     """The closing lines of a verb, from the manifest alone."""
-    parts = {"download": _download, "embed": _embed, "index": _index, "export": _export}
+    parts = {"download": _download, "pack": _pack, "embed": _embed, "index": _index, "export": _export}
     ran = {step.verb for step in STEPS if step.name in manifest["stages"]}
     verbs = [name for name in parts if name in ran] if verb in ("run", "demo") else [verb]
     lines = []
@@ -64,6 +69,15 @@ def _download(manifest: Json) -> list[str]:
         why = "; an old list, or DNS overloaded (fewer --threads)?" if aged > sum(failures.values()) / 2 else ""
         lines.append(f"          WARNING: more than half of the URLs failed{why}")
     return lines
+
+
+def _pack(manifest: Json) -> list[str]:
+    entry = manifest["stages"]["pack"]
+    counts, tars = entry["counts"], counted(entry["tasks"], "tar")
+    lines = [f"pack      {counts['rows']:,} rows -> {counts['samples']:,} samples in {tars}, in shards/"]
+    reasons = list(manifest["pack"]["rejected"].items())
+    lines += [f"          {count:6,} rejected: {reason}" for reason, count in reasons[:10]]
+    return lines + (["          see rejected/pack/"] if counts["rejected"] else [])
 
 
 def _embed(manifest: Json) -> list[str]:

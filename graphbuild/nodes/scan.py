@@ -35,6 +35,7 @@ from graphbuild.nodes.samples import PLURAL, SCHEMA, write_rejected
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, records, summed, total_counts
 from graphbuild.sources.download import downloaded_tars
+from graphbuild.sources.pack import packed_tars
 from graphbuild.sources.tables import CAPTION_ROLES, FIELD_ROLE, WEIGHTS_ROLE, TableSpec, read_chunks
 from graphbuild.sources.tars import expand_shards, open_tar, tar_stem
 from graphbuild.store.checksum import file_sha256
@@ -68,15 +69,17 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
             Task(stage="scan", name=name, settings=settings, inputs={"tar": identities[url]}, hints={"url": url})
             for url, name in sorted(numbers.items(), key=lambda item: by_number(item[1]))
         ]
-    if "download" not in store.manifest()["stages"]:
+    own = {"download": downloaded_tars, "pack": packed_tars}
+    made = [read for stage, read in own.items() if stage in store.manifest()["stages"]]
+    if not made:
         raise ConfigError(
             f"{store.url} has no captions to embed: no source is named, and no download is finished there",
             "name the source by --shards, --captions or --vectors (in a recipe, embed.shards and so on), "
-            f"or run `graphbuild download {store.url} URLS` first",
+            f"or run `graphbuild download {store.url} URLS` or `graphbuild pack {store.url} SOURCE` first",
         )
     return [
         Task(stage="scan", name=tar_stem(url), settings=settings, built={"tar": sha256}, hints={"url": url})
-        for url, sha256 in downloaded_tars(store).items()
+        for url, sha256 in made[0](store).items()
     ]
 
 

@@ -12,6 +12,7 @@ twice the decoded image.
 from __future__ import annotations
 
 import functools
+import io
 from typing import IO
 
 import numpy as np
@@ -89,6 +90,35 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # noqa: BLE001 as many kinds as there are damages
         return None
+
+
+def image_format(content: memoryview) -> str | None:
+    """The ending of a file with an image, of IMAGE_FORMATS, as Pillow tells formats apart by how they begin; None: it
+    is none. Nothing is decoded."""
+    begin = bytes(content[:32]).ljust(32, b"\0")
+    found = (name for name in known_formats() if (accept := Image.OPEN[name][1]) is not None and accept(begin) is True)
+    name = next(found, None)
+    if name in ("BMP", "PPM"):  # texts may begin so, too
+        try:
+            Image.open(io.BytesIO(content), formats=[name]).close()
+        except Exception:  # noqa: BLE001 decoders raise anything at bytes that were made to confuse them
+            return None
+    return next((ending for ending, one in IMAGE_FORMATS.items() if one == name), None)
+
+
+def fitted(content: bytes, size: int) -> bytes:
+    """The image with a shorter side of `size` pixels, a JPEG of quality 95; as it is, where it is no larger.
+
+    Raises:
+        ImageError: as `upright_rgb`.
+    """
+    image = upright_rgb(io.BytesIO(content), least=2 * size)
+    width, height = image.info["size"]
+    if min(width, height) <= size:
+        return content
+    scale, made = size / min(width, height), io.BytesIO()
+    image.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS).save(made, "JPEG", quality=95)
+    return made.getvalue()
 
 
 @functools.cache

@@ -31,6 +31,13 @@ def expand(pattern: str) -> list[str]:
     return [path + mark + query for part in braceexpand(rest) for path in _matches(literal + part)]
 
 
+def folder_of(pattern: str) -> str:
+    """The folder, with its slash, in which all lies that a pattern names: what is taken of it as it is written."""
+    literal, rest = _split(pattern)
+    fs, path = file_system(literal or ".")
+    return f"{literal.rstrip('/')}/" if not rest and fs.isdir(path) else literal[: literal.rfind("/") + 1]
+
+
 def _matches(pattern: str) -> list[str]:
     literal, rest = _split(pattern)
     if not rest or not glob.has_magic(rest):

@@ -36,6 +36,8 @@ _ENDING = re.compile(r"\.(tar|tgz|tar\.gz)$", re.IGNORECASE)
 _META = re.compile(r"__[^/]*__($|/)")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # what tarfile makes of bytes that are not UTF-8
 _BLOCK = 512
+_EMPTY = tarfile.TarInfo().tobuf()  # of no name, and a size of 11 zeros
+_EMPTY_SUM = tarfile.calc_chksums(_EMPTY)[0] - sum(b"0" * 11)  # type: ignore[attr-defined]
 _PADDING_BYTES = 1 << 20
 
 
@@ -166,6 +168,33 @@ def open_tar(url: str) -> Iterator[Tar]:
                 raise InputError(f"{url} cannot be unpacked ({error})", "fetch or write it again") from error
             path = unpacked
         yield Tar(path, url, stack.enter_context(_WholeReads(io.FileIO(path))), source, compressed)
+
+
+def add_member(archive: tarfile.TarFile, name: str, content: bytes | memoryview) -> int:
+    """Append a member, without date, owner and mode of its own; returns where its content begins.
+
+    As `TarFile.addfile`, which remembers every member and takes several times as long for a small one.
+    """
+    header = _header(archive, name, len(content))
+    begin, padding = archive.offset + len(header), bytes(-len(content) % _BLOCK)
+    for block in (header, content, padding):
+        archive.fileobj.write(block)  # type: ignore[arg-type]
+    archive.offset = begin + len(content) + len(padding)
+    return begin
+
+
+def _header(archive: tarfile.TarFile, name: str, size: int) -> bytes:
+    """What tarfile writes before a member; of a plain name without its detours."""
+    if not name.isascii() or len(name) > 100 or size >= 8**11:
+        info = tarfile.TarInfo(name)
+        info.size = size
+        return info.tobuf(archive.format, tarfile.ENCODING, "surrogateescape")
+    told, digits = name.encode(), b"%011o" % size
+    header = bytearray(_EMPTY)
+    header[: len(told)] = told
+    header[124:135] = digits
+    header[148:154] = b"%06o" % (_EMPTY_SUM + sum(told) + sum(digits))  # of all bytes, its own place as blanks
+    return bytes(header)
 
 
 def expand_shards(pattern: str) -> list[str]:

@@ -259,6 +259,31 @@ a plan of a list that is nowhere
   -> check the path
   download {store} {urls} --dry-run
 
+a pack without a source
+  pack {store}
+  -> graphbuild pack STORE SOURCE
+  pack {store} {images}
+
+two columns of images
+  pack {store} {two}
+  -> name the one by --image-column
+  pack {store} {two} --image-column image
+
+a column without images
+  pack {store} {two} --image-column number
+  -> name another with --image-column
+  pack {store} {two} --image-column image
+
+a column of no images
+  pack {store} {two} --image-column other
+  -> check --image-column
+  pack {store} {two} --image-column image --force
+
+columns of a list [indexed]
+  export {store} --layout columns
+  -> use the default layout, or `graphbuild pack` the files
+  export {store}
+
 a node that is none
   plan {recipe} --on nodes=x
   -> as in --on nodes=32,cores=64
@@ -361,6 +386,10 @@ def materials(folder: Path) -> dict[str, Path]:
     np.save(folder / "shrunk.npy", 0.5 * indefinite + 0.5 * np.eye(3))
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(rng.normal(size=48)), 8)
     pq.write_table(pa.table({"v": vectors}), folder / "v.parquet")
+    pixel = b"P6 1 1 255 abc"
+    pq.write_table(pa.table({"image": [pixel, pixel]}), folder / "images.parquet")
+    two = {"image": [pixel, pixel], "other": [b"a", b"b"], "number": [1, 2]}
+    pq.write_table(pa.table(two), folder / "two.parquet")
     write_list(folder / "blank.txt", "a dog\n\na cow\n")
     write_list(folder / "without.csv", "url,caption\n,a dog\n,a cat\n")
     write_list(folder / "gone.yaml", f"download: {{urls: {folder}/nowhere.csv}}\n")
@@ -399,6 +428,8 @@ def materials(folder: Path) -> dict[str, Path]:
         "without": "without.csv",
         "gone": "gone.yaml",
         "folder": "folder.parquet",
+        "images": "images.parquet",
+        "two": "two.parquet",
     }
     return {name: folder / path for name, path in named.items()}
 

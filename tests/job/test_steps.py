@@ -35,7 +35,7 @@ def names(steps: object) -> list[str]:
 
 def recipes() -> list[Recipe]:
     embeds = [{}, {"shards": "a.tar"}, {"captions": "a.csv"}, {"vectors": "a.npy"}]
-    layouts = ["sidecars", "inline", "clustered"]
+    layouts = ["sidecars", "inline", "clustered", "columns"]
     return [
         Recipe.model_validate({"embed": embed, "export": {"layout": layout}})
         for embed, layout in itertools.product(embeds, layouts)
@@ -47,7 +47,7 @@ def test_a_file_has_one_owner_among_the_steps_that_can_make_one_store() -> None:
         for step in pair:
             for pattern in step.owns.split():
                 path = pattern.replace("#", "00000").replace("*", "a") + "a" * pattern.endswith("/")
-                for verb in ("download", "embed", "index", "export"):
+                for verb in ("download", "pack", "embed", "index", "export"):
                     chosen = steps_of(verb, recipe)
                     assert len([one for one in owners(path) if one in chosen]) <= 1, path
 
@@ -82,10 +82,12 @@ def test_every_file_of_a_store_belongs_to_the_step_whose_record_names_it(tmp_pat
     ("step", "stale"),
     [
         ("encode", ["fidelity", "base", "search", "certify", "export"]),
-        ("certify", ["export", "inline", "cluster", "mine"]),
+        ("certify", ["export", "inline", "columns", "cluster", "mine"]),
         ("fidelity", []),
         ("export", []),
         ("inline", []),
+        ("columns", []),
+        ("pack", ["scan", "number", "assign", "encode", "search", "certify", "export", "columns"]),
         ("download", ["scan", "number", "assign", "encode", "search", "certify", "export"]),
     ],
 )

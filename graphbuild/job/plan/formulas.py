@@ -27,6 +27,7 @@ from graphbuild.nodes.encode import STAGE as ENCODE
 from graphbuild.nodes.encoder.model import CPU_TOKENS, GPU_TOKENS
 from graphbuild.nodes.fidelity import SAMPLE as FIDELITY_TEXTS
 from graphbuild.recipe import Index, Recipe
+from graphbuild.sources.parts import BATCH_BYTES
 
 CHUNK_ROWS = 100_000  # of a list that are read at a time
 FETCH_SECONDS = 1.2  # of a URL, dead ones too: img2dataset's page on CC3M has 850/s with 16 x 64 requests in flight
@@ -126,6 +127,13 @@ def download_costs(case: Case) -> dict[str, Cost]:
         "urls": Cost(1, job.rows * rates.list_row, job.list_bytes, job.list_bytes * 0.6, arrow),
         "download": Cost(tasks, seconds, network, written, held, least_seconds=least_seconds),
     }
+
+
+def pack_costs(case: Case) -> dict[str, Cost]:
+    """From parquet or folders to tars: every image read, written and hashed."""
+    job, rates = case.job, case.rates
+    seconds = case.shard_rows * rates.tar_sample + job.tar_bytes / job.shards * rates.hash_byte
+    return {"pack": Cost(job.shards, seconds, job.tar_bytes, job.tar_bytes, 4.0 * BATCH_BYTES)}
 
 
 def embed_costs(case: Case) -> dict[str, Cost]:
@@ -287,6 +295,7 @@ def export_costs(case: Case) -> dict[str, Cost]:
     return {
         "export": Cost(shards, rows / shards * rates.export_byte, rows, rows, sidecar_held, lists),
         "inline": copied(shards),
+        "columns": Cost(shards, rows / shards * rates.export_byte, rows, rows, sidecar_held, lists),
         # one task orders all samples, 40 bytes each, and reads the lists at random
         "arrange": Cost(1, 2 * edges * rates.merge_entry, 6 * edges, 8.0 * job.samples, 40.0 * job.samples),
         "scatter": Cost(shards, case.shard_rows * rates.assign_row, moved, moved, moved / shards),
@@ -296,6 +305,7 @@ def export_costs(case: Case) -> dict[str, Cost]:
 
 FORMULAS: dict[str, Callable[[Case], dict[str, Cost]]] = {
     "download": download_costs,
+    "pack": pack_costs,
     "embed": embed_costs,
     "index": index_costs,
     "export": export_costs,

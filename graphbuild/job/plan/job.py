@@ -27,6 +27,7 @@ from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import records, total_counts
 from graphbuild.runner.state import pending, require
 from graphbuild.sources.fetched import require_images
+from graphbuild.sources.parts import Part, find_parts
 from graphbuild.sources.tables import CAPTION_ROLES
 from graphbuild.sources.tars import expand_shards, open_tar
 from graphbuild.store.files import open_parts
@@ -84,6 +85,8 @@ def job_of(verb: str, recipe: Recipe, store: Store | None = None, rows: int | No
     embed = recipe.embed
     if verb == "download" or (verb == "run" and recipe.download.urls is not None):
         job = _of_urls(recipe, rows)
+    elif verb == "pack" or (verb == "run" and recipe.pack.source is not None):
+        job = _of_parts(recipe, rows)
     elif store is not None and verb in ("index", "export"):
         job = _of_embedded(verb, recipe, store)
     elif embed.shards is not None:
@@ -93,9 +96,10 @@ def job_of(verb: str, recipe: Recipe, store: Store | None = None, rows: int | No
     elif embed.vectors is not None:
         job = _of_vectors(recipe, embed.vectors, rows)
     elif store is not None and verb == "embed":
-        job = _of_downloaded(recipe, store)
+        job = _of_own_tars(recipe, store)
     else:
-        raise ConfigError("the recipe names no source", "give download.urls, or embed.shards, captions or vectors")
+        fix = "give download.urls, pack.source, or embed.shards, captions or vectors"
+        raise ConfigError("the recipe names no source", fix)
     return replace(job, verb=verb, k=job.k or min(recipe.index.k, max(job.nodes - 1, 1)), shards=max(job.shards, 1))
 
 
@@ -112,6 +116,19 @@ def _of_urls(recipe: Recipe, rows: int | None) -> Job:
     said = f"{success:.0%} of the URLs give an image{f', as of a list of {known.year}' if known.year else ''}"
     tar_bytes = job.samples * (IMAGE_BYTES * (config.image_size / 256) ** 2 + JSON_BYTES + 3 * 1024)
     return replace(job, tar_bytes=tar_bytes, success=success, year=known.year, assumed=(said, *job.assumed))
+
+
+def _of_parts(recipe: Recipe, rows: int | None) -> Job:
+    config = recipe.pack
+    assert config.source is not None
+    parts = find_parts(config) if rows is None else [Part(config.source, "", rows)]
+    held = [part for part in parts if rows is None and part.url.endswith(".parquet")]
+    with reaching(config.source):
+        total = float(sum(file_system(part.url)[0].size(file_system(part.url)[1]) or 0 for part in held))
+    others = sum(part.rows for part in parts if part not in held)
+    counted, tars = sum(part.rows for part in parts), sum(math.ceil(part.rows / config.shard_size) for part in parts)
+    said = (f"{others:,} images have {IMAGE_BYTES / 1e3:.0f} kB each",) if others else ()
+    return _of_samples(recipe, counted, [round((total + others * IMAGE_BYTES) / max(tars, 1))] * tars, said)
 
 
 def _of_captions(recipe: Recipe, url: str, rows: int | None) -> Job:
@@ -171,10 +188,14 @@ def _of_samples(recipe: Recipe, samples: int, sizes: list[int], assumed: tuple[s
 # -- stores
 
 
-def _of_downloaded(recipe: Recipe, store: Store) -> Job:
-    require(store, "download", "download")
-    require_images(store)
-    samples = store.manifest()["stages"]["download"]["counts"]["images"]
+def _of_own_tars(recipe: Recipe, store: Store) -> Job:
+    stages = store.manifest()["stages"]
+    if "pack" in stages:
+        samples = stages["pack"]["counts"]["samples"]
+    else:
+        require(store, "download", "download")
+        require_images(store)
+        samples = stages["download"]["counts"]["images"]
     sizes = [size for name, size in store.sizes("shards").items() if name.endswith(".tar")]
     return _of_samples(recipe, samples, sizes, ())
 

@@ -23,7 +23,7 @@ FOOTNOTE = (
 )
 SHORT_SECONDS, LONG_SECONDS = 60, 2 * 86_400
 LOW_SUCCESS = 0.8
-BY_SHARD = ("download", "scan", "assign", "encode", "vectors", "codes", "merge", "search", "export", "inline")
+BY_SHARD = ("download", "pack", "scan", "assign", "encode", "vectors", "codes", "merge", "search", "export", "inline")
 
 
 def plan_recipe(
@@ -66,7 +66,7 @@ def cases(job: Job, recipe: Recipe, rates: Rates, machines: Sequence[machine.Mac
 def headline(job: Job) -> str:
     """What the job is, and what is assumed of it."""
     line = f"{job.rows:,} URLs -> {job.samples:,} images" if job.source == "list" else f"{job.samples:,} samples"
-    if job.verb != "download":
+    if job.verb not in ("download", "pack"):
         line += f" -> {job.nodes:,} nodes, d = {job.d}, k = {job.k}"
     lines = [f"plan      {line}; {job.shards:,} shard{'s' * (job.shards != 1)}"]
     return "\n".join([*lines, *(f"{'':10}assumed: {line}" for line in job.assumed), ""])

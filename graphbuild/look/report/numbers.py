@@ -28,7 +28,12 @@ PAIRS = 200_000
 DUPLICATE = 0.95  # similarity of a near-duplicate
 SHOWN = 10  # rows of a table of examples
 BATCHES = (64, 256, 1024, 4096)
-DELIVERED = {"export": "in sidecars", "inline": "in inline tars", "cluster": "in clustered tars"}
+DELIVERED = {
+    "export": "in sidecars",
+    "inline": "in inline tars",
+    "columns": "in columns",
+    "cluster": "in clustered tars",
+}
 BINS = np.linspace(-1, 1, 201)
 EDGES = [0, 1, 2, *(2**power + 1 for power in range(1, 33))]  # of in-degrees and samples: 0, 1, 2, 3-4, 5-8, ...
 
@@ -84,6 +89,9 @@ def funnel(store: Store, manifest: Json) -> list[Json]:
     if "download" in counts:
         failures = manifest["download"]["failures"]
         step("images", counts["download"]["images"], failures)
+    if "pack" in counts:
+        step("rows of the source", counts["pack"]["rows"], {})
+        step("packed images", counts["pack"]["samples"], manifest["pack"]["rejected"])
     if "assign" in counts:
         scanned = counts["scan"]
         without = scanned.get("without_image", 0)

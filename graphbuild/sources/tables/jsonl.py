@@ -34,7 +34,7 @@ def json_table(spec: TableSpec, head: list[bytes], lines: Iterator[bytes], keep_
     Raises:
         InputError: a column is missing or not text, or none of these lines is an object.
     """
-    objects = [row for row in map(_json_object, head) if isinstance(row, dict)]
+    objects = [row for row in map(json_object, head) if isinstance(row, dict)]
     if not objects:
         raise InputError(f"{spec.path}: none of the first {len(head):,} lines is a JSON object", "give JSON Lines")
     names = [name for name in dict.fromkeys(chain.from_iterable(objects)) if not _SURROGATE.search(name)]
@@ -49,7 +49,7 @@ def json_table(spec: TableSpec, head: list[bytes], lines: Iterator[bytes], keep_
     known = set(names)
 
     def fields_of(line: bytes) -> list[Field] | str:
-        row = _json_object(line)
+        row = json_object(line)
         if isinstance(row, str):
             return row
         if keep_others and not row.keys() <= known:
@@ -79,7 +79,8 @@ def json_table(spec: TableSpec, head: list[bytes], lines: Iterator[bytes], keep_
     return [(name, index) for index, (name, _) in enumerate(selected)], len(selected), records
 
 
-def _json_object(line: bytes) -> dict[str, Any] | str:
+def json_object(line: bytes) -> dict[str, Any] | str:
+    """The object in a line, or why there is none."""
     if not line.strip():
         return BLANK
     try:
