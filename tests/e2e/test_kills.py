@@ -120,15 +120,15 @@ def strike(
 def moment_comes(
     process: subprocess.Popen[str], store: Path, stages: Sequence[str], target: Target, progress: Progress
 ) -> bool:
-    """Wait for a target's moment: a worker's comes when one has a task, or a tenth of a second later. False when
-    the command ends before.
+    """Wait for a target's moment: a worker's comes when one has a task, or half a second later. False when the command
+    ends before.
     """
     due, before = None, progress()
     while process.poll() is None:
         if due is None and under_way(store, stages) >= stages.index(target.stage) and progress() != before:
             due = time.monotonic() + target.pause
         late = time.monotonic() - due if due is not None else -1.0
-        if late >= 0 and (target.what == EVERYTHING or workers_of(process, BUSY if late < 0.1 else "ray::Worker")):
+        if late >= 0 and (target.what == EVERYTHING or workers_of(process, BUSY if late < 0.5 else "ray::Worker")):
             return True
         time.sleep(0.002)
     return False
