@@ -11,8 +11,9 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -117,7 +118,9 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
     with open_tar(full_url) as tar:
         samples = tar.samples()
         keys = [sample.key for sample in samples]
-        found = [sample_captions(tar, sample, settings) for sample in samples]
+        found = (sample_captions(tar, sample, settings) for sample in samples)
+        usable = _Usable()
+        rejected = usable.add(found, keys, range(len(keys)), every=True)
         found_images = [sample.image(settings.get("image_member")) for sample in samples]
         images = [None if tar.compressed else image for image in found_images]
         members = [[] if tar.compressed else [vars(member) for member in sample.members] for sample in samples]
@@ -127,8 +130,7 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
             "bytes": tar.source.stat().st_size,
             "sha256": file_sha256(tar.source),
         }
-    groups, rejected = _usable(found, keys, range(len(keys)))
-    captions = [one.caption for group in groups for one in group if one.text is not None]
+    captions = [caption for caption, text in zip(usable.captions, usable.texts, strict=True) if text is not None]
     if samples and not captions:
         extensions = sorted({repr(f".{member.extension}") for sample in samples for member in sample.members})
         raise InputError(
@@ -141,10 +143,10 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
         "image_size": [image and image.size for image in images],
         "members": members,
     }
-    _write_shard(shard, keys, groups, places, writer)
+    _write_shard(shard, usable, places, writer)
     write_rejected(STAGE.name, shard, rejected, writer)
     counts = {"samples": len(samples), "captions": len(captions), "rejected": len(rejected)}
-    firsts = [group[0].caption for group in groups]
+    firsts = np.array(usable.captions, object)[np.cumsum([0, *usable.counts])[:-1]]
     of_lines = sum(is_of_lines(first, sample, settings) for first, sample in zip(firsts, samples, strict=True))
     counts |= {"without_image": found_images.count(None)} | ({"of_several_lines": of_lines} if of_lines else {})
     return {
@@ -155,29 +157,51 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
     }
 
 
-class Usable(NamedTuple):
-    """A caption with its text and weight; text None: of a sample that has no usable one."""
+@dataclass
+class _Usable:
+    """Captions that can be nodes, those of a sample side by side: counts[i] of sample i. text None: the sample has no
+    such caption. Lists of numbers and texts: objects for each sample would cost more than the texts."""
 
-    caption: str | None
-    text: str | None
-    weight: float
+    keys: list[str] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    captions: list[str | None] = field(default_factory=list)
+    texts: list[str | None] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
 
+    def add(
+        self, found: Iterable[Sequence[Found]], keys: Iterable[str | None], positions: Iterable[int], *, every: bool
+    ) -> list[tuple[Any, ...]]:
+        """Take the captions of samples; returns what is rejected. every: also samples without a usable caption."""
+        rejected = []
+        for captions, key, position in zip(found, keys, positions, strict=True):
+            before = len(self.texts)
+            for content, reason, weight in captions:
+                text, why = usable_text(content) if reason is None else (None, reason)
+                if text is None or key is None:
+                    rejected.append((position, key, why or "no key", content))
+                else:
+                    self.captions.append(content)
+                    self.texts.append(text)
+                    self.weights.append(weight)
+            if every and len(self.texts) == before:
+                content, reason, _ = captions[0]
+                self.captions.append(content if reason is None else None)
+                self.texts.append(None)
+                self.weights.append(1.0)
+            if len(self.texts) > before:
+                self.keys.append(str(key))
+                self.counts.append(len(self.texts) - before)
+        return rejected
 
-def _usable(
-    found: Sequence[Sequence[Found]], keys: Sequence[str | None], positions: Sequence[int]
-) -> tuple[list[list[Usable]], list[tuple[Any, ...]]]:
-    """The captions of each sample that can be nodes, or one without a text, and what is rejected."""
-    groups, rejected = [], []
-    for captions, key, position in zip(found, keys, positions, strict=True):
-        group = []
-        for content, reason, weight in captions:
-            text, why = usable_text(content) if reason is None else (None, reason)
-            if text is None:
-                rejected.append((position, key, why, content))
-            else:
-                group.append(Usable(content, text, weight))
-        groups.append(group or [Usable(captions[0].content if captions[0].reason is None else None, None, 1.0)])
-    return groups, rejected
+    def cut(self, samples: int) -> _Usable:
+        """The first samples, which are taken away here."""
+        captions = sum(self.counts[:samples])
+        sizes = [samples, samples, captions, captions, captions]
+        lists: list[list[Any]] = [self.keys, self.counts, self.captions, self.texts, self.weights]
+        taken = _Usable(*(values[:size] for values, size in zip(lists, sizes, strict=True)))
+        for values, size in zip(lists, sizes, strict=True):
+            del values[:size]
+        return taken
 
 
 def _spec(url: str, settings: Mapping[str, Any]) -> TableSpec:
@@ -196,38 +220,28 @@ def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
     shards: dict[str, Json] = {}
     reasons: Counter[str] = Counter()
     rejected_rows = numbers = captions = 0
-    keys: list[str] = []
-    groups: list[list[Usable]] = []
+    usable = _Usable()
 
     def cut(size: int) -> None:
         shard = shard_name(len(shards))
-        _write_shard(shard, keys[:size], groups[:size], {}, writer)
-        shards[shard] = {"samples": len(keys[:size]), "tar": None}
-        del keys[:size], groups[:size]
+        _write_shard(shard, usable.cut(size), {}, writer)
+        shards[shard] = {"samples": size, "tar": None}
 
     for number, chunk in enumerate(read_chunks(spec)):
         rejected = [(row["position"], None, row["reason"], row["content"]) for row in chunk.rejected.to_pylist()]
         positions = chunk.rows["position"].to_pylist()
-        row_keys = chunk.rows["key"].to_pylist() if "key" in spec.columns else [str(position) for position in positions]
-        found = [
-            captions if key is not None else [one._replace(reason=one.reason or "no key") for one in captions]
-            for captions, key in zip(_found(chunk.rows, settings), row_keys, strict=True)
-        ]
-        usable, unusable = _usable(found, row_keys, positions)
-        rejected += unusable
-        for key, group in zip(row_keys, usable, strict=True):
-            if group[0].text is not None:
-                keys.append(key)
-                groups.append(group)
-                captions += len(group)
-                numbers += sum(is_number(one.caption, settings["template"]) for one in group)
-        while len(keys) >= settings["shard_size"]:
+        row_keys = chunk.rows["key"].to_pylist() if "key" in spec.columns else map(str, positions)
+        before = len(usable.captions)
+        rejected += usable.add(_found(chunk.rows, settings), row_keys, positions, every=False)
+        captions += len(usable.captions) - before
+        numbers += sum(is_number(caption, settings["template"]) for caption in usable.captions[before:])
+        while len(usable.keys) >= settings["shard_size"]:
             cut(settings["shard_size"])
         write_rejected(STAGE.name, shard_name(number), rejected, writer)
         rejected_rows += len(rejected)
         reasons.update(_reasons(rejected))
-    if keys:
-        cut(len(keys))
+    if usable.keys:
+        cut(len(usable.keys))
     samples = sum(shard["samples"] for shard in shards.values())
     if samples == 0:
         why = "; ".join(f"{count:,} rejected: {reason}" for reason, count in reasons.items())
@@ -247,6 +261,9 @@ def _found(rows: pa.Table, settings: Mapping[str, Any]) -> Iterator[list[Found]]
         return
     columns = [rows[role].to_pylist() for role in CAPTION_ROLES if role in rows.column_names]
     weights = settings.get("caption_weights")
+    if len(columns) == 1 and weights is None and not pa.types.is_large_list(rows["caption"].type):
+        yield from ([Found(fill_template(template, text))] for text in columns[0])
+        return
     each = rows[WEIGHTS_ROLE].to_pylist() if isinstance(weights, str) else [None] * len(rows)
     for *values, own in zip(*columns, each, strict=True):
         several = [value if isinstance(value, list) and value else [value] for value in values]
@@ -254,33 +271,27 @@ def _found(rows: pa.Table, settings: Mapping[str, Any]) -> Iterator[list[Found]]
         yield weighted(sources, each=own or "") if isinstance(weights, str) else weighted(sources, weights)
 
 
-def _write_shard(
-    shard: str,
-    keys: Sequence[str],
-    groups: Sequence[Sequence[Usable]],
-    places: Mapping[str, Sequence[Any]],
-    writer: Writer,
-) -> None:
+def _write_shard(shard: str, usable: _Usable, places: Mapping[str, Sequence[Any]], writer: Writer) -> None:
     """A row a caption. A sample's key, image and members stand in each of its rows."""
-    samples = np.repeat(np.arange(len(groups), dtype=np.int32), [len(group) for group in groups])
-    captions = [one for group in groups for one in group]
-    hashed = hashes([one.text for one in captions])
+    samples = np.repeat(np.arange(len(usable.keys), dtype=np.int32), np.array(usable.counts, np.int64))
+    hashed = hashes(usable.texts)
     own: dict[str, Any] = {
-        "caption": [one.caption for one in captions],
-        "text": [one.text for one in captions],
+        "caption": usable.captions,
+        "text": usable.texts,
         "hash_high": hashed[:, 0],
         "hash_low": hashed[:, 1],
         "sample": samples,
-        "weight": [one.weight for one in captions],
+        "weight": usable.weights,
     }
-    plural = len(captions) > len(keys)
+    plural = len(samples) > len(usable.keys)
     columns = {}
-    for field in [*SCHEMA, *PLURAL] if plural else SCHEMA:
-        if field.name in own:
-            columns[field.name] = pa.array(own[field.name], field.type)
+    for column in [*SCHEMA, *PLURAL] if plural else SCHEMA:
+        if column.name in own:
+            columns[column.name] = pa.array(own[column.name], column.type)
         else:
-            values = pa.array(keys if field.name == "key" else places.get(field.name, [None] * len(keys)), field.type)
-            columns[field.name] = values.take(pa.array(samples)) if plural else values
+            given = usable.keys if column.name == "key" else places.get(column.name, [None] * len(usable.keys))
+            values = pa.array(given, column.type)
+            columns[column.name] = values.take(pa.array(samples)) if plural else values
     writer.table(SCANNED.format(shard), pa.table(columns))
 
 

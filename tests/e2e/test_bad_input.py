@@ -176,7 +176,7 @@ BAD_LISTS: dict[str, tuple[str, Any, list[str], list[str]]] = {
     "no parquet": ("a.parquet", "caption\nx\n", [], ["not parquet"]),
     "no json": ("a.jsonl", "caption: x\n", [], ["JSON"]),
     "integers in parquet": ("a.parquet", {"caption": [1, 2]}, [], ["'caption' is int64, not text"]),
-    "lists in parquet": ("a.parquet", {"caption": [["x"], ["y"]]}, [], ["not text"]),
+    "lists of numbers in parquet": ("a.parquet", {"caption": [[1], [2]]}, [], ["'caption' is list<", "not text"]),
     "integers in json": ("a.jsonl", '{"caption": 1}\n{"caption": 2}\n', [], ["'caption' is a number, not text"]),
     "folder": ("a.csv", ..., [], ["is a folder"]),
 }
