@@ -3,7 +3,8 @@
 One task a tar, or one for a list, which it cuts into shards. Writes `_state/scan/<shard>.parquet` (SCHEMA, a row a
 caption; PLURAL where a sample has several) and, for captions that cannot become nodes, `rejected/scan/<shard>.parquet`
 (REJECTED). A tar's sample without a usable caption keeps its row, with text null, so that sidecars stay 1:1 with tars;
-a list's row without one is left out. One pass over the input; memory: one shard's captions.
+a list's row without one is left out. With vectors beside tars captions only travel along, and none is rejected. One
+pass over the input; memory: one shard's captions.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from graphbuild.nodes.captions import (
     weighted,
 )
 from graphbuild.nodes.samples import PLURAL, SCHEMA, write_rejected
-from graphbuild.recipe import Recipe
+from graphbuild.recipe import BESIDE, Recipe
 from graphbuild.runner.stage import Stage, Task, records, summed, total_counts
 from graphbuild.sources.download import downloaded_tars
 from graphbuild.sources.tables import CAPTION_ROLES, FIELD_ROLE, WEIGHTS_ROLE, TableSpec, read_chunks
@@ -57,6 +58,8 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
         identity = {"captions": file_identity(embed.captions)}
         return [Task(stage="scan", name="list", settings=settings, inputs=identity, hints={"url": embed.captions})]
     settings["caption_member"] = embed.caption_member
+    if embed.source == BESIDE:
+        settings["with_vectors"] = True  # captions only travel along
     if embed.image_member is not None:
         settings["image_member"] = embed.image_member
     if embed.class_names is not None:
@@ -125,8 +128,11 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
             "sha256": file_sha256(tar.source),
         }
     groups, rejected = _usable(found, keys, range(len(keys)))
+    with_vectors = settings.get("with_vectors", False)
+    if with_vectors:
+        groups, rejected = [group[:1] for group in groups], []
     captions = [one.caption for group in groups for one in group if one.text is not None]
-    if samples and not captions:
+    if samples and not captions and not with_vectors:
         extensions = sorted({repr(f".{member.extension}") for sample in samples for member in sample.members})
         raise InputError(
             f"{full_url}: none of its {len(samples):,} samples has a caption "
@@ -143,10 +149,11 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
     counts = {"samples": len(samples), "captions": len(captions), "rejected": len(rejected)}
     firsts = [group[0].caption for group in groups]
     of_lines = sum(is_of_lines(first, sample, settings) for first, sample in zip(firsts, samples, strict=True))
+    of_lines, nodes = (0, []) if with_vectors else (of_lines, captions)
     counts |= {"without_image": found_images.count(None)} | ({"of_several_lines": of_lines} if of_lines else {})
     return {
         "counts": counts,
-        "numbers": sum(is_number(caption, settings["template"]) for caption in captions),
+        "numbers": sum(is_number(caption, settings["template"]) for caption in nodes),
         "reasons": _reasons(rejected),
         "shards": {shard: {"samples": len(samples), "tar": identity}},
     }

@@ -5,12 +5,13 @@ guessed: "007", "NA" and "null" stay text. One pass; memory is one chunk (`chunk
 whichever comes first) and, for parquet, the pages being decoded. `read_chunks` describes the dialects.
 """
 
-from graphbuild.sources.tables.reader import read_chunks
+from graphbuild.sources.tables.reader import ENDING, read_chunks
 from graphbuild.sources.tables.spec import CAPTION_ROLES, FIELD_ROLE, PRESETS, WEIGHTS_ROLE, Chunk, TableSpec
 from graphbuild.sources.tables.text import MAX_ROW_BYTES
 
 __all__ = [
     "CAPTION_ROLES",
+    "ENDING",
     "FIELD_ROLE",
     "MAX_ROW_BYTES",
     "PRESETS",

@@ -6,6 +6,7 @@ The file and its columns are checked before the first chunk is asked for. Memory
 from __future__ import annotations
 
 import gzip
+import re
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain
@@ -18,6 +19,8 @@ from graphbuild.sources.tables.parquet import parquet_chunks
 from graphbuild.sources.tables.spec import Chunk, TableSpec
 from graphbuild.sources.tables.text import read_head, read_lines, text_chunks
 from graphbuild.store.remote import file_system, reaching
+
+ENDING = re.compile(r"\.(parquet|csv|tsv|jsonl)(\.gz)?$", re.IGNORECASE)
 
 
 def read_chunks(spec: TableSpec, *, keep_others: bool = False, chunk_rows: int = 100_000) -> Iterator[Chunk]:
