@@ -55,7 +55,7 @@ def setting(
 class Download(Section):
     """URL list to tars, through img2dataset."""
 
-    urls: str | None = setting(None, "URL list: parquet, CSV, TSV or JSONL", "path", min_length=1)
+    urls: str | None = setting(None, "URL list: parquet, CSV, TSV, JSONL; a folder or pattern", "path", min_length=1)
     preset: Preset | None = setting(None, "a published headerless TSV")
     url_column: str = setting("url", "its column of URLs")
     caption_column: str = setting("caption", "its column of captions")
@@ -81,7 +81,9 @@ class Embed(Section):
     shards: str | None = setting(
         None, "tars made elsewhere: a folder, or 'cc3m/{0000..0331}.tar', 'cc3m/*.tar'", "path", min_length=1
     )
-    captions: str | None = setting(None, "a caption list: parquet, CSV, TSV or JSONL", "path", min_length=1)
+    captions: str | None = setting(
+        None, "a caption list: parquet, CSV, TSV, JSONL; a file, folder or pattern", "path", min_length=1
+    )
     vectors: str | None = setting(
         None, "ready vectors: .npy [n, d], .npz, parquet; with --shards: each sample's", "path", min_length=1
     )

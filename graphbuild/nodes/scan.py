@@ -35,11 +35,12 @@ from graphbuild.nodes.captions import (
 from graphbuild.nodes.samples import PLURAL, SCHEMA, write_rejected
 from graphbuild.recipe import BESIDE, Recipe
 from graphbuild.runner.stage import Stage, Task, records, summed, total_counts
-from graphbuild.sources.download import downloaded_tars
-from graphbuild.sources.tables import CAPTION_ROLES, FIELD_ROLE, WEIGHTS_ROLE, TableSpec, read_chunks
+from graphbuild.sources.download import downloaded_tars, list_parts
+from graphbuild.sources.paths import part_inputs
+from graphbuild.sources.tables import CAPTION_ROLES, FIELD_ROLE, WEIGHTS_ROLE, TableSpec, read_parts
 from graphbuild.sources.tars import expand_shards, open_tar, tar_stem
 from graphbuild.store.checksum import file_sha256
-from graphbuild.store.files import file_identities, file_identity
+from graphbuild.store.files import file_identities
 from graphbuild.store.layout import SCANNED, by_number, shard_name
 from graphbuild.store.shards import latest_shards
 from graphbuild.store.store import Json, Store, Writer
@@ -54,9 +55,11 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
         settings["caption_weights"] = embed.weights
     if embed.captions is not None:
         settings |= embed.model_dump(include={"preset", "caption_column", "key_column", "shard_size"})
-        next(read_chunks(_spec(embed.captions, settings), chunk_rows=1))  # refuses a bad list before a file is written
-        identity = {"captions": file_identity(embed.captions)}
-        return [Task(stage="scan", name="list", settings=settings, inputs=identity, hints={"url": embed.captions})]
+        parts = list_parts(embed.captions, "--captions", records(store, "scan").get("list"))
+        spec = _spec(embed.captions, settings)
+        next(read_parts(spec, list(parts), chunk_rows=1), None)  # refuses a bad list before a file is written
+        inputs = part_inputs("captions", parts.values())
+        return [Task(stage="scan", name="list", settings=settings, inputs=inputs, hints={"urls": list(parts)})]
     settings["caption_member"] = embed.caption_member
     if embed.source == BESIDE:
         settings["with_vectors"] = True  # captions only travel along
@@ -85,7 +88,7 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
 
 def run(task: Task, store: Store, writer: Writer) -> Json:
     if task.name == "list":
-        return _scan_list(task.hints["url"], task.settings, writer)
+        return _scan_list(task.hints["urls"], task.settings, writer)
     return _scan_tar(task.name, task.hints["url"], task.settings, writer)
 
 
@@ -195,8 +198,8 @@ def _spec(url: str, settings: Mapping[str, Any]) -> TableSpec:
     return TableSpec(path=url, preset=settings["preset"], columns=columns, plural=True)
 
 
-def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
-    spec = _spec(url, settings)
+def _scan_list(urls: Sequence[str], settings: Mapping[str, Any], writer: Writer) -> Json:
+    spec = _spec(urls[0], settings)
     shards: dict[str, Json] = {}
     reasons: Counter[str] = Counter()
     rejected_rows = numbers = captions = 0
@@ -209,7 +212,11 @@ def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
         shards[shard] = {"samples": len(keys[:size]), "tar": None}
         del keys[:size], groups[:size]
 
-    for number, chunk in enumerate(read_chunks(spec)):
+    before = 0
+    for number, (part, chunk) in enumerate(read_parts(spec, urls)):
+        if part != before and keys:  # no shard is of two files: one that is added changes none
+            cut(len(keys))
+        before = part
         rejected = [(row["position"], None, row["reason"], row["content"]) for row in chunk.rejected.to_pylist()]
         positions = chunk.rows["position"].to_pylist()
         row_keys = chunk.rows["key"].to_pylist() if "key" in spec.columns else [str(position) for position in positions]
@@ -235,7 +242,7 @@ def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
     samples = sum(shard["samples"] for shard in shards.values())
     if samples == 0:
         why = "; ".join(f"{count:,} rejected: {reason}" for reason, count in reasons.items())
-        raise InputError(f"{url}: no row has a caption ({why})", "check --caption-column")
+        raise InputError(f"{urls[0]}: no row has a caption ({why})", "check --caption-column")
     counts = {"samples": samples, "captions": captions, "rejected": rejected_rows}
     return {"counts": counts, "numbers": numbers, "reasons": reasons, "shards": shards}
 

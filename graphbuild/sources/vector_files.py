@@ -60,7 +60,8 @@ def _shape(url: str, column: str) -> tuple[int, int]:
         rows, kind = parquet.metadata.num_rows, parquet.schema_arrow.field(column).type
         if pa.types.is_fixed_size_list(kind) or not rows:
             return rows, kind.list_size if rows else 0
-        first = next(parquet.iter_batches(1, columns=[column])).column(0)[0]
+        with _reading(url):
+            first = next(parquet.iter_batches(1, columns=[column])).column(0)[0]
         return rows, len(first) if first.is_valid else 0
 
 
@@ -72,12 +73,18 @@ def take_rows(url: str, column: str, rows: Rows, *, needed: bool) -> Array:
     Raises:
         InputError: the file cannot be read, or a row's vector is missing or of another length; it is named.
     """
-    try:
+    with _reading(url):
         if is_array(url):
             with _open_array(url, column) as (file, size):
                 return _array_rows(file, url, size, rows)
         with open_parts(url) as file:
             return _parquet_rows(file, url, column, rows, needed=needed)
+
+
+@contextlib.contextmanager
+def _reading(url: str) -> Iterator[None]:
+    try:
+        yield
     except (pa.ArrowException, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         raise InputError(f"{url} is truncated or damaged ({error})", "fetch or write the file again") from None
 
