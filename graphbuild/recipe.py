@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 SOURCES = ("shards", "captions", "vectors")  # of embed; none of them: the store's own tars
-TARS, CAPTIONED = ("", "shards"), ("", "shards", "captions")  # sources that are tars, and that have captions
+BESIDE = "shards and vectors"  # of embed: tars with a vector for each sample, in files beside them or in a member
+TARS, CAPTIONED = ("", "shards"), ("", "shards", "captions")  # sources that are tars, and whose captions are encoded
 ENCODING = ("prompt", "prompt_name", "trust_remote_code", "dim", "precision", "device")  # not of a matrix
 Preset = Literal["cc3m", "cc12m"]
 ResizeMode = Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
@@ -55,7 +56,7 @@ def setting(
 class Download(Section):
     """URL list to tars, through img2dataset."""
 
-    urls: str | None = setting(None, "URL list: parquet, CSV, TSV or JSONL", "path", min_length=1)
+    urls: str | None = setting(None, "URL list: parquet, CSV, TSV, JSONL; a folder or pattern", "path", min_length=1)
     preset: Preset | None = setting(None, "a published headerless TSV")
     url_column: str = setting("url", "its column of URLs")
     caption_column: str = setting("caption", "its column of captions")
@@ -132,17 +133,44 @@ class Embed(Section):
     shards: str | None = setting(
         None, "tars made elsewhere: a folder, or 'cc3m/{0000..0331}.tar', 'cc3m/*.tar'", "path", min_length=1
     )
-    captions: str | None = setting(None, "a caption list: parquet, CSV, TSV or JSONL", "path", min_length=1)
-    vectors: str | None = setting(None, "ready vectors, one node a row: .npy [n, d] or parquet", "path", min_length=1)
+    captions: str | None = setting(
+        None, "a caption list: parquet, CSV, TSV, JSONL; a file, folder or pattern", "path", min_length=1
+    )
+    vectors: str | None = setting(
+        None, "ready vectors: .npy [n, d], .npz, parquet; with --shards: each sample's", "path", min_length=1
+    )
     preset: Preset | None = setting(None, "a published headerless TSV", "of source", sources=["captions"])
     caption_column: str = setting("caption", "of --captions; 'a;b': of several", "of source", sources=["captions"])
-    key_column: str | None = setting(None, "of --captions", "of source", unset="the row number", sources=["captions"])
-    vector_column: str = setting("embedding", "of parquet --vectors", "of source", sources=["vectors"])
+    key_column: str | None = setting(
+        None,
+        "of --captions; of --vector-keys, or of the vectors' own parquet",
+        "of source",
+        unset="the row number; key",
+        sources=["captions", BESIDE],
+    )
+    vector_column: str = setting("embedding", "of parquet or .npz --vectors", "of source", sources=["vectors", BESIDE])
+    vector_keys: str | None = setting(
+        None,
+        "lists of the vectors' keys, a file for each: parquet, CSV, TSV or JSONL",
+        "path",
+        "of source",
+        unset="joined by order",
+        sources=[BESIDE],
+        min_length=1,
+    )
+    vector_member: str | None = setting(
+        None,
+        "of --shards: the extension of members that hold each sample's vector, as npy",
+        "of source",
+        unset="none",
+        sources=[BESIDE],
+        min_length=1,
+    )
     caption_member: str = setting(
         "auto",
         "in tars: txt, cls, json:FIELD; auto: txt, then json:caption; txt:lines; 'txt;json:FIELD': several",
         "of source",
-        sources=TARS,
+        sources=[*TARS, BESIDE],
     )
     caption_weights: str | None = setting(
         None,
@@ -156,7 +184,7 @@ class Embed(Section):
         "in tars: the image's extension, if there are several",
         "of source",
         unset="jpg, png, ... before x.png",
-        sources=TARS,
+        sources=[*TARS, BESIDE],
         min_length=1,
     )
     class_names: str | None = setting(
@@ -164,11 +192,14 @@ class Embed(Section):
         "text file, one name a line, if the member is a class number",
         "path",
         "of source",
-        sources=TARS,
+        sources=[*TARS, BESIDE],
         min_length=1,
     )
     template: str = setting(
-        "{}", "text around it, 'a photo of a {}', or several fields, '{title}. {text}'", "of source", sources=CAPTIONED
+        "{}",
+        "text around it, 'a photo of a {}', or several fields, '{title}. {text}'",
+        "of source",
+        sources=[*CAPTIONED, BESIDE],
     )
     shard_size: int = setting(
         10_000, "rows a shard of a list or of vectors", sources=["captions", "vectors"], ge=1, le=1_000_000
@@ -196,10 +227,12 @@ class Embed(Section):
     @model_validator(mode="after")
     def _check(self) -> Embed:
         given = [name for name in SOURCES if getattr(self, name) is not None]
-        if len(given) > 1:
+        if len(given) > 1 and given != BESIDE.split(" and "):
             raise ValueError(f"{' and '.join(given)} exclude each other: give one source")
         if self.prompt is not None and self.prompt_name is not None:
             raise ValueError("prompt and prompt_name exclude each other: give one of them")
+        if self.vectors is not None and self.vector_member is not None:
+            raise ValueError("vectors and vector_member exclude each other: give one place of the vectors")
         sources, weights = self.caption_sources, self.weights
         if not all(sources) or len(set(sources)) < len(sources) or len(sources) > 100:
             raise ValueError(f"{';'.join(sources)!r} must name 1 to 100 sources of captions, each once")
@@ -236,15 +269,28 @@ class Embed(Section):
             raise ValueError(f"{template!r} must contain {{}} once, the caption's place, or {{fields}} by their names")
         return template
 
-    @field_validator("image_member")
+    @field_validator("image_member", "vector_member")
     @classmethod
-    def _extension(cls, image_member: str | None) -> str | None:
-        return None if image_member is None else image_member.lower().removeprefix(".")
+    def _extension(cls, member: str | None) -> str | None:
+        return None if member is None else member.lower().removeprefix(".")
 
     @property
     def source(self) -> str:
-        """The kind of source: shards, captions, vectors, or "" for the store's own tars."""
-        return next((name for name in SOURCES if getattr(self, name) is not None), "")
+        """The kind of source: shards, captions, vectors, BESIDE, or "" for the store's own tars."""
+        return _source_of(vars(self))
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether vectors are given, and no encoder makes them."""
+        return self.source in ("vectors", BESIDE)
+
+
+def _source_of(settings: Mapping[str, Any]) -> str:
+    """`Embed.source` of settings by name."""
+    given = [name for name in SOURCES if settings.get(name) is not None]
+    if given == BESIDE.split(" and ") or (given == ["shards"] and settings.get("vector_member") is not None):
+        return BESIDE
+    return (given or [""])[0]
 
 
 class Index(Section):
@@ -330,9 +376,9 @@ def read_recipe(path: str) -> Recipe:
 def resolve(store: Store, section: str, changes: Mapping[str, Any]) -> Recipe:
     """The store's recipe with the changes that a command makes to one section: setting -> value, None: its default.
 
-    One of SOURCES takes the place of the source before, None: the store's own tars. With a source of another kind, what
-    described the one before goes back to its default. Switches are as in `changes`: what a store of an older version
-    says of them is not obeyed, and told.
+    Those of SOURCES that are given take the place of the source before, None: the store's own tars. With a source of
+    another kind, what described the one before goes back to its default. Switches are as in `changes`: what a store of
+    an older version says of them is not obeyed, and told.
     """
     store.manifest()  # another format version may have other recipes
     recipe = Recipe()
@@ -351,9 +397,8 @@ def resolve(store: Store, section: str, changes: Mapping[str, Any]) -> Recipe:
         where, again = store.display("recipe.yaml"), f"give {flag(name)} with each command that is to have it"
         logger.warning("%s says %s, which is no longer remembered: %s", where, name, again)
     if section == "embed" and not changes.keys().isdisjoint(SOURCES):
-        kind = next((name for name in SOURCES if changes.get(name) is not None), "")
         values["embed"].update(dict.fromkeys(SOURCES))
-        if kind != recipe.embed.source:
+        if _source_of({**values["embed"], **changes}) != recipe.embed.source:
             unset = [name for part, name in marked("of source") if reset(part, name)]
             if unset:
                 logger.info("another kind of source: %s back to the default", ", ".join(unset))
@@ -373,10 +418,13 @@ def unread(recipe: Recipe) -> list[tuple[str, str, str]]:
     for name, field in Embed.model_fields.items():
         sources = cast(dict[str, Any], field.json_schema_extra)["sources"]
         if sources and embed.source not in sources and not (name == "class_names" and is_matrix):
-            found["embed", name] = f"with {flag(embed.source) if embed.source else 'the tars of the store'}"
+            kinds = " and ".join(map(flag, filter(None, embed.source.split(" and ")))) or "the tars of the store"
+            found["embed", name] = f"with {kinds}"
+    if embed.vector_member is not None:
+        found |= {("embed", name): "with --vector-member" for name in ("vector_keys", "key_column", "vector_column")}
     if public(embed.vectors or "").endswith(".npy"):
         found["embed", "vector_column"] = "with a .npy file"
-    if embed.vectors is None and has_fields:
+    if embed.source != "vectors" and has_fields:
         found |= {
             ("embed", name): "with named fields in --template"
             for name in ("caption_column", "caption_member", "caption_weights")

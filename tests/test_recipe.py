@@ -236,7 +236,7 @@ def test_a_recipe_that_cannot_be_read_is_refused_by_name(tmp_path: Path, name: s
     [
         ("index", {"k": 0}, "--k"),
         ("embed", {"caption_column": None, "template": "no place"}, "--template"),
-        ("embed", {"shards": "a", "vectors": "b"}, "--shards, --vectors: shards and vectors exclude each other"),
+        ("embed", {"captions": "a", "vectors": "b"}, "--captions, --vectors: captions and vectors exclude each other"),
         ("embed", {"captions": "a.csv", "template": ""}, "--template: '' must contain {} once"),
         ("download", {"shard_size": 0}, "--shard-size"),
     ],

@@ -61,9 +61,9 @@ def pack(store: StoreArg, changes: Changes, how: How) -> None:
 
 @builds(
     "embed",
-    "shards captions vectors preset caption_column key_column vector_column caption_member caption_weights image_member"
-    " class_names template encoder prompt prompt_name trust_remote_code dim precision"
-    " device",
+    "shards captions vectors preset caption_column key_column vector_column vector_keys vector_member"
+    " caption_member caption_weights image_member class_names template encoder prompt prompt_name trust_remote_code"
+    " dim precision device",
     context_settings={"allow_extra_args": True},
 )
 def embed(context: typer.Context, store: StoreArg, changes: Changes, how: How) -> None:

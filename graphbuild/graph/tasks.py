@@ -10,6 +10,7 @@ from graphbuild.errors import ConfigError, QualityError
 from graphbuild.knn import engine
 from graphbuild.knn.engine import Engine
 from graphbuild.nodes.matrix import is_matrix
+from graphbuild.nodes.samples import READY
 from graphbuild.recipe import Index, Recipe
 from graphbuild.runner.stage import Task, digest, outputs, records
 from graphbuild.store.shards import Shard, node_count, shards_of
@@ -20,8 +21,10 @@ def nodes_entry(store: Store) -> Json:
     """The manifest, once embeddings are finished; ConfigError before that, QualityError where they failed fidelity."""
     manifest = store.manifest()
     done = manifest["stages"].keys()
-    of_texts = {"encode", "assign"} <= done and ("fidelity" in done or is_matrix(manifest["embeddings"]["encoder"]))
-    if "vectors" not in done and not of_texts:
+    of_samples = {"encode", "assign"} <= done and (
+        "fidelity" in done or is_matrix(encoder := manifest["embeddings"]["encoder"]) or encoder == READY
+    )
+    if "vectors" not in done and not of_samples:
         if failed := records(store, "fidelity", "failed").get("all"):
             raise QualityError(f"{store.url}: {failed['cause']}", failed["fix"])
         raise ConfigError(

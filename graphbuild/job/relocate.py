@@ -14,7 +14,7 @@ from graphbuild.errors import ConfigError, InputError, public
 from graphbuild.export import clustered, columns, inline, sidecars
 from graphbuild.job.steps import run_verb
 from graphbuild.nodes.number import finish_assign
-from graphbuild.recipe import resolve
+from graphbuild.recipe import BESIDE, resolve
 from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import Task, records, sealed, state_path, write_manifest
 from graphbuild.runner.state import invalidate, require
@@ -35,7 +35,8 @@ def relocate(store: Store, shards: str, runner: Runner) -> Iterator[str]:
     assigned = require(store, "assign", "embed")
     done = records(store, "scan")
     tars = {name: record["facts"]["shards"].get(name, {}).get("tar") for name, record in done.items()}
-    if resolve(store, "embed", {}).embed.source != "shards" or None in tars.values():
+    before = resolve(store, "embed", {}).embed
+    if before.source not in ("shards", BESIDE) or None in tars.values():
         raise ConfigError(f"{store.url} was not made from tars that lie elsewhere", "use it on one of `embed --shards`")
     urls = _places(tars, expand_shards(shards))
     if lost := [tar["url"] for name, tar in tars.items() if name not in urls]:
@@ -46,7 +47,8 @@ def relocate(store: Store, shards: str, runner: Runner) -> Iterator[str]:
     for name, record in done.items():
         store.write_json(state_path("scan", name), _moved(record, urls[name]))
     invalidate(store, [stage.name for stage in (sidecars.STAGE, inline.STAGE, columns.STAGE, clustered.CLUSTER)])
-    recipe = resolve(store, "embed", {"shards": shards})
+    beside = {} if before.vectors is None else {"vectors": before.vectors}
+    recipe = resolve(store, "embed", {"shards": shards, **beside})
     write_manifest(store, store.manifest() | finish_assign(recipe, store, assigned))
     run_verb("embed", recipe, store, runner)
     yield f"relocate  {len(tars):,} tars found by their content: rows, nodes, vectors and graph are as they were"

@@ -73,7 +73,7 @@ STEPS = (
     Step(pack.STAGE,        "pack",     "images",                        "shards/#.tar rejected/pack/#.parquet"),
     Step(scan.STAGE,        "embed",    "tars | list | shards/#.tar",    "_state/scan/#.parquet"
                                                                          " rejected/scan/#.parquet"),
-    Step(number.NUMBER,     "embed",    "_state/scan/",                  "_state/number/"),
+    Step(number.NUMBER,     "embed",    "_state/scan/",                  "_state/number/ rejected/number/#.parquet"),
     Step(number.NEW_TEXTS,  "embed",    "_state/scan/ _state/number/",   ""),
     Step(encode.STAGE,      "embed",    "_state/scan/ _state/texts/",    "nodes/#.npy"),
     Step(number.ASSIGN,     "embed",    "_state/scan/ _state/encode/",   "samples/#.parquet nodes/#.parquet"
@@ -278,7 +278,7 @@ def replaced_by(step: Step, tasks: Sequence[Task], store: Store, *, force: bool)
             "use another STORE, or add --force to replace these files"
             + (
                 f"; tars that were only moved: `graphbuild relocate {store.url} SHARDS`"
-                if before == now == "tar"
+                if before == now and before.startswith("tar")
                 else ""
             ),
         )
@@ -306,4 +306,6 @@ def remove_step(step: Step, store: Store) -> None:
 
 def _source(task: Mapping[str, Any]) -> str:
     """What a task or its record says it read from outside the store, or else of it."""
-    return " and ".join(sorted(task.get("inputs", {})) or [f"the store's own {name}s" for name in task["built"]])
+    names = {name.split(" ")[0] for name in task.get("inputs", {})}
+    names = names or {f"the store's own {name}s" for name in task["built"]}
+    return " and ".join([*sorted(names), *(["vectors"] if "with_vectors" in task.get("settings", {}) else [])])

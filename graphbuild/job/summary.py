@@ -85,6 +85,15 @@ def _embed(manifest: Json) -> list[str]:
     if "vectors" in manifest["stages"]:
         return [f"embed     {manifest['stages']['vectors']['counts']['nodes']:,} ready vectors, d = {embeddings['d']}"]
     scanned = manifest["stages"]["scan"]["counts"]
+    if "joined" in embeddings:
+        lines = [
+            f"embed     {node_count(manifest):,} of {scanned['samples']:,} samples have a vector, joined "
+            f"{embeddings['joined']}, d = {embeddings['d']}"
+        ]
+        unused = manifest["stages"]["number"]["counts"].get("vectors_without_sample", 0)
+        lines += [f"          {unused:6,} vectors without a sample, see rejected/number/"] if unused else []
+        lines += [f"          {count:6,} samples without: {reason}" for reason, count in manifest["rejected"].items()]
+        return lines + _without_image(manifest)
     lines = [
         f"embed     {scanned['captions']:,} captions -> {node_count(manifest):,} nodes (distinct texts), "
         f"d = {embeddings['d']}, {embeddings['encoder']}"
@@ -118,7 +127,8 @@ def _export(manifest: Json) -> list[str]:
             tasks, counts = (manifest["stages"][stage][name] for name in ("tasks", "counts"))
             lines.append(f"export    {counted(counts['samples'], 'sample')} in {counted(tasks, file)}, in {folder}")
     if counts["without_node"]:
-        lines.append(f"          {counts['without_node']:6,} samples without a usable caption: loaders leave them out")
+        what = "vector" if "joined" in manifest["embeddings"] else "usable caption"
+        lines.append(f"          {counts['without_node']:6,} samples without a {what}: loaders leave them out")
     return lines + _without_image(manifest)
 
 

@@ -170,7 +170,7 @@ class Catalog:
     @cached_property
     def searchable(self) -> bool:
         """Whether there is an encoder for `search`: not of ready vectors or a matrix."""
-        return self._recipe.embed.vectors is None and not is_matrix(self._recipe.embed.encoder)
+        return not self._recipe.embed.is_ready and not is_matrix(self._recipe.embed.encoder)
 
     def ask(
         self, count: int, *, key: str | None = None, text: str | None = None, node: int | None = None

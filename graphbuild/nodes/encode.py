@@ -5,7 +5,8 @@ assign leaves it out.
 Embeddings are float16, unit norm, and the same bytes whatever the worker count; of packed and int8 models also whatever
 the shards and batches (graphbuild.nodes.encoder). Memory: the model, and one shard. On a GPU two workers take turns:
 one encodes while the other reads, tokenises or writes.
-`matrix:FILE` in place of an encoder takes the similarities of classes (graphbuild.nodes.matrix).
+`matrix:FILE` in place of an encoder takes the similarities of classes (graphbuild.nodes.matrix), and
+vectors beside tars are each sample's own (graphbuild.nodes.beside).
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from graphbuild.errors import InputError, StageError
-from graphbuild.nodes import matrix
+from graphbuild.nodes import beside, matrix
 from graphbuild.nodes.encoder import find_encoder, open_model, prompt_of
 from graphbuild.nodes.number import new_texts
-from graphbuild.recipe import Recipe
+from graphbuild.nodes.samples import READY
+from graphbuild.recipe import BESIDE, Recipe
 from graphbuild.runner.stage import Stage, Task, digest, outputs, records, total_counts
 from graphbuild.runner.state import require
 from graphbuild.store.files import file_identity
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 def plan(recipe: Recipe, store: Store) -> list[Task]:
     embed = recipe.embed
+    if embed.source == BESIDE:
+        return beside.reading(embed, store, *require(store, "number", "embed"))
     hints: dict[str, Any] = {"device": embed.device, "encoder": embed.encoder}
     if matrix.is_matrix(embed.encoder):
         classes = matrix.read_classes(embed)
@@ -60,6 +64,8 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
 
 
 def run(task: Task, store: Store, writer: Writer) -> Json:
+    if "encoder" not in task.settings:
+        return beside.read(task, store, writer)
     texts = new_texts(store, task.name, task.hints["shard"])
     if "classes" in task.hints:
         vectors, told = matrix.vectors(task.hints["encoder"], task.hints["classes"], texts)
@@ -92,6 +98,13 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
 def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     facts = [record["facts"] for record in done]
     without = sum(len(fact.get("without", [])) for fact in facts)
+    if recipe.embed.source == BESIDE:
+        if not total_counts(done)["embeddings"]:
+            why = next((fact["why"][0] for fact in facts if fact["why"]), "there is no sample")
+            raise InputError(f"no sample of {store.url} has a vector that can be used: {why}", "mend the vectors")
+        (numbered,) = require(store, "number", "embed")
+        entry = {"encoder": READY, "weights_sha256": None, "joined": numbered["settings"]["joined"]}
+        return embeddings_entry([record for record in done if record["facts"]["d"]], entry)
     if without == total_counts(done)["embeddings"] + without:
         raise StageError(
             f"encoder {recipe.embed.encoder} gives no vector for any of {without:,} texts",
@@ -137,8 +150,11 @@ def embeddings_entry(done: list[Json], encoder: Mapping[str, Any]) -> Json:
 
 
 def check(recipe: Recipe) -> None:
-    """Raise ConfigError where there is no such encoder, or a matrix without names for its rows."""
-    if matrix.is_matrix(recipe.embed.encoder):
+    """Raise ConfigError where there is no such encoder, or a matrix without names for its rows; InputError where
+    vectors beside tars cannot be read."""
+    if recipe.embed.source == BESIDE:
+        beside.check(recipe.embed)
+    elif matrix.is_matrix(recipe.embed.encoder):
         matrix.read_classes(recipe.embed)
     else:
         find_encoder(recipe.embed.encoder, trusted=recipe.embed.trust_remote_code)

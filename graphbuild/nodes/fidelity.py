@@ -14,7 +14,7 @@ import numpy as np
 from graphbuild.errors import QualityError
 from graphbuild.nodes.encoder import find_encoder, open_model, prompt_of
 from graphbuild.nodes.matrix import is_matrix
-from graphbuild.recipe import Recipe
+from graphbuild.recipe import BESIDE, Recipe
 from graphbuild.runner.stage import Stage, Task
 from graphbuild.store.layout import TEXTS, VECTORS
 from graphbuild.store.sharded import Array
@@ -27,7 +27,7 @@ MEAN_FLOOR, INT8_MEAN_FLOOR = 0.999, 0.995
 
 def plan(recipe: Recipe, store: Store) -> list[Task]:
     embed = recipe.embed
-    if is_matrix(embed.encoder):  # its own record tells how near it is
+    if embed.source == BESIDE or is_matrix(embed.encoder):  # whose own record tells how near it is
         return []
     return [
         Task(

@@ -2,7 +2,8 @@
 
 Node ids follow the first appearance of a text in row order, so a shard's new nodes are consecutive, ids do not depend
 on worker count, and shards added later never renumber. `number` is one task over the 128-bit hashes alone (memory:
-about 150 bytes a sample). `texts` tells by a digest which texts are new in a shard; then they are encoded. `assign`
+about 150 bytes a sample). `texts` tells by a digest which texts are new in a shard; then they are encoded. With vectors
+beside tars (graphbuild.nodes.beside) each sample that has one is a node in place of its text. `assign`
 leaves out the texts of which the encoder has made no vector, closes the gaps that these leave in the ids, and writes
 samples/<shard>.parquet, nodes/<shard>.parquet and, for the samples of such texts, rejected/assign/<shard>.parquet.
 Two different texts with one hash would become one node: at 1e9 texts the chance is 1.5e-21.
@@ -11,6 +12,7 @@ Two different texts with one hash would become one node: at 1e9 texts the chance
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,8 +23,9 @@ import polars as pl
 import pyarrow as pa
 
 from graphbuild.errors import InputError
+from graphbuild.nodes import beside
 from graphbuild.nodes.samples import COLUMNS, MORE, MORE_TYPE, NO_NODE, write_rejected
-from graphbuild.recipe import Recipe
+from graphbuild.recipe import BESIDE, Recipe
 from graphbuild.runner.stage import Stage, Task, digest, outputs, records, summed
 from graphbuild.runner.state import require
 from graphbuild.store.layout import NODE_COUNTS, ROW_NODES, SAMPLES, SCANNED, TEXTS, by_number
@@ -35,18 +38,27 @@ NO_VECTOR = "the encoder gives no vector"
 
 def plan_number(recipe: Recipe, store: Store) -> list[Task]:
     scans = outputs(require(store, "scan", "embed"), "_state/scan/")
+    if recipe.embed.source == BESIDE:
+        return [beside.numbering(recipe.embed, store, scans)]
     return [Task(stage="number", name="all", built=scans)]
 
 
 def run_number(task: Task, store: Store, writer: Writer) -> Json:
     names = [Path(path).stem for path in task.built]
-    columns = ["hash_high", "hash_low", "sample"]  # the last where samples have several captions
+    # the third where samples have several captions; the key is for vectors beside tars
+    columns = ["key"] if task.settings else ["hash_high", "hash_low", "sample"]
     with ThreadPoolExecutor(READERS) as pool:
         tables = list(pool.map(lambda path: store.table(path, columns), task.built))
     sizes = [table.num_rows for table in tables]
     samples = [sample_places(table)[-1:].sum() + bool(len(table)) for table in tables]
-    hashed = pa.concat_tables([table.select(["hash_high", "hash_low"]) for table in tables])
-    nodes, counts = number_nodes(pl.from_arrow(hashed))  # type: ignore[arg-type]
+    found: Json = {}
+    if task.settings:
+        at, found = beside.match(task, store, writer, tables)
+        nodes = np.where(at >= 0, np.cumsum(at >= 0) - 1, NO_NODE)
+        counts = np.ones(int((at >= 0).sum()), np.int64)
+    else:
+        hashed = pa.concat_tables([table.select(["hash_high", "hash_low"]) for table in tables])
+        nodes, counts = number_nodes(pl.from_arrow(hashed))  # type: ignore[arg-type]
     if not len(counts):
         fix = "see rejected/scan/ for the reasons" if sum(sizes) else "give tars that hold samples: these hold none"
         raise InputError(f"no sample of {store.url} has a caption", fix)
@@ -58,14 +70,17 @@ def run_number(task: Task, store: Store, writer: Writer) -> Json:
         mine = nodes[first_text : first_text + size]
         new = max(int(mine.max(initial=NO_NODE)) + 1 - first_node, 0)
         counted = counts[first_node : first_node + new]
-        places = dict(zip(PLACES, (first_row, held, first_node, new), strict=True))
+        places: Json = dict(zip(PLACES, (first_row, held, first_node, new), strict=True))
         if (first_text, size) != (first_row, held):
             places |= {"first_text": first_text, "texts": size}
+        if task.settings:
+            places["vectors"] = beside.told(task, found, at[first_text : first_text + size])
         shards[name] = {**places, "sha256": hashlib.sha256(mine.tobytes() + counted.tobytes()).hexdigest()}
         first_row += held
         first_node += new
         first_text += size
-    return {"counts": {"samples": first_row, "nodes": first_node}, "shards": shards}
+    counted = {"samples": first_row, "nodes": first_node} | found.pop("counts", {})
+    return {"counts": counted, "shards": shards, **found}
 
 
 def number_nodes(hashes: pl.DataFrame) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -79,7 +94,10 @@ def number_nodes(hashes: pl.DataFrame) -> tuple[np.ndarray[Any, Any], np.ndarray
 
 
 def plan_texts(recipe: Recipe, store: Store) -> list[Task]:
-    """A task a shard; none where the records of assign tell the same, as they do in stores made without this stage."""
+    """A task a shard; none where the records of assign tell the same, as they do in stores made without this stage, and
+    none of vectors beside tars, which are not of texts."""
+    if recipe.embed.source == BESIDE:
+        return []
     scans = _scans(store)
     (numbering,) = require(store, "number", "embed")
     told = {name: record["built"]["scan"] for name, record in records(store, "assign").items()}
@@ -120,19 +138,21 @@ def _first_rows(nodes: np.ndarray[Any, Any], first_node: int) -> pa.Array:
 
 def plan_assign(recipe: Recipe, store: Store) -> list[Task]:
     (numbering,) = require(store, "number", "embed")
-    encoded = {record["task"]: record["facts"].get("without", []) for record in require(store, "encode", "embed")}
+    encoded = {record["task"]: record["facts"] for record in require(store, "encode", "embed")}
     gone: list[int] = []  # nodes, as stage number has them, without a vector
     tasks, told = [], ""
     for name, sha in _scans(store).items():
         shard = numbering["facts"]["shards"][name]
-        own = [shard["first_node"] + place for place in encoded[name]]
+        own = [shard["first_node"] + place for place in encoded[name].get("without", [])]
+        why = encoded[name].get("why")  # of vectors beside tars alone
         built = {**shard, "scan": sha}
         if gone or own:
             left = {"first_node": shard["first_node"] - len(gone), "nodes": shard["nodes"] - len(own)}
             gone += own
-            told = digest([told, own])
+            told = digest([told, own, *([why] if why else [])])
             built |= {**left, "without": told}
         hints = {"first_node": shard["first_node"], "nodes": shard["nodes"], "without": gone}
+        hints |= {} if why is None else {"why": dict(zip(own, why, strict=True))}
         tasks.append(Task(stage="assign", name=name, built=built, hints=hints))
     return tasks
 
@@ -158,14 +178,18 @@ def run_assign(task: Task, store: Store, writer: Writer) -> Json:
     writer.table(TEXTS.format(task.name), table)
     counted = {"samples": count, "nodes": new}
     facts: Json = {"counts": counted, "texts_sha256": digest(texts.to_pylist())}
-    if not without.any():
+    why = task.hints.get("why")
+    places = np.flatnonzero(without if why is None else nodes == NO_NODE)
+    if not len(places):
         return facts
-    places = np.flatnonzero(without)
     lost = scan.select(["key", "caption"]).take(places).to_pylist()
     positions = sample_places(scan)[places].tolist()
-    rejected = [(at, one["key"], NO_VECTOR, one["caption"]) for at, one in zip(positions, lost, strict=True)]
+    reasons = [NO_VECTOR if why is None else why.get(node, beside.NO_VECTOR) for node in found[places].tolist()]
+    rejected = [
+        (at, one["key"], reason, one["caption"]) for at, one, reason in zip(positions, lost, reasons, strict=True)
+    ]
     write_rejected("assign", task.name, rejected, writer)
-    return {**facts, "counts": {**counted, "rejected": len(lost)}, "reasons": {NO_VECTOR: len(lost)}}
+    return {**facts, "counts": {**counted, "rejected": len(lost)}, "reasons": dict(Counter(reasons))}
 
 
 def _samples(scan: pa.Table, nodes: np.ndarray[Any, Any], first_row: int) -> pa.Table:

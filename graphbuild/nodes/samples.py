@@ -31,6 +31,7 @@ REJECTED = pa.schema(
     [("position", pa.int64()), ("key", pa.string()), ("reason", pa.string()), ("content", pa.string())]
 )
 NO_NODE = -1
+READY = "ready vectors"  # the encoder's name, of vectors that were given
 COLUMNS = ["row", "key", "node", "caption", "image_offset", "image_size", "members"]
 MORE = "more_captions"
 MORE_TYPE = pa.list_(pa.struct([("caption", pa.string()), ("node", pa.int64()), ("weight", pa.float32())]))

@@ -3,7 +3,8 @@
 One task a tar, or one for a list, which it cuts into shards. Writes `_state/scan/<shard>.parquet` (SCHEMA, a row a
 caption; PLURAL where a sample has several) and, for captions that cannot become nodes, `rejected/scan/<shard>.parquet`
 (REJECTED). A tar's sample without a usable caption keeps its row, with text null, so that sidecars stay 1:1 with tars;
-a list's row without one is left out. One pass over the input; memory: one shard's captions.
+a list's row without one is left out. With vectors beside tars captions only travel along, and none is rejected. One
+pass over the input; memory: one shard's captions.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ from graphbuild.nodes.captions import (
     weighted,
 )
 from graphbuild.nodes.samples import PLURAL, SCHEMA, write_rejected
-from graphbuild.recipe import Recipe
+from graphbuild.recipe import BESIDE, Recipe
 from graphbuild.runner.stage import Stage, Task, records, summed, total_counts
-from graphbuild.sources.download import downloaded_tars
+from graphbuild.sources.download import downloaded_tars, list_parts
 from graphbuild.sources.pack import packed_tars
-from graphbuild.sources.tables import CAPTION_ROLES, FIELD_ROLE, WEIGHTS_ROLE, TableSpec, read_chunks
+from graphbuild.sources.paths import part_inputs
+from graphbuild.sources.tables import CAPTION_ROLES, FIELD_ROLE, WEIGHTS_ROLE, TableSpec, read_parts
 from graphbuild.sources.tars import expand_shards, open_tar, tar_stem
 from graphbuild.store.checksum import file_sha256
-from graphbuild.store.files import file_identities, file_identity
+from graphbuild.store.files import file_identities
 from graphbuild.store.layout import SCANNED, by_number, shard_name
 from graphbuild.store.shards import latest_shards
 from graphbuild.store.store import Json, Store, Writer
@@ -55,10 +57,14 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
         settings["caption_weights"] = embed.weights
     if embed.captions is not None:
         settings |= embed.model_dump(include={"preset", "caption_column", "key_column", "shard_size"})
-        next(read_chunks(_spec(embed.captions, settings), chunk_rows=1))  # refuses a bad list before a file is written
-        identity = {"captions": file_identity(embed.captions)}
-        return [Task(stage="scan", name="list", settings=settings, inputs=identity, hints={"url": embed.captions})]
+        parts = list_parts(embed.captions, "--captions", records(store, "scan").get("list"))
+        spec = _spec(embed.captions, settings)
+        next(read_parts(spec, list(parts), chunk_rows=1), None)  # refuses a bad list before a file is written
+        inputs = part_inputs("captions", parts.values())
+        return [Task(stage="scan", name="list", settings=settings, inputs=inputs, hints={"urls": list(parts)})]
     settings["caption_member"] = embed.caption_member
+    if embed.source == BESIDE:
+        settings["with_vectors"] = True  # captions only travel along
     if embed.image_member is not None:
         settings["image_member"] = embed.image_member
     if embed.class_names is not None:
@@ -86,7 +92,7 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
 
 def run(task: Task, store: Store, writer: Writer) -> Json:
     if task.name == "list":
-        return _scan_list(task.hints["url"], task.settings, writer)
+        return _scan_list(task.hints["urls"], task.settings, writer)
     return _scan_tar(task.name, task.hints["url"], task.settings, writer)
 
 
@@ -130,8 +136,11 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
             "bytes": tar.source.stat().st_size,
             "sha256": file_sha256(tar.source),
         }
+    with_vectors = settings.get("with_vectors", False)
+    if with_vectors:
+        usable, rejected = usable.firsts(), []
     captions = [caption for caption, text in zip(usable.captions, usable.texts, strict=True) if text is not None]
-    if samples and not captions:
+    if samples and not captions and not with_vectors:
         extensions = sorted({repr(f".{member.extension}") for sample in samples for member in sample.members})
         raise InputError(
             f"{full_url}: none of its {len(samples):,} samples has a caption "
@@ -146,12 +155,13 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
     _write_shard(shard, usable, places, writer)
     write_rejected(STAGE.name, shard, rejected, writer)
     counts = {"samples": len(samples), "captions": len(captions), "rejected": len(rejected)}
-    firsts = np.array(usable.captions, object)[np.cumsum([0, *usable.counts])[:-1]]
+    firsts = usable.firsts().captions
     of_lines = sum(is_of_lines(first, sample, settings) for first, sample in zip(firsts, samples, strict=True))
+    of_lines, nodes = (0, []) if with_vectors else (of_lines, captions)
     counts |= {"without_image": found_images.count(None)} | ({"of_several_lines": of_lines} if of_lines else {})
     return {
         "counts": counts,
-        "numbers": sum(is_number(caption, settings["template"]) for caption in captions),
+        "numbers": sum(is_number(caption, settings["template"]) for caption in nodes),
         "reasons": _reasons(rejected),
         "shards": {shard: {"samples": len(samples), "tar": identity}},
     }
@@ -193,6 +203,12 @@ class _Usable:
                 self.counts.append(len(self.texts) - before)
         return rejected
 
+    def firsts(self) -> _Usable:
+        """The first caption of each sample alone."""
+        places = np.cumsum([0, *self.counts])[:-1].tolist()
+        of_texts: list[list[Any]] = [self.captions, self.texts, self.weights]
+        return _Usable(self.keys, [1] * len(places), *([values[i] for i in places] for values in of_texts))
+
     def cut(self, samples: int) -> _Usable:
         """The first samples, which are taken away here."""
         captions = sum(self.counts[:samples])
@@ -215,8 +231,8 @@ def _spec(url: str, settings: Mapping[str, Any]) -> TableSpec:
     return TableSpec(path=url, preset=settings["preset"], columns=columns, plural=True)
 
 
-def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
-    spec = _spec(url, settings)
+def _scan_list(urls: Sequence[str], settings: Mapping[str, Any], writer: Writer) -> Json:
+    spec = _spec(urls[0], settings)
     shards: dict[str, Json] = {}
     reasons: Counter[str] = Counter()
     rejected_rows = numbers = captions = 0
@@ -227,7 +243,11 @@ def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
         _write_shard(shard, usable.cut(size), {}, writer)
         shards[shard] = {"samples": size, "tar": None}
 
-    for number, chunk in enumerate(read_chunks(spec)):
+    file = 0
+    for number, (part, chunk) in enumerate(read_parts(spec, urls)):
+        if part != file and usable.keys:  # no shard is of two files: one that is added changes none
+            cut(len(usable.keys))
+        file = part
         rejected = [(row["position"], None, row["reason"], row["content"]) for row in chunk.rejected.to_pylist()]
         positions = chunk.rows["position"].to_pylist()
         row_keys = chunk.rows["key"].to_pylist() if "key" in spec.columns else map(str, positions)
@@ -245,7 +265,7 @@ def _scan_list(url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
     samples = sum(shard["samples"] for shard in shards.values())
     if samples == 0:
         why = "; ".join(f"{count:,} rejected: {reason}" for reason, count in reasons.items())
-        raise InputError(f"{url}: no row has a caption ({why})", "check --caption-column")
+        raise InputError(f"{urls[0]}: no row has a caption ({why})", "check --caption-column")
     counts = {"samples": samples, "captions": captions, "rejected": rejected_rows}
     return {"counts": counts, "numbers": numbers, "reasons": reasons, "shards": shards}
 

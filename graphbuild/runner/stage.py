@@ -30,7 +30,8 @@ class Task:
     of what is read from outside the store. built: what is read of the store's own earlier stages, by digest, and what
     follows from them. hints: what does not change the result (device, threads) or what the others already cover.
 
-    Changed settings or inputs need the user's word (--force); changed `built` only follows from such a change.
+    Changed settings or inputs need the user's word (--force); changed `built` only follows from such a change. A file
+    that is added behind others of its kind ("captions 2" behind "captions") is no change.
     """
 
     stage: str
@@ -56,7 +57,8 @@ class Task:
             before = done[kind]
             for key in sorted({*before, *now}):
                 old, new = before.get(key, "not set"), json.loads(json.dumps(now.get(key, "not set")))
-                if old != new and not (kind == "inputs" and _only_dated(old, new)):
+                is_added = key not in before and key.rpartition(" ")[0] in before  # "captions 2"
+                if old != new and not (kind == "inputs" and (is_added or _only_dated(old, new))):
                     lines.append(f"{key}: {_short(old)} -> {_short(new)}")
         return lines
 

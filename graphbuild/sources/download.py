@@ -28,10 +28,11 @@ from graphbuild.runner.stage import Stage, Task, outputs, records
 from graphbuild.runner.state import require
 from graphbuild.sources import fetched
 from graphbuild.sources.again import cut_retry
-from graphbuild.sources.tables import TableSpec, read_chunks
+from graphbuild.sources.paths import known_first, named_files, part_inputs
+from graphbuild.sources.tables import ENDING, TableSpec, read_parts
 from graphbuild.sources.tables.plain import plain_table
 from graphbuild.store import layout
-from graphbuild.store.files import file_identity
+from graphbuild.store.files import file_identities
 from graphbuild.store.layout import shard_name
 from graphbuild.store.store import Json, Store, Writer
 
@@ -61,9 +62,27 @@ def plan_urls(recipe: Recipe, store: Store) -> list[Task]:
             "no URL list given", "name it: `graphbuild download STORE URLS`, or download.urls in the recipe"
         )
     settings = config.model_dump(include={"preset", "url_column", "caption_column", "shard_size"})
-    identity = {"urls": file_identity(config.urls)}
-    whole = Task(stage="urls", name="list", settings=settings, inputs=identity, hints={"url": config.urls})
+    done = records(store, "urls")
+    parts = list_parts(config.urls, "URLS", done.get("list"))
+    inputs = part_inputs("urls", parts.values())
+    whole = Task(stage="urls", name="list", settings=settings, inputs=inputs, hints={"urls": list(parts)})
+    if len(done) > 1 and "list" in done and len(inputs) > len(done["list"]["inputs"]):
+        new = len(inputs) - len(done["list"]["inputs"])
+        raise ConfigError(
+            f"{store.url}: URLs were tried again, and {new:,} files are new in its list",
+            "download the new files into another store",
+        )
     return [whole, *retries(whole, store)]
+
+
+def list_parts(pattern: str, option: str, done: Json | None) -> dict[str, str]:
+    """The files of a list with their identities: those of the record `done` in its order, then new ones by name.
+
+    Raises:
+        InputError: there is none.
+    """
+    known = [] if done is None else list(done["inputs"].values())
+    return known_first(file_identities(named_files(pattern, ENDING, option)), known)
 
 
 def retries(whole: Task, store: Store) -> list[Task]:
@@ -81,7 +100,8 @@ def run_urls(task: Task, store: Store, writer: Writer) -> Json:
         return cut_retry(task, store, writer)
     settings = task.settings
     columns = {"url": settings["url_column"], "caption": settings["caption_column"]}
-    spec = TableSpec(path=task.hints["url"], preset=settings["preset"], columns=columns)
+    urls = task.hints["urls"]
+    spec = TableSpec(path=urls[0], preset=settings["preset"], columns=columns)
     waiting: list[pa.Table] = []
     shards = rejected = rows = 0
 
@@ -92,7 +112,13 @@ def run_urls(task: Task, store: Store, writer: Writer) -> Json:
         waiting = [table.slice(size)] if size < len(table) else []
         shards += 1
 
-    for number, chunk in enumerate(read_chunks(spec, keep_others=True)):
+    before = 0
+    for number, (part, chunk) in enumerate(read_parts(spec, urls, keep_others=True)):
+        if part != before:  # no shard is of two files: one that is added changes none
+            if sum(map(len, waiting)) > 0:
+                cut(settings["shard_size"])
+            waiting = []
+        before = part
         waiting.append(_renamed(chunk.rows))
         rows += len(chunk.rows)
         if len(chunk.rejected):
@@ -103,9 +129,7 @@ def run_urls(task: Task, store: Store, writer: Writer) -> Json:
     if sum(map(len, waiting)):
         cut(settings["shard_size"])
     if rows == 0:
-        raise InputError(
-            f"{task.hints['url']}: no row has a URL ({rejected} rejected)", "check --url-column and --preset"
-        )
+        raise InputError(f"{urls[0]}: no row has a URL ({rejected} rejected)", "check --url-column and --preset")
     return {"counts": {"urls": rows, "rejected": rejected}}
 
 

@@ -24,13 +24,13 @@ import pyarrow.parquet as pq
 from graphbuild.errors import InputError, public
 from graphbuild.recipe import Pack
 from graphbuild.runner.stage import digest
-from graphbuild.sources.paths import expand, folder_of
+from graphbuild.sources.paths import expand, folder_of, is_hidden
 from graphbuild.sources.tables import TableSpec, read_chunks
 from graphbuild.sources.tables.jsonl import json_object
 from graphbuild.sources.tables.plain import plain_table
 from graphbuild.sources.tables.spec import NOT_UTF8, select, wrong_type
 from graphbuild.sources.tables.text import chomp, read_lines
-from graphbuild.sources.tars import IMAGE_FORMATS, is_hidden
+from graphbuild.sources.tars import IMAGE_FORMATS
 from graphbuild.store.files import file_identity, local_file, open_parts
 from graphbuild.store.remote import file_system, reaching, version
 

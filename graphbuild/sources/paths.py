@@ -8,13 +8,91 @@ and one a listing.
 from __future__ import annotations
 
 import glob
+import logging
 import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 from braceexpand import braceexpand
 
-from graphbuild.store.remote import file_system
+from graphbuild.errors import InputError, public
+from graphbuild.store.remote import file_system, reaching
 
+logger = logging.getLogger(__name__)
 MARKS = frozenset("*?[{")
+
+
+def named_files(pattern: str, ending: re.Pattern[str], option: str) -> list[str]:
+    """The files that a path, folder or pattern names, in order of name, numbers in names as numbers: part-2 before
+    part-10. Of a folder those with such an ending.
+
+    Raises:
+        InputError: there are none, or a part of the pattern names none.
+    """
+    try:
+        with reaching(pattern):
+            found = [path for named in expand(pattern) for path in in_folder(named, ending, "files")]
+    except FileNotFoundError as error:
+        raise InputError(
+            f"no file matches {error}", f"check {option}; quote a pattern with * so that the shell leaves it alone"
+        ) from None
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{option} {pattern}: {error}", "write it as in 'part-{0000..0331}.parquet'") from None
+    return sorted(found, key=by_numbers)
+
+
+def by_numbers(url: str) -> tuple[list[str | int], str]:
+    """The key by which names sort with their numbers as numbers."""
+    parts = re.split(r"([0-9]+)", public(url))
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], url
+
+
+def known_first(identities: Mapping[str, str], known: Sequence[str]) -> dict[str, str]:
+    """URL -> identity: first those that a store knows, in its order, by their identity or else name; then new ones."""
+    places = {identity: place for place, identity in enumerate(known)}
+    by_name = {_name(identity): place for identity, place in places.items()}
+
+    def place(url: str) -> int:
+        return places.get(identities[url], by_name.get(_name(identities[url]), len(known)))
+
+    return {url: identities[url] for url in sorted(identities, key=place)}
+
+
+def part_inputs(what: str, identities: Iterable[str]) -> dict[str, str]:
+    """The inputs of a task that reads several files: "captions", "captions 2", ... in their order."""
+    return {f"{what} {number}" if number > 1 else what: one for number, one in enumerate(identities, 1)}
+
+
+def _name(identity: str) -> str:
+    """The name in what `store.files.file_identity` says of a file."""
+    return identity.rsplit(", ", 2)[0]
+
+
+def in_folder(url: str, ending: re.Pattern[str], what: str) -> list[str]:
+    """The files in a folder with such an ending, in order of name; any other path as it is. what: their name, "files".
+
+    Raises:
+        FileNotFoundError: a folder without one; it is named.
+    """
+    fs, path = file_system(url)
+    is_file = url.startswith(("http://", "https://")) and ending.search(public(url))  # isdir would fetch it
+    if is_file or not fs.isdir(path):
+        return [url]
+    names = sorted(name.rstrip("/") for name in fs.ls(path, detail=False) if not is_hidden(name.rpartition("/")[2]))
+    found = [name for name in names if ending.search(name)]
+    if not found:
+        first = re.findall("[a-z]+", ending.pattern)[0]
+        raise FileNotFoundError(f"{url.rstrip('/')}/*.{first}")
+    if others := sorted({f".{name.rpartition('/')[2].partition('.')[2]}" for name in names if name not in found}):
+        left, tell = len(names) - len(found), ", ".join(others)
+        logger.info("%-9s %s: %d %s; %d others are left out (%s)", "source", url, len(found), what, left, tell)
+    return [fs.unstrip_protocol(name) if "://" in url else name for name in found]
+
+
+def is_hidden(path: str) -> bool:
+    """Whether it is no one's data: a file whose name begins with a dot, and what macOS puts beside (__MACOSX/)."""
+    folders, _, name = path.rpartition("/")
+    return name.startswith(".") or "__MACOSX" in folders.split("/")
 
 
 def expand(pattern: str) -> list[str]:

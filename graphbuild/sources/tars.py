@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
-import logging
 import re
 import shutil
 import tarfile
@@ -23,11 +22,9 @@ from pathlib import Path
 from typing import IO
 
 from graphbuild.errors import InputError, public
-from graphbuild.sources.paths import expand
+from graphbuild.sources.paths import expand, in_folder, is_hidden
 from graphbuild.store.files import local_file
-from graphbuild.store.remote import file_system, reaching
-
-logger = logging.getLogger(__name__)
+from graphbuild.store.remote import reaching
 
 IMAGE_FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP"}
 IMAGE_FORMATS |= {"tif": "TIFF", "tiff": "TIFF", "avif": "AVIF", "jp2": "JPEG2000", "ppm": "PPM", "pgm": "PPM"}
@@ -224,23 +221,8 @@ def named_tars(pattern: str) -> list[str]:
     urls: list[str] = []
     with reaching(pattern):
         for path in expand(pattern):
-            urls += [path] if _ENDING.search(public(path)) else _tars_of(path)
+            urls += [path] if _ENDING.search(public(path)) else in_folder(path, _ENDING, "tars")
     return urls
-
-
-def _tars_of(url: str) -> list[str]:
-    """The tars in a folder; any other path as it is."""
-    fs, path = file_system(url)
-    if not fs.isdir(path):
-        return [url]
-    names = sorted(name.rstrip("/") for name in fs.ls(path, detail=False) if not is_hidden(name.rpartition("/")[2]))
-    tars = [name for name in names if _ENDING.search(name)]
-    if not tars:
-        raise FileNotFoundError(f"{url.rstrip('/')}/*.tar")
-    if others := sorted({f".{name.rpartition('/')[2].partition('.')[2]}" for name in names if name not in tars}):
-        left = len(names) - len(tars)
-        logger.info("%-9s %s: %d tars; %d others are left out (%s)", "shards", url, len(tars), left, ", ".join(others))
-    return [fs.unstrip_protocol(name) if "://" in url else name for name in tars]
 
 
 def given_urls(pattern: str | None) -> dict[str, str]:
@@ -255,12 +237,6 @@ def check_names(urls: Sequence[str]) -> None:
         other = seen.setdefault(tar_stem(url), url)
         if other != url:
             raise InputError(f"{other} and {url} have the same name", "rename one, or use a store for each folder")
-
-
-def is_hidden(path: str) -> bool:
-    """Whether it is no one's data: a file whose name begins with a dot, and what macOS puts beside (__MACOSX/)."""
-    folders, _, name = path.rpartition("/")
-    return name.startswith(".") or "__MACOSX" in folders.split("/")
 
 
 def image_extension(extensions: Iterable[str], wanted: str | None = None) -> str | None:

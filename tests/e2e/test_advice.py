@@ -7,6 +7,7 @@ adds a case, or says in UNREACHED why no test can follow it here.
 from __future__ import annotations
 
 import ast
+import io
 import re
 import shlex
 import shutil
@@ -147,6 +148,36 @@ vectors in a text
   embed {store} --vectors {csv}
   -> give --vectors a .npy or parquet file
   embed {store} --vectors {npy}
+
+vectors of other counts than the tars
+  embed {store} --shards {tar} --vectors {npy}
+  -> name the keys of the vectors by --vector-keys
+  embed {store} --shards {tar} --vectors {npy} --vector-keys {keys}
+
+vectors without lists of keys
+  embed {store} --shards {tar} --vectors {npy} --key-column key
+  -> name a file of keys for each file of vectors by --vector-keys
+  embed {store} --shards {tar} --vectors {npy} --key-column key --vector-keys {keys}
+
+keys of another column
+  embed {store} --shards {tar} --vectors {npy} --vector-keys {keys} --key-column other
+  -> name the column with the tars' keys by --key-column
+  embed {store} --shards {tar} --vectors {npy} --vector-keys {keys} --key-column key
+
+a key in two tars
+  embed {store} --shards {both} --vectors {pair}/*.npy --vector-keys {pair}/*.csv
+  -> join vectors and tars by their order (--vector-keys none --key-column none)
+  embed {store} --shards {both} --vectors {pair}/*.npy --vector-keys none --key-column none
+
+vectors of another array
+  embed {store} --vectors {npz}
+  -> name the vectors' array by --vector-column
+  embed {store} --vectors {npz} --vector-column v
+
+vectors in another member
+  embed {store} --shards {held} --vector-member npy
+  -> name the member that holds it by --vector-member
+  embed {store} --shards {held} --vector-member emb
 
 too many dimensions
   embed {store} --captions {csv} --dim 999
@@ -341,7 +372,6 @@ ELSEWHERE = {
     "write the tar again without --sparse": "tests/sources/test_tars.py",
     "ask by KEY, or by node": "tests/look/pages/test_without_encoder.py",
     "see --class-names": "a label of other tars than the names': tests/nodes/test_matrix.py",
-    "check --vectors": "tests/job/plan/test_plan.py",
     "--preset takes": "the library alone: the command line has the choices",
     "set --k to 1 or more": "the library alone: a recipe refuses it before",
     "correct it; what is allowed": "tests/e2e/test_next_steps.py",
@@ -390,6 +420,16 @@ def materials(folder: Path) -> dict[str, Path]:
     pq.write_table(pa.table({"image": [pixel, pixel]}), folder / "images.parquet")
     two = {"image": [pixel, pixel], "other": [b"a", b"b"], "number": [1, 2]}
     pq.write_table(pa.table(two), folder / "two.parquet")
+    np.savez(folder / "v.npz", v=rng.normal(size=(6, 8)), others=np.arange(6))
+    write_list(folder / "keys.csv", "key,other\n" + "".join(f"{n:06d},other {n}\n" for n in range(6)))
+    held = [(f"{n:04d}.{end}", content) for n, text in enumerate(CAPTIONS) for end, content in member(n, text).items()]
+    write_tar(folder / "held.tar", held)
+    (folder / "pair").mkdir()
+    for name in "ab":
+        np.save(folder / f"pair/{name}.npy", rng.normal(size=(len(CAPTIONS), 8)))
+        write_tar(folder / f"pair/{name}.tar", captioned(CAPTIONS))
+    write_list(folder / "pair/a.csv", "key\n" + "".join(f"{n:06d}\n" for n in range(5)))
+    write_list(folder / "pair/b.csv", "key\n" + "".join(f"{n:06d} b\n" for n in range(5)))
     write_list(folder / "blank.txt", "a dog\n\na cow\n")
     write_list(folder / "without.csv", "url,caption\n,a dog\n,a cat\n")
     write_list(folder / "gone.yaml", f"download: {{urls: {folder}/nowhere.csv}}\n")
@@ -431,7 +471,15 @@ def materials(folder: Path) -> dict[str, Path]:
         "images": "images.parquet",
         "two": "two.parquet",
     }
+    named |= {"keys": "keys.csv", "npz": "v.npz", "held": "held.tar", "pair": "pair", "both": "pair/*.tar"}
     return {name: folder / path for name, path in named.items()}
+
+
+def member(number: int, text: str) -> dict[str, bytes]:
+    """A sample's members: its caption, and a vector."""
+    vector = io.BytesIO()
+    np.save(vector, np.random.default_rng(number).normal(size=8))
+    return {"txt": text.encode(), "emb": vector.getvalue()}
 
 
 def run(words: str, paths: dict[str, Path]) -> Any:

@@ -26,7 +26,7 @@ from graphbuild.store.store import Store
 from tests.e2e.test_runs import digests
 from tests.e2e.web import serving
 
-SOURCES = ("tars", "list", "vectors", "matrix", "download")
+SOURCES = ("tars", "list", "vectors", "matrix", "beside", "download")
 SAMPLES, SHARD, WIDTH, K = 12, 4, 384, 3
 ANIMALS = ["dog", "cat", "horse", "owl"]
 Picture = tuple[bytes, str]
@@ -60,8 +60,15 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     np.save(folder / "matrix.npy", basis @ basis.T)
     classes = write_tars(folder / "classes", [str(row % 4) for row in range(SAMPLES)], "cls")
     matrix = {"caption_member": "cls", "class_names": str(folder / "names.txt")}
+    tars = write_tars(folder / "tars", captions("in the snow"), "txt")
+    (folder / "keys.csv").write_text("key\n" + "".join(f"{row:04d}\n" for row in reversed(range(SAMPLES))))
     return {
-        "tars": {"shards": write_tars(folder / "tars", captions("in the snow"), "txt")},
+        "tars": {"shards": tars},
+        "beside": {
+            "shards": tars,
+            "vectors": str(folder / "vectors.npy"),
+            "vector_keys": str(folder / "keys.csv"),
+        },
         "list": {"captions": str(folder / "list.csv"), "shard_size": SHARD},
         "vectors": {"vectors": str(folder / "vectors.npy"), "shard_size": SHARD},
         "matrix": {"shards": classes, "encoder": f"matrix:{folder / 'matrix.npy'}", **matrix},

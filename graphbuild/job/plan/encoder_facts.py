@@ -30,7 +30,7 @@ MINILM = EncoderFacts(layers=10.6e6, bytes=91e6)
 
 def encoder_facts(recipe: Recipe) -> EncoderFacts:
     embed = recipe.embed
-    if embed.vectors is not None or is_matrix(embed.encoder):
+    if embed.is_ready or is_matrix(embed.encoder):
         return NO_ENCODER
     from safetensors import safe_open
 

@@ -6,15 +6,12 @@ manifest. Nothing is read whole. What cannot be known before the job has run is 
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import pyarrow.parquet as pq
-
-from graphbuild.errors import ConfigError, InputError, public
+from graphbuild.errors import ConfigError, public
 from graphbuild.graph import grow
 from graphbuild.graph.certify import require_graph
 from graphbuild.graph.tasks import nodes_entry
@@ -22,15 +19,15 @@ from graphbuild.job.plan import lists
 from graphbuild.job.plan.encoder_facts import NO_ENCODER, EncoderFacts, encoder_facts
 from graphbuild.job.steps import Step, is_spared, replaced_by, steps_of
 from graphbuild.nodes.captions import read_class_names
-from graphbuild.nodes.vectors import npy_header
-from graphbuild.recipe import Recipe
+from graphbuild.recipe import BESIDE, Recipe
 from graphbuild.runner.stage import records, total_counts
 from graphbuild.runner.state import pending, require
 from graphbuild.sources.fetched import require_images
 from graphbuild.sources.parts import Part, find_parts
+from graphbuild.sources.paths import named_files
 from graphbuild.sources.tables import CAPTION_ROLES
 from graphbuild.sources.tars import expand_shards, open_tar
-from graphbuild.store.files import open_parts
+from graphbuild.sources.vector_files import ENDING, shapes_of
 from graphbuild.store.remote import file_system, reaching
 from graphbuild.store.shards import shards_of
 from graphbuild.store.store import Store
@@ -146,27 +143,28 @@ def _of_list(source: str, known: lists.Known, samples: int, shard_size: int, enc
 
 
 def _of_vectors(recipe: Recipe, url: str, rows: int | None) -> Job:
-    try:
-        with open_parts(url) as file:
-            if public(url).endswith(".npy"):
-                found, width = npy_header(file, url)[0]
-            else:
-                parquet = pq.ParquetFile(file, pre_buffer=False)
-                found = parquet.metadata.num_rows
-                width = len(next(parquet.iter_batches(1, columns=[recipe.embed.vector_column]))[0][0])
-            row_bytes = file.seek(0, io.SEEK_END) / max(found, 1)
-    except (OSError, ValueError, IndexError) as error:
-        raise InputError(f"{url} cannot be read ({error})", "check --vectors") from None
+    urls, shapes = _vector_files(recipe, url)
+    found, width = sum(rows for rows, _ in shapes), max(width for _, width in shapes)
     rows = found if rows is None else rows
     shards = math.ceil(rows / recipe.embed.shard_size)
-    encoder = EncoderFacts(d=width)
-    return Job("vectors", rows, rows, rows, shards, encoder, list_bytes=row_bytes * rows, characters=0.0)
+    job = Job("vectors", rows, rows, rows, shards, EncoderFacts(d=width), characters=0.0)
+    return replace(job, list_bytes=sum(_sizes(urls)) * rows / max(found, 1))
+
+
+def _vector_files(recipe: Recipe, pattern: str) -> tuple[list[str], list[tuple[int, int]]]:
+    urls = named_files(pattern, ENDING, "--vectors")
+    return urls, shapes_of(urls, recipe.embed.vector_column)
+
+
+def _sizes(urls: list[str]) -> list[int]:
+    """Bytes of files that lie on one file system."""
+    with reaching(urls[0]):
+        return [int(size or 0) for size in file_system(urls[0])[0].sizes([file_system(url)[1] for url in urls])]
 
 
 def _of_tars(recipe: Recipe, shards: str, rows: int | None) -> Job:
     urls = expand_shards(shards)
-    with reaching(shards):
-        sizes = [int(size or 0) for size in file_system(urls[0])[0].sizes([file_system(url)[1] for url in urls])]
+    sizes = _sizes(urls)
     with open_tar(urls[0]) as tar:
         first = len(tar.samples())
     samples = rows if rows is not None else round(first * sum(sizes) / max(sizes[0], 1))
@@ -177,11 +175,15 @@ def _of_tars(recipe: Recipe, shards: str, rows: int | None) -> Job:
 def _of_samples(recipe: Recipe, samples: int, sizes: list[int], assumed: tuple[str, ...]) -> Job:
     """Of tars of those sizes."""
     nodes = samples * len(recipe.embed.caption_sources)
-    if recipe.embed.class_names is not None:
+    encoder, size = encoder_facts(recipe), float(sum(sizes))
+    if recipe.embed.source == BESIDE:
+        nodes, assumed = samples, (*assumed, "every sample has a vector")
+        if recipe.embed.vectors is not None:
+            encoder = EncoderFacts(d=max(width for _, width in _vector_files(recipe, recipe.embed.vectors)[1]))
+    elif recipe.embed.class_names is not None:
         nodes = min(len(read_class_names(recipe.embed.class_names)), samples)
     else:
         assumed = (*assumed, "every caption differs (fewer nodes, where they repeat)")
-    encoder, size = encoder_facts(recipe), float(sum(sizes))
     return Job("tars", samples, samples, nodes, len(sizes), encoder, tar_bytes=size, assumed=assumed)
 
 

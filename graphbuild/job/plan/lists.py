@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from graphbuild.errors import InputError
-from graphbuild.sources.tables import CAPTION_ROLES, TableSpec, read_chunks
+from graphbuild.sources.paths import named_files
+from graphbuild.sources.tables import CAPTION_ROLES, ENDING, TableSpec, read_chunks, unpacked
 from graphbuild.store.remote import file_system, reaching
 
 SAMPLE_ROWS, SAMPLE_BYTES = 2_000, 8 << 20
@@ -54,11 +54,18 @@ def look(url: str, preset: str | None, columns: Mapping[str, str], rows: int | N
     """
     usual = PUBLISHED.get(preset or "", UNKNOWN)
     usual = replace(usual, assumed=(f"{usual.tokens:g} tokens a caption",))
-    files, path = file_system(url)
-    with reaching(url):
-        info = files.info(path) if files.exists(path) else None
-    if info is not None:
-        known = _sampled(TableSpec(path=url, preset=preset, columns=columns, plural=True), usual, info, tokenizer)
+    try:
+        parts = named_files(url, ENDING, "the list")
+    except InputError:
+        parts = [url]
+    infos = [_info(part) for part in parts]
+    if infos[0] is not None:
+        known = _sampled(
+            TableSpec(path=parts[0], preset=preset, columns=columns, plural=True), usual, infos[0], tokenizer
+        )
+        scale = sum(float((info or {}).get("size") or 0) for info in infos) / max(known.bytes, 1)
+        if len(parts) > 1:  # the others are as the first, by their bytes
+            known = replace(known, rows=round(known.rows * scale), bytes=known.bytes * scale)
     elif rows is None and not usual.rows:
         raise InputError(f"{url} does not exist", "check the path of the list, or give --rows")
     else:
@@ -69,6 +76,12 @@ def look(url: str, preset: str | None, columns: Mapping[str, str], rows: int | N
     return known if rows is None else replace(known, rows=rows, bytes=known.bytes * rows / max(known.rows, 1))
 
 
+def _info(url: str) -> Mapping[str, Any] | None:
+    files, path = file_system(url)
+    with reaching(url):
+        return files.info(path) if files.exists(path) else None
+
+
 def _sampled(spec: TableSpec, usual: Known, info: Mapping[str, Any], tokenizer: Path | None) -> Known:
     size = float(info.get("size") or 0)
     rows = next(read_chunks(spec, chunk_rows=SAMPLE_ROWS)).rows.slice(0, SAMPLE_ROWS)
@@ -76,7 +89,7 @@ def _sampled(spec: TableSpec, usual: Known, info: Mapping[str, Any], tokenizer: 
     texts = [text or "" for value in values for text in (value if isinstance(value, list) else [value])]
     changed = info.get("mtime") or info.get("LastModified")
     when = datetime.fromtimestamp(changed, UTC) if isinstance(changed, int | float) else changed or datetime.now(UTC)
-    headed = spec.preset is None and spec.name.removesuffix(".gz").endswith((".csv", ".tsv"))
+    headed = spec.preset is None and spec.name.removesuffix(".gz").removesuffix(".zst").endswith((".csv", ".tsv"))
     count, year = _rows(spec, size) - headed, usual.year or when.year
     known = replace(usual, rows=count, year=year, bytes=size)
     if not texts:
@@ -94,7 +107,7 @@ def _rows(spec: TableSpec, size: float) -> int:
     with reaching(spec.path), files.open(path, "rb") as file:
         if spec.name.endswith(".parquet"):
             return int(pq.ParquetFile(file, pre_buffer=False).metadata.num_rows)
-        text = (gzip.GzipFile(fileobj=file) if spec.name.endswith(".gz") else file).read(SAMPLE_BYTES)
+        text = unpacked(spec.name, file).read(SAMPLE_BYTES)
         lines, read = text.count(b"\n"), file.tell()
     if len(text) < SAMPLE_BYTES:  # all of it, whose last line may lack its end
         return int(lines + (not text.endswith(b"\n")))

@@ -92,7 +92,12 @@ def funnel(store: Store, manifest: Json) -> list[Json]:
     if "pack" in counts:
         step("rows of the source", counts["pack"]["rows"], {})
         step("packed images", counts["pack"]["samples"], manifest["pack"]["rejected"])
-    if "assign" in counts:
+    lacking = "usable caption"
+    if "assign" in counts and "joined" in manifest["embeddings"]:
+        lacking = "vector"
+        step("samples", counts["scan"]["samples"], {})
+        step("nodes (samples with a vector)", counts["assign"]["nodes"], manifest["rejected"])
+    elif "assign" in counts:
         scanned = counts["scan"]
         without = scanned.get("without_image", 0)
         usable = scanned["captions"] - counts["assign"].get("rejected", 0)
@@ -104,7 +109,7 @@ def funnel(store: Store, manifest: Json) -> list[Json]:
         step("ready vectors", counts["vectors"]["nodes"], {})
     for stage, what in DELIVERED.items():
         if stage in counts:
-            lost = {"without a usable caption": counts[stage]["without_node"]} if counts[stage]["without_node"] else {}
+            lost = {f"without a {lacking}": counts[stage]["without_node"]} if counts[stage]["without_node"] else {}
             step(f"samples {what}", counts[stage]["samples"] - counts[stage]["without_node"], lost)
     return steps
 

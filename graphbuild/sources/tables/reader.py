@@ -6,10 +6,15 @@ The file and its columns are checked before the first chunk is asked for. Memory
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from graphbuild.errors import InputError
 from graphbuild.sources.tables.delimited import delimited_table
@@ -18,6 +23,8 @@ from graphbuild.sources.tables.parquet import parquet_chunks
 from graphbuild.sources.tables.spec import Chunk, TableSpec
 from graphbuild.sources.tables.text import read_head, read_lines, text_chunks
 from graphbuild.store.remote import file_system, reaching
+
+ENDING = re.compile(r"\.(parquet|csv|tsv|jsonl)(\.gz|\.zst)?$", re.IGNORECASE)
 
 
 def read_chunks(spec: TableSpec, *, keep_others: bool = False, chunk_rows: int = 100_000) -> Iterator[Chunk]:
@@ -46,6 +53,11 @@ def read_chunks(spec: TableSpec, *, keep_others: bool = False, chunk_rows: int =
         InputError: the file is missing, a folder, empty, of another format or damaged; a column is missing,
             ambiguous or not text.
     """
+    return _some_chunks(spec, keep_others, chunk_rows)
+
+
+def _some_chunks(spec: TableSpec, keep_others: bool, chunk_rows: int) -> Iterator[Chunk]:
+    """At least one; else InputError."""
     chunks = _chunks(spec, keep_others, chunk_rows)
     first = next(chunks, None)
     if first is None:
@@ -53,11 +65,42 @@ def read_chunks(spec: TableSpec, *, keep_others: bool = False, chunk_rows: int =
     return chain([first], chunks)
 
 
+def read_parts(
+    spec: TableSpec, paths: Sequence[str], *, keep_others: bool = False, chunk_rows: int = 100_000
+) -> Iterator[tuple[int, Chunk]]:
+    """The chunks of a list in several files, which lie behind each other, and the number of each one's file. Positions
+    go on from file to file. One of several may be empty.
+
+    Raises:
+        InputError: as `read_chunks`, of any of them.
+    """
+    begin = 0
+    for part, path in enumerate(paths):
+        one, rows = replace(spec, path=path), 0
+        read = _chunks if len(paths) > 1 else _some_chunks
+        for chunk in read(one, keep_others, chunk_rows):
+            rows += len(chunk.rows) + len(chunk.rejected)
+            yield part, Chunk(_moved(chunk.rows, begin), _moved(chunk.rejected, begin))
+        begin += rows
+
+
+def _moved(table: pa.Table, rows: int) -> pa.Table:
+    at = table.schema.get_field_index("position")
+    return table.set_column(at, table.schema.field(at), pc.add(table["position"], rows)) if rows else table
+
+
+def unpacked(name: str, file: Any) -> Any:
+    """The content of a file that its name says to be compressed, or the file."""
+    if name.endswith(".zst"):
+        return pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd")
+    return gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file
+
+
 def _chunks(spec: TableSpec, keep_others: bool, chunk_rows: int) -> Iterator[Chunk]:
     with reaching(spec.path), _open(spec.path) as file:
-        suffix = spec.name.removesuffix(".gz").rpartition(".")[2]
-        if suffix not in ("parquet", "csv", "tsv", "jsonl") or spec.name.endswith(".parquet.gz"):
-            fix = "name it .parquet, .csv, .tsv or .jsonl; the text formats may end in .gz"
+        suffix = spec.name.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
+        if suffix not in ("parquet", "csv", "tsv", "jsonl") or spec.name.endswith((".parquet.gz", ".parquet.zst")):
+            fix = "name it .parquet, .csv, .tsv or .jsonl; the text formats may end in .gz or .zst"
             raise InputError(f"{spec.path}: unknown extension", fix)
         if spec.preset and suffix != "tsv":
             cause = f"{spec.path} is no TSV, but --preset {spec.preset} means a headerless TSV"
@@ -65,7 +108,7 @@ def _chunks(spec: TableSpec, keep_others: bool, chunk_rows: int) -> Iterator[Chu
         if suffix == "parquet":
             yield from parquet_chunks(spec, file, keep_others, chunk_rows)
             return
-        lines = read_lines(spec.path, gzip.GzipFile(fileobj=file) if spec.name.endswith(".gz") else file)
+        lines = read_lines(spec.path, unpacked(spec.name, file))
         head = read_head(spec.path, lines)
         if head:
             read = json_table if suffix == "jsonl" else partial(delimited_table, is_csv=suffix == "csv")

@@ -14,13 +14,14 @@ from typing import Any, cast
 
 import pyarrow as pa
 
-from graphbuild.errors import InputError
+from graphbuild.errors import InputError, public
 from graphbuild.sources.tables.spec import BLANK, CHUNK_BYTES, NO_URL, NOT_UTF8, Chunk, TableSpec, is_utf8, rejected
 
 MAX_ROW_BYTES = 32 << 20
 _HEAD_BYTES, _READ_BYTES = 1 << 20, 1 << 20
 _FOREIGN = {
     b"\x1f\x8b": ("gzip data", "add .gz to its name"),
+    b"\x28\xb5\x2f\xfd": ("zstd data", "add .zst to its name"),
     b"PAR1": ("parquet", "name it .parquet"),
     b"\xff\xfe": ("UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8"),
     b"\xfe\xff": ("UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8"),
@@ -60,9 +61,12 @@ def read_lines(path: str, file: Any) -> Iterator[bytes]:
             rest = line if len(line) > MAX_ROW_BYTES else b""
             while rest and not rest.endswith(b"\n"):
                 rest = stream.readline(_READ_BYTES)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        cause = f"{path}: broken gzip after line {number:,}: {error}"
-        raise InputError(cause, "fetch the file again; `gzip -t` tests it") from error
+    except (OSError, EOFError, zlib.error) as error:
+        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile) and error.errno is not None:
+            raise  # of reading, not of unpacking
+        kind = "zstd" if public(path).lower().endswith(".zst") else "gzip"
+        cause = f"{path}: broken {kind} after line {number:,}: {error}"
+        raise InputError(cause, f"fetch the file again; `{kind} -t` tests it") from error
 
 
 def read_head(path: str, lines: Iterator[bytes]) -> list[bytes]:

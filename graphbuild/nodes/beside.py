@@ -1,0 +1,324 @@
+"""Vectors beside tars, in place of an encoder: each sample's own, of files joined by key or by order, or of a member.
+
+In stage number they are matched with samples: the place of each row's vector, `_state/number/places.npy`, and vectors
+that no sample has, `rejected/number/<file>.parquet`. In stage encode each shard's are read, by ranges of rows, checked
+and scaled. A sample without a vector, or with one that has no direction, keeps its row and has no node; stage assign
+names it. Memory: while they are matched all keys, and 8 bytes for each vector; then one shard's vectors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from graphbuild.errors import InputError, public
+from graphbuild.nodes.samples import REJECTED
+from graphbuild.recipe import Embed
+from graphbuild.runner.stage import Task, digest, records
+from graphbuild.sources.paths import known_first, named_files, part_inputs
+from graphbuild.sources.tables import ENDING as LIST_ENDING
+from graphbuild.sources.tables import TableSpec, read_chunks
+from graphbuild.sources.tars import Member, Tar, given_urls, open_tar
+from graphbuild.sources.vector_files import ENDING, is_array, is_number_type, shapes_of, take_rows, unit_or_fault
+from graphbuild.store import layout
+from graphbuild.store.files import file_identities
+from graphbuild.store.layout import shard_name
+from graphbuild.store.mapped import read_header
+from graphbuild.store.store import Json, Store, Writer
+
+Array = np.ndarray[Any, Any]
+NO_VECTOR = "no vector has its key"
+SHOWN = 3  # keys of a side, where none is in both
+
+
+class Files(NamedTuple):
+    """Files of vectors, and for each the list of its rows' keys; none where they are joined by order."""
+
+    vectors: list[str]
+    keys: list[str]
+
+
+def named(embed: Embed) -> Files:
+    """The files that the options name, in order of name.
+
+    Raises:
+        InputError: they name none, or another number of files with keys than with vectors.
+    """
+    vectors = named_files(embed.vectors or "", ENDING, "--vectors")
+    keys = []
+    if embed.vector_keys is not None:
+        keys = named_files(embed.vector_keys, LIST_ENDING, "--vector-keys")
+    elif embed.key_column is not None:  # the vectors' own
+        keys = [url for url in vectors if not is_array(url)]
+    if (keys or embed.key_column is not None) and len(keys) != len(vectors):
+        raise InputError(
+            f"{len(vectors):,} files of vectors ({public(vectors[0])}, ...), and {len(keys):,} with their keys",
+            "name a file of keys for each file of vectors by --vector-keys",
+        )
+    return Files(vectors, keys)
+
+
+def check(embed: Embed) -> None:
+    """Raise InputError where files are missing, cannot be read, or hold vectors of different lengths."""
+    if embed.vector_member is None:
+        shapes_of(named(embed).vectors, embed.vector_column)
+
+
+# -- stage number: which vector is whose
+
+
+def numbering(embed: Embed, store: Store, scans: Mapping[str, str]) -> Task:
+    """The task that matches vectors with the samples of these files of scan."""
+    if embed.vector_member is not None:
+        return Task(stage="number", name="all", settings={"joined": "as members"}, built=scans)
+    files = named(embed)
+    identities = file_identities([*files.vectors, *files.keys])
+    done = records(store, "number").get("all", {"inputs": {}})["inputs"]
+    known = [identity for name, identity in done.items() if name.startswith("vectors")]
+    vectors = known_first({url: identities[url] for url in files.vectors}, known)
+    beside = dict(zip(files.vectors, files.keys, strict=True)) if files.keys else {}
+    keys = [beside[url] for url in vectors if beside]
+    settings = {"joined": "by key" if keys else "by order", "vector_column": embed.vector_column}
+    return Task(
+        stage="number",
+        name="all",
+        settings=settings | ({"key_column": embed.key_column or "key"} if keys else {}),
+        inputs=part_inputs("vectors", vectors.values()) | part_inputs("keys", [identities[url] for url in keys]),
+        built=scans,
+        hints={"files": Files(list(vectors), keys)},
+    )
+
+
+def match(task: Task, store: Store, writer: Writer, tables: Sequence[pa.Table]) -> tuple[Array, Json]:
+    """The place of each row's vector [N] among all vectors, -1: none; and facts of the stage. tables: of scan, `key`.
+
+    Of members the place is the row: which samples have one shows when they are read.
+    """
+    sizes = [len(table) for table in tables]
+    if "files" not in task.hints:
+        return np.arange(sum(sizes)), {"rows": []}
+    files: Files = task.hints["files"]
+    rows = [rows for rows, _ in shapes_of(files.vectors, task.settings["vector_column"])]
+    if not files.keys:
+        _check_order(files.vectors, rows, sizes, store)
+        places, left = np.arange(sum(sizes)), 0
+    else:
+        places, left = _by_key(task, rows, tables, store, writer)
+    writer.array(layout.VECTOR_PLACES, places)
+    return places, {"rows": rows, "counts": {"vectors": sum(rows), "vectors_without_sample": left}}
+
+
+def told(task: Task, facts: Json, places: Array) -> str:
+    """A digest of all that decides the vectors of a shard's rows: the files that hold them, and where."""
+    if not facts["rows"]:
+        return ""
+    inputs = [identity for name, identity in task.inputs.items() if name.startswith("vectors")]
+    held = np.unique(_file_of(facts["rows"], places[places >= 0]))
+    return digest([[inputs[number] for number in held.tolist()], hashlib.sha256(places.tobytes()).hexdigest()])
+
+
+def _file_of(rows: Sequence[int], places: Array) -> Array:
+    return np.searchsorted(np.cumsum(rows), places, side="right")
+
+
+def _check_order(urls: Sequence[str], rows: Sequence[int], sizes: Sequence[int], store: Store) -> None:
+    """InputError where file i has another number of vectors than tar i samples."""
+    if list(rows) == list(sizes):
+        return
+    tars = _tars(store)
+    fix = "name the keys of the vectors by --vector-keys, or give a file for each tar, with a vector for each sample"
+    if len(rows) != len(sizes):
+        raise InputError(f"{len(rows):,} files of vectors, and {len(sizes):,} tars: no order joins them", fix)
+    at = next(number for number in range(len(rows)) if rows[number] != sizes[number])
+    raise InputError(
+        f"{public(urls[at])} has {rows[at]:,} vectors, and {tars[at]} {sizes[at]:,} samples: no order joins them", fix
+    )
+
+
+def _tars(store: Store) -> list[str]:
+    return [record["facts"]["shards"][name]["tar"]["name"] for name, record in records(store, "scan").items()]
+
+
+def _by_key(
+    task: Task, rows: Sequence[int], tables: Sequence[pa.Table], store: Store, writer: Writer
+) -> tuple[Array, int]:
+    files: Files = task.hints["files"]
+    begins = [0, *np.cumsum(rows).tolist()]
+    frames = [
+        _keys(url, task.settings["key_column"], count, begin, public(vectors))
+        for url, vectors, count, begin in zip(files.keys, files.vectors, rows, begins, strict=False)
+    ]
+    theirs = pl.concat(frames)
+    own = pl.concat([_keys_frame(table) for table in tables])
+    own = own.with_row_index("row")
+    twice = theirs.filter(pl.col("key").is_duplicated() & pl.col("key").is_not_null()).sort("key", "place")
+    if len(twice):
+        at = [int(place) for place in twice["place"][:2]]
+        of = [public(files.keys[number]) for number in _file_of(rows, np.array(at)).tolist()]
+        raise InputError(
+            f"two vectors have the key {twice['key'][0]!r}, in {of[0]} and {of[1]} "
+            f"({twice['key'].n_unique():,} keys are there more than once)",
+            "keep one vector for each key",
+        )
+    joined = own.join(theirs, on="key", how="left", maintain_order="left")
+    twice = joined.filter(pl.col("key").is_duplicated() & pl.col("place").is_not_null()).sort("key", "row")
+    if len(twice):
+        at = _file_of([len(table) for table in tables], twice["row"][:2].to_numpy()).tolist()
+        raise InputError(
+            f"two samples have the key {twice['key'][0]!r}, in {_tars(store)[at[0]]} and {_tars(store)[at[1]]}",
+            "join vectors and tars by their order (--vector-keys none --key-column none), or give keys that differ",
+        )
+    if joined["place"].null_count() == len(joined):
+        raise InputError(
+            f"no key of {public(files.keys[0])} ... is a sample's. Keys of vectors: "
+            f"{_some(theirs)}; of samples: {_some(own)}",
+            "name the column with the tars' keys by --key-column",
+        )
+    left = theirs.join(own, on="key", how="anti", maintain_order="left")
+    _reject(left, files, rows, writer)
+    return joined["place"].fill_null(-1).to_numpy(), len(left)
+
+
+def _keys(url: str, column: str, count: int, begin: int, vectors: str) -> pl.DataFrame:
+    """The key and place of each vector of a file; null where its row has none."""
+    chunks = list(read_chunks(TableSpec(path=url, columns={"key": column})))
+    found = sum(len(chunk.rows) + len(chunk.rejected) for chunk in chunks)
+    if found != count:
+        raise InputError(
+            f"{vectors} has {count:,} vectors, and {public(url)} {found:,} keys", "give a key for each vector, in order"
+        )
+    table = pa.concat_tables([chunk.rows for chunk in chunks])
+    named = _keys_frame(table).with_columns(place=table["position"].to_numpy() + begin)
+    every = pl.DataFrame({"place": np.arange(begin, begin + count)})
+    return every.join(named, on="place", how="left", maintain_order="left")
+
+
+def _keys_frame(table: pa.Table) -> pl.DataFrame:
+    return pl.DataFrame(pl.from_arrow(table.select(["key"]))).cast(pl.String)
+
+
+def _some(frame: pl.DataFrame) -> str:
+    return ", ".join(repr(key) for key in frame["key"].drop_nulls()[:SHOWN])
+
+
+def _reject(left: pl.DataFrame, files: Files, rows: Sequence[int], writer: Writer) -> None:
+    """Keep which vectors no sample has: position in their file, key, and the file's name."""
+    begins = np.concatenate([[0], np.cumsum(rows)])
+    places = left["place"].to_numpy()
+    for number in range(len(rows)):
+        mine = (places >= begins[number]) & (places < begins[number + 1])
+        if mine.any():
+            keys = left["key"].filter(pl.Series(mine))
+            no_key, unknown = pl.lit("no key"), pl.lit("no sample has its key")
+            reason = pl.select(pl.when(keys.is_null()).then(no_key).otherwise(unknown)).to_series()
+            name = public(files.vectors[number]).rsplit("/", 1)[-1]
+            columns = [pa.array(places[mine] - begins[number]), keys.to_arrow().cast(pa.string())]
+            columns += [reason.to_arrow().cast(pa.string()), pa.array([name] * int(mine.sum()))]
+            path = f"{layout.REJECTED.format('number')}/{shard_name(number)}.parquet"
+            writer.table(path, pa.table(columns, schema=REJECTED))
+
+
+# -- stage encode: the vectors themselves
+
+
+def reading(embed: Embed, store: Store, numbered: Json) -> list[Task]:
+    """A task a shard; numbered: the record of stage number."""
+    shards, given = numbered["facts"]["shards"], given_urls(embed.shards)
+    hints: Json = {"device": "cpu"}
+    if embed.vector_member is None:
+        settings = {"vector_column": embed.vector_column}
+        files = numbering(embed, store, {}).hints["files"]
+        hints |= {"vectors": files.vectors, "rows": numbered["facts"]["rows"]}
+        built = {name: {"vectors": shard["vectors"]} for name, shard in shards.items()}
+        places = {name: {"shard": shard} for name, shard in shards.items()}
+    else:
+        settings = {"vector_member": embed.vector_member}
+        tars = {name: record["facts"]["shards"][name]["tar"] for name, record in records(store, "scan").items()}
+        built = {name: {"tar": tars[name]["sha256"]} for name in shards}
+        places = {name: {"tar": given.get(tars[name]["url"], tars[name]["url"])} for name in shards}
+    return [
+        Task(stage="encode", name=name, settings=settings, built=built[name], hints=hints | places[name])
+        for name in sorted(shards, key=layout.by_number)
+    ]
+
+
+def read(task: Task, store: Store, writer: Writer) -> Json:
+    """Write the vectors of a shard's samples, in order of row; a record's facts tell which have none, and why."""
+    vectors, faults = _of_member(task, store) if "tar" in task.hints else _of_files(task, store)
+    sound = np.isin(np.arange(len(vectors)), list(faults), invert=True)
+    writer.array(layout.VECTORS.format(task.name), vectors[sound])
+    without = sorted(faults)
+    facts = {"without": without, "why": [faults[row] for row in without]}
+    return {"counts": {"embeddings": int(sound.sum())}, "d": vectors.shape[1], **facts}
+
+
+def _of_files(task: Task, store: Store) -> tuple[Array, dict[int, str]]:
+    shard, rows = task.hints["shard"], task.hints["rows"]
+    first = shard["first_row"]
+    places = store.rows(layout.VECTOR_PLACES, first, first + shard["samples"])
+    places = places[places >= 0]
+    found: Array = np.empty((0, 0), np.float16)
+    faults: dict[int, str] = {}
+    of = _file_of(rows, places)
+    for number in np.unique(of).tolist():
+        mine = np.flatnonzero(of == number)
+        wanted = np.argsort(places[mine], kind="stable")
+        in_file = places[mine][wanted] - sum(rows[:number])
+        values = take_rows(task.hints["vectors"][number], task.settings["vector_column"], in_file, needed=False)
+        unit, wrong = unit_or_fault(values)
+        found = found if found.size else np.zeros((len(places), unit.shape[1]), np.float16)
+        found[mine[wanted]] = unit
+        faults |= {int(mine[wanted[row]]): f"its vector {what}" for row, what in wrong.items()}
+    return found, faults
+
+
+def _of_member(task: Task, store: Store) -> tuple[Array, dict[int, str]]:
+    wanted = task.settings["vector_member"]
+    faults: dict[int, str] = {}
+    found: dict[int, Array] = {}
+    with open_tar(store.resolve(task.hints["tar"])) as tar:
+        samples = tar.samples()
+        for row, sample in enumerate(samples):
+            member = next((member for member in sample.members if member.extension == wanted), None)
+            vector = None if member is None else _vector(tar, member)
+            if vector is None:
+                faults[row] = f"no member .{wanted}" if member is None else f"its member .{wanted} is no vector"
+                continue
+            found[row] = vector
+            width = len(next(iter(found.values())))
+            if len(vector) != width:
+                raise InputError(
+                    f"{task.hints['tar']}: the vector of {sample.key!r} has {len(vector)} numbers, not {width}",
+                    "give vectors of one encoder, all of one length",
+                )
+    if samples and not found:
+        extensions = sorted({repr(f".{member.extension}") for sample in samples for member in sample.members})
+        raise InputError(
+            f"{task.hints['tar']}: none of its {len(samples):,} samples has a vector (first: {faults[0]}; members: "
+            f"{', '.join(extensions[:8])})",
+            "name the member that holds it by --vector-member",
+        )
+    width = len(next(iter(found.values()), ()))
+    vectors = np.zeros((len(samples), width), np.float16)
+    if found:
+        rows = np.array(list(found))
+        vectors[rows], wrong = unit_or_fault(np.stack(list(found.values())))
+        faults |= {int(rows[row]): f"its vector {what}" for row, what in wrong.items()}
+    return vectors, faults
+
+
+def _vector(tar: Tar, member: Member) -> Array | None:
+    """The numbers [d] of a member in .npy's format; None where it is none, or holds no single vector."""
+    file = io.BytesIO(tar.read(member))
+    try:
+        shape, _, dtype = read_header(file)
+        values = np.frombuffer(file.read(), dtype) if is_number_type(dtype) else np.empty(0)
+    except (ValueError, EOFError):
+        return None
+    return values if values.size and max(shape, default=0) == values.size == np.prod(shape) else None
