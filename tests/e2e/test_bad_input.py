@@ -894,7 +894,7 @@ BAD_VECTORS: dict[str, tuple[str, Any, list[str]]] = {
     "an infinity": ("v.npy", npy(with_row(7, -np.inf)), ["row 7 holds NaN or infinity"]),
     "a zero row": ("v.npy", npy(with_row(19, 0)), ["row 19 is a zero vector"]),
     "numbers too large": ("v.npy", npy(np.full((3, 4), 1e200)), ["row 0 is too long"]),
-    "an archive": ("v.npz", npy(ROWS), ["v.npz is neither .npy nor parquet"]),
+    "an archive": ("v.npz", npy(ROWS), ["v.npz is no .npz file"]),
     "torch": ("v.pt", b"PK\x03\x04" + bytes(900), ["v.pt is neither .npy nor parquet"]),
     "missing column": ("v.parquet", {"vec": [1.0], "x": ["a"]}, ["no column 'embedding'", "'vec', 'x'"]),
     "a column of text": ("v.parquet", {"embedding": ["[1, 2]"]}, ["'embedding' is string", "lists of floats"]),
