@@ -71,6 +71,7 @@ function asked(store, node) {
   fact("node", String(node.node));
   fact("samples", String(node.samples));
   if (node.sample) fact("key", node.sample.key);
+  if (node.sample?.more.length) fact("captions", node.sample.caption);
   fact("to others", `${node.background.mean.toFixed(3)} ± ${node.background.deviation.toFixed(3)}`);
   words.append(text, facts);
   if (node.sample) {
