@@ -20,7 +20,7 @@ from graphbuild.demo.scenes import encode_jpeg, make_scenes, render
 Picture = tuple[bytes, str]  # a JPEG and its caption
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 NOT_INHERITED = ("RAY_ADDRESS", "AWS_", "FSSPEC_", "COLUMNS")
-READ_WHEN_NEEDED = ("AWS_", "COLUMNS")  # and not when libraries are imported
+READ_WHEN_NEEDED = ("AWS_", "COLUMNS", "http_proxy", "no_proxy")  # and not when libraries are imported
 
 
 @pytest.fixture(scope="session")

@@ -109,5 +109,6 @@ def test_a_scan_fetches_a_tar_once_and_names_its_bytes(tmp_path: Path, monkeypat
 def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path, option: str) -> None:
     given = {"shards": str(tmp_path / "x.tar")} if option == "class_names" else {}
     recipe = Recipe(embed=Embed(**{**given, option: str(tmp_path)}))
-    with pytest.raises(InputError, match=rf"{tmp_path} is a folder\n.*name one file in it"):
+    named = {"vectors": rf"no file matches {tmp_path}/\*\.npy", "class_names": rf"{tmp_path} is a folder\n.*name one"}
+    with pytest.raises(InputError, match=named[option]):
         (vectors if option == "vectors" else scan).plan(recipe, Store(str(tmp_path / "store")))
