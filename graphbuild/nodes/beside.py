@@ -21,7 +21,7 @@ from graphbuild.errors import InputError, public
 from graphbuild.nodes.samples import REJECTED
 from graphbuild.recipe import Embed
 from graphbuild.runner.stage import Task, digest, records
-from graphbuild.sources.paths import known_first, named_files, part_inputs
+from graphbuild.sources.paths import by_numbers, known_first, named_files, part_inputs, parts_of
 from graphbuild.sources.tables import ENDING as LIST_ENDING
 from graphbuild.sources.tables import TableSpec, read_chunks
 from graphbuild.sources.tars import Member, Tar, given_urls, open_tar
@@ -80,8 +80,7 @@ def numbering(embed: Embed, store: Store, scans: Mapping[str, str]) -> Task:
     files = named(embed)
     identities = file_identities([*files.vectors, *files.keys])
     done = records(store, "number").get("all", {"inputs": {}})["inputs"]
-    known = [identity for name, identity in done.items() if name.startswith("vectors")]
-    vectors = known_first({url: identities[url] for url in files.vectors}, known)
+    vectors = known_first({url: identities[url] for url in files.vectors}, parts_of(done, "vectors"))
     beside = dict(zip(files.vectors, files.keys, strict=True)) if files.keys else {}
     keys = [beside[url] for url in vectors if beside]
     settings = {"joined": "by key" if keys else "by order", "vector_column": embed.vector_column}
@@ -106,8 +105,7 @@ def match(task: Task, store: Store, writer: Writer, tables: Sequence[pa.Table]) 
     files: Files = task.hints["files"]
     rows = [rows for rows, _ in shapes_of(files.vectors, task.settings["vector_column"])]
     if not files.keys:
-        _check_order(files.vectors, rows, sizes, store)
-        places, left = np.arange(sum(sizes)), 0
+        places, left = _by_order(files.vectors, rows, sizes, store), 0
     else:
         places, left = _by_key(task, rows, tables, store, writer)
     writer.array(layout.VECTOR_PLACES, places)
@@ -118,7 +116,7 @@ def told(task: Task, facts: Json, places: Array) -> str:
     """A digest of all that decides the vectors of a shard's rows: the files that hold them, and where."""
     if not facts["rows"]:
         return ""
-    inputs = [identity for name, identity in task.inputs.items() if name.startswith("vectors")]
+    inputs = parts_of(task.inputs, "vectors")
     held = np.unique(_file_of(facts["rows"], places[places >= 0]))
     return digest([[inputs[number] for number in held.tolist()], hashlib.sha256(places.tobytes()).hexdigest()])
 
@@ -127,18 +125,27 @@ def _file_of(rows: Sequence[int], places: Array) -> Array:
     return np.searchsorted(np.cumsum(rows), places, side="right")
 
 
-def _check_order(urls: Sequence[str], rows: Sequence[int], sizes: Sequence[int], store: Store) -> None:
-    """InputError where file i has another number of vectors than tar i samples."""
-    if list(rows) == list(sizes):
-        return
+def _by_order(urls: Sequence[str], rows: Sequence[int], sizes: Sequence[int], store: Store) -> Array:
+    """The place of each row's vector [N]: of files and tars, both in order of name with numbers as numbers, the i-th
+    belong together. InputError where they are not as many, or do not hold as many."""
     tars = _tars(store)
     fix = "name the keys of the vectors by --vector-keys, or give a file for each tar, with a vector for each sample"
     if len(rows) != len(sizes):
         raise InputError(f"{len(rows):,} files of vectors, and {len(sizes):,} tars: no order joins them", fix)
-    at = next(number for number in range(len(rows)) if rows[number] != sizes[number])
-    raise InputError(
-        f"{public(urls[at])} has {rows[at]:,} vectors, and {tars[at]} {sizes[at]:,} samples: no order joins them", fix
-    )
+    begins, places = np.cumsum([0, *rows]), [np.empty(0, np.int64)] * len(sizes)
+    for tar, file in zip(_ranked(tars), _ranked(urls), strict=True):
+        if rows[file] != sizes[tar]:
+            raise InputError(
+                f"{public(urls[file])} has {rows[file]:,} vectors, and {tars[tar]} {sizes[tar]:,} samples: no order "
+                "joins them",
+                fix,
+            )
+        places[tar] = np.arange(begins[file], begins[file + 1])
+    return np.concatenate(places)
+
+
+def _ranked(names: Sequence[str]) -> list[int]:
+    return sorted(range(len(names)), key=lambda number: by_numbers(names[number]))
 
 
 def _tars(store: Store) -> list[str]:

@@ -57,7 +57,7 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
         settings["caption_weights"] = embed.weights
     if embed.captions is not None:
         settings |= embed.model_dump(include={"preset", "caption_column", "key_column", "shard_size"})
-        parts = list_parts(embed.captions, "--captions", records(store, "scan").get("list"))
+        parts = list_parts("captions", embed.captions, "--captions", records(store, "scan").get("list"))
         spec = _spec(embed.captions, settings)
         next(read_parts(spec, list(parts), chunk_rows=1), None)  # refuses a bad list before a file is written
         inputs = part_inputs("captions", parts.values())

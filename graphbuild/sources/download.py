@@ -28,7 +28,7 @@ from graphbuild.runner.stage import Stage, Task, outputs, records
 from graphbuild.runner.state import require
 from graphbuild.sources import fetched
 from graphbuild.sources.again import cut_retry
-from graphbuild.sources.paths import known_first, named_files, part_inputs
+from graphbuild.sources.paths import known_first, named_files, part_inputs, parts_of
 from graphbuild.sources.tables import ENDING, TableSpec, read_parts
 from graphbuild.sources.tables.plain import plain_table
 from graphbuild.store import layout
@@ -63,7 +63,7 @@ def plan_urls(recipe: Recipe, store: Store) -> list[Task]:
         )
     settings = config.model_dump(include={"preset", "url_column", "caption_column", "shard_size"})
     done = records(store, "urls")
-    parts = list_parts(config.urls, "URLS", done.get("list"))
+    parts = list_parts("urls", config.urls, "URLS", done.get("list"))
     inputs = part_inputs("urls", parts.values())
     whole = Task(stage="urls", name="list", settings=settings, inputs=inputs, hints={"urls": list(parts)})
     if len(done) > 1 and "list" in done and len(inputs) > len(done["list"]["inputs"]):
@@ -75,13 +75,14 @@ def plan_urls(recipe: Recipe, store: Store) -> list[Task]:
     return [whole, *retries(whole, store)]
 
 
-def list_parts(pattern: str, option: str, done: Json | None) -> dict[str, str]:
-    """The files of a list with their identities: those of the record `done` in its order, then new ones by name.
+def list_parts(what: str, pattern: str, option: str, done: Json | None) -> dict[str, str]:
+    """The files of a list with their identities: those of the record `done` in its order, then new ones by name. what:
+    their name among a task's inputs.
 
     Raises:
         InputError: there is none.
     """
-    known = [] if done is None else list(done["inputs"].values())
+    known = [] if done is None else parts_of(done["inputs"], what)
     return known_first(file_identities(named_files(pattern, ENDING, option)), known)
 
 

@@ -63,6 +63,13 @@ def part_inputs(what: str, identities: Iterable[str]) -> dict[str, str]:
     return {f"{what} {number}" if number > 1 else what: one for number, one in enumerate(identities, 1)}
 
 
+def parts_of(inputs: Mapping[str, str], what: str) -> list[str]:
+    """The identities that `part_inputs` named, in their order: a record has names sorted as text, "captions 10" before
+    "captions 2"."""
+    numbers = {name: name.removeprefix(what) or "1" for name in inputs if name.rstrip("0123456789 ") == what}
+    return [inputs[name] for name in sorted(numbers, key=lambda name: int(numbers[name]))]
+
+
 def _name(identity: str) -> str:
     """The name in what `store.files.file_identity` says of a file."""
     return identity.rsplit(", ", 2)[0]

@@ -88,6 +88,21 @@ def test_a_file_that_is_added_is_no_change_and_one_that_changed_or_is_gone_is(tm
         embed(store, **given)
 
 
+def test_a_dozen_files_keep_their_order_when_more_are_added(tmp_path: Path, encoder: str) -> None:
+    texts = [
+        f"{first} {second}" for first in ("old", "new", "red") for second in ("house", "tree", "dog", "cat", "man")
+    ]
+    (tmp_path / "list").mkdir()
+    store, given = tmp_path / "store", {"encoder": encoder, "captions": str(tmp_path / "list")}
+    for count in (12, 12, 15):  # twice the same: nothing is a change
+        for number in range(count):
+            path = tmp_path / f"list/part-{number}.csv"
+            if not path.exists():
+                path.write_text(f"caption\n{texts[number]}\n")
+        embed(store, **given)
+        assert column(store, "samples", "caption") == texts[:count]
+
+
 def zst(text: bytes) -> bytes:
     return bytes(pa.compress(text, codec="zstd", asbytes=True))
 

@@ -226,6 +226,23 @@ def test_vectors_inside_tars_are_their_samples_own(tmp_path: Path, ending: str) 
     assert verify_store(Store(str(store))).problems == []
 
 
+@pytest.mark.parametrize(
+    ("folder", "pattern"), [("{}", "{}"), ("{}/*.tar", "{}/*.npy"), ("{}/{{9..0}}.tar", "{}/{{9..0}}.npy")]
+)
+def test_files_joined_by_order_lie_in_the_order_of_the_tars(tmp_path: Path, folder: str, pattern: str) -> None:
+    """Of as many samples each, with numbers of one and two digits: only the order tells which belong together."""
+    own = np.random.default_rng(0).standard_normal((12, 2, 5))
+    for number in range(12):
+        write_tar(tmp_path / f"tars/{number}.tar", [f"{number}a", f"{number}b"])
+        write_vectors(tmp_path / f"emb/{number}.npy", own[number])
+    given = {"shards": folder.format(tmp_path / "tars"), "vectors": pattern.format(tmp_path / "emb")}
+    run(tmp_path / "store", "embed", **given)
+    vectors = stored(tmp_path / "store").astype(np.float64)
+    for key, vector in zip(column(tmp_path / "store", "samples", "key"), vectors, strict=True):
+        expected = own[int(str(key)[:-1]), "ab".index(str(key)[-1])]
+        np.testing.assert_allclose(vector, expected / np.linalg.norm(expected), atol=1e-3)
+
+
 def test_tars_without_captions_have_vectors_all_the_same(tmp_path: Path) -> None:
     path = tmp_path / "tars/x.tar"
     path.parent.mkdir()
