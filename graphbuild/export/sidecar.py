@@ -32,6 +32,7 @@ from graphbuild.store.store import FORMAT_VERSION
 METADATA_KEY = b"graphbuild"
 MAY_BE_NULL = ("caption", "image_offset", "image_size")  # where a sample has a node
 BLOCK_BYTES = 1 << 18  # of a remote sidecar, fetched at once where single columns are read
+PLURAL = ("weight", MORE)  # columns of sidecars where samples have several captions
 EXPORT = "run `graphbuild export` again"
 
 
@@ -160,7 +161,7 @@ class Sidecar:
             content = pa.BufferReader(files.cat_file(path))
             table = pq.ParquetFile(content, page_checksum_verification=True).read(use_threads=False)
             header = _parse_header(url, table.schema.metadata)
-            _check_columns(url, header, table)
+            _check_columns(url, header, table.schema, table.num_rows)
             columns, first_more = text_columns(table)
             background = [_numbers(columns[f"background_{name}"]) for name in ("mean", "std")]
             sidecar = cls(
@@ -235,8 +236,9 @@ def read_columns(url: str, names: Sequence[str], others: Sequence[str] = ()) -> 
     with readable(url), files.open(path, "rb", block_size=BLOCK_BYTES) as stream:
         parquet = pq.ParquetFile(stream, pre_buffer=False, page_checksum_verification=True)
         header = _parse_header(url, parquet.schema_arrow.metadata)
-        table = parquet.read(columns=[*names, *others], use_threads=False)
-    _check_columns(url, header, table, names)
+        table, schema = parquet.read(columns=[*names, *others], use_threads=False), parquet.schema_arrow
+    plural = [name for name in PLURAL if others and MORE in schema.names]
+    _check_columns(url, header, schema, table.num_rows, [*names, *plural])
     return header, table
 
 
@@ -261,10 +263,10 @@ def text_columns(table: pa.Table) -> tuple[dict[str, pa.Array], NDArray[np.int64
     The weight is 1 where samples have one caption each.
     """
     columns = {name: table.column(name).combine_chunks() for name in table.column_names}
-    if "weight" in columns:
-        columns["weight"] = columns["weight"].fill_null(1)
+    every = pa.array(np.ones(len(table), np.float32))
+    columns["weight"] = columns["weight"].fill_null(1) if "weight" in columns else every
     if MORE not in columns:
-        return {**columns, "weight": pa.array(np.ones(len(table), np.float32))}, np.zeros(len(table) + 1, np.int64)
+        return columns, np.zeros(len(table) + 1, np.int64)
     more = columns.pop(MORE)
     texts = more.flatten()
     for field in texts.type:
@@ -300,16 +302,18 @@ def _parse_header(url: str, metadata: dict[bytes, bytes] | None) -> SidecarHeade
     return header
 
 
-def _check_columns(url: str, header: SidecarHeader, table: pa.Table, names: Sequence[str] | None = None) -> None:
+def _check_columns(
+    url: str, header: SidecarHeader, schema: pa.Schema, rows: int, names: Sequence[str] | None = None
+) -> None:
     """ShardError where columns (these, or any) are absent or of another type, or rows are missing."""
-    types = dict(zip(table.schema.names, table.schema.types, strict=True))
-    schema = sidecar_schema(header.d, header.k, header.embeddings, plural=MORE in types)
-    for field in map(schema.field, schema.names if names is None else names):
+    types = dict(zip(schema.names, schema.types, strict=True))
+    expected = sidecar_schema(header.d, header.k, header.embeddings, plural=MORE in types)
+    for field in map(expected.field, expected.names if names is None else names):
         found = types.get(field.name, "absent")
         if found != field.type:
             raise ShardError(f"{url}: column {field.name} is {found}, expected {field.type}", EXPORT)
-    if table.num_rows != header.rows:
-        raise ShardError(f"{url}: {table.num_rows} rows, its header says {header.rows}", EXPORT)
+    if rows != header.rows:
+        raise ShardError(f"{url}: {rows} rows, its header says {header.rows}", EXPORT)
 
 
 def _numbers(column: pa.Array, absent: int = 0) -> NDArray[Any]:

@@ -122,27 +122,29 @@ class SampleGraph:
     # -- samples
 
     @cached_property
-    def _sample_nodes(self) -> Ids:
-        names = [SAMPLES.format(name) for name in self._shards.names]
-        columns = [pl.from_arrow(self._store.table(name, ["node"])["node"]) for name in names]
-        return np.concatenate([pl.Series(column).fill_null(-1).to_numpy() for column in columns])
+    def _nodes_of_rows(self) -> tuple[Ids, Ids, Ids]:
+        """The node of each sample [N]; and of further captions of samples the rows and nodes."""
+        firsts, rows, nodes = [], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for first, name in zip(self._shards.column("first_row"), self._shards.names, strict=True):
+            table = self._store.table(SAMPLES.format(name), ["node", f"{MORE}.list.element.node"])
+            firsts.append(pl.Series(pl.from_arrow(table["node"])).fill_null(-1).to_numpy())
+            if MORE in table.column_names:
+                more = table[MORE].combine_chunks()
+                rows.append(first + np.asarray(pc.list_parent_indices(more)))
+                nodes.append(np.asarray(pc.struct_field(more.flatten(), "node")))
+        return np.concatenate(firsts), np.concatenate(rows), np.concatenate(nodes)
 
     @cached_property
     def _rows_by_node(self) -> tuple[Ids, Ids]:
-        rows, nodes = [np.arange(len(self._sample_nodes))], [self._sample_nodes]
-        for first, name in zip(self._shards.column("first_row"), self._shards.names, strict=True):
-            for column in self._store.table(SAMPLES.format(name), [f"{MORE}.list.element.node"]).columns:
-                more = column.combine_chunks()
-                rows.append(first + np.asarray(pc.list_parent_indices(more)))
-                nodes.append(np.asarray(pc.struct_field(more.flatten(), "node")))
-        row, node = np.concatenate(rows), np.concatenate(nodes)
+        firsts, rows, nodes = self._nodes_of_rows
+        row, node = np.concatenate([np.arange(len(firsts)), rows]), np.concatenate([firsts, nodes])
         order = np.lexsort((row, node))
         return row[order], np.searchsorted(node[order], np.arange(len(self) + 1))
 
     def sample_nodes(self) -> Ids:
         """The node of each sample (of its first caption, if it has several), int64 [N] by row; -1 where it has no
         usable caption. Read once: 8 bytes a sample."""
-        return self._sample_nodes
+        return self._nodes_of_rows[0]
 
     def samples_of(self, node: int) -> Ids:
         """The rows of the samples that have a node's text as a caption, int64, ascending. The first call sorts all

@@ -1,237 +1,33 @@
-"""Vectors beside tars, in place of an encoder: each sample's own, of files joined by key or by order, or of a member.
+"""Vectors beside tars, in place of an encoder: each sample's own, of files (graphbuild.nodes.join) or of a member.
 
-In stage number they are matched with samples: the place of each row's vector, `_state/number/places.npy`, and vectors
-that no sample has, `rejected/number/<file>.parquet`. In stage encode each shard's are read, by ranges of rows, checked
-and scaled. A sample without a vector, or with one that has no direction, keeps its row and has no node; stage assign
-names it. Memory: while they are matched all keys, and 8 bytes for each vector; then one shard's vectors.
+Part of stage encode: a shard's vectors are read, by ranges of rows, checked and scaled. A sample without a vector, or
+with one that has no direction, keeps its row and has no node; stage assign names it. Memory: one shard's vectors.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import polars as pl
-import pyarrow as pa
 
-from graphbuild.errors import InputError, public
-from graphbuild.nodes.samples import REJECTED
+from graphbuild.errors import InputError
+from graphbuild.nodes.join import file_of, named, numbering
 from graphbuild.recipe import Embed
-from graphbuild.runner.stage import Task, digest, records
-from graphbuild.sources.paths import by_numbers, known_first, named_files, part_inputs, parts_of
-from graphbuild.sources.tables import ENDING as LIST_ENDING
-from graphbuild.sources.tables import TableSpec, read_chunks
+from graphbuild.runner.stage import Task, records
 from graphbuild.sources.tars import Member, Tar, given_urls, open_tar
-from graphbuild.sources.vector_files import ENDING, is_array, is_number_type, shapes_of, take_rows, unit_or_fault
+from graphbuild.sources.vector_files import is_number_type, shapes_of, take_rows, unit_or_fault
 from graphbuild.store import layout
-from graphbuild.store.files import file_identities
-from graphbuild.store.layout import shard_name
 from graphbuild.store.mapped import read_header
 from graphbuild.store.store import Json, Store, Writer
 
 Array = np.ndarray[Any, Any]
-NO_VECTOR = "no vector has its key"
-SHOWN = 3  # keys of a side, where none is in both
-
-
-class Files(NamedTuple):
-    """Files of vectors, and for each the list of its rows' keys; none where they are joined by order."""
-
-    vectors: list[str]
-    keys: list[str]
-
-
-def named(embed: Embed) -> Files:
-    """The files that the options name, in order of name.
-
-    Raises:
-        InputError: they name none, or another number of files with keys than with vectors.
-    """
-    vectors = named_files(embed.vectors or "", ENDING, "--vectors")
-    keys = []
-    if embed.vector_keys is not None:
-        keys = named_files(embed.vector_keys, LIST_ENDING, "--vector-keys")
-    elif embed.key_column is not None:  # the vectors' own
-        keys = [url for url in vectors if not is_array(url)]
-    if (keys or embed.key_column is not None) and len(keys) != len(vectors):
-        raise InputError(
-            f"{len(vectors):,} files of vectors ({public(vectors[0])}, ...), and {len(keys):,} with their keys",
-            "name a file of keys for each file of vectors by --vector-keys",
-        )
-    return Files(vectors, keys)
 
 
 def check(embed: Embed) -> None:
     """Raise InputError where files are missing, cannot be read, or hold vectors of different lengths."""
     if embed.vector_member is None:
         shapes_of(named(embed).vectors, embed.vector_column)
-
-
-# -- stage number: which vector is whose
-
-
-def numbering(embed: Embed, store: Store, scans: Mapping[str, str]) -> Task:
-    """The task that matches vectors with the samples of these files of scan."""
-    if embed.vector_member is not None:
-        return Task(stage="number", name="all", settings={"joined": "as members"}, built=scans)
-    files = named(embed)
-    identities = file_identities([*files.vectors, *files.keys])
-    done = records(store, "number").get("all", {"inputs": {}})["inputs"]
-    vectors = known_first({url: identities[url] for url in files.vectors}, parts_of(done, "vectors"))
-    beside = dict(zip(files.vectors, files.keys, strict=True)) if files.keys else {}
-    keys = [beside[url] for url in vectors if beside]
-    settings = {"joined": "by key" if keys else "by order", "vector_column": embed.vector_column}
-    return Task(
-        stage="number",
-        name="all",
-        settings=settings | ({"key_column": embed.key_column or "key"} if keys else {}),
-        inputs=part_inputs("vectors", vectors.values()) | part_inputs("keys", [identities[url] for url in keys]),
-        built=scans,
-        hints={"files": Files(list(vectors), keys)},
-    )
-
-
-def match(task: Task, store: Store, writer: Writer, tables: Sequence[pa.Table]) -> tuple[Array, Json]:
-    """The place of each row's vector [N] among all vectors, -1: none; and facts of the stage. tables: of scan, `key`.
-
-    Of members the place is the row: which samples have one shows when they are read.
-    """
-    sizes = [len(table) for table in tables]
-    if "files" not in task.hints:
-        return np.arange(sum(sizes)), {"rows": []}
-    files: Files = task.hints["files"]
-    rows = [rows for rows, _ in shapes_of(files.vectors, task.settings["vector_column"])]
-    if not files.keys:
-        places, left = _by_order(files.vectors, rows, sizes, store), 0
-    else:
-        places, left = _by_key(task, rows, tables, store, writer)
-    writer.array(layout.VECTOR_PLACES, places)
-    return places, {"rows": rows, "counts": {"vectors": sum(rows), "vectors_without_sample": left}}
-
-
-def told(task: Task, facts: Json, places: Array) -> str:
-    """A digest of all that decides the vectors of a shard's rows: the files that hold them, and where."""
-    if not facts["rows"]:
-        return ""
-    inputs = parts_of(task.inputs, "vectors")
-    held = np.unique(_file_of(facts["rows"], places[places >= 0]))
-    return digest([[inputs[number] for number in held.tolist()], hashlib.sha256(places.tobytes()).hexdigest()])
-
-
-def _file_of(rows: Sequence[int], places: Array) -> Array:
-    return np.searchsorted(np.cumsum(rows), places, side="right")
-
-
-def _by_order(urls: Sequence[str], rows: Sequence[int], sizes: Sequence[int], store: Store) -> Array:
-    """The place of each row's vector [N]: of files and tars, both in order of name with numbers as numbers, the i-th
-    belong together. InputError where they are not as many, or do not hold as many."""
-    tars = _tars(store)
-    fix = "name the keys of the vectors by --vector-keys, or give a file for each tar, with a vector for each sample"
-    if len(rows) != len(sizes):
-        raise InputError(f"{len(rows):,} files of vectors, and {len(sizes):,} tars: no order joins them", fix)
-    begins, places = np.cumsum([0, *rows]), [np.empty(0, np.int64)] * len(sizes)
-    for tar, file in zip(_ranked(tars), _ranked(urls), strict=True):
-        if rows[file] != sizes[tar]:
-            raise InputError(
-                f"{public(urls[file])} has {rows[file]:,} vectors, and {tars[tar]} {sizes[tar]:,} samples: no order "
-                "joins them",
-                fix,
-            )
-        places[tar] = np.arange(begins[file], begins[file + 1])
-    return np.concatenate(places)
-
-
-def _ranked(names: Sequence[str]) -> list[int]:
-    return sorted(range(len(names)), key=lambda number: by_numbers(names[number]))
-
-
-def _tars(store: Store) -> list[str]:
-    return [record["facts"]["shards"][name]["tar"]["name"] for name, record in records(store, "scan").items()]
-
-
-def _by_key(
-    task: Task, rows: Sequence[int], tables: Sequence[pa.Table], store: Store, writer: Writer
-) -> tuple[Array, int]:
-    files: Files = task.hints["files"]
-    begins = [0, *np.cumsum(rows).tolist()]
-    frames = [
-        _keys(url, task.settings["key_column"], count, begin, public(vectors))
-        for url, vectors, count, begin in zip(files.keys, files.vectors, rows, begins, strict=False)
-    ]
-    theirs = pl.concat(frames)
-    own = pl.concat([_keys_frame(table) for table in tables])
-    own = own.with_row_index("row")
-    twice = theirs.filter(pl.col("key").is_duplicated() & pl.col("key").is_not_null()).sort("key", "place")
-    if len(twice):
-        at = [int(place) for place in twice["place"][:2]]
-        of = [public(files.keys[number]) for number in _file_of(rows, np.array(at)).tolist()]
-        raise InputError(
-            f"two vectors have the key {twice['key'][0]!r}, in {of[0]} and {of[1]} "
-            f"({twice['key'].n_unique():,} keys are there more than once)",
-            "keep one vector for each key",
-        )
-    joined = own.join(theirs, on="key", how="left", maintain_order="left")
-    twice = joined.filter(pl.col("key").is_duplicated() & pl.col("place").is_not_null()).sort("key", "row")
-    if len(twice):
-        at = _file_of([len(table) for table in tables], twice["row"][:2].to_numpy()).tolist()
-        raise InputError(
-            f"two samples have the key {twice['key'][0]!r}, in {_tars(store)[at[0]]} and {_tars(store)[at[1]]}",
-            "join vectors and tars by their order (--vector-keys none --key-column none), or give keys that differ",
-        )
-    if joined["place"].null_count() == len(joined):
-        raise InputError(
-            f"no key of {public(files.keys[0])} ... is a sample's. Keys of vectors: "
-            f"{_some(theirs)}; of samples: {_some(own)}",
-            "name the column with the tars' keys by --key-column",
-        )
-    left = theirs.join(own, on="key", how="anti", maintain_order="left")
-    _reject(left, files, rows, writer)
-    return joined["place"].fill_null(-1).to_numpy(), len(left)
-
-
-def _keys(url: str, column: str, count: int, begin: int, vectors: str) -> pl.DataFrame:
-    """The key and place of each vector of a file; null where its row has none."""
-    chunks = list(read_chunks(TableSpec(path=url, columns={"key": column})))
-    found = sum(len(chunk.rows) + len(chunk.rejected) for chunk in chunks)
-    if found != count:
-        raise InputError(
-            f"{vectors} has {count:,} vectors, and {public(url)} {found:,} keys", "give a key for each vector, in order"
-        )
-    table = pa.concat_tables([chunk.rows for chunk in chunks])
-    named = _keys_frame(table).with_columns(place=table["position"].to_numpy() + begin)
-    every = pl.DataFrame({"place": np.arange(begin, begin + count)})
-    return every.join(named, on="place", how="left", maintain_order="left")
-
-
-def _keys_frame(table: pa.Table) -> pl.DataFrame:
-    return pl.DataFrame(pl.from_arrow(table.select(["key"]))).cast(pl.String)
-
-
-def _some(frame: pl.DataFrame) -> str:
-    return ", ".join(repr(key) for key in frame["key"].drop_nulls()[:SHOWN])
-
-
-def _reject(left: pl.DataFrame, files: Files, rows: Sequence[int], writer: Writer) -> None:
-    """Keep which vectors no sample has: position in their file, key, and the file's name."""
-    begins = np.concatenate([[0], np.cumsum(rows)])
-    places = left["place"].to_numpy()
-    for number in range(len(rows)):
-        mine = (places >= begins[number]) & (places < begins[number + 1])
-        if mine.any():
-            keys = left["key"].filter(pl.Series(mine))
-            no_key, unknown = pl.lit("no key"), pl.lit("no sample has its key")
-            reason = pl.select(pl.when(keys.is_null()).then(no_key).otherwise(unknown)).to_series()
-            name = public(files.vectors[number]).rsplit("/", 1)[-1]
-            columns = [pa.array(places[mine] - begins[number]), keys.to_arrow().cast(pa.string())]
-            columns += [reason.to_arrow().cast(pa.string()), pa.array([name] * int(mine.sum()))]
-            path = f"{layout.REJECTED.format('number')}/{shard_name(number)}.parquet"
-            writer.table(path, pa.table(columns, schema=REJECTED))
-
-
-# -- stage encode: the vectors themselves
 
 
 def reading(embed: Embed, store: Store, numbered: Json) -> list[Task]:
@@ -272,7 +68,7 @@ def _of_files(task: Task, store: Store) -> tuple[Array, dict[int, str]]:
     places = places[places >= 0]
     found: Array = np.empty((0, 0), np.float16)
     faults: dict[int, str] = {}
-    of = _file_of(rows, places)
+    of = file_of(rows, places)
     for number in np.unique(of).tolist():
         mine = np.flatnonzero(of == number)
         wanted = np.argsort(places[mine], kind="stable")

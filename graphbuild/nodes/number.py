@@ -3,7 +3,7 @@
 Node ids follow the first appearance of a text in row order, so a shard's new nodes are consecutive, ids do not depend
 on worker count, and shards added later never renumber. `number` is one task over the 128-bit hashes alone (memory:
 about 150 bytes a sample). `texts` tells by a digest which texts are new in a shard; then they are encoded. With vectors
-beside tars (graphbuild.nodes.beside) each sample that has one is a node in place of its text. `assign`
+beside tars (graphbuild.nodes.join) each sample that has one is a node in place of its text. `assign`
 leaves out the texts of which the encoder has made no vector, closes the gaps that these leave in the ids, and writes
 samples/<shard>.parquet, nodes/<shard>.parquet and, for the samples of such texts, rejected/assign/<shard>.parquet.
 Two different texts with one hash would become one node: at 1e9 texts the chance is 1.5e-21.
@@ -23,7 +23,7 @@ import polars as pl
 import pyarrow as pa
 
 from graphbuild.errors import InputError
-from graphbuild.nodes import beside
+from graphbuild.nodes import join
 from graphbuild.nodes.samples import COLUMNS, MORE, MORE_TYPE, NO_NODE, write_rejected
 from graphbuild.recipe import BESIDE, Recipe
 from graphbuild.runner.stage import Stage, Task, digest, outputs, records, summed
@@ -39,7 +39,7 @@ NO_VECTOR = "the encoder gives no vector"
 def plan_number(recipe: Recipe, store: Store) -> list[Task]:
     scans = outputs(require(store, "scan", "embed"), "_state/scan/")
     if recipe.embed.source == BESIDE:
-        return [beside.numbering(recipe.embed, store, scans)]
+        return [join.numbering(recipe.embed, store, scans)]
     return [Task(stage="number", name="all", built=scans)]
 
 
@@ -53,7 +53,7 @@ def run_number(task: Task, store: Store, writer: Writer) -> Json:
     samples = [sample_places(table)[-1:].sum() + bool(len(table)) for table in tables]
     found: Json = {}
     if task.settings:
-        at, found = beside.match(task, store, writer, tables)
+        at, found = join.match(task, store, writer, tables)
         nodes = np.where(at >= 0, np.cumsum(at >= 0) - 1, NO_NODE)
         counts = np.ones(int((at >= 0).sum()), np.int64)
     else:
@@ -74,7 +74,7 @@ def run_number(task: Task, store: Store, writer: Writer) -> Json:
         if (first_text, size) != (first_row, held):
             places |= {"first_text": first_text, "texts": size}
         if task.settings:
-            places["vectors"] = beside.told(task, found, at[first_text : first_text + size])
+            places["vectors"] = join.told(task, found, at[first_text : first_text + size])
         shards[name] = {**places, "sha256": hashlib.sha256(mine.tobytes() + counted.tobytes()).hexdigest()}
         first_row += held
         first_node += new
@@ -184,7 +184,7 @@ def run_assign(task: Task, store: Store, writer: Writer) -> Json:
         return facts
     lost = scan.select(["key", "caption"]).take(places).to_pylist()
     positions = sample_places(scan)[places].tolist()
-    reasons = [NO_VECTOR if why is None else why.get(node, beside.NO_VECTOR) for node in found[places].tolist()]
+    reasons = [NO_VECTOR if why is None else why.get(node, join.NO_VECTOR) for node in found[places].tolist()]
     rejected = [
         (at, one["key"], reason, one["caption"]) for at, one, reason in zip(positions, lost, reasons, strict=True)
     ]

@@ -12,28 +12,25 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from graphbuild.errors import ConfigError, InputError, public
+from graphbuild.nodes.caption_rows import CaptionRows
 from graphbuild.nodes.captions import (
     Found,
     fill_fields,
     fill_template,
-    hashes,
     is_number,
     is_of_lines,
     read_class_names,
     sample_captions,
     template_fields,
-    usable_text,
     weighted,
 )
-from graphbuild.nodes.samples import PLURAL, SCHEMA, write_rejected
+from graphbuild.nodes.samples import write_rejected
 from graphbuild.recipe import BESIDE, Recipe
 from graphbuild.runner.stage import Stage, Task, records, summed, total_counts
 from graphbuild.sources.download import downloaded_tars, list_parts
@@ -43,7 +40,7 @@ from graphbuild.sources.tables import CAPTION_ROLES, FIELD_ROLE, WEIGHTS_ROLE, T
 from graphbuild.sources.tars import expand_shards, open_tar, tar_stem
 from graphbuild.store.checksum import file_sha256
 from graphbuild.store.files import file_identities
-from graphbuild.store.layout import SCANNED, by_number, shard_name
+from graphbuild.store.layout import by_number, shard_name
 from graphbuild.store.shards import latest_shards
 from graphbuild.store.store import Json, Store, Writer
 
@@ -125,7 +122,7 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
         samples = tar.samples()
         keys = [sample.key for sample in samples]
         found = (sample_captions(tar, sample, settings) for sample in samples)
-        usable = _Usable()
+        usable = CaptionRows()
         rejected = usable.add(found, keys, range(len(keys)), every=True)
         found_images = [sample.image(settings.get("image_member")) for sample in samples]
         images = [None if tar.compressed else image for image in found_images]
@@ -152,7 +149,7 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
         "image_size": [image and image.size for image in images],
         "members": members,
     }
-    _write_shard(shard, usable, places, writer)
+    usable.write(shard, places, writer)
     write_rejected(STAGE.name, shard, rejected, writer)
     counts = {"samples": len(samples), "captions": len(captions), "rejected": len(rejected)}
     firsts = usable.firsts().captions
@@ -165,59 +162,6 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
         "reasons": _reasons(rejected),
         "shards": {shard: {"samples": len(samples), "tar": identity}},
     }
-
-
-@dataclass
-class _Usable:
-    """Captions that can be nodes, those of a sample side by side: counts[i] of sample i. text None: the sample has no
-    such caption. Lists of numbers and texts: objects for each sample would cost more than the texts."""
-
-    keys: list[str] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-    captions: list[str | None] = field(default_factory=list)
-    texts: list[str | None] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
-
-    def add(
-        self, found: Iterable[Sequence[Found]], keys: Iterable[str | None], positions: Iterable[int], *, every: bool
-    ) -> list[tuple[Any, ...]]:
-        """Take the captions of samples; returns what is rejected. every: also samples without a usable caption."""
-        rejected = []
-        for captions, key, position in zip(found, keys, positions, strict=True):
-            before = len(self.texts)
-            for content, reason, weight in captions:
-                text, why = usable_text(content) if reason is None else (None, reason)
-                if text is None or key is None:
-                    rejected.append((position, key, why or "no key", content))
-                else:
-                    self.captions.append(content)
-                    self.texts.append(text)
-                    self.weights.append(weight)
-            if every and len(self.texts) == before:
-                content, reason, _ = captions[0]
-                self.captions.append(content if reason is None else None)
-                self.texts.append(None)
-                self.weights.append(1.0)
-            if len(self.texts) > before:
-                self.keys.append(str(key))
-                self.counts.append(len(self.texts) - before)
-        return rejected
-
-    def firsts(self) -> _Usable:
-        """The first caption of each sample alone."""
-        places = np.cumsum([0, *self.counts])[:-1].tolist()
-        of_texts: list[list[Any]] = [self.captions, self.texts, self.weights]
-        return _Usable(self.keys, [1] * len(places), *([values[i] for i in places] for values in of_texts))
-
-    def cut(self, samples: int) -> _Usable:
-        """The first samples, which are taken away here."""
-        captions = sum(self.counts[:samples])
-        sizes = [samples, samples, captions, captions, captions]
-        lists: list[list[Any]] = [self.keys, self.counts, self.captions, self.texts, self.weights]
-        taken = _Usable(*(values[:size] for values, size in zip(lists, sizes, strict=True)))
-        for values, size in zip(lists, sizes, strict=True):
-            del values[:size]
-        return taken
 
 
 def _spec(url: str, settings: Mapping[str, Any]) -> TableSpec:
@@ -236,11 +180,11 @@ def _scan_list(urls: Sequence[str], settings: Mapping[str, Any], writer: Writer)
     shards: dict[str, Json] = {}
     reasons: Counter[str] = Counter()
     rejected_rows = numbers = captions = 0
-    usable = _Usable()
+    usable = CaptionRows()
 
     def cut(size: int) -> None:
         shard = shard_name(len(shards))
-        _write_shard(shard, usable.cut(size), {}, writer)
+        usable.cut(size).write(shard, {}, writer)
         shards[shard] = {"samples": size, "tar": None}
 
     file = 0
@@ -289,30 +233,6 @@ def _found(rows: pa.Table, settings: Mapping[str, Any]) -> Iterator[list[Found]]
         several = [value if isinstance(value, list) and value else [value] for value in values]
         sources = [[(fill_template(template, text), None) for text in texts] for texts in several]
         yield weighted(sources, each=own or "") if isinstance(weights, str) else weighted(sources, weights)
-
-
-def _write_shard(shard: str, usable: _Usable, places: Mapping[str, Sequence[Any]], writer: Writer) -> None:
-    """A row a caption. A sample's key, image and members stand in each of its rows."""
-    samples = np.repeat(np.arange(len(usable.keys), dtype=np.int32), np.array(usable.counts, np.int64))
-    hashed = hashes(usable.texts)
-    own: dict[str, Any] = {
-        "caption": usable.captions,
-        "text": usable.texts,
-        "hash_high": hashed[:, 0],
-        "hash_low": hashed[:, 1],
-        "sample": samples,
-        "weight": usable.weights,
-    }
-    plural = len(samples) > len(usable.keys)
-    columns = {}
-    for column in [*SCHEMA, *PLURAL] if plural else SCHEMA:
-        if column.name in own:
-            columns[column.name] = pa.array(own[column.name], column.type)
-        else:
-            given = usable.keys if column.name == "key" else places.get(column.name, [None] * len(usable.keys))
-            values = pa.array(given, column.type)
-            columns[column.name] = values.take(pa.array(samples)) if plural else values
-    writer.table(SCANNED.format(shard), pa.table(columns))
 
 
 def _reasons(rejected: Sequence[tuple[Any, ...]]) -> dict[str, int]:

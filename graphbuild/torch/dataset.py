@@ -34,7 +34,7 @@ from graphbuild.torch.shards import Shard, check_same_graph, check_tar_size, fin
 if TYPE_CHECKING:
     from graphbuild.graph.sample_graph import SampleGraph
 
-PLURAL = ("weight", *(f"{MORE}.list.element.{name}" for name in ("caption", "node", "weight")))
+OF_TEXTS = ("weight", *(f"{MORE}.list.element.{name}" for name in ("caption", "node", "weight")))
 RESTORE = "the sidecar was changed or is another tar's: run `graphbuild export` again"
 HEADERS = 16  # blocks of 512 bytes that may hold a member's headers, with a long name
 
@@ -259,7 +259,7 @@ def read_samples(shard: Shard) -> tuple[SidecarHeader, pa.Table]:
         ShardError: it does not, or a tar is compressed.
     """
     names = ["row", "key", "node", "caption", "image_offset", "image_size"]
-    header, table = read_columns(shard.sidecar, names, PLURAL)
+    header, table = read_columns(shard.sidecar, names, OF_TEXTS)
     check_tar_size(shard, header)
     row = table.column("row").to_numpy()
     if header.chunk is None and len(row) and not np.array_equal(row, row[0] + np.arange(len(row))):

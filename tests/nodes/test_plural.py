@@ -20,7 +20,7 @@ from sentence_transformers import SentenceTransformer
 from torch.utils.data import DataLoader
 
 from graphbuild import SampleGraph
-from graphbuild.errors import ConfigError
+from graphbuild.errors import ConfigError, ShardError
 from graphbuild.graph.duplicates import near_duplicates
 from graphbuild.job.steps import run_verb
 from graphbuild.look.catalog import Catalog
@@ -464,3 +464,40 @@ def test_near_duplicates_keep_a_sample_of_each_group(big: Path) -> None:
         assert row["caption"] == firsts[row["row"]]
     kept = table.filter(table["keep"])
     assert sorted(kept["group"].to_pylist()) == sorted(set(table["group"].to_pylist()))
+
+
+def broken(table: pa.Table, how: str) -> pa.Table:
+    """A sidecar of several captions with one fault, under its own header."""
+    more = table["more_captions"].combine_chunks()
+    texts = more.flatten()
+    fields = {field.name: texts.field(number) for number, field in enumerate(texts.type)}
+    match how:
+        case "no node":
+            fields["node"] = pa.array([None, *fields["node"].to_pylist()[1:]], pa.int64())
+        case "another type":
+            fields["node"] = fields["node"].cast(pa.float64())
+        case "a field that is not there":
+            del fields["caption"]
+        case "a negative weight":
+            fields["weight"] = pa.array([-1.0, *fields["weight"].to_pylist()[1:]], pa.float32())
+        case "no weight":
+            return table.drop_columns(["weight"])
+    inner = pa.StructArray.from_arrays(list(fields.values()), list(fields))
+    made = pa.ListArray.from_arrays(more.offsets, inner)
+    return table.set_column(table.schema.get_field_index("more_captions"), "more_captions", made)
+
+
+@pytest.mark.parametrize(
+    "how", ["no node", "another type", "a field that is not there", "a negative weight", "no weight"]
+)
+def test_a_sidecar_whose_further_captions_are_damaged_is_refused_by_name(big: Path, tmp_path: Path, how: str) -> None:
+    for path in (big / "store/shards").glob("*.graph.parquet"):
+        table = pq.read_table(path)
+        pq.write_table(broken(table, how) if path.name.startswith("1.") else table, tmp_path / path.name)
+    for loader in ("stream", "dataset"):
+        with pytest.raises(ShardError, match=r"1\.graph\.parquet"):  # noqa: PT012 - here, or when it is read
+            if loader == "stream":
+                list(graph_webdataset(f"{big}/tars/*.tar", sidecars=tmp_path, batch_size=10, captions="all"))
+            else:
+                dataset = GraphDataset(f"{big}/tars/*.tar", sidecars=tmp_path, captions="all")
+                dataset.__getitems__(list(range(40, 60)))

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +35,7 @@ LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 EPOCHS, BATCH, STEPS = 6, 60, 6  # three train shards of 120
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def command(store: str, run_dir: Path, **more: object) -> list[str]:
