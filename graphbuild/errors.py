@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 _USER = re.compile(r"(?<=://)[^\s/?#@]*@", re.I)
-_QUERY = re.compile(r"""(https?://(?:(?!https?://)[^?\n])*) \?\S+? (?=[)\]},.:;'"]*(?:\s|$))""", re.I | re.X)
+_QUERY = re.compile(r"""(https?://(?:(?!https?://)[^?\n])*) \?\S+? (?=[)\]},.:;'"]*(?:\s|$|,\w+://))""", re.I | re.X)
 
 
 def public(text: str) -> str:

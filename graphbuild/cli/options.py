@@ -86,7 +86,7 @@ def builds(
                 raise ConfigError(
                     "--workers 0 runs in this process, not on the cluster at --address", "give one of them"
                 )
-            given = {name: text for name in settings if (text := values.pop(name)) is not None}
+            given = {name: text for name in settings if (text := values.pop(name)) not in (None, [])}
             changes = {name: _read(name, settings[name], text) for name, text in given.items()}
             verb(**values, **({"changes": changes} if section else {}), how=how)
 
@@ -111,7 +111,10 @@ def _parameter(name: str, field: FieldInfo, *, is_argument: bool) -> inspect.Par
     notes = "; ".join([f"default: {default}"] * (default != "") + [", ".join(limits)] * bool(limits))
     made: Any
     if is_argument:
-        made = Annotated[str | None, typer.Argument(metavar=name.upper(), help=text, show_default=False)]
+        made = Annotated[list[str] | None, typer.Argument(metavar=name.upper(), help=text, show_default=False)]
+    elif "files" in extra["marks"]:
+        again = f"{text}; may be given again"
+        made = Annotated[list[str] | None, option(again, metavar="<str>")]
     elif field.annotation is bool:
         made = Annotated[bool | None, option(text)]
     else:
@@ -125,8 +128,12 @@ def _type(field: FieldInfo) -> Any:
     return get_args(field.annotation)[0] if NoneType in get_args(field.annotation) else field.annotation
 
 
-def _read(name: str, field: FieldInfo, text: str | bool) -> Any:
+def _read(name: str, field: FieldInfo, text: str | list[str] | bool) -> Any:
     """A setting's value, as its type; None for its default. Its bounds are the recipe's to check."""
+    if isinstance(text, list):
+        from graphbuild.sources.paths import several
+
+        text = text[0] if len(text) == 1 else several(text)
     if text == "none" and text not in get_args(_type(field)):
         return None
     if isinstance(text, str) and re.fullmatch(r"\\+none", text):

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from graphbuild.graph.mined import Mined, Part, blocks, check_similarity, count_truncated, reaches, samples, slices
 from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.machine.compiled import compiled
+from graphbuild.nodes.samples import MORE
 
 Ids = NDArray[np.int64]
 
@@ -42,7 +43,8 @@ def near_duplicates(graph: SampleGraph, threshold: float) -> Mined:
     node); where all pairs of the group are edges, that is the node nearest the group's mean.
 
     Columns: group int64, the smallest node of the group; row int64, key, shard, node int64 and caption of the sample;
-    keep bool; similarity float32 to the kept node. By row.
+    keep bool; similarity float32 to the kept node; where samples have several, more_captions, those behind the first.
+    By row.
 
     Counts: groups; truncated_nodes, whose k-th neighbour still reaches the threshold: a pair is missed only where both
     its nodes are truncated; samples; samples_to_drop; chained_samples, whose similarity to the kept node is below the
@@ -52,11 +54,13 @@ def near_duplicates(graph: SampleGraph, threshold: float) -> Mined:
         ConfigError: threshold outside [-1, 1].
     """
     check_similarity("threshold", threshold)
-    options = {"threshold": threshold}
-    return Mined("duplicates", graph, options, DUPLICATES, lambda: _samples_of_groups(graph, threshold))
+    schema = DUPLICATES.append(pa.field(MORE, pa.list_(pa.string()))) if graph.is_plural else DUPLICATES
+    return Mined(
+        "duplicates", graph, {"threshold": threshold}, schema, lambda: _samples_of_groups(graph, threshold, schema)
+    )
 
 
-def _samples_of_groups(graph: SampleGraph, threshold: float) -> Iterator[Part]:
+def _samples_of_groups(graph: SampleGraph, threshold: float, schema: pa.Schema) -> Iterator[Part]:
     group, strength, truncated = _components(graph, threshold)
     sample_nodes = graph.sample_nodes()
     backwards = np.flatnonzero(sample_nodes >= 0)[::-1]
@@ -64,8 +68,8 @@ def _samples_of_groups(graph: SampleGraph, threshold: float) -> Iterator[Part]:
     first_row[sample_nodes[backwards]] = backwards  # of several values for one place, the last assigned stays
     kept = _strongest(group, np.where(first_row >= 0, strength, -1))  # not a text that is only a further caption
     size = np.bincount(group[sample_nodes[backwards]], minlength=len(graph))
-    yield DUPLICATES.empty_table(), {"groups": int((size > 1).sum()), "truncated_nodes": truncated}
-    for shard, table in samples(graph, ["row", "key", "node", "caption"]):
+    yield schema.empty_table(), {"groups": int((size > 1).sum()), "truncated_nodes": truncated}
+    for shard, table in samples(graph, ["row", "key", "node", "caption", f"{MORE}.list.element.caption"]):
         table = table.filter(pa.array(size[group[table["node"].to_numpy()]] > 1))
         node = table["node"].to_numpy()
         keep = table["row"].to_numpy() == first_row[kept[node]]
@@ -74,7 +78,15 @@ def _samples_of_groups(graph: SampleGraph, threshold: float) -> Iterator[Part]:
         counts = {"samples": len(table), "samples_to_drop": int((~keep).sum()), "chained_samples": chained}
         made = {"group": group[node], "shard": pa.repeat(shard, len(node)), "keep": keep, "similarity": similarity}
         stored = {name: table[name] for name in table.column_names}
-        yield pa.table({name: (made | stored)[name] for name in DUPLICATES.names}, schema=DUPLICATES), counts
+        if MORE in schema.names:
+            stored[MORE] = _captions(table)
+        yield pa.table({name: (made | stored)[name] for name in schema.names}, schema=schema), counts
+
+
+def _captions(table: pa.Table) -> list[list[str]]:
+    """The further captions of each row."""
+    more = table[MORE].to_pylist() if MORE in table.column_names else [None] * len(table)
+    return [[one["caption"] for one in each or ()] for each in more]
 
 
 def _components(graph: SampleGraph, threshold: float) -> tuple[Ids, NDArray[np.float64], int]:

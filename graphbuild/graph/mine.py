@@ -27,8 +27,8 @@ from graphbuild.graph.mined import (
     count_truncated,
     place_of,
     reaches,
-    samples,
     slices,
+    texts,
 )
 from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.recipe import flag
@@ -57,7 +57,7 @@ def hard_negatives(
     min_similarity: float = -1.0,
     max_similarity: float = 1.0,
 ) -> Mined:
-    """The nearest nodes of each sample that are far enough from it not to be positives.
+    """The nearest nodes of each sample, of each of its captions, that are far enough from it not to be positives.
 
     An anchor's first `skip` ranks are left out; of the others the nearest `count` are taken that keep the rules of
     NV-Retriever (Moreira et al., arXiv 2407.15831), where p is the score of the anchor's positive:
@@ -66,6 +66,8 @@ def hard_negatives(
 
     positive: p, one for all (1: the anchor's own caption), or float [N] by row, such as image-text similarities on the
     scale of the graph's.
+
+    No caption of a sample is a negative of another one of it.
 
     Columns: row and node int64, the anchor; neighbor int64, a node; rank int32, 1 for the nearest of the whole list;
     similarity float32. By row and rank. Counts: anchors, negatives, anchors_with_fewer than `count`.
@@ -197,15 +199,19 @@ def _mine(store: Store, what: str, given: Mapping[str, Any], out: str | None, *,
 
 
 def _negatives(graph: SampleGraph, positive: NDArray[Any], options: Json) -> Iterator[Part]:
-    for _, table in samples(graph, ["row", "node"]):
-        rows, nodes = table["row"].to_numpy(), table["node"].to_numpy()
-        for part in slices(len(table)):
+    for rows, nodes in texts(graph):
+        own = rows * len(graph) + nodes  # a pair as one number
+        for part in slices(len(rows)):
             row, node = rows[part], nodes[part]
             ids, similarities = graph.neighbors(node)
             score = positive[row, None] if positive.ndim else positive
             bound = score - np.maximum(options["absolute_margin"], options["relative_margin"] * np.abs(score))
             allowed = reaches(similarities, options["min_similarity"]) & ~reaches(similarities, bound)
             allowed &= similarities <= options["max_similarity"]
+            if graph.is_plural:
+                allowed &= ~np.isin(
+                    row[:, None] * len(graph) + ids, own
+                )  # another caption of the sample is no negative
             allowed[:, : options["skip"]] = False
             allowed &= np.cumsum(allowed, axis=1) <= options["count"]
             at, place = np.nonzero(allowed)

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from graphbuild.errors import ConfigError
-from graphbuild.graph.sample_graph import SampleGraph
+from graphbuild.graph.sample_graph import Ids, SampleGraph
+from graphbuild.nodes.samples import MORE
 from graphbuild.runner.stage import Stage, Task, perform
 from graphbuild.store.layout import SAMPLES
 from graphbuild.store.remote import reaching
@@ -158,6 +159,22 @@ def samples(graph: SampleGraph, columns: list[str]) -> Iterator[tuple[str, pa.Ta
     for name in shards_of(store, store.manifest()).names:
         table = store.table(SAMPLES.format(name), columns)
         yield name, table.filter(pc.is_valid(table["node"]))
+
+
+def texts(graph: SampleGraph) -> Iterator[tuple[Ids, Ids]]:
+    """A shard's samples that have a node: row and node int64 of each of their captions, by row."""
+    store = Store(graph.url)
+    for name in shards_of(store, store.manifest()).names:
+        table = store.table(SAMPLES.format(name), ["row", "node", MORE])
+        firsts = table.filter(pc.is_valid(table["node"]))
+        row, node = firsts["row"].to_numpy(), firsts["node"].to_numpy()
+        if MORE in table.column_names:
+            more = table[MORE].combine_chunks()
+            row = np.concatenate([row, table["row"].to_numpy()[np.asarray(pc.list_parent_indices(more))]])
+            node = np.concatenate([node, np.asarray(pc.struct_field(more.flatten(), "node"))])
+            order = np.argsort(row, kind="stable")
+            row, node = row[order], node[order]
+        yield row, node
 
 
 def slices(count: int) -> Iterator[slice]:

@@ -146,6 +146,11 @@ class SampleGraph:
         usable caption. Read once: 8 bytes a sample."""
         return self._nodes_of_rows[0]
 
+    @property
+    def is_plural(self) -> bool:
+        """Whether any sample has several captions. Read as `sample_nodes`."""
+        return len(self._nodes_of_rows[1]) > 0
+
     def samples_of(self, node: int) -> Ids:
         """The rows of the samples that have a node's text as a caption, int64, ascending. The first call sorts all
         captions: 24 bytes each."""

@@ -36,7 +36,7 @@ from graphbuild.runner.stage import Stage, Task, records, summed, total_counts
 from graphbuild.sources.download import downloaded_tars, list_parts
 from graphbuild.sources.pack import packed_tars
 from graphbuild.sources.paths import part_inputs
-from graphbuild.sources.tables import CAPTION_ROLES, FIELD_ROLE, WEIGHTS_ROLE, TableSpec, read_parts
+from graphbuild.sources.tables import CAPTION_ROLES, FIELD_ROLE, WEIGHTS_ROLE, TableSpec, read_parts, with_place
 from graphbuild.sources.tars import expand_shards, open_tar, tar_stem
 from graphbuild.store.checksum import file_sha256
 from graphbuild.store.files import file_identities
@@ -188,7 +188,7 @@ def _scan_list(urls: Sequence[str], settings: Mapping[str, Any], writer: Writer)
         shards[shard] = {"samples": size, "tar": None}
 
     file = 0
-    for number, (part, chunk) in enumerate(read_parts(spec, urls)):
+    for number, (part, begin, chunk) in enumerate(read_parts(spec, urls)):
         if part != file and usable.keys:  # no shard is of two files: one that is added changes none
             cut(len(usable.keys))
         file = part
@@ -196,7 +196,10 @@ def _scan_list(urls: Sequence[str], settings: Mapping[str, Any], writer: Writer)
         positions = chunk.rows["position"].to_pylist()
         row_keys = chunk.rows["key"].to_pylist() if "key" in spec.columns else map(str, positions)
         before = len(usable.captions)
-        rejected += usable.add(_found(chunk.rows, settings), row_keys, positions, every=False)
+        unusable = usable.add(_found(chunk.rows, settings), row_keys, positions, every=False)
+        if len(urls) > 1:
+            unusable = [(at, key, with_place(why, urls[part], at - begin), text) for at, key, why, text in unusable]
+        rejected += unusable
         captions += len(usable.captions) - before
         numbers += sum(is_number(caption, settings["template"]) for caption in usable.captions[before:])
         while len(usable.keys) >= settings["shard_size"]:

@@ -1,6 +1,6 @@
 """The recipe: every setting of a job, and how it is read from files, stores and commands."""
 
-from graphbuild.recipe.reading import is_folder, read_recipe, resolve
+from graphbuild.recipe.reading import absolute, is_folder, read_recipe, resolve
 from graphbuild.recipe.settings import (
     BESIDE,
     DEFAULT_ENCODER,
@@ -27,6 +27,7 @@ __all__ = [
     "Pack",
     "Precision",
     "Recipe",
+    "absolute",
     "flag",
     "is_folder",
     "marked",

@@ -160,5 +160,6 @@ def is_folder(name: str) -> bool:
 
 
 def absolute(path: str) -> str:
-    """A local path made absolute, so that it means the same to a worker in another folder; URLs unchanged."""
-    return path if "://" in path else str(Path(path).expanduser().absolute())
+    """A local path made absolute, so that it means the same to a worker in another folder; URLs unchanged, and what
+    `paths.several` made of absolute ones."""
+    return path if "://" in path or path.startswith("{/") else str(Path(path).expanduser().absolute())

@@ -29,7 +29,7 @@ Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 EmbeddingKind = Literal["int8", "float16", "sketch:64", "none"]
 Layout = Literal["sidecars", "inline", "clustered", "columns"]
-Mark = Literal["path", "of source", "switch"]
+Mark = Literal["path", "files", "of source", "switch"]
 
 
 class Section(BaseModel):
@@ -42,8 +42,8 @@ def setting(
     """A field of a section.
 
     unset: what happens while it is None. sources: the kinds of source it is read with; none: all. marks: "path": a
-    local file, made absolute. "of source": it describes one kind of source, and goes back to its default with another.
-    "switch": of security; no store remembers it.
+    local file, made absolute. "files": of it several may be given. "of source": it describes one kind of source, and
+    goes back to its default with another. "switch": of security; no store remembers it.
     """
     extra: Any = {"marks": marks, "unset": unset, "sources": sources}
     return Field(default, description=description, json_schema_extra=extra, **limits)
@@ -52,7 +52,9 @@ def setting(
 class Download(Section):
     """URL list to tars, through img2dataset."""
 
-    urls: str | None = setting(None, "URL list: parquet, CSV, TSV, JSONL; a folder or pattern", "path", min_length=1)
+    urls: str | None = setting(
+        None, "URL list: parquet, CSV, TSV, JSONL; files, folders or patterns", "path", "files", min_length=1
+    )
     preset: Preset | None = setting(None, "a published headerless TSV")
     url_column: str = setting("url", "its column of URLs")
     caption_column: str = setting("caption", "its column of captions")
@@ -110,7 +112,11 @@ class Pack(Section):
     """Images of other layouts to tars, byte for byte."""
 
     source: str | None = setting(
-        None, "parquet, or folders of images with metadata or texts: a file, folder or pattern", "path", min_length=1
+        None,
+        "parquet, or folders of images with metadata or texts: files, folders or patterns",
+        "path",
+        "files",
+        min_length=1,
     )
     image_column: str | None = setting(
         None, "of images, or of their paths", unset="the one of bytes, or file_name", min_length=1
@@ -127,13 +133,13 @@ class Embed(Section):
     """Captions to nodes. The source is the store's own tars unless shards, captions or vectors is given."""
 
     shards: str | None = setting(
-        None, "tars made elsewhere: a folder, or 'cc3m/{0000..0331}.tar', 'cc3m/*.tar'", "path", min_length=1
+        None, "tars made elsewhere: a folder, or 'cc3m/{0000..0331}.tar', 'cc3m/*.tar'", "path", "files", min_length=1
     )
     captions: str | None = setting(
-        None, "a caption list: parquet, CSV, TSV, JSONL; a file, folder or pattern", "path", min_length=1
+        None, "a caption list: parquet, CSV, TSV, JSONL; a file, folder or pattern", "path", "files", min_length=1
     )
     vectors: str | None = setting(
-        None, "ready vectors: .npy [n, d], .npz, parquet; with --shards: each sample's", "path", min_length=1
+        None, "ready vectors: .npy [n, d], .npz, parquet; with --shards: each sample's", "path", "files", min_length=1
     )
     preset: Preset | None = setting(None, "a published headerless TSV", "of source", sources=["captions"])
     caption_column: str = setting("caption", "of --captions; 'a;b': of several", "of source", sources=["captions"])
@@ -149,6 +155,7 @@ class Embed(Section):
         None,
         "lists of the vectors' keys, a file for each: parquet, CSV, TSV or JSONL",
         "path",
+        "files",
         "of source",
         unset="joined by order",
         sources=[BESIDE],

@@ -114,7 +114,7 @@ def run_urls(task: Task, store: Store, writer: Writer) -> Json:
         shards += 1
 
     before = 0
-    for number, (part, chunk) in enumerate(read_parts(spec, urls, keep_others=True)):
+    for number, (part, _, chunk) in enumerate(read_parts(spec, urls, keep_others=True)):
         if part != before:  # no shard is of two files: one that is added changes none
             if sum(map(len, waiting)) > 0:
                 cut(settings["shard_size"])

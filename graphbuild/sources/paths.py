@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from braceexpand import braceexpand
 
 from graphbuild.errors import InputError, public
+from graphbuild.recipe import absolute
 from graphbuild.store.remote import file_system, reaching
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,9 @@ def named_files(pattern: str, ending: re.Pattern[str], option: str) -> list[str]
         ) from None
     except (ValueError, ImportError) as error:
         raise InputError(f"{option} {pattern}: {error}", "write it as in 'part-{0000..0331}.parquet'") from None
+    if len(set(found)) < len(found):
+        twice = next(path for path in found if found.count(path) > 1)
+        raise InputError(f"{option}: {twice} is named twice", "name each file once")
     return sorted(found, key=by_numbers)
 
 
@@ -110,10 +114,21 @@ def expand(pattern: str) -> list[str]:
         ValueError: unbalanced braces, or a URL that fsspec does not know. FileNotFoundError: nothing matches; it is
             named.
     """
+    if pattern.startswith("{") and _split(pattern)[1]:
+        return [path for part in braceexpand(pattern) for path in expand(part)]
     pattern = os.path.expanduser(pattern)  # noqa: PTH111 - may be a URL
     pattern, mark, query = pattern.partition("?") if pattern.startswith(("http://", "https://")) else (pattern, "", "")
     literal, rest = _split(pattern)
     return [path + mark + query for part in braceexpand(rest) for path in _matches(literal + part)]
+
+
+def several(patterns: Sequence[str]) -> str:
+    """One pattern for what several name: {a,b}, of absolute paths, then URLs, where `public` ends a query."""
+    ordered = sorted(patterns, key=lambda pattern: "://" in pattern)
+    parts = [("", pattern) if "://" in pattern else _split(absolute(pattern)) for pattern in ordered]
+    whole = [re.sub(r"([\\{},])", r"\\\1", literal) for literal, _ in parts]
+    others = [rest if "{" in rest else rest.replace(",", r"\,") for _, rest in parts]
+    return f"{{{','.join(map(str.__add__, whole, others))}}}"
 
 
 def folder_of(pattern: str) -> str:

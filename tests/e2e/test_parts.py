@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import numpy as np
@@ -101,6 +103,40 @@ def test_a_dozen_files_keep_their_order_when_more_are_added(tmp_path: Path, enco
                 path.write_text(f"caption\n{texts[number]}\n")
         embed(store, **given)
         assert column(store, "samples", "caption") == texts[:count]
+
+
+def test_a_rejected_row_is_named_by_its_file(tmp_path: Path, encoder: str) -> None:
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list/1.csv").write_text('caption\none\n""\n')
+    (tmp_path / "list/2.jsonl").write_text('{"caption": "two"}\n{"caption"\n{"caption": "three"}\n{"caption": " "}\n')
+    manifest = embed(tmp_path / "store", encoder=encoder, captions=str(tmp_path / "list"))
+    rows = [
+        (row["position"], row["reason"])
+        for path in sorted((tmp_path / "store/rejected/scan").iterdir())
+        for row in pq.read_table(path).to_pylist()
+    ]
+    places = [(position, *reason.rpartition("row ")[1:]) for position, reason in rows]
+    assert sorted(places) == [(1, "row ", "1 of 1.csv"), (3, "row ", "1 of 2.jsonl"), (5, "row ", "3 of 2.jsonl")]
+    assert sum(manifest["rejected"].values()) == 3
+    assert not any("jsonl" in reason for reason in manifest["rejected"]), "counted by what is wrong, not by row"
+
+
+def test_an_option_that_is_given_again_adds_its_files(
+    tmp_path: Path, encoder: str, cli: Callable[..., CompletedProcess[str]]
+) -> None:
+    odd = tmp_path / "a,{1} [v].csv"  # each mark of a pattern
+    odd.write_text("caption\nodd\n")
+    for name in ("part-2", "part-10"):
+        write_part(tmp_path / "list", name)
+    files = [odd, tmp_path / "list/*-10.parquet", tmp_path / "list/part-2.parquet"]
+    options = [part for path in files for part in ("--captions", path)]
+    cli("embed", tmp_path / "store", *options, "--encoder", encoder, "--workers", 0)
+    assert column(tmp_path / "store", "samples", "caption") == ["odd", *TEXTS["part-2"], *TEXTS["part-10"]]
+    cli("embed", tmp_path / "store", "--workers", 0)  # by the store's recipe
+    done = cli("download", tmp_path / "other", tmp_path / "x.csv", odd, "--workers", 0, code=2)
+    assert "x.csv" in done.stderr
+    done = cli("download", tmp_path / "other", odd, odd, "--workers", 0, code=2)
+    assert f"URLS: {odd} is named twice" in done.stderr
 
 
 def zst(text: bytes) -> bytes:

@@ -25,6 +25,7 @@ from graphbuild.graph.duplicates import near_duplicates
 from graphbuild.job.steps import run_verb
 from graphbuild.look.catalog import Catalog
 from graphbuild.look.verify import verify_store
+from graphbuild.mine import hard_negatives
 from graphbuild.nodes.captions import MAX_CAPTIONS
 from graphbuild.recipe import resolve
 from graphbuild.runner.runner import Runner
@@ -459,11 +460,28 @@ def test_look_ups_find_samples_by_any_of_their_captions(big: Path) -> None:
 
 def test_near_duplicates_keep_a_sample_of_each_group(big: Path) -> None:
     table = near_duplicates(SampleGraph.open(str(big / "store")), 0.9).table()
-    firsts = [own[0] for own in (captions_of(members) for members in many(120))]
+    all_captions = [captions_of(members) for members in many(120)]
     for row in table.to_pylist():
-        assert row["caption"] == firsts[row["row"]]
+        assert row["caption"] == all_captions[row["row"]][0]
+        assert row["more_captions"] == all_captions[row["row"]][1:]
     kept = table.filter(table["keep"])
     assert sorted(kept["group"].to_pylist()) == sorted(set(table["group"].to_pylist()))
+
+
+def test_hard_negatives_are_of_each_caption_of_a_sample(big: Path) -> None:
+    graph, texts = SampleGraph.open(str(big / "store")), texts_of(big / "store")
+    table = hard_negatives(graph, count=K, relative_margin=0).table()
+    anchors = {(row["row"], row["node"]) for row in table.to_pylist()}
+    own = [captions_of(members) for members in many(120)]
+    assert anchors <= {(row, texts.index(text)) for row, captions in enumerate(own) for text in captions}
+    assert {texts[node] for _, node in anchors if node is not None} >= {captions[1] for captions in own if captions[1:]}
+    pairs = {(row["row"], texts[row["neighbor"]]) for row in table.to_pylist()}
+    assert not pairs & {(row, text) for row, captions in enumerate(own) for text in captions}
+    assert table["row"].to_pylist() == sorted(table["row"].to_pylist())
+    for row in table.slice(0, 200).to_pylist():
+        ids, similarities = graph.neighbors(np.array(row["node"]))
+        assert ids[row["rank"] - 1] == row["neighbor"]
+        assert similarities[row["rank"] - 1] == np.float32(row["similarity"])
 
 
 def broken(table: pa.Table, how: str) -> pa.Table:

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from graphbuild.errors import ConfigError, InputError
-from graphbuild.sources.paths import expand
+from graphbuild.errors import ConfigError, InputError, public
+from graphbuild.recipe import absolute
+from graphbuild.sources.paths import expand, several
 from graphbuild.sources.tars import expand_shards, named_tars
 from graphbuild.torch.shards import find_shards
 
@@ -42,6 +43,24 @@ def test_a_name_of_any_characters_is_that_file_or_folder_and_no_other(
     assert named_tars(str(root / folder)) == [str(tar)]
     assert named_tars(f"{root}/{folder}/*.tar") == [str(tar)], "a pattern in a folder that exists"
     assert [shard.tar for shard in _pairs(tar, str(root / folder))] == [str(tar)]
+
+
+@quick
+@given(st.lists(names, min_size=2, max_size=4, unique=True))
+def test_several_names_of_any_characters_are_those_files(
+    tmp_path_factory: pytest.TempPathFactory, given: list[str]
+) -> None:
+    paths = [str(tmp_path_factory.mktemp("names") / name) for name in given]
+    make(*map(Path, paths))
+    assert expand(several(paths)) == expand(absolute(several(paths))) == paths
+
+
+def test_several_may_be_patterns_and_urls(tmp_path: Path) -> None:
+    make(tmp_path / "a1.csv", tmp_path / "a2.csv", tmp_path / "b,c.csv")
+    urls = ["https://host.test/x,y.csv?sign=a,b&c=d", "s3://bucket/a.csv"]
+    given = [urls[0], f"{tmp_path}/a{{1,2}}.csv", urls[1], f"{tmp_path}/b,*"]
+    assert expand(several(given)) == [f"{tmp_path}/{name}.csv" for name in ("a1", "a2", "b,c")] + urls
+    assert public(several(urls)) == r"{https://host.test/x\,y.csv,s3://bucket/a.csv}", "no record keeps a signature"
 
 
 def _pairs(tar: Path, urls: str) -> list[object]:

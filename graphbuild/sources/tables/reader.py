@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from graphbuild.errors import InputError
+from graphbuild.errors import InputError, public
 from graphbuild.sources.tables.delimited import delimited_table
 from graphbuild.sources.tables.jsonl import json_table
 from graphbuild.sources.tables.parquet import parquet_chunks
@@ -67,9 +67,10 @@ def _some_chunks(spec: TableSpec, keep_others: bool, chunk_rows: int) -> Iterato
 
 def read_parts(
     spec: TableSpec, paths: Sequence[str], *, keep_others: bool = False, chunk_rows: int = 100_000
-) -> Iterator[tuple[int, Chunk]]:
-    """The chunks of a list in several files, which lie behind each other, and the number of each one's file. Positions
-    go on from file to file. One of several may be empty.
+) -> Iterator[tuple[int, int, Chunk]]:
+    """The number of each chunk's file, that file's first position, and the chunk, of a list in several files, which lie
+    behind each other. Positions go on from file to file, and reasons say a row's place in its own. One of several may
+    be empty.
 
     Raises:
         InputError: as `read_chunks`, of any of them.
@@ -80,8 +81,18 @@ def read_parts(
         read = _chunks if len(paths) > 1 else _some_chunks
         for chunk in read(one, keep_others, chunk_rows):
             rows += len(chunk.rows) + len(chunk.rejected)
-            yield part, Chunk(_moved(chunk.rows, begin), _moved(chunk.rejected, begin))
+            rejected = _moved(chunk.rejected, begin)
+            if len(paths) > 1 and len(rejected):
+                told = zip(rejected["reason"].to_pylist(), chunk.rejected["position"].to_pylist(), strict=True)
+                reasons = pa.array([with_place(reason, path, row) for reason, row in told], pa.string())
+                rejected = rejected.set_column(rejected.column_names.index("reason"), "reason", reasons)
+            yield part, begin, Chunk(_moved(chunk.rows, begin), rejected)
         begin += rows
+
+
+def with_place(reason: str, path: str, row: int) -> str:
+    """Why a row of one of several files is rejected, with its place there."""
+    return f"{reason}{', ' if ': ' in reason else ': '}row {row} of {public(path).rpartition('/')[2]}"
 
 
 def _moved(table: pa.Table, rows: int) -> pa.Table:
