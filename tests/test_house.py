@@ -26,6 +26,7 @@ FLOORS = (  # from the ground up, as the data flows; folders on one floor do not
     ("graph",),
     ("export", "mine"),
     ("torch",),
+    ("open_clip",),
     ("job",),
     ("look",),
     ("demo",),

@@ -1,4 +1,4 @@
-"""Losses of images and their texts: CLIP, CLIP with soft targets, CWCL and SigLIP.
+"""Losses of images and their texts: CLIP, CLIP with soft targets or masked false negatives, CWCL and SigLIP.
 
 z1 are the images, z2 the texts, [B, p] each, scaled to unit norm; G is the block of `Targets`, 1 between an image and
 its own text. A learnable scale is a parameter of the loss: give `loss.parameters()` to the optimizer; its gradient is
@@ -33,15 +33,15 @@ class _ClipLikeLoss(PairLoss):
         self.tau = tau
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / tau))) if learnable else None
 
-    def symmetric(self, batch: JointBatch, image_weights: Tensor, text_weights: Tensor) -> Tensor:
+    def logits(self, batch: JointBatch) -> tuple[Tensor, Tensor]:
+        """Of own images to all texts, and of own texts to all images, [B, N]."""
         (images, texts), (every_image, every_text) = batch.own.unbind(), batch.every.unbind()
         scale: Tensor | float = 1 / self.tau
         if self.log_scale is not None:
             with torch.no_grad():  # a clamp in the graph would stop the gradient that leads back
                 self.log_scale.clamp_(max=math.log(MAX_CLIP_SCALE))
             scale = self.ranks().average_gradient(self.log_scale.to(images)).exp()
-        image_to_text = cross_entropy(image_weights, scale * images @ every_text.T)
-        return (image_to_text + cross_entropy(text_weights, scale * texts @ every_image.T)) / 2
+        return scale * images @ every_text.T, scale * texts @ every_image.T
 
 
 class CLIPLoss(_ClipLikeLoss):
@@ -54,12 +54,14 @@ class CLIPLoss(_ClipLikeLoss):
 
     Args:
         tau: temperature of the model, where training starts if it is learnable.
-        tau_s: temperature of the soft target; None: one-hot, no targets are read.
+        tau_s: temperature of the soft target; None: one-hot, and without `mask` no targets are read.
         learnable: learn the scale 1 / tau, kept at most 100 as CLIP does.
         gather, process_group: as for `XSampleLoss`.
+        mask: similarity G_ij from which another pair is taken for a false negative, and left out of both softmaxes;
+            of one-hot targets.
 
     Raises:
-        ConfigError: a temperature that is not above 0.
+        ConfigError: a temperature that is not above 0, a mask outside [-1, 1], or both tau_s and mask.
     """
 
     def __init__(
@@ -69,15 +71,42 @@ class CLIPLoss(_ClipLikeLoss):
         learnable: bool = False,
         gather: bool = True,
         process_group: ProcessGroup | None = None,
+        *,
+        mask: float | None = None,
     ) -> None:
         super().__init__(tau, learnable, gather, process_group)
         if tau_s is not None:
             check_temperature("tau_s", tau_s)
-        self.tau_s = tau_s
+        _check_mask(mask, "tau_s", tau_s)
+        self.tau_s, self.mask = tau_s, mask
 
     def of_batch(self, batch: JointBatch) -> Tensor:
-        weights = batch.pair_columns() if self.tau_s is None else softmax_(batch.similarities().div_(self.tau_s))
-        return self.symmetric(batch, weights, weights)
+        block = None if self.tau_s is None and self.mask is None else batch.similarities()
+        return self.of_logits(*self.logits(batch), batch.pair_columns(), block)
+
+    def of_logits(self, image_to_text: Tensor, text_to_image: Tensor, pairs: Tensor, block: Tensor | None) -> Tensor:
+        """The loss of logits [n, m] that were computed elsewhere: pairs int64 [n], the column of each row's own pair,
+        and the targets' block [n, m], which is changed in place; None where no targets are read."""
+        weights = pairs
+        if block is not None and self.mask is not None:
+            dropped = false_negatives(block, pairs, self.mask)
+            least = torch.finfo(image_to_text.dtype).min / 2
+            image_to_text, text_to_image = (one.masked_fill(dropped, least) for one in (image_to_text, text_to_image))
+        elif block is not None and self.tau_s is not None:
+            weights = softmax_(block.div_(self.tau_s))
+        return (cross_entropy(weights, image_to_text) + cross_entropy(weights, text_to_image)) / 2
+
+
+def false_negatives(block: Tensor, pairs: Tensor, mask: float) -> Tensor:
+    """Bool [n, m]: pairs of similarity `mask` or more that are not a row's own."""
+    return (block >= mask).scatter_(1, pairs[:, None], False)
+
+
+def _check_mask(mask: float | None, other: str, value: float | None) -> None:
+    if mask is not None and not -1 <= mask <= 1:
+        raise ConfigError(f"mask = {mask}", "set mask in [-1, 1]: a similarity")
+    if mask is not None and value is not None:
+        raise ConfigError(f"both {other} and mask are given", "give one: a soft target needs no mask")
 
 
 class CWCLLoss(_ClipLikeLoss):
@@ -99,7 +128,9 @@ class CWCLLoss(_ClipLikeLoss):
 
     def of_batch(self, batch: JointBatch) -> Tensor:
         weights = batch.similarities().add_(1).div_(2).clamp_min_(0)
-        return self.symmetric(batch, row_normalised(weights), batch.pair_columns())
+        image_to_text, text_to_image = self.logits(batch)
+        weighted = cross_entropy(row_normalised(weights), image_to_text)
+        return (weighted + cross_entropy(batch.pair_columns(), text_to_image)) / 2
 
 
 class SigLIPLoss(PairLoss):
@@ -111,12 +142,14 @@ class SigLIPLoss(PairLoss):
 
     Args:
         scale, bias: t and b, where training starts if they are learnable; the paper's values.
-        threshold: similarity, in [-1, 1), up to which a pair is a negative; None: one-hot, no targets are read.
+        threshold: similarity, in [-1, 1), up to which a pair is a negative; None: one-hot, and without `mask` no
+            targets are read.
         learnable: learn log t and b.
         gather, process_group: as for `XSampleLoss`.
+        mask: similarity G_ij from which another pair is taken for a false negative, and left out; of one-hot targets.
 
     Raises:
-        ConfigError: a scale that is not above 0, or a threshold outside [-1, 1).
+        ConfigError: a scale that is not above 0, a threshold outside [-1, 1), a mask outside [-1, 1], or both.
     """
 
     def __init__(
@@ -127,6 +160,8 @@ class SigLIPLoss(PairLoss):
         learnable: bool = False,
         gather: bool = True,
         process_group: ProcessGroup | None = None,
+        *,
+        mask: float | None = None,
     ) -> None:
         super().__init__(gather, process_group)
         check_temperature("scale", scale)
@@ -135,7 +170,8 @@ class SigLIPLoss(PairLoss):
         self.scale = scale
         self.bias = bias
         self.log_scale_and_bias = nn.Parameter(torch.tensor([math.log(scale), bias])) if learnable else None
-        self.threshold = threshold
+        _check_mask(mask, "threshold", threshold)
+        self.threshold, self.mask = threshold, mask
 
     def of_batch(self, batch: JointBatch) -> Tensor:
         scale: Tensor | float = self.scale
@@ -149,4 +185,7 @@ class SigLIPLoss(PairLoss):
         else:
             probability = batch.similarities().sub_(self.threshold).div_(1 - self.threshold).clamp_(0, 1)
             attraction = (probability * logits).sum(dim=1)
-        return (softplus(logits).sum(dim=1) - attraction).mean()
+        repulsion = softplus(logits)
+        if self.mask is not None:
+            repulsion = repulsion.masked_fill(false_negatives(batch.similarities(), batch.pair_columns(), self.mask), 0)
+        return (repulsion.sum(dim=1) - attraction).mean()

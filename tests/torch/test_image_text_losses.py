@@ -80,6 +80,33 @@ def test_clip_with_soft_targets(pairs: Pairs, tau_s: float) -> None:
     assert loss(z1, z2, torch.from_numpy(captions)).item() == pytest.approx(expected, rel=1e-9)
 
 
+def dropped(block: np.ndarray, mask: float) -> np.ndarray:
+    """Pairs of similarity `mask` or more, but for each row's own."""
+    return np.array([[i != j and block[i, j] >= mask for j in range(PAIRS)] for i in range(PAIRS)])
+
+
+def test_clip_leaves_false_negatives_out(pairs: Pairs, block: np.ndarray) -> None:
+    images, texts = unit(pairs[0]), unit(pairs[1])
+    drop, tau, total = dropped(block, 0.3), 0.2, 0.0
+    assert drop.any()
+    for anchors, others in ((images, texts), (texts, images)):
+        for i in range(PAIRS):
+            kept = [math.exp(anchors[i] @ others[j] / tau) for j in range(PAIRS) if not drop[i, j]]
+            total -= math.log(math.exp(anchors[i] @ others[i] / tau) / sum(kept)) / PAIRS / 2
+    assert_equals(CLIPLoss(tau, mask=0.3), pairs, Targets(similarities=torch.from_numpy(block)), total)
+    assert run(CLIPLoss(tau, mask=1.0), pairs, ALL_APART) == pytest.approx(run(CLIPLoss(tau), pairs), rel=1e-12)
+
+
+def test_siglip_leaves_false_negatives_out(pairs: Pairs, block: np.ndarray) -> None:
+    images, texts, drop, total = unit(pairs[0]), unit(pairs[1]), dropped(block, 0.3), 0.0
+    for i in range(PAIRS):
+        for j in range(PAIRS):
+            sign = 1 if i == j else -1
+            if not drop[i, j]:
+                total += math.log(1 + math.exp(-sign * (10 * (images[i] @ texts[j]) - 10))) / PAIRS
+    assert_equals(SigLIPLoss(mask=0.3), pairs, Targets(similarities=torch.from_numpy(block)), total)
+
+
 def test_clip_with_identity_targets_is_clip(pairs: Pairs) -> None:
     assert run(CLIPLoss(0.07, tau_s=0.01), pairs, ALL_APART) == pytest.approx(run(CLIPLoss(0.07), pairs), rel=1e-12)
 
@@ -176,6 +203,9 @@ def test_options_out_of_range_are_refused() -> None:
     for build in (
         lambda: CLIPLoss(tau=0.0),
         lambda: CLIPLoss(tau_s=0.0),
+        lambda: CLIPLoss(mask=1.5),
+        lambda: CLIPLoss(tau_s=0.1, mask=0.9),
+        lambda: SigLIPLoss(threshold=0.5, mask=0.9),
         lambda: SigLIPLoss(scale=0.0),
         lambda: SigLIPLoss(threshold=1.0),
     ):

@@ -199,6 +199,8 @@ LOSSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "soft clip": (lambda: CLIPLoss(tau_s=0.1), "embeddings"),
     "cwcl": (lambda: CWCLLoss(learnable=True), "similarities"),
     "siglip": (SigLIPLoss, "labels"),
+    "masked clip": (lambda: CLIPLoss(mask=0.2), "similarities"),
+    "masked siglip": (lambda: SigLIPLoss(mask=0.2), "embeddings"),
     "soft siglip": (lambda: SigLIPLoss(threshold=0.2, learnable=True), "embeddings"),
 }
 every_loss = pytest.mark.parametrize("name", LOSSES)
