@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 JOBS := -n 2 --dist loadfile --no-loadscope-reorder
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: demo test test-all test-oldest pytest lint clean
+.PHONY: demo test test-all test-oldest test-open-clip pytest lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
@@ -40,6 +40,17 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST) --no-deps -e .
 	touch $@
 
+# open_clip's own training with the graph: several GB, so in an environment of its own.
+OPEN_CLIP := .venv-open-clip
+test-open-clip: $(OPEN_CLIP)/.installed
+	$(OPEN_CLIP)/bin/python -m pytest tests/open_clip
+
+$(OPEN_CLIP)/.installed: pyproject.toml constraints.txt
+	test -x $(OPEN_CLIP)/bin/python || $(PYTHON) -m venv $(OPEN_CLIP) || python3 -m venv $(OPEN_CLIP)
+	$(OPEN_CLIP)/bin/python -m pip install --quiet --disable-pip-version-check \
+		torch==2.14.1 torchvision==0.29.1 'open_clip_torch[training]==3.3.0' pytest pytest-timeout -e '.[offline]'
+	touch $@
+
 pytest: $(VENV)/.installed
 	$(BIN)/python -m pytest $(JOBS) $(MARKS)
 
@@ -49,4 +60,4 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(OLDEST) demo runs
+	rm -rf $(VENV) $(OLDEST) $(OPEN_CLIP) demo runs
