@@ -40,7 +40,8 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST) --no-deps -e .
 	touch $@
 
-# open_clip's own training with the graph: several GB, so in an environment of its own.
+# open_clip's own training with the graph: several GB, so in an environment of its own. Its zero-shot evaluation fails with
+# numpy 2.4: float() of an array of one number.
 OPEN_CLIP := .venv-open-clip
 test-open-clip: $(OPEN_CLIP)/.installed
 	$(OPEN_CLIP)/bin/python -m pytest tests/open_clip
@@ -48,7 +49,7 @@ test-open-clip: $(OPEN_CLIP)/.installed
 $(OPEN_CLIP)/.installed: pyproject.toml constraints.txt
 	test -x $(OPEN_CLIP)/bin/python || $(PYTHON) -m venv $(OPEN_CLIP) || python3 -m venv $(OPEN_CLIP)
 	$(OPEN_CLIP)/bin/python -m pip install --quiet --disable-pip-version-check \
-		torch==2.14.1 torchvision==0.29.1 'open_clip_torch[training]==3.3.0' pytest pytest-timeout -e '.[offline]'
+		torch==2.14.1 torchvision==0.29.1 'open_clip_torch[training]==3.3.0' 'numpy<2.4' pytest pytest-timeout -e '.[offline]'
 	touch $@
 
 pytest: $(VENV)/.installed

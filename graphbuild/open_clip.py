@@ -122,17 +122,17 @@ class GraphLoss(nn.Module):
         else:
             logits = self.stock.get_logits(image_features, text_features, logit_scale, logit_bias)
             with torch.autocast(image_features.device.type, enabled=False):
-                loss = self._clip(logits[0].float(), logits[1].float(), targets)
+                loss = self._clip((logits[0].float(), logits[1].float()), targets)
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _clip(self, image_to_text: Tensor, text_to_image: Tensor, targets: Targets) -> Tensor:
+    def _clip(self, logits: tuple[Tensor, Tensor], targets: Targets) -> Tensor:
         ranks = Ranks.of_process_group()
         block = targets.block(ranks)
         first = ranks.rank * len(block)
-        if len(image_to_text) > len(block):  # without --local-loss each rank has all rows
+        if len(logits[0]) > len(block):  # without --local-loss each rank has all rows
             block, first = ranks.concatenate(block), 0
         pairs = self_columns(len(block), block.shape[1], first, 1, block.device)
-        return self.clip.of_logits(image_to_text, text_to_image, pairs, block)
+        return self.clip.of_logits(iter(logits), pairs, block)
 
 
 class _Batches:

@@ -156,7 +156,7 @@ def overlay(nodes: Any, neighbors: Any, similarities: Any, values: Any, known: A
     """Write what is stored into a batch's block: values float32 [B, B] and known bool [B, B], in place.
 
     nodes int64 [B]; neighbors [B, k], integers of any kind, and similarities float32 [B, k] of each. Row i gets node
-    i's edges, and 1 where column j has the same node.
+    i's edges, those of others to it that it does not list, and 1 where column j has the same node.
     """
     count = len(nodes)
     slots = 2
@@ -180,6 +180,11 @@ def overlay(nodes: Any, neighbors: Any, similarities: Any, values: Any, known: A
                 values[i, place] = similarities[i, q]
                 known[i, place] = True
                 place = same[place]
+    for i in range(count):
+        for j in range(count):
+            if known[i, j] and not known[j, i]:
+                values[j, i] = values[i, j]
+                known[j, i] = True
 
 
 @inlined

@@ -166,11 +166,11 @@ class SampleGraph:
     ) -> tuple[Float32, np.ndarray[Any, np.dtype[np.bool_]]]:
         """Similarities float32 [B, B] of a batch's nodes [B], and which of them are exact, bool [B, B].
 
-        source="embeddings" takes all from the embeddings (all exact; 2 B^2 d flop). The others take row i's edges from
-        the stored lists, float16-exact, and what is absent there, which is *not* similarity 0, from "sketch": products
-        of 64-byte sketches (256 B^2 flop); or "edges": the node's background mean + deviation^2 / (2 tau_s), the value
-        whose exponential at temperature tau_s is the mean exponential of normally distributed similarities. Equal nodes
-        have similarity 1. How near the targets come: docs/training.md.
+        source="embeddings" takes all from the embeddings (all exact; 2 B^2 d flop). The others take what either node
+        lists of the other, float16-exact, and what is absent there, which is *not* similarity 0, from "sketch":
+        products of 64-byte sketches (256 B^2 flop); or "edges": the node's background mean + deviation^2 / (2 tau_s),
+        the value whose exponential at temperature tau_s is the mean exponential of normally distributed similarities.
+        Equal nodes have similarity 1. How near the targets come: docs/training.md.
         """
         ids = _as_ids(nodes)
         if source == "embeddings":

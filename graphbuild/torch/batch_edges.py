@@ -1,8 +1,9 @@
 """BatchEdges: a batch's similarities from what the graph stores, without its embeddings, for trainers that gather.
 
-The edges among the images of the joint batch have their stored similarities; what is absent there is *not* similarity
-0: it is the product of two sketches, or the node's background value. How near the targets come: docs/training.md. Costs
-with sketches one [B, N] product, and at most 2.3 matrices of that size at once, on the tensors' device.
+The edges among the images of the joint batch, listed by either end, have their stored similarities; what is absent
+there is *not* similarity 0: it is the product of two sketches, or the node's background value. How near the targets
+come: docs/training.md. Costs with sketches one [B, N] product, and at most 3.3 matrices of that size at once, on the
+tensors' device; with other ranks an all-gather of the lists, 12 k bytes an image.
 """
 
 from __future__ import annotations
@@ -77,7 +78,13 @@ class BatchEdges:
                 f"{len(rows)} of the batch's {len(nodes)} images have no node: rows {rows[:5]}",
                 "skip samples without a caption (node < 0)",
             )
-        stored = self._stored(nodes)
+        stored = _stored(self.node, self.neighbors, self.similarities, nodes)
+        back = stored
+        if ranks.count > 1:
+            neighbors, similarities = map(ranks.concatenate, (self.neighbors, self.similarities))
+            back = _stored(nodes, neighbors, similarities, self.node)
+        stored = torch.where(stored.isnan(), back.T, stored)
+        del back
         if self.sketch is not None:
             sketch = self.sketch.float()
             values = (sketch @ ranks.concatenate(sketch).T).clamp_(-1, 1)
@@ -86,13 +93,16 @@ class BatchEdges:
             values = (mean + deviation**2 / (2 * self.tau_s)).clamp(max=1)[:, None]
         return torch.where(stored.isnan(), values, stored, out=stored)
 
-    def _stored(self, nodes: Tensor) -> Tensor:
-        """[B, N], stored similarities to nodes [N], 1 to the same node; NaN where nothing is stored."""
-        ordered = nodes.sort().values  # a node's slot is its first place in there
-        last = len(nodes)  # the slot of what is not in the batch
-        slot = torch.searchsorted(ordered, self.neighbors.to(nodes.dtype))
-        slot = torch.where(ordered[slot.clamp(max=last - 1)] == self.neighbors, slot, last)
-        edges = torch.full((len(self.node), last + 1), torch.nan, device=nodes.device)
-        edges.scatter_(1, slot, self.similarities.float())
-        edges.scatter_(1, torch.searchsorted(ordered, self.node)[:, None], 1)
-        return edges.index_select(1, torch.searchsorted(ordered, nodes))
+
+def _stored(node: Tensor, neighbors: Tensor, similarities: Tensor, nodes: Tensor) -> Tensor:
+    """What the lists [B, k] of node [B] say of nodes [N]: [B, N], 1 of the same node, NaN where they say nothing."""
+    ordered = nodes.sort().values  # a node's slot is its first place in there
+    last = len(nodes)  # the slot of what is not among them
+    slot = torch.searchsorted(ordered, neighbors.to(nodes.dtype))
+    slot = torch.where(ordered[slot.clamp(max=last - 1)] == neighbors, slot, last)
+    edges = torch.full((len(node), last + 1), torch.nan, device=nodes.device)
+    edges.scatter_(1, slot, similarities.float())
+    own = torch.searchsorted(ordered, node)
+    same = ordered[own.clamp(max=last - 1)] == node
+    edges.scatter_(1, torch.where(same, own, last)[:, None], 1)
+    return edges.index_select(1, torch.searchsorted(ordered, nodes))

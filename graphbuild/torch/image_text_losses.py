@@ -9,6 +9,7 @@ losses share, and cost: graphbuild/torch/joint.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -33,15 +34,16 @@ class _ClipLikeLoss(PairLoss):
         self.tau = tau
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / tau))) if learnable else None
 
-    def logits(self, batch: JointBatch) -> tuple[Tensor, Tensor]:
-        """Of own images to all texts, and of own texts to all images, [B, N]."""
+    def logits(self, batch: JointBatch) -> Iterator[Tensor]:
+        """Of own images to all texts, then of own texts to all images, [B, N]: one lives at a time."""
         (images, texts), (every_image, every_text) = batch.own.unbind(), batch.every.unbind()
         scale: Tensor | float = 1 / self.tau
         if self.log_scale is not None:
             with torch.no_grad():  # a clamp in the graph would stop the gradient that leads back
                 self.log_scale.clamp_(max=math.log(MAX_CLIP_SCALE))
             scale = self.ranks().average_gradient(self.log_scale.to(images)).exp()
-        return scale * images @ every_text.T, scale * texts @ every_image.T
+        yield scale * images @ every_text.T
+        yield scale * texts @ every_image.T
 
 
 class CLIPLoss(_ClipLikeLoss):
@@ -82,24 +84,30 @@ class CLIPLoss(_ClipLikeLoss):
 
     def of_batch(self, batch: JointBatch) -> Tensor:
         block = None if self.tau_s is None and self.mask is None else batch.similarities()
-        return self.of_logits(*self.logits(batch), batch.pair_columns(), block)
+        return self.of_logits(self.logits(batch), batch.pair_columns(), block)
 
-    def of_logits(self, image_to_text: Tensor, text_to_image: Tensor, pairs: Tensor, block: Tensor | None) -> Tensor:
-        """The loss of logits [n, m] that were computed elsewhere: pairs int64 [n], the column of each row's own pair,
-        and the targets' block [n, m], which is changed in place; None where no targets are read."""
-        weights = pairs
+    def of_logits(self, logits: Iterator[Tensor], pairs: Tensor, block: Tensor | None) -> Tensor:
+        """The loss of logits that are computed elsewhere: [n, m] of images to texts, then of texts to images.
+
+        pairs: int64 [n], the column of each row's own pair. block: the targets' [n, m], which is changed in place; None
+        where no targets are read.
+        """
+        weights, dropped = pairs, None
         if block is not None and self.mask is not None:
             dropped = false_negatives(block, pairs, self.mask)
-            least = torch.finfo(image_to_text.dtype).min / 2
-            image_to_text, text_to_image = (one.masked_fill(dropped, least) for one in (image_to_text, text_to_image))
         elif block is not None and self.tau_s is not None:
             weights = softmax_(block.div_(self.tau_s))
-        return (cross_entropy(weights, image_to_text) + cross_entropy(weights, text_to_image)) / 2
+        image_to_text = cross_entropy(weights, _without(dropped, next(logits)))
+        return (image_to_text + cross_entropy(weights, _without(dropped, next(logits)))) / 2
 
 
 def false_negatives(block: Tensor, pairs: Tensor, mask: float) -> Tensor:
     """Bool [n, m]: pairs of similarity `mask` or more that are not a row's own."""
     return (block >= mask).scatter_(1, pairs[:, None], False)
+
+
+def _without(dropped: Tensor | None, logits: Tensor) -> Tensor:
+    return logits if dropped is None else logits.masked_fill(dropped, torch.finfo(logits.dtype).min / 2)
 
 
 def _check_mask(mask: float | None, other: str, value: float | None) -> None:
@@ -128,9 +136,9 @@ class CWCLLoss(_ClipLikeLoss):
 
     def of_batch(self, batch: JointBatch) -> Tensor:
         weights = batch.similarities().add_(1).div_(2).clamp_min_(0)
-        image_to_text, text_to_image = self.logits(batch)
-        weighted = cross_entropy(row_normalised(weights), image_to_text)
-        return (weighted + cross_entropy(batch.pair_columns(), text_to_image)) / 2
+        logits = self.logits(batch)
+        image_to_text = cross_entropy(row_normalised(weights), next(logits))
+        return (image_to_text + cross_entropy(batch.pair_columns(), next(logits))) / 2
 
 
 class SigLIPLoss(PairLoss):

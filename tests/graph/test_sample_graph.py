@@ -44,10 +44,11 @@ def test_block_from_edges_knows_edges_and_equal_nodes_only(graph: SampleGraph) -
     values, known = graph.block(nodes, source="edges", tau_s=0.1)
     neighbors, similarities = graph.neighbors(nodes)
     background = graph.background(nodes)
+    listed = [dict(zip(*each, strict=True)) for each in zip(neighbors.tolist(), similarities.tolist(), strict=True)]
     for i, node in enumerate(nodes):
-        listed = dict(zip(neighbors[i].tolist(), similarities[i].tolist(), strict=True))
         for j, other in enumerate(nodes):
-            expected = 1.0 if node == other else listed.get(int(other))
+            of_other = listed[j].get(int(node))  # listed by the other one alone
+            expected = 1.0 if node == other else listed[i].get(int(other), of_other)
             assert known[i, j] == (expected is not None)
             absent = background[i, 0] + background[i, 1] ** 2 / 0.2
             assert values[i, j] == pytest.approx(min(absent, 1) if expected is None else expected, abs=1e-6)

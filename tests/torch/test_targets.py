@@ -188,9 +188,10 @@ def test_a_block_of_edges_is_the_stored_lists_completed(with_sketch: bool) -> No
         for j in range(images):
             absent = background[i, 0] + background[i, 1] ** 2 / (2 * tau_s)
             expected[i, j] = np.clip(sketch[i] @ sketch[j], -1, 1) if with_sketch else min(absent, 1)
-            for neighbor, similarity in zip(neighbors[i], similarities[i], strict=True):
-                if neighbor == node[j]:
-                    expected[i, j] = similarity
+            for one, other in ((j, i), (i, j)):  # an image's own list goes before the other's
+                for neighbor, similarity in zip(neighbors[one], similarities[one], strict=True):
+                    if neighbor == node[other]:
+                        expected[i, j] = similarity
             if node[i] == node[j]:
                 expected[i, j] = 1
     batch = {
