@@ -46,7 +46,7 @@ HOOKS = {  # of open_clip_train.main: what is exchanged, or called with what was
     "train_one_epoch": "model data loss epoch optimizer scaler scheduler dist_model args tb_writer",
 }
 SHUFFLE = 5000  # samples, as open_clip's
-MASK, SIGLIP_THRESHOLD = 0.9, 0.5
+FALSE_NEGATIVE, SIGLIP_THRESHOLD = 0.9, 0.5  # similarities
 
 
 def main(arguments: Sequence[str]) -> Any:
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> Any:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--graph", metavar="STORE")
-    parser.add_argument("--graph-targets", choices=["dense", "edges", "mask"], default="dense")
+    parser.add_argument("--graph-targets", choices=["dense", "edges", "mask", "positives"], default="dense")
     parser.add_argument("--graph-tau-s", type=float, default=0.1)
     parser.add_argument("--graph-threshold", type=float)
     parser.add_argument("--graph-batches", choices=["random", "window", "walk"], default="random")
@@ -93,18 +93,21 @@ class GraphLoss(nn.Module):
     """In the place of open_clip's ClipLoss or SigLipLoss: the same logits, by its own flags, with the graph's targets.
 
     dense: `CLIPLoss` at --graph-tau-s, or `SigLIPLoss` from --graph-threshold on. edges: the same, from the graph's
-    lists. mask: one-hot, without pairs of similarity --graph-threshold or more.
+    lists. mask: one-hot, without pairs of similarity --graph-threshold or more; positives: these are positives too.
     """
 
     def __init__(self, stock: nn.Module, batches: _Batches, options: argparse.Namespace, *, siglip: bool) -> None:
         super().__init__()
         self.stock: Any = stock
         self.batches = batches
-        masked, threshold = options.graph_targets == "mask", options.graph_threshold
-        mask = (MASK if threshold is None else threshold) if masked else None
-        rising = None if masked else SIGLIP_THRESHOLD if threshold is None else threshold
-        self.siglip = SigLIPLoss(threshold=rising, mask=mask) if siglip else None
-        self.clip = CLIPLoss(tau_s=None if masked else options.graph_tau_s, mask=mask)
+        kind, least = options.graph_targets, options.graph_threshold
+        name = {"mask": "mask", "positives": "positive"}.get(kind, "threshold" if siglip else "tau_s")
+        if name == "tau_s":
+            least = options.graph_tau_s
+        elif least is None:
+            least = SIGLIP_THRESHOLD if name == "threshold" else FALSE_NEGATIVE
+        self.siglip = SigLIPLoss(**{name: least}) if siglip else None
+        self.clip = CLIPLoss(**({} if siglip else {name: least}))
 
     def forward(
         self,
@@ -223,7 +226,7 @@ class _Batches:
                 f"use open_clip_torch {VERSIONS}",
             )
         kind, tau_s = self._options.graph_targets, self._options.graph_tau_s
-        if kind == "dense" or (kind == "mask" and "embedding" in joined):
+        if kind != "edges" and ("embedding" in joined or kind == "dense"):
             return Targets(embeddings=joined["embedding"])
         names = ("node", "neighbors", "similarities", "background")
         return Targets(edges=BatchEdges(**{name: joined[name] for name in names}, tau_s=tau_s))

@@ -1,4 +1,4 @@
-"""Losses of images and their texts: CLIP, CLIP with soft targets or masked false negatives, CWCL and SigLIP.
+"""Losses of images and their texts: CLIP, CLIP with soft targets or repaired false negatives, CWCL and SigLIP.
 
 z1 are the images, z2 the texts, [B, p] each, scaled to unit norm; G is the block of `Targets`, 1 between an image and
 its own text. A learnable scale is a parameter of the loss: give `loss.parameters()` to the optimizer; its gradient is
@@ -56,14 +56,16 @@ class CLIPLoss(_ClipLikeLoss):
 
     Args:
         tau: temperature of the model, where training starts if it is learnable.
-        tau_s: temperature of the soft target; None: one-hot, and without `mask` no targets are read.
+        tau_s: temperature of the soft target. At most one of it, mask and positive; with none the loss is one-hot, and
+            no targets are read.
         learnable: learn the scale 1 / tau, kept at most 100 as CLIP does.
         gather, process_group: as for `XSampleLoss`.
-        mask: similarity G_ij from which another pair is taken for a false negative, and left out of both softmaxes;
-            of one-hot targets.
+        mask: similarity G_ij from which another pair is taken for a false negative and left out of both softmaxes.
+        positive: similarity from which another pair is a positive as the own one is, all with equal shares: the repair
+            of false negatives by FFF (Bulat et al., arXiv 2405.10286), by the graph in place of its own model's scores.
 
     Raises:
-        ConfigError: a temperature that is not above 0, a mask outside [-1, 1], or both tau_s and mask.
+        ConfigError: a temperature that is not above 0, a similarity outside [-1, 1], or two of the three.
     """
 
     def __init__(
@@ -75,15 +77,17 @@ class CLIPLoss(_ClipLikeLoss):
         process_group: ProcessGroup | None = None,
         *,
         mask: float | None = None,
+        positive: float | None = None,
     ) -> None:
         super().__init__(tau, learnable, gather, process_group)
         if tau_s is not None:
             check_temperature("tau_s", tau_s)
-        _check_mask(mask, "tau_s", tau_s)
-        self.tau_s, self.mask = tau_s, mask
+        _check_kinds(tau_s=tau_s, mask=mask, positive=positive)
+        self.tau_s, self.mask, self.positive = tau_s, mask, positive
 
     def of_batch(self, batch: JointBatch) -> Tensor:
-        block = None if self.tau_s is None and self.mask is None else batch.similarities()
+        reads = any(kind is not None for kind in (self.tau_s, self.mask, self.positive))
+        block = batch.similarities() if reads else None
         return self.of_logits(self.logits(batch), batch.pair_columns(), block)
 
     def of_logits(self, logits: Iterator[Tensor], pairs: Tensor, block: Tensor | None) -> Tensor:
@@ -94,27 +98,32 @@ class CLIPLoss(_ClipLikeLoss):
         """
         weights, dropped = pairs, None
         if block is not None and self.mask is not None:
-            dropped = false_negatives(block, pairs, self.mask)
+            dropped = like_pairs(block, pairs, self.mask, own=False)
+        elif block is not None and self.positive is not None:
+            weights = row_normalised(like_pairs(block, pairs, self.positive, own=True).to(block.dtype))
         elif block is not None and self.tau_s is not None:
             weights = softmax_(block.div_(self.tau_s))
         image_to_text = cross_entropy(weights, _without(dropped, next(logits)))
         return (image_to_text + cross_entropy(weights, _without(dropped, next(logits)))) / 2
 
 
-def false_negatives(block: Tensor, pairs: Tensor, mask: float) -> Tensor:
-    """Bool [n, m]: pairs of similarity `mask` or more that are not a row's own."""
-    return (block >= mask).scatter_(1, pairs[:, None], False)
+def like_pairs(block: Tensor, pairs: Tensor, least: float, *, own: bool) -> Tensor:
+    """Bool [n, m]: pairs of that similarity or more; a row's own one, in the column of pairs [n], is `own`."""
+    return (block >= least).scatter_(1, pairs[:, None], own)
 
 
 def _without(dropped: Tensor | None, logits: Tensor) -> Tensor:
     return logits if dropped is None else logits.masked_fill(dropped, torch.finfo(logits.dtype).min / 2)
 
 
-def _check_mask(mask: float | None, other: str, value: float | None) -> None:
-    if mask is not None and not -1 <= mask <= 1:
-        raise ConfigError(f"mask = {mask}", "set mask in [-1, 1]: a similarity")
-    if mask is not None and value is not None:
-        raise ConfigError(f"both {other} and mask are given", "give one: a soft target needs no mask")
+def _check_kinds(**kinds: float | None) -> None:
+    """At most one kind of target, by name; mask and positive are similarities."""
+    given = {name: value for name, value in kinds.items() if value is not None}
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} are given", "give one of them: each is a target of its own")
+    for name, value in given.items():
+        if name in ("mask", "positive") and not -1 <= value <= 1:
+            raise ConfigError(f"{name} = {value}", f"set {name} in [-1, 1]: a similarity")
 
 
 class CWCLLoss(_ClipLikeLoss):
@@ -150,14 +159,16 @@ class SigLIPLoss(PairLoss):
 
     Args:
         scale, bias: t and b, where training starts if they are learnable; the paper's values.
-        threshold: similarity, in [-1, 1), up to which a pair is a negative; None: one-hot, and without `mask` no
-            targets are read.
+        threshold: similarity, in [-1, 1), up to which a pair is a negative. At most one of it, mask and positive; with
+            none the loss is one-hot, and no targets are read.
         learnable: learn log t and b.
         gather, process_group: as for `XSampleLoss`.
-        mask: similarity G_ij from which another pair is taken for a false negative, and left out; of one-hot targets.
+        mask: similarity G_ij from which another pair is taken for a false negative and left out.
+        positive: similarity from which another pair has q_ij = 1 as the own one has: FFF's repair of false negatives
+            (Bulat et al., arXiv 2405.10286), by the graph in place of its own model's scores.
 
     Raises:
-        ConfigError: a scale that is not above 0, a threshold outside [-1, 1), a mask outside [-1, 1], or both.
+        ConfigError: a scale that is not above 0, a similarity out of range, or two of the three.
     """
 
     def __init__(
@@ -170,6 +181,7 @@ class SigLIPLoss(PairLoss):
         process_group: ProcessGroup | None = None,
         *,
         mask: float | None = None,
+        positive: float | None = None,
     ) -> None:
         super().__init__(gather, process_group)
         check_temperature("scale", scale)
@@ -178,8 +190,8 @@ class SigLIPLoss(PairLoss):
         self.scale = scale
         self.bias = bias
         self.log_scale_and_bias = nn.Parameter(torch.tensor([math.log(scale), bias])) if learnable else None
-        _check_mask(mask, "threshold", threshold)
-        self.threshold, self.mask = threshold, mask
+        _check_kinds(threshold=threshold, mask=mask, positive=positive)
+        self.threshold, self.mask, self.positive = threshold, mask, positive
 
     def of_batch(self, batch: JointBatch) -> Tensor:
         scale: Tensor | float = self.scale
@@ -188,12 +200,16 @@ class SigLIPLoss(PairLoss):
             log_scale, bias = self.ranks().average_gradient(self.log_scale_and_bias.to(batch.own)).unbind()
             scale = log_scale.exp()
         logits = scale * batch.own[0] @ batch.every[1].T + bias
-        if self.threshold is None:
+        if self.positive is not None:
+            positives = like_pairs(batch.similarities(), batch.pair_columns(), self.positive, own=True)
+            attraction = logits.masked_fill(~positives, 0).sum(dim=1)
+        elif self.threshold is None:
             attraction = scale * batch.pair_products() + bias
         else:
             probability = batch.similarities().sub_(self.threshold).div_(1 - self.threshold).clamp_(0, 1)
             attraction = (probability * logits).sum(dim=1)
         repulsion = softplus(logits)
         if self.mask is not None:
-            repulsion = repulsion.masked_fill(false_negatives(batch.similarities(), batch.pair_columns(), self.mask), 0)
+            dropped = like_pairs(batch.similarities(), batch.pair_columns(), self.mask, own=False)
+            repulsion = repulsion.masked_fill(dropped, 0)
         return (repulsion.sum(dim=1) - attraction).mean()

@@ -94,6 +94,7 @@ KINDS = [
     ("dense", {"tau_s": 0.2}, ("--graph-tau-s", "0.2")),
     ("edges", {"tau_s": 0.2}, ("--graph-tau-s", "0.2")),
     ("mask", {"mask": 0.7}, ("--graph-threshold", "0.7")),
+    ("positives", {"positive": 0.7}, ("--graph-threshold", "0.7")),
 ]
 
 
@@ -102,7 +103,7 @@ KINDS = [
 def test_the_loss_curve_is_that_of_a_plain_loop(
     train: Train, losses: list[float], scenes: Path, kind: str, options: Any, flags: Any, siglip: bool
 ) -> None:
-    if siglip and kind != "mask":
+    if siglip and kind in ("dense", "edges"):
         options, flags = {"threshold": 0.7}, ("--graph-threshold", "0.7")
     product = SigLIPLoss(**options) if siglip else CLIPLoss(**options)
 

@@ -97,6 +97,16 @@ def test_clip_leaves_false_negatives_out(pairs: Pairs, block: np.ndarray) -> Non
     assert run(CLIPLoss(tau, mask=1.0), pairs, ALL_APART) == pytest.approx(run(CLIPLoss(tau), pairs), rel=1e-12)
 
 
+def test_repaired_false_negatives_are_positives(pairs: Pairs, block: np.ndarray) -> None:
+    images, texts, targets = unit(pairs[0]), unit(pairs[1]), Targets(similarities=torch.from_numpy(block))
+    positives = (dropped(block, 0.3) | np.eye(PAIRS, dtype=bool)).astype(float)
+    shares = positives / positives.sum(1, keepdims=True)
+    expected = (one_direction(images, texts, shares, 0.2) + one_direction(texts, images, shares, 0.2)) / 2
+    assert_equals(CLIPLoss(0.2, positive=0.3), pairs, targets, expected)
+    assert_equals(SigLIPLoss(positive=0.3), pairs, targets, siglip(pairs, 10.0, -10.0, positives))
+    assert run(CLIPLoss(0.2, positive=1.0), pairs, ALL_APART) == pytest.approx(run(CLIPLoss(0.2), pairs), rel=1e-12)
+
+
 def test_siglip_leaves_false_negatives_out(pairs: Pairs, block: np.ndarray) -> None:
     images, texts, drop, total = unit(pairs[0]), unit(pairs[1]), dropped(block, 0.3), 0.0
     for i in range(PAIRS):
@@ -204,6 +214,7 @@ def test_options_out_of_range_are_refused() -> None:
         lambda: CLIPLoss(tau=0.0),
         lambda: CLIPLoss(tau_s=0.0),
         lambda: CLIPLoss(mask=1.5),
+        lambda: CLIPLoss(mask=0.9, positive=0.9),
         lambda: CLIPLoss(tau_s=0.1, mask=0.9),
         lambda: SigLIPLoss(threshold=0.5, mask=0.9),
         lambda: SigLIPLoss(scale=0.0),
