@@ -51,10 +51,10 @@ def drawn(rows: Ints, weights: NDArray[Any], offsets: Ints, *, seed: int, epoch:
     return np.clip(picked, offsets[:-1], offsets[1:] - 1)
 
 
-def uniform(rows: Ints, seed: int, epoch: int) -> NDArray[np.float64]:
+def uniform(rows: Ints, seed: int, epoch: int, *, of: str = "captions") -> NDArray[np.float64]:
     """A number in [0, 1) for each row [B], another in each epoch: the output of SplitMix64 (Steele, Lea and Flood 2014)
-    at that place of a stream of this seed and epoch."""
-    start = int.from_bytes(hashlib.blake2b(f"captions {seed} {epoch}".encode(), digest_size=8).digest(), "little")
+    at that place of a stream of this seed and epoch. of: what is drawn; each thing has a stream of its own."""
+    start = int.from_bytes(hashlib.blake2b(f"{of} {seed} {epoch}".encode(), digest_size=8).digest(), "little")
     state = np.uint64(start) + (rows.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -176,10 +176,14 @@ class GraphDataset(Dataset[dict[str, Any]]):
             batch = dict(samples.fields)
         else:
             batch = {name: [sample[name] for sample in samples] for name in samples[0]}
-            for name in batch.keys() - {"image", "caption", "key"}:
+            for name in batch.keys() - {"image", "partner", "caption", "key"}:
                 batch[name] = torch.stack(batch[name])
-        batch["image"] = self._decoder.collate(batch["image"])
+        batch["image"] = self.collate_images(batch["image"])
         return batch
+
+    def collate_images(self, images: list[Any]) -> Any:
+        """Images, or what the transform gave of each, as a batch has them."""
+        return self._decoder.collate(images)
 
     def _checked(self, indices: Sequence[int]) -> NDArray[np.int64]:
         items = np.asarray(indices)
