@@ -133,7 +133,7 @@ class _TrainerLoader(IterableDataset[dict[str, Any]]):
     taken: it gets empty ones in their place, so that none is read.
     """
 
-    batch_size, drop_last = None, False
+    batch_size, drop_last, prefetch_factor = None, False, None
 
     def __init__(self, loader: GraphLoader) -> None:
         self.loader = loader
