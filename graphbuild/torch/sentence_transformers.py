@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
-from sentence_transformers.base.sampler import DefaultBatchSampler
+from sentence_transformers import DefaultBatchSampler
 
 from graphbuild.errors import ConfigError
 from graphbuild.torch.samplers import NeighborBatchSampler
