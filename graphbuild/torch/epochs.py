@@ -171,9 +171,11 @@ class Position:
         """Let the next iteration begin where a state says."""
         self._loaded, self._now = dict(state), None
 
-    def begin(self) -> dict[str, Any]:
+    def begin(self, *, in_worker: bool = False) -> dict[str, Any]:
         """The place of an iteration that begins now, by name; who iterates counts `taken` up in it."""
         self._now, self._loaded = self.get(), None
+        if in_worker:
+            self._numbers[2] = 1
         return self._now
 
     def get(self) -> dict[str, Any]:
@@ -187,11 +189,8 @@ class Position:
 
     @property
     def workers_read(self) -> bool:
-        """Whether workers have begun to read since the last `set`."""
+        """Whether workers have begun an iteration since the last `set`."""
         return bool(self._numbers[2])
-
-    def say_that_workers_read(self) -> None:
-        self._numbers[2] = 1
 
 
 def check_options(state: Mapping[str, Any], options: Mapping[str, Any]) -> None:

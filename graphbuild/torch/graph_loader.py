@@ -70,15 +70,14 @@ class GraphLoader:
     @property
     def epoch(self) -> int:
         """The epoch in progress, or of the next iteration."""
-        number: int = self._position.state()["epoch"]
-        return number
+        return int(self._position.state()["epoch"])
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration; a loaded state of the same epoch goes on where it was taken."""
         self._position.set(epoch, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch and batches taken, the same on every rank, beside what decides the order; numbers and strings."""
+        """Epoch and batches taken, the same on every rank, beside what decides the order; plain values."""
         return {**self._options(), **self._position.state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -26,6 +26,8 @@ from graphbuild.torch.targets import Targets
 if find_spec("accelerate") is None:
     raise ConfigError("Trainer needs accelerate, which is not installed", "pip install accelerate")
 
+Tokenizer = Callable[..., Mapping[str, Any]]
+
 
 class GraphCollator:
     """Collates samples of a GraphDataset, or takes a batch of the stream, and adds what a tokenizer makes of captions.
@@ -36,12 +38,7 @@ class GraphCollator:
         options: of the tokenizer, in place of padding=True, truncation=True, return_tensors="pt".
     """
 
-    def __init__(
-        self,
-        dataset: GraphDataset | None = None,
-        tokenizer: Callable[..., Mapping[str, Any]] | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, dataset: GraphDataset | None = None, tokenizer: Tokenizer | None = None, **options: Any) -> None:
         self._dataset, self._tokenizer = dataset, tokenizer
         self._options = {"padding": True, "truncation": True, "return_tensors": "pt", **options}
 
@@ -93,9 +90,7 @@ class GraphTrainerMixin:
         collate = None if trainer.data_collator is default_data_collator else trainer.data_collator
         if isinstance(dataset, GraphWebDataset):
             if arguments.world_size > 1 and not dataset.order_options(workers)["equal_ranks"]:
-                raise ConfigError(
-                    "several ranks, and equal_ranks=False", "pass graph_webdataset(..., equal_ranks=True)"
-                )
+                raise ConfigError("equal_ranks=False on several ranks", "pass graph_webdataset(..., equal_ranks=True)")
             fewest = fewest_batches(dataset, workers, arguments.max_steps * arguments.gradient_accumulation_steps)
         elif not isinstance(dataset, GraphDataset):
             raise ConfigError(f"train_dataset is {type(dataset)}", "pass graph_webdataset(...) or a GraphDataset")

@@ -210,10 +210,8 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         _, _, worker, workers = pytorch_worker_info()
         in_worker = get_worker_info() is not None
-        place = self._position.begin()
-        if in_worker:
-            self._position.say_that_workers_read()
-        if "workers" in place:
+        place = self._position.begin(in_worker=in_worker)
+        if "workers" in place:  # a loaded state
             check_options(place, self.order_options(workers))
         return self._batches(place, OWN if in_worker else "taken", worker, workers)
 

@@ -128,8 +128,7 @@ class NeighborBatchSampler(Sampler[list[int]]):
     @property
     def epoch(self) -> int:
         """The epoch in progress, or of the next iteration."""
-        number: int = self._position.state()["epoch"]
-        return number
+        return int(self._position.state()["epoch"])
 
     def order_options(self, workers: int = 0) -> dict[str, Any]:
         """All that decides an epoch's order, by name; plain values. The number of workers does not."""

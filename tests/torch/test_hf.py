@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from transformers import Trainer, TrainingArguments
 from graphbuild.torch.hf import GraphCollator, GraphTrainerMixin, fewest_batches
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
+ROOT = Path(__file__).parents[2]
 BATCH, EPOCH, STEPS = 60, 8, 20  # of four tars of 120 scenes
 
 
@@ -136,6 +140,35 @@ def test_accumulated_batches_are_resumed_too(scenes: str, tmp_path: Path) -> Non
     assert rest == whole[EPOCH + 3 :]
 
 
+def test_ranks_have_each_batch_once_also_after_a_resume(scenes: str, tmp_path: Path) -> None:
+    """Two processes under DDP."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launch, "-m", "tests.torch.test_hf", scenes, str(tmp_path)], check=True, cwd=ROOT, timeout=300)
+    for kind in ("stream", "neighbours"):
+        runs = [json.loads((tmp_path / f"{kind}{rank}.json").read_text()) for rank in range(2)]
+        for rank in runs:
+            assert rank["rest"] == rank["whole"][6:]
+            assert len(rank["whole"]) == EPOCH
+        for epoch in (slice(0, EPOCH // 2), slice(EPOCH // 2, EPOCH)):
+            keys = [key for rank in runs for keys, _ in rank["whole"][epoch] for key in keys]
+            assert len(keys) == len(set(keys)) == EPOCH * BATCH
+
+
+def on_a_rank(scenes: str, folder: Path) -> None:
+    """Two epochs of four batches of each rank, and the rest of it after a resume in the second."""
+    rank = os.environ["RANK"]
+    for kind in ("stream", "neighbours"):
+        changed: dict[str, Any] = {"equal_ranks": True} if kind == "stream" else {}
+        options = {"max_steps": EPOCH, "ddp_backend": "gloo"}
+        whole = seen_by(trainer_of(scenes, kind, folder / kind, changed, **options))
+        again = trainer_of(scenes, kind, folder / "again", changed, save_strategy="no", **options)
+        rest = seen_by(again, folder / kind / "checkpoint-6")
+        (folder / f"{kind}{rank}.json").write_text(json.dumps({"whole": whole, "rest": rest}))
+        if kind == "stream":
+            with pytest.raises(ConfigError, match="equal_ranks=False on several ranks"):
+                trainer_of(scenes, kind, folder / "unequal").get_train_dataloader()
+
+
 def test_without_skipping_data_the_epoch_begins_again(scenes: str, tmp_path: Path) -> None:
     whole = seen_by(trainer_of(scenes, "stream", tmp_path))
     again = trainer_of(scenes, "stream", tmp_path / "again", ignore_data_skip=True)
@@ -175,3 +208,7 @@ def test_a_collator_gives_the_dataset_batch_and_what_its_tokenizer_makes(scenes:
     assert collated.keys() == plain.keys() | {"input_ids"}
     assert collated["key"] == plain["key"]
     assert collated["input_ids"].flatten().tolist() == [len(caption.split()) for caption in plain["caption"]]
+
+
+if __name__ == "__main__":
+    on_a_rank(sys.argv[1], Path(sys.argv[2]))

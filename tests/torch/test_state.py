@@ -83,6 +83,16 @@ def run(loader: Any, epochs: int, set_epoch: Callable[[int], Any] | None = None)
     return read
 
 
+def refusal(loader: Any) -> str:
+    """The ConfigError of reading it. No traceback keeps the loader alive: its workers end at once."""
+    try:
+        list(loader)
+    except ConfigError as error:
+        error.__traceback__ = None
+        return str(error)
+    pytest.fail("no error was raised")
+
+
 # GraphLoader
 
 
@@ -216,8 +226,9 @@ def test_a_stream_that_workers_read_does_not_pretend_to_know_what_was_taken(stor
 def test_workers_refuse_a_state_of_another_number_of_them(store: Path) -> None:
     dataset = stream_of(store)
     dataset.load_state_dict(stream_of(store).state_dict())
-    with pytest.raises(ConfigError, match=r"workers = 1, and here it is 2(.|\n)*-> resume with workers = 1"):
-        list(DataLoader(dataset, batch_size=None, num_workers=2))
+    text = refusal(DataLoader(dataset, batch_size=None, num_workers=2))
+    assert "workers = 1, and here it is 2" in text
+    assert "-> resume with workers = 1" in text
 
 
 def test_a_sampler_goes_on_by_its_own_state(store: Path) -> None:
@@ -296,5 +307,4 @@ def test_torchdatas_workers_refuse_a_state_of_another_number_of_them(store: Path
     state["_snapshot"]["_main_snapshot"]["_num_workers"] = 3  # past torchdata's own assertion
     other, _ = stateful(store, "stream", 3)
     other.load_state_dict(state)
-    with pytest.raises(ConfigError, match="workers = 2, and here it is 3"):
-        list(other)
+    assert "workers = 2, and here it is 3" in refusal(other)
