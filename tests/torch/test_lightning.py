@@ -126,6 +126,19 @@ def test_a_resumed_run_has_the_batches_and_losses_of_the_uninterrupted_one(
             fit(other, tmp_path, checkpoint)
 
 
+def test_the_data_module_itself_goes_on_by_its_state(scenes: str) -> None:
+    """Lightning loads the loader's own state too; other code may have the module's alone."""
+    first, second = data_of(scenes, "stream"), data_of(scenes, "stream")
+    for data in (first, second):
+        assert data.state_dict() == {}
+        data.setup("fit")
+    whole = [batch["key"] for batch in first.train_dataloader()]
+    batches = iter(first.train_dataloader())
+    assert [next(batches)["key"] for _ in range(3)] == whole[:3]
+    second.load_state_dict(first.state_dict())
+    assert [batch["key"] for batch in second.train_dataloader()] == whole[3:]
+
+
 def test_ranks_have_equally_many_batches_and_each_sample_once_also_after_a_resume(scenes: str, tmp_path: Path) -> None:
     """Two processes under DDP."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
