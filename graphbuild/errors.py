@@ -29,7 +29,7 @@ class GraphbuildError(Exception):
         self.cause, self.fix = self.args
 
     def __str__(self) -> str:
-        return f"{self.cause}\n  -> {self.fix}"
+        return f"{self.cause}\n  -> {self.fix}" if self.fix else self.cause
 
 
 class InputError(GraphbuildError):
@@ -48,9 +48,6 @@ class ShardError(InputError):
     def __init__(self, cause: str, fix: str = "") -> None:
         super().__init__(cause, fix)
 
-    def __str__(self) -> str:
-        return super().__str__() if self.fix else self.cause
-
 
 class ImageError(InputError):
     """An image that cannot be used; `cause` is the reason, without the image's name."""
@@ -60,9 +57,15 @@ class ImageError(InputError):
 
 
 class ConfigError(GraphbuildError):
-    """An option or recipe field is wrong, or differs from what the store was built with."""
+    """An option or recipe field is wrong, or differs from what the store was built with.
+
+    `fix` may be empty as a ShardError's may: a worker refuses a state of other options.
+    """
 
     exit_code = 2
+
+    def __init__(self, cause: str, fix: str = "") -> None:
+        super().__init__(cause, fix)
 
 
 class StageError(GraphbuildError):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphbuild.torch.batch_edges import BatchEdges
 from graphbuild.torch.dataset import GraphDataset
+from graphbuild.torch.graph_loader import GraphLoader
 from graphbuild.torch.graph_losses import GraphSimCLRLoss, GraphVICRegLoss, KernelInfoNCELoss
 from graphbuild.torch.image_text_losses import CLIPLoss, CWCLLoss, SigLIPLoss
 from graphbuild.torch.loader import graph_webdataset
@@ -22,6 +23,7 @@ __all__ = [
     "DebiasedLoss",
     "DecoupledLoss",
     "GraphDataset",
+    "GraphLoader",
     "GraphSimCLRLoss",
     "GraphVICRegLoss",
     "KernelInfoNCELoss",

@@ -155,7 +155,7 @@ class GraphDataset(Dataset[dict[str, Any]]):
             (items, np.arange(len(items) + 1)) if self._captions == "first" else spread(items, self._first_more)
         )
         if self._captions == "draw":
-            epoch = self._epoch.get()[0]
+            epoch = self._epoch.get()["epoch"]
             texts = texts[drawn(self._row[items], self._weight[texts], offsets, seed=self._seed, epoch=epoch)]
         columns = {"node": self._nodes[texts], **self._fields.take(self._nodes[texts])}
         captions = self._of("caption", texts)

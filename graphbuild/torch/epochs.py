@@ -6,11 +6,14 @@ read a sidecar (a pass over a compressed tar), once a process.
 
 from __future__ import annotations
 
+import json
+import posixpath
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -60,6 +63,12 @@ class Epochs:
     def header(self) -> SidecarHeader:
         """The first shard's."""
         return read_columns(self.shards[0].sidecar, [])[0]
+
+    @cached_property
+    def tars(self) -> str:
+        """How many they are, and a digest of their names in order, without folders."""
+        names = [posixpath.basename(shard.tar) for shard in self.shards]
+        return f"{len(names)}, {digest(json.dumps(names).encode())}"
 
     def count_samples(self) -> int:
         """The samples that all shards give in an epoch."""
@@ -135,25 +144,73 @@ class Epochs:
 
 
 class Position:
-    """Where a stream's next iteration begins: epoch, and batches to skip.
+    """Where a reader of batches stands: epoch, and how many of its batches the rank has taken.
 
-    In shared memory, also in a copy: workers that live on (persistent_workers) see it change.
+    What `set` says is in shared memory, also in a copy: workers that live on (persistent_workers) see it change. A
+    loaded state is this process's own and holds for one iteration; `set` with the same epoch leaves it, with another
+    one drops it.
     """
 
     def __init__(self) -> None:
-        self._numbers = torch.zeros(2, dtype=torch.int64)
+        self._numbers = torch.zeros(3, dtype=torch.int64)
         self._numbers.share_memory_()  # type: ignore[no-untyped-call]
+        self._loaded: dict[str, Any] | None = None
+        self._now: dict[str, Any] | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._numbers.share_memory_()  # type: ignore[no-untyped-call]
 
-    def set(self, epoch: int, skip: int) -> None:
-        self._numbers.copy_(torch.tensor([epoch, skip]))
+    def set(self, epoch: int, taken: int) -> None:
+        if self._loaded is not None and (taken or epoch != self._loaded["epoch"]):
+            self._loaded = None
+        self._now = None
+        self._numbers.copy_(torch.tensor([epoch, taken, 0]))
 
-    def get(self) -> tuple[int, int]:
-        epoch, skip = self._numbers.tolist()
-        return epoch, skip
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Let the next iteration begin where a state says."""
+        self._loaded, self._now = dict(state), None
+
+    def begin(self, *, in_worker: bool = False) -> dict[str, Any]:
+        """The place of an iteration that begins now, by name; who iterates counts `taken` up in it."""
+        self._now, self._loaded = self.get(), None
+        if in_worker:
+            self._numbers[2] = 1
+        return self._now
+
+    def get(self) -> dict[str, Any]:
+        """Where the next iteration begins, by name: epoch, taken, and what else a loaded state has."""
+        epoch, taken, _ = self._numbers.tolist()
+        return dict(self._loaded or {"epoch": epoch, "taken": taken})
+
+    def state(self) -> dict[str, Any]:
+        """Where the iteration in progress stands, or the next one begins."""
+        return dict(self._loaded or self._now or self.get())
+
+    @property
+    def workers_read(self) -> bool:
+        """Whether workers have begun an iteration since the last `set`."""
+        return bool(self._numbers[2])
+
+
+def check_options(state: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Refuse a state that was saved by other options, of those that decide an epoch's order.
+
+    Raises:
+        ConfigError: one differs; it names both values.
+    """
+    for name, value in options.items():
+        if state.get(name) != value:
+            raise ConfigError(
+                f"the state was saved with {name} = {state.get(name)}, and here it is {value}: the epoch would go on"
+                " in another order",
+                f"resume with {name} = {state.get(name)}, or do not load the state and begin an epoch by set_epoch",
+            )
+
+
+def digest(values: bytes | memoryview) -> str:
+    """A short name of some bytes, to compare them by."""
+    return sha256(values).hexdigest()[:16]
 
 
 def resume_point(batches: Sequence[int], taken: int) -> tuple[int, NDArray[np.int64]]:

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset as wds
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.utils import pytorch_worker_info
 
 from graphbuild.errors import ConfigError
 from graphbuild.export.sidecar import SidecarHeader
 from graphbuild.torch.captions import CaptionChoice, check_choice, drawn, gathered
-from graphbuild.torch.epochs import Epochs, Position
+from graphbuild.torch.epochs import Epochs, Position, check_options
 from graphbuild.torch.fields import GRAPH_FIELDS, as_in_batch
 from graphbuild.torch.images import BadImages, ImageDecoder
 from graphbuild.torch.ranks import live_rank
@@ -33,6 +33,7 @@ from graphbuild.torch.shards import JoinedSample, Shard, find_shards, joined_sam
 
 logger = logging.getLogger(__name__)
 
+OWN = "taken_from_worker"  # in a worker's state: its own batches, behind those that the rank had taken when it began
 BATCH_FIELDS = ("image", "caption", "key", "row", "node", "weight", "offsets", *GRAPH_FIELDS)
 
 
@@ -142,10 +143,10 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
             raise ConfigError(f"epoch = {epoch}, skip_batches = {skip_batches}", "both start at 0")
         self._position.set(epoch, skip_batches)
 
-    def batches_per_epoch(self, workers: int) -> int:
-        """This rank's batches in the epoch last set, with a DataLoader's num_workers; with equal_ranks every rank's.
+    def batches_per_epoch(self, workers: int, epoch: int | None = None) -> int:
+        """This rank's batches in an epoch, by default the one last set; with equal_ranks every rank's.
 
-        One small read a sidecar, once a process.
+        workers: the DataLoader's num_workers. One small read a sidecar, once a process.
 
         Raises:
             ConfigError: workers below 0, or with equal_ranks a rank without a batch.
@@ -153,7 +154,8 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
         """
         if workers < 0:
             raise ConfigError(f"workers = {workers}", "pass the DataLoader's num_workers, 0 or more")
-        return sum(self._epochs.batches(self._position.get()[0], *self._rank_and_ranks(), max(workers, 1)))
+        number = self._position.state()["epoch"] if epoch is None else epoch
+        return sum(self._epochs.batches(number, *self._rank_and_ranks(), max(workers, 1)))
 
     def count_samples(self) -> int:
         """Samples that an epoch delivers, of all ranks together: those with a node and an image, before batches.
@@ -167,10 +169,55 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
         """The first shard's header; all shards must share its encoder, d, k, embeddings and graph."""
         return self._epochs.header
 
+    def order_options(self, workers: int) -> dict[str, Any]:
+        """All that decides an epoch's order, by name, with so many workers; plain values."""
+        epochs = self._epochs
+        return {
+            "workers": max(workers, 1),
+            "ranks": self._rank_and_ranks()[1],
+            "batch_size": epochs.batch_size,
+            "seed": epochs.seed,
+            "shuffle": self._shuffle,
+            "partial": epochs.partial,
+            "equal_ranks": epochs.equal_ranks,
+            "tars": epochs.tars,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the iteration stands: epoch and batches taken, beside all options that decide the order.
+
+        torchdata's StatefulDataLoader asks each worker for it. Elsewhere it is for an iteration without workers:
+        `GraphLoader` counts what a training loop has taken from workers, which read ahead.
+
+        Raises:
+            ConfigError: workers read this epoch, so that this process does not know.
+        """
+        if get_worker_info() is None and self._position.workers_read:
+            raise ConfigError(
+                "workers read ahead of the training loop, and the dataset does not know what the loop has taken",
+                "take the state of a GraphLoader or of torchdata's StatefulDataLoader",
+            )
+        return {**self.order_options(pytorch_worker_info()[3]), **self._position.state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration go on where the state was taken; `set_epoch` with the same epoch leaves it so.
+
+        Raises:
+            ConfigError: when the iteration begins: workers, ranks or an option differ, so that the order would too.
+        """
+        self._position.load(state)
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        rank, ranks = self._rank_and_ranks()
         _, _, worker, workers = pytorch_worker_info()
-        epoch, skip = self._position.get()
+        in_worker = get_worker_info() is not None
+        place = self._position.begin(in_worker=in_worker)
+        if "workers" in place:  # a loaded state
+            check_options(place, self.order_options(workers))
+        return self._batches(place, OWN if in_worker else "taken", worker, workers)
+
+    def _batches(self, place: dict[str, Any], counted: str, worker: int, workers: int) -> Iterator[dict[str, Any]]:
+        """What a worker reads; it counts its batches in the place, apart from those that the rank had taken before."""
+        (rank, ranks), epoch, skip, own = self._rank_and_ranks(), place["epoch"], place["taken"], place.get(OWN, 0)
         part = self._epochs.part(epoch, skip, rank, ranks, worker, workers)
         given = 0
         for batch in wds.DataPipeline(
@@ -178,11 +225,12 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
             self._join,
             *self._shuffled(random.Random(f"samples {self._epochs.seed} {epoch} {rank} {part.stream}")),
             wds.batched(self._epochs.batch_size, collation_fn=None, partial=self._epochs.partial),
-            lambda batches: map(partial(self._collate, epoch), islice(batches, part.first, part.last)),
+            lambda batches: map(partial(self._collate, epoch), islice(batches, part.first + own, part.last)),
         ):
-            yield batch
             given += 1
-        if not given and not skip and not self._epochs.partial:
+            place[counted] = place.get(counted, 0) + 1
+            yield batch
+        if not given and not skip and not own and not self._epochs.partial:
             logger.warning(
                 f"rank {rank}, worker {worker} of {workers}: no batch. A batch does not span workers, and this one's"
                 f" {len(part.shards)} of {len(self.shards)} tars do not fill one of {self._epochs.batch_size} samples:"

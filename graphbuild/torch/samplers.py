@@ -8,13 +8,17 @@ mapped graph. What it is good for, and figures: docs/training.md.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike
 from torch.utils.data import Sampler
 
 from graphbuild.errors import ConfigError
 from graphbuild.graph.groups import StoredGraph
 from graphbuild.graph.order import Epoch, NeighborOrder, Samples, Way
+from graphbuild.torch.epochs import Position, check_options, digest
 from graphbuild.torch.ranks import live_rank
 
 
@@ -84,8 +88,7 @@ class NeighborBatchSampler(Sampler[list[int]]):
         self.rank = known_rank if rank is None else rank
         self.ranks = known_ranks if ranks is None else ranks
         self._given = rank is not None, ranks is not None
-        self.epoch = 0
-        self._skip = 0
+        self._position = Position()
         if not 0 <= self.rank < self.ranks:
             raise ConfigError(f"rank = {self.rank} of ranks = {self.ranks}", "ranks are numbered from 0 to ranks - 1")
         self._order = NeighborOrder(
@@ -103,6 +106,8 @@ class NeighborBatchSampler(Sampler[list[int]]):
             drop_last=self.ranks > 1 if drop_last is None else drop_last,
             ranks=self.ranks,
         )
+        numbers = np.ascontiguousarray(nodes, np.int64)
+        self._nodes = f"{len(numbers)}, {digest(numbers.data)}"
 
     def set_epoch(self, epoch: int, skip_batches: int = 0) -> None:
         """Choose the groups and batches of iterations that start now; call it alike on all ranks.
@@ -118,20 +123,57 @@ class NeighborBatchSampler(Sampler[list[int]]):
                 f"epoch = {epoch}, skip_batches = {skip_batches}; an epoch has {len(self)} batches a rank",
                 "both start at 0; resume with the nodes, batch_size, drop_last and ranks that the run had",
             )
-        self.epoch, self._skip = epoch, skip_batches
+        self._position.set(epoch, skip_batches)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in progress, or of the next iteration."""
+        return int(self._position.state()["epoch"])
+
+    def order_options(self, workers: int = 0) -> dict[str, Any]:
+        """All that decides an epoch's order, by name; plain values. The number of workers does not."""
+        order = self._order
+        return {
+            **{field.name: getattr(order, field.name) for field in fields(order) if field.name != "graph"},
+            "ranks": self.ranks,
+            "batches": len(self),
+            "nodes": self._nodes,
+            "graph": getattr(order.graph, "fingerprint", None),  # a SampleGraph's
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the iteration stands: epoch and batches taken from this sampler, beside what decides the order.
+
+        A DataLoader's workers draw ahead of the training loop: `GraphLoader` and torchdata's StatefulDataLoader save
+        what the loop has taken. Any number of workers may go on from it.
+        """
+        return {**self.order_options(), **self._position.state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration go on where the state was taken; `set_epoch` with the same epoch leaves it so.
+
+        Raises:
+            ConfigError: an option, the nodes or the ranks differ, so that the order would too.
+        """
+        check_options(state, self.order_options())
+        self._position.load(state)
 
     def __len__(self) -> int:
         """Batches of this rank in a whole epoch; the same on all ranks and in all epochs."""
         return (len(self._order.bounds) - 1) // self.ranks
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = self._plan().order
-        for batch in range(self.rank + self._skip * self.ranks, len(self._order.bounds) - 1, self.ranks):
+        return self._batches(self._position.begin())
+
+    def _batches(self, place: dict[str, Any]) -> Iterator[list[int]]:
+        order = self._plan(place["epoch"]).order
+        for batch in range(self.rank + place["taken"] * self.ranks, len(self._order.bounds) - 1, self.ranks):
+            place["taken"] += 1
             yield self._order.items[order[self._order.bounds[batch] : self._order.bounds[batch + 1]]].tolist()
 
     def epoch_order(self) -> Samples:
         """All items with a node in this epoch's order, int32 [n]: batch after batch, of all ranks."""
-        return self._order.items[self._plan().order]
+        return self._order.items[self._plan(self.epoch).order]
 
     def report(self, batches: int = 1_000) -> dict[str, int | float]:
         """What this epoch's batches hold, beside random ones of the same sizes, on all ranks.
@@ -144,9 +186,9 @@ class NeighborBatchSampler(Sampler[list[int]]):
         self._check_rank()
         return self._order.report(self.epoch, batches)
 
-    def _plan(self) -> Epoch:
+    def _plan(self, epoch: int) -> Epoch:
         self._check_rank()
-        return self._order.epoch(self.epoch)
+        return self._order.epoch(epoch)
 
     def _check_rank(self) -> None:
         """ConfigError where ranks became known, or others, after this was made: all would yield the same batches."""

@@ -1,18 +1,17 @@
-"""The examples for other trainers, on a real store: what they train with, against formulas written out in float64."""
+"""The examples for other trainers, and the code that docs/trainers.md prints, on a real store."""
 
 from __future__ import annotations
 
+import copy
 import importlib
 import io
 import random
+import re
 import tarfile
-from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import nn
@@ -25,6 +24,7 @@ from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store
 from graphbuild.torch import graph_webdataset
+from graphbuild.torch.sentence_transformers import columns
 
 EXAMPLES = Path(__file__).parents[2] / "training" / "examples"
 SCENES, TARS, K, BATCH = 180, 2, 8, 40
@@ -140,126 +140,51 @@ def test_other_trainers_take_the_same_steps_as_the_plain_loop(
     assert printed_losses(capsys) == pytest.approx(plain_losses, abs=2e-3)
 
 
-def clip_loss(image: Any, text: Any, scale: Any, cosines: np.ndarray, tau_s: float) -> Any:
-    """Soft CLIP in float64: the mean over both directions of the cross entropy with softmax(cosines / tau_s)."""
-    image, text = (z / z.norm(dim=1, keepdim=True) for z in (image, text))
-    target = torch.softmax(torch.from_numpy(cosines) / tau_s, dim=1)
-    logits = scale * image @ text.T
-    return -(target * (torch.log_softmax(logits, 1) + torch.log_softmax(logits.T, 1))).sum(1).mean() / 2
-
-
-def test_the_open_clip_loss_is_clip_with_the_captions_softmax_for_target(example: Any, store: str, tars: str) -> None:
-    module = example("open_clip_soft_targets")
-    loss = module.SoftTargetClipLoss(tau_s=0.1)
-    batches = iter(graph_webdataset(tars, batch_size=BATCH, image_pixels=8, partial=False))
-    seen: list[dict[str, Any]] = []
-    handed = loss.follow((seen.append(batch) or batch for batch in batches), lambda captions: captions)
-    for seed in range(2):
-        images, captions = next(handed)
-        assert torch.equal(images, seen[-1]["image"])
-        assert captions == seen[-1]["caption"]
-        rng = torch.Generator().manual_seed(seed)
-        image, text = torch.nn.functional.normalize(torch.randn(2, BATCH, 16, generator=rng, dtype=float), dim=2)
-        image.requires_grad_()
-        scale = torch.tensor(17.0, dtype=float, requires_grad=True)
-        given = seen[-1]["embedding"].double().numpy()
-        given /= np.linalg.norm(given, axis=1, keepdims=True)
-        stored = embeddings_of(store, seen[-1]["node"])
-        assert np.abs(given @ given.T - stored @ stored.T).max() < 0.01  # int8 in the sidecar
-        expected = clip_loss(image, text, scale, given @ given.T, 0.1)
-        wanted = torch.autograd.grad(expected, [image, scale])
-        found = loss(image_features=image, text_features=text, logit_scale=scale, output_dict=True)
-        assert list(found) == ["contrastive_loss"]
-        assert found["contrastive_loss"].item() == pytest.approx(expected.item(), abs=1e-5)
-        assert torch.equal(loss(image, text, scale), found["contrastive_loss"])
-        for gradient, expected_gradient in zip(
-            torch.autograd.grad(found["contrastive_loss"], [image, scale]), wanted, strict=True
-        ):
-            assert torch.allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
-
-
-def test_the_open_clip_example_trains_all_its_parameters(
-    example: Any, tars: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    module = example("open_clip_soft_targets")
-    torch.manual_seed(0)
-    untrained = example("small").Clip()
-    assert changed(untrained, module.main(tars, 3, BATCH))
-    losses = printed_losses(capsys)
-    assert len(losses) == 3
-    assert np.isfinite(losses).all()
-    with pytest.raises(RuntimeError, match="follow"):
-        module.SoftTargetClipLoss()(torch.ones(2, 3), torch.ones(2, 3), torch.tensor(1.0))
-
-
-def test_the_open_clip_loss_stands_for_open_clips_own(example: Any) -> None:
-    """The same loss as open_clip.ClipLoss where every caption is unlike the others and tau_s is small."""
-    open_clip = pytest.importorskip("open_clip")
-    loss = example("open_clip_soft_targets").SoftTargetClipLoss(tau_s=0.01)
-    next(iter(loss.follow([{"embedding": torch.eye(12), "image": None, "caption": None}], lambda captions: captions)))
-    image, text = torch.nn.functional.normalize(torch.randn(2, 12, 16), dim=2)
-    expected = open_clip.ClipLoss()(image, text, torch.tensor(14.0))
-    assert loss(image, text, torch.tensor(14.0)).item() == pytest.approx(expected.item(), abs=1e-5)
-
-
-@pytest.fixture
-def sentences(example: Any) -> ModuleType:
-    return example("sentence_transformers_batches")
-
-
-def stored_neighbors(store: str) -> np.ndarray:
-    return np.concatenate([np.load(path) for path in sorted(Path(store).glob("graph/*.neighbors.npy"))])
-
-
-def edges_in(batches: list[list[int]], neighbors: np.ndarray) -> int:
-    return sum(int(j) in batch for batch in map(set, batches) for i in batch for j in neighbors[i])
-
-
-def test_sentence_transformers_batches_hold_graph_neighbours(sentences: ModuleType, store: str, tmp_path: Path) -> None:
-    """The trainer's own get_batch_sampler makes the sampler, with the arguments it would give."""
-    pytest.importorskip("accelerate")
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-
-    graph = SampleGraph.open(store)
-    trainer = object.__new__(SentenceTransformerTrainer)  # its __init__ needs `datasets`
-    trainer.args = SentenceTransformerTrainingArguments(
-        str(tmp_path), batch_sampler=partial(sentences.NeighborBatches, graph=graph)
-    )
-    made = trainer.get_batch_sampler(list(range(len(graph))), batch_size=16, drop_last=True, seed=3)
-    batches, neighbors = list(made), stored_neighbors(store)
-    assert len(batches) == len(made) == len(graph) // 16
-    assert all(len(batch) == 16 for batch in batches)
-    used = np.concatenate(batches)
-    assert len(np.unique(used)) == len(used)
-    shuffled = np.random.default_rng(0).permutation(used).reshape(-1, 16).tolist()
-    assert edges_in(batches, neighbors) > 2 * edges_in(shuffled, neighbors) > 0
-    made.set_epoch(1)
-    assert list(made) != batches
-    with pytest.raises(ValueError, match="rows for"):
-        trainer.get_batch_sampler([0, 1], batch_size=16, drop_last=True)
-
-
-@pytest.mark.parametrize(("skip", "count"), [(1, 3), (5, 3)])
-def test_hard_negatives_are_the_texts_of_the_rank_window(
-    sentences: ModuleType, store: str, skip: int, count: int
-) -> None:
-    table = pq.read_table(sorted(Path(store).glob("nodes/*.parquet"))).to_pylist()
-    texts = {row["node"]: row["text"] for row in table}
-    data = sentences.columns(store, SampleGraph.open(store), skip=skip, count=count)
-    assert list(data) == ["anchor", "positive", *(f"negative_{n}" for n in range(1, count + 1))]
-    rows = list(zip(*data.values(), strict=True))
-    assert len(rows) == len(texts)
-    for node, (row, neighbors) in enumerate(zip(rows, stored_neighbors(store), strict=True)):
-        wanted = [node, neighbors[0], *neighbors[skip : skip + count]]
-        assert list(row) == [texts[int(n)] for n in wanted]
-
-
 def test_the_sentence_transformers_example_trains(
-    sentences: ModuleType, store: str, capsys: pytest.CaptureFixture[str]
+    example: Any, store: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("datasets")
+    pytest.importorskip("accelerate")
+    monkeypatch.chdir(tmp_path)
+    texts = columns(store, SampleGraph.open(store))
     torch.manual_seed(0)
-    untrained = sentences.small_model(sentences.columns(store, SampleGraph.open(store))["anchor"])
-    assert changed(untrained, sentences.main(store, 3, BATCH))
+    untrained = example("small").small_model(texts["anchor"])
+    assert changed(untrained, example("sentence_transformers_batches").main(store, 3, BATCH))
     losses = printed_losses(capsys)
     assert len(losses) == 3
     assert np.isfinite(losses).all()
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "trainers.md"
+SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.M | re.S))
+NEEDS = {
+    "Lightning": ["lightning"],
+    "transformers": ["accelerate"],
+    "sentence-transformers": ["datasets", "accelerate"],
+}
+
+
+def test_every_trainer_has_its_code() -> None:
+    assert {name: part.count("```") // 2 for name, part in SECTIONS.items()} == dict.fromkeys(SECTIONS, 1)
+    assert "python -m graphbuild.open_clip" in SECTIONS["open_clip"]
+    assert {*NEEDS, "plain PyTorch", "open_clip"} == set(SECTIONS)
+
+
+@pytest.mark.parametrize("name", [name for name in SECTIONS if name != "open_clip"])
+def test_the_printed_code_trains_as_it_is_printed(
+    example: Any, store: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder where the store is at out/, with `encoder`, `two_views` and `model` of the examples' small.py."""
+    for package in NEEDS.get(name, []):
+        pytest.importorskip(package)
+    code = re.search(r"```python\n(.*?)```", SECTIONS[name], re.S)
+    assert code is not None
+    (tmp_path / "out").symlink_to(store)
+    monkeypatch.chdir(tmp_path)
+    small, (graph, texts) = example("small"), (SampleGraph.open(store), columns(store, SampleGraph.open(store)))
+    torch.manual_seed(0)
+    models = [small.encoder(), small.small_model(texts["anchor"])]
+    before = copy.deepcopy(models)
+    given = {"encoder": models[0], "model": models[1], "two_views": small.two_views, "graph": graph}
+    exec(compile(code[1], f"{PAGE} {name}", "exec"), given)
+    assert [changed(*pair) for pair in zip(before, models, strict=True)].count(True) == 1

@@ -1,21 +1,22 @@
-"""What the examples share: random views of a picture and small networks. Put your own in their place."""
+"""What the examples share: random views of a picture, small networks, a command line. Put your own in their place."""
 
 from __future__ import annotations
 
-import math
+import argparse
 import random
-import zlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from PIL import Image
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from torch.nn.functional import normalize
-from torch.nn.utils.rnn import pad_sequence
 
+TARS = "tars with sidecars beside them: a glob or brace pattern"
 PIXELS = 32
 FEATURES = 64
-WORDS = 1_000
 
 
 def one_view(image: Image.Image) -> Tensor:
@@ -40,20 +41,19 @@ def encoder() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(64, FEATURES))
 
 
-class Clip(nn.Module):
-    """Images and the words of texts to what open_clip's CLIP returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.image, self.text = encoder(), nn.EmbeddingBag(WORDS, FEATURES, padding_idx=0)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-
-    def forward(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-        features = {"image_features": self.image(images), "text_features": self.text(texts)}
-        return {name: normalize(z) for name, z in features.items()} | {"logit_scale": self.log_scale.exp()}
+def small_model(texts: list[str]) -> SentenceTransformer:
+    """The mean of learned word vectors; put any SentenceTransformer in its place."""
+    words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=["[UNK]"]))
+    return SentenceTransformer(modules=[StaticEmbedding(words, embedding_dim=FEATURES)], device="cpu")
 
 
-def hashed_words(captions: list[str]) -> Tensor:
-    """int64 [B, words of the longest], 0 behind the shorter ones."""
-    words = [[1 + zlib.crc32(word.encode()) % (WORDS - 1) for word in text.split()] for text in captions]
-    return pad_sequence([torch.tensor(numbers) for numbers in words], batch_first=True)
+def run(main: Callable[..., object], data: str) -> None:
+    """The command line of an example."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("data", help=data)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=64)
+    given = parser.parse_args()
+    main(given.data, given.steps, given.batch_size)
