@@ -167,7 +167,7 @@ NEEDS = {
 def test_every_trainer_has_its_code() -> None:
     assert {name: part.count("```") // 2 for name, part in SECTIONS.items()} == dict.fromkeys(SECTIONS, 1)
     assert "python -m graphbuild.open_clip" in SECTIONS["open_clip"]
-    assert {*NEEDS, "plain PyTorch", "open_clip"} == set(SECTIONS)
+    assert {*NEEDS, "plain PyTorch", "open_clip", "Neighbours as second views"} == set(SECTIONS)
 
 
 @pytest.mark.parametrize("name", [name for name in SECTIONS if name != "open_clip"])
@@ -185,6 +185,6 @@ def test_the_printed_code_trains_as_it_is_printed(
     torch.manual_seed(0)
     models = [small.encoder(), small.small_model(texts["anchor"])]
     before = copy.deepcopy(models)
-    given = {"encoder": models[0], "model": models[1], "two_views": small.two_views, "graph": graph}
+    given = {"encoder": models[0], "model": models[1], "two_views": small.two_views, "view": small.one_view}
     exec(compile(code[1], f"{PAGE} {name}", "exec"), given)
     assert [changed(*pair) for pair in zip(before, models, strict=True)].count(True) == 1
