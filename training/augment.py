@@ -37,7 +37,7 @@ def view_draws(config: Config, place: Place, epoch: int, step: int, count: int) 
 
 
 def random_view(images: Tensor, draws: Tensor, config: Config) -> Tensor:
-    """Random resized crop and flip, saturation or none, contrast, brightness, hue, blur and solarisation, in this order.
+    """Random resized crop, flip, saturation or none, contrast, brightness, hue, blur and solarisation, in this order.
 
     Args:
         images: [B, 3, H, W] float in [-1, 1]; with full_crops what `cut` made for this view.

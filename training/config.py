@@ -135,7 +135,7 @@ class Config:
         for wrong, cause, fix in (
             (self.samples == 0, "samples = 0", "use a share in (0, 1], or a number of samples"),
             (self.area_min == 0, "area_min = 0", "use a share of the image in (0, 1]"),
-            (self.full_crops and self.cache, "full_crops with a cache of shrunk images", "pass --no-cache and --workers"),
+            (self.full_crops and self.cache, "full_crops with a cache of shrunk images", "pass --no-cache --workers"),
             (self.warm_up == 1, "warm_up = 1", "use a share of the training in [0, 1)"),
             (math.isinf(self.learning_rate), "learning_rate = inf", "use a number"),
             (

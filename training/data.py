@@ -94,7 +94,7 @@ def training_samples(config: Config) -> TrainingSamples:
 
 
 class CutBatch(list[int]):
-    """The sample numbers of a batch whose views are cut where its images are read; draws: [2, DRAWS, B] of the views."""
+    """Sample numbers of a batch whose views are cut where its images are read; draws: [2, DRAWS, B] of the views."""
 
     draws: Tensor
     config: Config
