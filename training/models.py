@@ -95,8 +95,9 @@ def new_encoder(config: Config) -> Any:
         except TypeError:  # others take any
             model = timm.create_model(wanted, pretrained=False, num_classes=0)
         encoder = nn.Sequential(model) if hasattr(model, "features") else model  # densenets have layers of this name
-        encoder.features = model.num_features
-        return encoder
+        with torch.inference_mode():  # some have another width than their num_features
+            encoder.features = encoder.eval()(torch.zeros(1, 3, config.pixels, config.pixels)).shape[1]
+        return encoder.train()
     raise ConfigError(f"backbone = {name!r}", "use small, resnet50, vit or timm:NAME")
 
 

@@ -482,16 +482,24 @@ def test_a_step_that_overflows_float16_is_left_out_and_halves_the_scale() -> Non
     assert scaler.get_scale() == 2.0**124
 
 
-def test_float16_is_near_float32_and_tells_its_scale(scenes_store: str, tmp_path: Path) -> None:
+def test_float16_is_near_float32_and_finds_its_scale(scenes_store: str, tmp_path: Path) -> None:
+    """Small steps, so that the first ones, which overflow and are left out, make little difference."""
     for precision in ("float32", "float16"):
-        train(small(scenes_store, epochs=1, precision=precision), tmp_path / precision, HERE)
-    exact, rounded = ([line["loss"] for line in steps(tmp_path / name)] for name in ("float32", "float16"))
-    assert exact != rounded
-    assert rounded == pytest.approx(exact, rel=0.01)
-    assert {line["loss_scale"] for line in steps(tmp_path / "float16")} == {2.0**16}
-    assert "loss_scale" not in steps(tmp_path / "float32")[0]
-    norms = [[line["gradient_norm"] for line in steps(tmp_path / name)] for name in ("float32", "float16")]
-    assert norms[1] == pytest.approx(norms[0], rel=0.1)  # of the gradient itself, not of the scaled one
+        config = small(scenes_store, epochs=1, precision=precision, learning_rate=1e-4)
+        train(config, tmp_path / precision, HERE)
+    exact, rounded = (steps(tmp_path / name) for name in ("float32", "float16"))
+    assert [line["loss"] for line in rounded] == pytest.approx([line["loss"] for line in exact], rel=0.015)
+    assert rounded[0]["loss"] != exact[0]["loss"]
+    scale = 2.0**16
+    for line, other in zip(rounded, exact, strict=True):
+        scale = scale if "gradient_norm" in line else scale / 2
+        assert line["loss_scale"] == scale
+        assert line.get("gradient_norm", other["gradient_norm"]) == pytest.approx(other["gradient_norm"], rel=0.05)
+    assert "gradient_norm" in rounded[-1]  # of the gradient itself, not of the scaled one
+    assert scale < 2.0**16
+    assert "loss_scale" not in exact[0]
+    saved = torch.load(tmp_path / "float16/checkpoint.pt", weights_only=True)["scaler"]
+    assert saved["scale"] == scale
 
 
 def test_a_run_of_an_older_trainer_goes_on_and_one_of_a_newer_is_refused(scenes_store: str, tmp_path: Path) -> None:
