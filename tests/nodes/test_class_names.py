@@ -14,6 +14,7 @@ import pytest
 
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError
+from graphbuild.export.sidecar import Sidecar
 from graphbuild.job.steps import run_verb
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
@@ -86,3 +87,26 @@ def test_names_that_do_not_repeat_are_in_the_record_as_they_are(tmp_path: Path) 
     store = build(tmp_path, "embed", names=["a", "b", "c", "d", "e"])
     (record,) = (store / "_state/scan").glob("*.json")
     assert json.loads(record.read_text())["settings"]["class_names"] == ["a", "b", "c", "d", "e"]
+
+
+def test_sidecars_of_classes_are_packed_and_those_of_captions_written_as_ever(tmp_path: Path) -> None:
+    store = build(tmp_path, "run", k=0)
+    (packed,) = (store / "shards").glob("*.graph.parquet")
+    found = Sidecar.read(str(packed))
+    nodes = SampleGraph.open(str(store)).sample_nodes()
+    neighbors, _ = SampleGraph.open(str(store)).neighbors(nodes)
+    assert np.array_equal(found.node, nodes)
+    assert np.array_equal(found.neighbors, neighbors)
+    assert "BYTE_STREAM_SPLIT" in encodings(packed)["neighbors.list.element"]
+    with Runner(workers=0) as runner:
+        embed = Embed(shards=str(tmp_path / "a.tar"), caption_member="cls")
+        for verb in ("embed", "index", "export"):
+            run_verb(verb, Recipe(embed=embed, index=Index(k=2)), Store(str(tmp_path / "plain")), runner)
+    (plain,) = (tmp_path / "plain/shards").glob("*.graph.parquet")
+    pq.write_table(pq.read_table(plain), tmp_path / "as_ever", compression="zstd", write_page_checksum=True)
+    assert encodings(tmp_path / "as_ever") == encodings(plain)
+
+
+def encodings(path: Path) -> dict[str, tuple[str, ...]]:
+    columns = pq.ParquetFile(path).metadata.row_group(0)
+    return {columns.column(i).path_in_schema: columns.column(i).encodings for i in range(columns.num_columns)}
