@@ -9,7 +9,6 @@ at once, and knn the queries: a label costs about 300 passes over them, five fit
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -67,34 +66,33 @@ class Features:
 
 @dataclass(frozen=True)
 class OtherImages:
-    """Images that have no labels, but say which guesses are right: truths, a name for each; right, by such a name."""
+    """Images that say which guesses are right: truths, a name for each; right, by such a name."""
 
     name: str
     truths: list[str]
     right: Mapping[str, set[str]]
 
+    def accuracy(self, guesses: Sequence[str]) -> float:
+        """Share of right guesses, one for each image."""
+        return sum(map(set.__contains__, map(self.right.__getitem__, self.truths), guesses)) / len(guesses)
+
 
 @torch.inference_mode()
 def extract(
-    encoders: Mapping[str, nn.Module],
-    batches: Iterable[dict[str, Any]],
-    labels: Sequence[str],
-    device: torch.device,
-    folder: Path,
+    encoders: Mapping[str, Any], batches: Iterable[Any], labels: Sequence[str], device: torch.device, folder: Path
 ) -> Features:
     """Features of every image, in the order of `batches`, in files of `folder`.
 
     Batches carry image, and the first ones what `values_of` reads of each label; those without a key have none.
     """
     values: dict[str, list[str]] = {label: [] for label in labels}
-    with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context((folder / name).open("wb")) for name in encoders}
-        for batch in batches:
-            images = scaled(batch["image"].to(device))
-            for name, encoder in encoders.items():
-                files[name].write(encoder(images).float().cpu().numpy().tobytes())
-            for label in labels if "key" in batch else ():
-                values[label] += values_of(batch, label)
+    for batch in batches:
+        images = scaled(batch["image"].to(device))
+        for name, encoder in encoders.items():
+            with (folder / name).open("ab") as file:
+                file.write(encoder(images).float().cpu().numpy().tobytes())
+        for label in labels if "key" in batch else ():
+            values[label] += values_of(batch, label)
     found = {name: np.memmap(folder / name, np.float32, "r") for name in encoders}
     return Features({name: Rows(found[name].reshape(-1, encoders[name].features)) for name in encoders}, values)
 
@@ -107,8 +105,7 @@ def members_of(labels: Sequence[str]) -> list[str]:
 def values_of(batch: dict[str, Any], label: str) -> list[str]:
     """The values of a label in the members of a batch; InputError where a sample has none."""
     if label.startswith("."):
-        values = [value.decode(errors="replace") if isinstance(value, bytes) else value for value in batch[label[1:]]]
-        return [str(value).strip() for value in values]
+        return [(value.decode() if isinstance(value, bytes) else str(value)).strip() for value in batch[label[1:]]]
     for key, fields in zip(batch["key"], batch["json"], strict=True):
         if label not in fields:
             raise InputError(
@@ -124,34 +121,26 @@ def evaluate(
 
     others: whose features stand behind those of the test part, in order; a row each, of the first label's probes.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for label, names in train.labels.items():
-        classes, (y_train, y_test) = numbered(names, test.labels[label])
+        held = test.labels[label]
+        asked = [OtherImages(label, held, {value: {value} for value in held}), *(() if rows else others)]
+        classes, (y, _) = numbered(names, held)
         if classes > len(names) / 2:
             raise InputError(f"label {label!r} has {classes} values: too many for classes", "correct --labels")
-        number = dict(zip(names, y_train.tolist(), strict=True))
-        rights = [nn.functional.one_hot(y_test, classes).bool()]
-        for other in others if not rows else ():
-            one = torch.zeros(len(other.truths), classes, dtype=torch.bool)
-            for place, truth in enumerate(other.truths):
-                one[place, [number[value] for value in other.right[truth] if value in number]] = True
-            rights.append(one)
-        own: list[dict[str, Any]] = [
-            {"label": told, "classes": classes} for told in (label, *(f"{label} on {other.name}" for other in others))
-        ][: len(rights)]
-        commonest = y_train.mode().values.repeat(sum(map(len, rights)))
-        guesses = {"chance": commonest}
-        for encoder, x_train in train.by_encoder.items():
-            x_test = test.by_encoder[encoder][: len(commonest)]
+        kinds, sizes = sorted({*names, *held}), [len(one.truths) for one in asked]
+        guesses = {"chance": y.mode().values.repeat(sum(sizes))}
+        for encoder, x in train.by_encoder.items():
+            queries = test.by_encoder[encoder][: sum(sizes)]
             for probe, choices in ((knn, NEIGHBOURS), (linear, PENALTIES)):
-                predicted = _chosen_on_validation(
-                    partial(probe, device=device), choices, x_train, y_train, x_test, classes
-                )
-                guesses[f"{probe.__name__} {encoder}"] = predicted
-        for name, predicted in guesses.items():
-            for row, right, part in zip(own, rights, predicted.split([*map(len, rights)]), strict=True):
-                row[name] = right[torch.arange(len(part)), part].float().mean().item()
-        rows += own
+                here = partial(probe, device=device)
+                guesses[f"{probe.__name__} {encoder}"] = _chosen_on_validation(here, choices, x, y, queries, classes)
+        for place, one in enumerate(asked):
+            parts = {name: [kinds[i] for i in all_.split(sizes)[place].tolist()] for name, all_ in guesses.items()}
+            told = f"{label} on {one.name}" if place else label
+            rows.append(
+                {"label": told, "classes": classes} | {name: one.accuracy(part) for name, part in parts.items()}
+            )
     return rows
 
 

@@ -69,9 +69,12 @@ def without_border(image: Image.Image, border: int, pixels: int) -> torch.Tensor
     return torch.from_numpy(np.asarray(fitted).transpose(2, 0, 1).copy())
 
 
-def read_tests(path: Path, pixels: int) -> list[FolderTest]:
-    """The tests of a YAML file; ConfigError: a file or folder is missing, or is not what it should be."""
-    found = []
+def read_tests(file: str, pixels: int) -> list[FolderTest]:
+    """The tests of a YAML file, if one is given; ConfigError: a file or folder is missing or not what it should be."""
+    found: list[FolderTest] = []
+    if not file:
+        return found
+    path = Path(file)
     try:
         for name, given in TypeAdapter(dict[str, Given]).validate_python(read(path)).items():
             folder = path.parent / given.folder

@@ -16,7 +16,7 @@ import torch
 from config import Config, Probing
 from data import Batch, sidecars_of, split_shards, unchanged
 from evaluate import evaluate, extract, members_of, table, values_of
-from folders import FolderTest, read_tests
+from folders import read_tests
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -28,12 +28,9 @@ def probe(
     config: Config, probing: Probing, encoders: dict[str, nn.Module], run_dir: Path, device: torch.device
 ) -> None:
     """Compare encoders, and add a line of each label and test to metrics.jsonl."""
-    config, labels, tests = probed(config, probing), probing.names, folder_tests(config, probing)
+    config, labels, tests = probed(config, probing), probing.names, read_tests(probing.tests, config.pixels)
     train, held_out = (labelled(config, tars, labels) for tars in split_shards(config))
-    others = (
-        DataLoader(test, config.batch_size, collate_fn=unchanged, num_workers=config.workers)  # type: ignore[arg-type]
-        for test in tests
-    )
+    others = (DataLoader(test, config.batch_size, collate_fn=unchanged, num_workers=config.workers) for test in tests)
     for test in tests:
         if test.left_out:
             print(f"{test.asked.name}: {len(test.left_out)} class folders have no class here, as {test.left_out[0]}")
@@ -57,10 +54,10 @@ def check_probing(config: Config, probing: Probing) -> None:
     if not probing.names:
         return
     config = probed(config, probing)
+    option = "--probe-held-out" if probing.probe else "--held-out"
     if not config.held_out:
-        option = "--probe-held-out" if probing.probe else "--held-out"
         raise ConfigError("--labels needs shards to test on", f"set {option} to 1 or more")
-    folder_tests(config, probing)
+    read_tests(probing.tests, config.pixels)
     for tars in split_shards(config):
         try:
             batch = next(iter(labelled(config, tars, probing.names)), None)
@@ -68,7 +65,6 @@ def check_probing(config: Config, probing: Probing) -> None:
             fix = "labels are fields of the samples' json members, or members of their own, as .cls"
             raise ConfigError(f"--labels: {error.cause}", fix) from error
         if batch is None:
-            option = "--probe-held-out" if probing.probe else "--held-out"
             raise ConfigError(f"--labels: no sample in {tars[0]} or the other shards with it", f"set {option} higher")
         for label in probing.names:
             values_of(batch, label)
@@ -79,10 +75,6 @@ def probed(config: Config, probing: Probing) -> Config:
     if not probing.probe:
         return config
     return replace(config, store=probing.probe, train_shards="", held_out=probing.probe_held_out)
-
-
-def folder_tests(config: Config, probing: Probing) -> list[FolderTest]:
-    return read_tests(Path(probing.tests), config.pixels) if probing.tests else []
 
 
 def labelled(config: Config, tars: Sequence[str], labels: Sequence[str]) -> Iterable[Batch]:

@@ -162,11 +162,11 @@ def test_images_of_folders_lose_their_border_and_are_then_cut_as_others(tmp_path
     (tmp_path / "images/a/notes.txt").write_text("no image")
     for border in (0, 2):
         (tmp_path / "tests.yaml").write_text(f"one: {{folder: images, border: {border}}}")
-        (test,) = read_tests(tmp_path / "tests.yaml", 20)
+        (test,) = read_tests(str(tmp_path / "tests.yaml"), 20)
         assert (len(test), test.asked.truths) == (1, ["a"])
         inner = Image.fromarray(pixels[border : 42 - border, border : 62 - border])
         wanted = np.asarray(ImageOps.fit(inner, (20, 20), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
         assert torch.equal(test.__getitems__([0])["image"][0], torch.from_numpy(wanted.copy()))
     (tmp_path / "tests.yaml").write_text("one: {folder: images, border: x}")
     with pytest.raises(ConfigError, match="border"):
-        read_tests(tmp_path / "tests.yaml", 20)
+        read_tests(str(tmp_path / "tests.yaml"), 20)
