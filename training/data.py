@@ -79,14 +79,9 @@ def training_samples(config: Config) -> TrainingSamples:
     ConfigError: one of its tars is held out.
     """
     tars, held_out = split_shards(config)
+    pixels = None if config.full_crops else config.pixels
     samples = _training_samples(
-        config.store,
-        tars,
-        None if config.full_crops else config.pixels,
-        config.samples,
-        config.subset_seed,
-        config.cache,
-        config.workers,
+        config.store, tars, pixels, config.samples, config.subset_seed, config.cache, config.workers
     )
     if both := sorted(set(samples.tars) & set(held_out)):
         raise ConfigError(f"{both[0]} is held out, and among the train shards", "set --held-out or --train-shards")

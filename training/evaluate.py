@@ -41,10 +41,6 @@ class Rows:
     def __init__(self, values: NDArray[np.float32], rows: Tensor | None = None) -> None:
         self._values, self._rows = values, torch.arange(len(values)) if rows is None else rows
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return len(self._rows), self._values.shape[1]
-
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -244,7 +240,7 @@ def linear(
     squares = sum((part - mean).square().sum(0) for part in x.split(PART))
     deviation = (squares / (len(x) - 1)).sqrt().float().clamp_min(1e-6).to(device)
     mean = mean.float().to(device)
-    head = nn.Linear(x.shape[1], classes, device=device)
+    head = nn.Linear(len(mean), classes, device=device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=60, line_search_fn="strong_wolfe")

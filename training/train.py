@@ -156,15 +156,8 @@ def update(
     optimizer.zero_grad()
     half = HALVES.get(config.precision)
     autocast = torch.autocast(place.device.type, half or torch.bfloat16, enabled=half is not None)
-    loss = backward(
-        model,
-        inputs,
-        partial(objective, targets=targets),
-        chunk=config.chunk,
-        seed=seed,
-        autocast=autocast,
-        scale=scaler.scale,
-    )
+    loss_of = partial(objective, targets=targets)
+    loss = backward(model, inputs, loss_of, chunk=config.chunk, seed=seed, autocast=autocast, scale=scaler.scale)
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf).item()
     overflows = scaler.is_enabled() and scaler.get_scale() >= 1 and bool(loss.isfinite())

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from graphbuild.nodes.captions import Found, hashes, usable_text, without_mark
+from graphbuild.nodes.captions import CLASS_MARK, Found, hashes, usable_text
 from graphbuild.nodes.samples import PLURAL, SCHEMA
 from graphbuild.store.layout import SCANNED
 from graphbuild.store.store import Writer
@@ -78,7 +78,9 @@ class CaptionRows:
         """
         samples = np.repeat(np.arange(len(self.keys), dtype=np.int32), np.array(self.counts, np.int64))
         hashed = hashes(self.texts)
-        shown = [list(map(without_mark, texts)) if of_classes else texts for texts in (self.captions, self.texts)]
+        shown = [self.captions, self.texts]
+        if of_classes:
+            shown = [[text and CLASS_MARK.sub("", text) for text in texts] for texts in shown]
         own: dict[str, Any] = {
             "caption": shown[0],
             "text": shown[1],

@@ -130,11 +130,6 @@ def kept_apart(names: Sequence[str]) -> list[str]:
     ]
 
 
-def without_mark(text: str | None) -> str | None:
-    """The text of a class as it is shown and encoded."""
-    return None if text is None else CLASS_MARK.sub("", text)
-
-
 def _class_name(text: str, names: Sequence[str]) -> tuple[str, str | None]:
     label = text.strip()
     if not label.isdecimal() or len(label) > 20 or int(label) >= len(names):
