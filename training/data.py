@@ -91,7 +91,7 @@ def training_samples(config: Config) -> TrainingSamples:
 class CutBatch(list[int]):
     """Sample numbers of a batch whose views are cut where its images are read; draws: [2, DRAWS, B] of the views."""
 
-    draws: Tensor
+    draws: NDArray[np.float32]  # a Tensor would go to workers by a file that they share, one a batch
     config: Config
 
 
@@ -146,7 +146,7 @@ class TrainingSamples(Dataset[Batch]):
             images = found.fields["image"]
             views = [
                 [cut(image, one, numbers.config) for image, one in zip(images, draws.T, strict=True)]
-                for draws in numbers.draws
+                for draws in torch.from_numpy(numbers.draws)
             ]
             cuts = torch.from_numpy(np.array(views)).permute(0, 1, 4, 2, 3)
             return {"image": cuts, "node": node, "caption": found.fields["caption"]}
@@ -240,5 +240,5 @@ class EpochBatches(Sampler[list[int]]):
                 continue
             numbers = CutBatch(batch)
             numbers.config = self._config
-            numbers.draws = view_draws(self._config, self._place, self._epoch, step, len(batch))
+            numbers.draws = view_draws(self._config, self._place, self._epoch, step, len(batch)).numpy()
             yield numbers

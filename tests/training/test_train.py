@@ -173,7 +173,7 @@ def small(store: str, **more: Any) -> Config:
         {"method": "clip", "text": "tower"},
         {"method": "clip_soft", "cache": False, "precision": "bfloat16"},
         {"method": "clip", "precision": "float16", "chunk": 16},
-        {"full_crops": True, "cache": False, "hue": 0.2, "blur": 0.5, "solarise": 0.2, "workers": 1},
+        {"full_crops": True, "cache": False, "hue": 0.2, "blur": 0.5, "solarise": 0.2},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )
