@@ -234,7 +234,7 @@ def test_a_recipe_that_cannot_be_read_is_refused_by_name(tmp_path: Path, name: s
 @pytest.mark.parametrize(
     ("section", "changes", "named"),
     [
-        ("index", {"k": 0}, "--k"),
+        ("index", {"k": -1}, "--k"),
         ("embed", {"caption_column": None, "template": "no place"}, "--template"),
         ("embed", {"captions": "a", "vectors": "b"}, "--captions, --vectors: captions and vectors exclude each other"),
         ("embed", {"captions": "a.csv", "template": ""}, "--template: '' must contain {} once"),

@@ -30,16 +30,22 @@ RANGES: dict[str, tuple[float, float]] = {
     "pixels": (8, math.inf),
     "area_min": (0, 1),
     "jitter": (0, 1),
+    "jitter_share": (0, 1),
+    "hue": (0, 0.5),
     "grayscale": (0, 1),
+    "blur": (0, 1),
+    "solarise": (0, 1),
     "epochs": (1, math.inf),
     "batch_size": (2, math.inf),
     "chunk": (0, math.inf),
     "learning_rate": (0, math.inf),
     "weight_decay": (0, math.inf),
     "warm_up": (0, 1),
+    "clip_norm": (0, math.inf),
     "workers": (0, math.inf),
     "checkpoint_steps": (0, math.inf),
 }
+OWN = ("weight_decay", "warm_up", "clip_norm")  # -1: what the optimizer is used with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,22 +86,35 @@ class Config:
     group: Annotated[int, "samples of such a group"] = 8
     random_share: Annotated[float, "share of the batches that are random ones all the same"] = 0.0
 
-    backbone: Annotated[str, "small | resnet50 | vit | timm:NAME"] = "small"
+    backbone: Annotated[str, "small | resnet50 | vit | timm:NAME, or timm/NAME"] = "small"
     width: Annotated[int, "channels of the small backbone's first stage"] = 16
     pixels: Annotated[int, "side of the images"] = 64
     area_min: Annotated[float, "a crop keeps at least this share of an image"] = 0.6
     jitter: Annotated[float, "largest relative change of brightness, contrast and saturation"] = 0.3
+    jitter_share: Annotated[float, "probability of that change, and of the hue's"] = 1.0
+    hue: Annotated[float, "largest turn of the hue, in circles"] = 0.0
     grayscale: Annotated[float, "probability of losing all colour"] = 0.05
+    blur: Annotated[float, "probability of a Gaussian blur, of 0.1 to 2 pixels"] = 0.0
+    solarise: Annotated[float, "probability of inverting all values above the middle"] = 0.0
     flip: Annotated[bool, "mirror half of the views"] = True
+    full_crops: Annotated[
+        bool, "cut crops out of the whole image before it is shrunk, not out of its shrunk middle; needs --no-cache"
+    ] = False
 
     epochs: Annotated[int, "passes over the training samples"] = 8
     batch_size: Annotated[int, "images of a step, over all ranks"] = 64
     chunk: Annotated[int, "images that a rank holds activations of at once (GradCache); 0: all"] = 0
     optimizer: Annotated[Literal["adamw", "lars"], ""] = "adamw"
     learning_rate: Annotated[float, "the highest; 0: 3e-3 of adamw, SimCLR's 0.3 x batch_size / 256 of lars"] = 0.0
-    weight_decay: Annotated[float, "of matrices and kernels; biases and norms have none"] = 1e-2
-    warm_up: Annotated[float, "share of the training"] = 0.05
-    precision: Annotated[Literal["auto", "float32", "bfloat16"], "auto: bfloat16 on GPUs that have it"] = "auto"
+    weight_decay: Annotated[float, "of matrices and kernels alone; -1: 1e-2 of adamw, SimCLR's 1e-6 of lars"] = -1.0
+    warm_up: Annotated[float, "share of the training; -1: 0.05 of adamw, of lars 10 epochs, at most a tenth"] = -1.0
+    clip_norm: Annotated[
+        float, "longest gradient, others are scaled down to it; 0: any; -1: 1 of adamw, 0 of lars"
+    ] = -1.0
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        "auto: bfloat16 on GPUs that have it; float16 scales the loss, and leaves out steps that overflow",
+    ] = "auto"
     seed: Annotated[int, "of weights, batches and views"] = 0
 
     cache: Annotated[bool, "decode every image once, into memory: 3 x pixels x pixels bytes each, on every rank"] = True
@@ -109,12 +128,14 @@ class Config:
             if get_origin(kind) is Literal and value not in get_args(kind):
                 raise ConfigError(f"{name} = {value!r}", f"use one of {', '.join(map(repr, get_args(kind)))}")
         for name, (least, most) in RANGES.items():
-            if not least <= (value := getattr(self, name)) <= most:
+            value = getattr(self, name)
+            if not least <= value <= most and not (value == -1 and name in OWN):
                 wanted = f"{least:g} to {most:g}" if most < math.inf else f"{least:g} or more"
                 raise ConfigError(f"{name} = {value}", f"use {wanted}")
         for wrong, cause, fix in (
             (self.samples == 0, "samples = 0", "use a share in (0, 1], or a number of samples"),
             (self.area_min == 0, "area_min = 0", "use a share of the image in (0, 1]"),
+            (self.full_crops and self.cache, "full_crops with a cache of shrunk images", "pass --no-cache --workers"),
             (self.warm_up == 1, "warm_up = 1", "use a share of the training in [0, 1)"),
             (math.isinf(self.learning_rate), "learning_rate = inf", "use a number"),
             (
@@ -127,14 +148,18 @@ class Config:
                 raise ConfigError(cause, fix)
 
     def resolved(self, device: torch.device) -> Config:
-        """With what "auto" and a learning rate of 0 mean on this device."""
+        """With what "auto", -1 and a learning rate of 0 mean on this device."""
         bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         auto = "bfloat16" if bfloat16 else "float32"
-        usual = 3e-3 if self.optimizer == "adamw" else 0.3 * self.batch_size / 256
+        rate, own = 3e-3, {"weight_decay": 1e-2, "warm_up": 0.05, "clip_norm": 1.0}
+        if self.optimizer == "lars":
+            rate = 0.3 * self.batch_size / 256
+            own = {"weight_decay": 1e-6, "warm_up": min(0.1, 10 / self.epochs), "clip_norm": 0.0}
         return replace(
             self,
             precision=auto if self.precision == "auto" else self.precision,
-            learning_rate=self.learning_rate or usual,
+            learning_rate=self.learning_rate or rate,
+            **{name: value for name, value in own.items() if getattr(self, name) == -1},
         )
 
     @property
@@ -157,14 +182,35 @@ class Place:
     device: torch.device
 
 
-def options() -> dict[str, tuple[Any, str]]:
-    """Type and explanation of each field of Config."""
-    hints = get_type_hints(Config, include_extras=True)
-    return {field.name: get_args(hints[field.name]) for field in fields(Config)}
+@dataclass(frozen=True, kw_only=True)
+class Probing:
+    """What a run's encoder is asked after the training; it changes nothing of the training."""
+
+    labels: Annotated[str, "what to probe: fields of the json members, or members by their extension, as kind,.cls"] = (
+        ""
+    )
+    probe: Annotated[str, "another store that the probes are fitted and tested on; empty: STORE"] = ""
+    probe_held_out: Annotated[int, "last shards of that store, which test the probes"] = 1
+    tests: Annotated[str, "YAML file of folders of images that the first label's probes are tested on too"] = ""
+
+    def __post_init__(self) -> None:
+        if (self.probe or self.tests) and not self.labels:
+            raise ConfigError("--probe or --tests without --labels", "say what to probe, as --labels kind or .cls")
+
+    @property
+    def names(self) -> list[str]:
+        """The labels."""
+        return [label for label in self.labels.split(",") if label]
 
 
-def read_command_line(arguments: Sequence[str] | None = None) -> tuple[Config, Path, list[str]]:
-    """The run's Config, its directory, and the labels to probe.
+def options(of: Any = Config) -> dict[str, tuple[Any, str]]:
+    """Type and explanation of each field of Config, or of Probing."""
+    hints = get_type_hints(of, include_extras=True)
+    return {field.name: get_args(hints[field.name]) for field in fields(of)}
+
+
+def read_command_line(arguments: Sequence[str] | None = None) -> tuple[Config, Path, Probing]:
+    """The run's Config, its directory, and what to probe.
 
     Raises:
         ConfigError: a file that holds something else than fields of Config, or values that Config refuses.
@@ -176,9 +222,8 @@ def read_command_line(arguments: Sequence[str] | None = None) -> tuple[Config, P
     )
     parser.add_argument("--config", type=Path, help="YAML file of options; the command line goes before it")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/default"), help="goes on with the run there")
-    parser.add_argument("--labels", default="", help="fields of the json members to probe: a,b,c")
-    for field in fields(Config):
-        kind, text = options()[field.name]
+    for field in (*fields(Probing), *fields(Config)):
+        kind, text = (options(Probing) | options())[field.name]
         if field.default is MISSING:
             parser.add_argument(field.name, nargs="?", help=text)
             continue
@@ -187,14 +232,16 @@ def read_command_line(arguments: Sequence[str] | None = None) -> tuple[Config, P
             how = {"action": argparse.BooleanOptionalAction}
         elif get_origin(kind) is Literal:
             how = {"choices": get_args(kind)}
-        parser.add_argument(f"--{field.name.replace('_', '-')}", **how, help=f"{text} ({field.default})")
+        flags = [f"--{field.name.replace('_', '-')}", *(["--model"] if field.name == "backbone" else [])]
+        parser.add_argument(*flags, **how, dest=field.name, help=f"{text} ({field.default})")
     given = vars(parser.parse_args(arguments))
-    run_dir, labels = given.pop("run_dir"), given.pop("labels")
+    run_dir = given.pop("run_dir")
+    probing = Probing(**{name: given.pop(name) for name in options(Probing) if name in given})
     if "config" in given:
         given = {**read_yaml(given.pop("config")), **given}
     if "store" not in given:
         raise ConfigError("no store", "name a finished graphbuild store: python training/train.py STORE")
-    return Config(**given), run_dir, [label for label in labels.split(",") if label]
+    return Config(**given), run_dir, probing
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A run's training samples, and the batches of an epoch: the same for every method, and for any number of ranks.
 
 Images come from the tars by index, or with `cache` from memory, where they lie decoded; nodes say which captions they
-have.
+have. With full_crops the workers that read the tars also cut out the views.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import torch
 import yaml
+from augment import cut, view_draws
 from config import Config, Place
 from numpy.typing import NDArray
 from torch import Tensor
@@ -32,9 +33,9 @@ DECODED_AT_ONCE = 256
 FREE_SHARE = 0.8  # of the free memory that cached images may take
 
 
-def unchanged(batch: Batch) -> Batch:
-    """Collation for a data set that gives batches."""
-    return batch
+def unchanged(given: Any) -> Any:
+    """Collation for a data set that gives batches, and a transform that leaves images whole."""
+    return given
 
 
 def split_shards(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -78,38 +79,50 @@ def training_samples(config: Config) -> TrainingSamples:
     ConfigError: one of its tars is held out.
     """
     tars, held_out = split_shards(config)
+    pixels = None if config.full_crops else config.pixels
     samples = _training_samples(
-        config.store, tars, config.pixels, config.samples, config.subset_seed, config.cache, config.workers
+        config.store, tars, pixels, config.samples, config.subset_seed, config.cache, config.workers
     )
     if both := sorted(set(samples.tars) & set(held_out)):
         raise ConfigError(f"{both[0]} is held out, and among the train shards", "set --held-out or --train-shards")
     return samples
 
 
+class CutBatch(list[int]):
+    """Sample numbers of a batch whose views are cut where its images are read; draws: [2, DRAWS, B] of the views."""
+
+    draws: NDArray[np.float32]  # a Tensor would go to workers by a file that they share, one a batch
+    config: Config
+
+
 class TrainingSamples(Dataset[Batch]):
     """Samples numbered 0..n-1, a random subset of those of some tars, in their order; `graph`, and `nodes` int64 [n].
 
-    Asked for many it gives a batch: image uint8 [B, 3, P, P], node int64 [B], caption, a list of B. With `cache` every
-    image is decoded here, once. ConfigError: too many samples are wanted, or too many to cache.
+    Asked for many it gives a batch: image uint8 [B, 3, P, P], node int64 [B], caption, a list of B. With pixels None
+    images stay whole, and are asked for by a CutBatch: image is then both views, uint8 [2, B, 3, P, P]. With `cache`
+    every image is decoded here, once. ConfigError: too many samples are wanted, or too many to cache.
     """
 
     def __init__(
         self,
         store: str,
         tars: Sequence[str],
-        pixels: int,
+        pixels: int | None,
         samples: float,
         subset_seed: int,
         cache: bool,
         workers: int,
     ) -> None:
         self.graph = SampleGraph.open(store)
-        self._tars = GraphDataset(tars, sidecars=sidecars_of(store, tars), graph=self.graph, image_pixels=pixels)
+        whole = unchanged if pixels is None else None
+        self._tars = GraphDataset(
+            tars, sidecars=sidecars_of(store, tars), graph=self.graph, image_pixels=pixels, transform=whole
+        )
         self.tars = [shard.tar for shard in self._tars.shards]
         self._items = subset(len(self._tars), samples, subset_seed)
         self.nodes = self._tars.nodes[self._items]
         self._cached: tuple[Tensor, list[str]] | None = None
-        if cache:
+        if cache and pixels:
             needed = len(self) * 3 * pixels**2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             free = psutil.virtual_memory().available
             if needed > FREE_SHARE * free:
@@ -128,7 +141,16 @@ class TrainingSamples(Dataset[Batch]):
             images, captions = self._cached
             chosen = images.index_select(0, torch.as_tensor(numbers)).permute(0, 3, 1, 2)
             return {"image": chosen, "node": node, "caption": [captions[number] for number in numbers]}
-        batch = self._tars.collate(self._tars.__getitems__(self._items[numbers].tolist()))
+        found = self._tars.__getitems__(self._items[numbers].tolist())
+        if isinstance(numbers, CutBatch):
+            images = found.fields["image"]
+            views = [
+                [cut(image, one, numbers.config) for image, one in zip(images, draws.T, strict=True)]
+                for draws in torch.from_numpy(numbers.draws)
+            ]
+            cuts = torch.from_numpy(np.array(views)).permute(0, 1, 4, 2, 3)
+            return {"image": cuts, "node": node, "caption": found.fields["caption"]}
+        batch = self._tars.collate(found)
         return {"image": batch["image"], "node": node, "caption": batch["caption"]}
 
     def _decode(self, workers: int) -> tuple[Tensor, list[str]]:
@@ -212,4 +234,11 @@ class EpochBatches(Sampler[list[int]]):
         else:
             order = self._neighbours.epoch_order()
         batches = order[: self.steps * self._config.batch_size].reshape(self.steps, self._place.ranks, -1)
-        yield from batches[self._first :, self._place.rank].tolist()
+        for step, batch in enumerate(batches[self._first :, self._place.rank].tolist(), self._first):
+            if not self._config.full_crops:
+                yield batch
+                continue
+            numbers = CutBatch(batch)
+            numbers.config = self._config
+            numbers.draws = view_draws(self._config, self._place, self._epoch, step, len(batch)).numpy()
+            yield numbers

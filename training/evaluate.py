@@ -1,19 +1,24 @@
 """What frozen features know: linear, k-NN, few-shot and zero-shot probes, also where backgrounds are exchanged.
 
-Hyper-parameters are chosen on a fifth of the train part, never on a test part, from the same choices for every
-encoder. All features are held in memory, in float32; a label costs five fits of its linear probe. `extract` and
-`evaluate` take labels from the json members of a store's samples and put the probes of several encoders beside each
-other; `features_of` and `probes` take images that are held in memory.
+Hyper-parameters are chosen on a fifth of the train part, 10,000 images at most, never on a test part, from the same
+choices for every encoder. `extract` and `evaluate` take labels from the members of a store's samples and put the probes
+of several encoders beside each other. Their features lie in files, in float32, of which knn and linear hold PART rows
+at once, and knn the queries: a label costs about 300 passes over them, five fits of its linear probe. `features_of` and
+`probes` take images that are held in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from models import scaled
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
@@ -22,37 +27,81 @@ from graphbuild.errors import InputError
 NEIGHBOURS = (5, 20, 50)
 KNN_TEMPERATURE = 0.07
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
-VALIDATION_SHARE = 0.2
+VALIDATION_SHARE, VALIDATION_MOST = 0.2, 10_000
+PART = 16_384  # features in memory at once
+ASKED = 2048  # of them queries
+CPU = torch.device("cpu")
 SHOTS = (1, 5, 10)
 DRAWS = 10  # of the few images, for few-shot probes
 
 
+class Rows:
+    """Rows of a matrix float32 [n, f] that lies in a file: chosen by index without reading, read part by part."""
+
+    def __init__(self, values: NDArray[np.float32], rows: Tensor | None = None) -> None:
+        self._values, self._rows = values, torch.arange(len(values)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, chosen: Any) -> Rows:
+        return Rows(self._values, self._rows[chosen])
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """As of a Tensor, but read one by one."""
+        return (torch.from_numpy(self._values[rows.numpy()]) for rows in self._rows.split(size))
+
+
 @dataclass(frozen=True)
 class Features:
-    """Of each encoder [n, features], float32 on the CPU; and of each label n values."""
+    """Of each encoder [n, f], float32 on the CPU; and of each label the values of the first images, up to n."""
 
-    by_encoder: dict[str, Tensor]
+    by_encoder: dict[str, Tensor | Rows]
     labels: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class OtherImages:
+    """Images that say which guesses are right: truths, a name for each; right, by such a name."""
+
+    name: str
+    truths: list[str]
+    right: Mapping[str, set[str]]
+
+    def accuracy(self, guesses: Sequence[str]) -> float:
+        """Share of right guesses, one for each image."""
+        return sum(map(set.__contains__, map(self.right.__getitem__, self.truths), guesses)) / len(guesses)
 
 
 @torch.inference_mode()
 def extract(
-    encoders: Mapping[str, nn.Module], batches: Iterable[dict[str, Any]], labels: Sequence[str], device: torch.device
+    encoders: Mapping[str, Any], batches: Iterable[Any], labels: Sequence[str], device: torch.device, folder: Path
 ) -> Features:
-    """Features of every image, in the order of `batches`, which carry image and json."""
-    features: dict[str, list[Tensor]] = {name: [] for name in encoders}
+    """Features of every image, in the order of `batches`, in files of `folder`.
+
+    Batches carry image, and the first ones what `values_of` reads of each label; those without a key have none.
+    """
     values: dict[str, list[str]] = {label: [] for label in labels}
     for batch in batches:
         images = scaled(batch["image"].to(device))
         for name, encoder in encoders.items():
-            features[name].append(encoder(images).float().cpu())
-        for label in labels:
+            with (folder / name).open("ab") as file:
+                file.write(encoder(images).float().cpu().numpy().tobytes())
+        for label in labels if "key" in batch else ():
             values[label] += values_of(batch, label)
-    return Features({name: torch.cat(parts) for name, parts in features.items()}, values)
+    found = {name: np.memmap(folder / name, np.float32, "r") for name in encoders}
+    return Features({name: Rows(found[name].reshape(-1, encoders[name].features)) for name in encoders}, values)
+
+
+def members_of(labels: Sequence[str]) -> list[str]:
+    """The members of a sample that hold labels: `.cls` is a member of its own, others are fields of json."""
+    return list(dict.fromkeys(label[1:] if label.startswith(".") else "json" for label in labels))
 
 
 def values_of(batch: dict[str, Any], label: str) -> list[str]:
-    """The values of a label in the json members of a batch; InputError where a sample has none."""
+    """The values of a label in the members of a batch; InputError where a sample has none."""
+    if label.startswith("."):
+        return [(value.decode() if isinstance(value, bytes) else str(value)).strip() for value in batch[label[1:]]]
     for key, fields in zip(batch["key"], batch["json"], strict=True):
         if label not in fields:
             raise InputError(
@@ -61,21 +110,33 @@ def values_of(batch: dict[str, Any], label: str) -> list[str]:
     return [str(fields[label]) for fields in batch["json"]]
 
 
-def evaluate(train: Features, test: Features) -> list[dict[str, Any]]:
-    """One row a label: classes, chance, and accuracy on the test part of knn and linear for each encoder."""
-    rows = []
+def evaluate(
+    train: Features, test: Features, others: Sequence[OtherImages] = (), device: torch.device = CPU
+) -> list[dict[str, Any]]:
+    """One row a label: classes, chance, and accuracy on the test part of knn and linear for each encoder.
+
+    others: whose features stand behind those of the test part, in order; a row each, of the first label's probes.
+    """
+    rows: list[dict[str, Any]] = []
     for label, names in train.labels.items():
-        classes, (y_train, y_test) = numbered(names, test.labels[label])
+        held = test.labels[label]
+        asked = [OtherImages(label, held, {value: {value} for value in held}), *(() if rows else others)]
+        classes, (y, _) = numbered(names, held)
         if classes > len(names) / 2:
             raise InputError(f"label {label!r} has {classes} values: too many for classes", "correct --labels")
-        commonest = y_train.mode().values
-        row: dict[str, Any] = {"label": label, "classes": classes, "chance": accuracy(commonest, y_test)}
-        for encoder, x_train in train.by_encoder.items():
-            x_test = test.by_encoder[encoder]
+        kinds, sizes = sorted({*names, *held}), [len(one.truths) for one in asked]
+        guesses = {"chance": y.mode().values.repeat(sum(sizes))}
+        for encoder, x in train.by_encoder.items():
+            queries = test.by_encoder[encoder][: sum(sizes)]
             for probe, choices in ((knn, NEIGHBOURS), (linear, PENALTIES)):
-                predicted = _chosen_on_validation(probe, choices, x_train, y_train, x_test, classes)
-                row[f"{probe.__name__} {encoder}"] = accuracy(predicted, y_test)
-        rows.append(row)
+                here = partial(probe, device=device)
+                guesses[f"{probe.__name__} {encoder}"] = _chosen_on_validation(here, choices, x, y, queries, classes)
+        for place, one in enumerate(asked):
+            parts = {name: [kinds[i] for i in all_.split(sizes)[place].tolist()] for name, all_ in guesses.items()}
+            told = f"{label} on {one.name}" if place else label
+            rows.append(
+                {"label": told, "classes": classes} | {name: one.accuracy(part) for name, part in parts.items()}
+            )
     return rows
 
 
@@ -144,36 +205,61 @@ def zero_shot(images: Tensor, texts: Tensor, classes: Sequence[str], truth: Sequ
     return accuracy(guesses, torch.tensor([list(classes).index(value) for value in truth]))
 
 
-def knn(x: Tensor, y: Tensor, queries: Tensor, classes: int, neighbours: int) -> Tensor:
+@torch.inference_mode()
+def knn(
+    x: Tensor | Rows, y: Tensor, queries: Tensor | Rows, classes: int, neighbours: int, device: torch.device = CPU
+) -> Tensor:
     """Votes of the nearest neighbours weighted by exp(cosine / 0.07), as in Wu et al., arXiv 1805.01978.
 
-    x: features float32 [n, f]. y: their classes, int64 [n] in 0..classes-1. queries: float32 [m, f]. Returns the
-    guessed classes, int64 [m].
+    x: features float32 [n, f]. y: their classes, int64 [n] in 0..classes-1. queries: float32 [m, f]. device: where to
+    compute. Returns the guessed classes, int64 [m].
     """
-    similarity, nearest = (normalize(queries) @ normalize(x).T).topk(min(neighbours, len(x)))
+    asked = normalize(torch.cat(list(queries.split(PART)))).split(ASKED)
+    best: list[tuple[Tensor, Tensor]] = [(torch.empty(len(few), 0), torch.empty(len(few), 0).long()) for few in asked]
+    for part, truth in zip(x.split(PART), y.split(PART), strict=True):
+        own = normalize(part.to(device)).T
+        for number, few in enumerate(asked):
+            similarity, place = (few.to(device) @ own).topk(min(neighbours, len(part)))
+            near = torch.cat([best[number][0], similarity.cpu()], 1)
+            votes = torch.cat([best[number][1], truth[place.cpu()]], 1)
+            nearest, place = near.topk(min(neighbours, near.shape[1]))
+            best[number] = nearest, votes.gather(1, place)
+    similarity, voted = (torch.cat(parts) for parts in zip(*best, strict=True))
     votes = torch.zeros(len(queries), classes)
-    votes.scatter_add_(1, y[nearest], torch.exp((similarity - 1) / KNN_TEMPERATURE))
-    return votes.argmax(1)
+    return votes.scatter_add_(1, voted, torch.exp((similarity - 1) / KNN_TEMPERATURE)).argmax(1)
 
 
-def linear(x: Tensor, y: Tensor, queries: Tensor, classes: int, penalty: float) -> Tensor:
-    """Multinomial logistic regression with an L2 penalty on standardised features, fitted by L-BFGS; as `knn`."""
-    mean, deviation = x.mean(0), x.std(0).clamp_min(1e-6)
-    x, queries = (x - mean) / deviation, (queries - mean) / deviation
-    head = nn.Linear(x.shape[1], classes)
+def linear(
+    x: Tensor | Rows, y: Tensor, queries: Tensor | Rows, classes: int, penalty: float, device: torch.device = CPU
+) -> Tensor:
+    """Multinomial logistic regression with an L2 penalty on standardised features, fitted by L-BFGS; as `knn`.
+
+    The loss and its gradient are sums over parts of x, so the fit is that of all of x at once.
+    """
+    mean = sum(part.double().sum(0) for part in x.split(PART)) / len(x)
+    squares = sum((part - mean).square().sum(0) for part in x.split(PART))
+    deviation = (squares / (len(x) - 1)).sqrt().float().clamp_min(1e-6).to(device)
+    mean = mean.float().to(device)
+    head = nn.Linear(len(mean), classes, device=device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=60, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = cross_entropy(head(x), y) + penalty * head.weight.square().sum() / 2
+        value = penalty * head.weight.square().sum() / 2
         value.backward()
+        for part, truth in zip(x.split(PART), y.split(PART), strict=True):
+            logits = head((part.to(device) - mean) / deviation)
+            of_part = cross_entropy(logits, truth.to(device), reduction="sum") / len(y)
+            of_part.backward()
+            value = value.detach() + of_part.detach()
         return value
 
     optimizer.step(loss)
     with torch.inference_mode():
-        return head(queries).argmax(1)
+        parts = (head((part.to(device) - mean) / deviation).argmax(1).cpu() for part in queries.split(PART))
+        return torch.cat(list(parts))
 
 
 def accuracy(predicted: Tensor, truth: Tensor) -> float:
@@ -192,10 +278,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _chosen_on_validation(
-    probe: Any, choices: Sequence[float], x: Tensor, y: Tensor, queries: Tensor, classes: int
+    probe: Any, choices: Sequence[float], x: Tensor | Rows, y: Tensor, queries: Tensor | Rows, classes: int
 ) -> Tensor:
     """The guesses of a probe for queries, with the choice that does best on a fifth of x, fitted on all of x."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    held, kept = order.tensor_split([max(1, int(VALIDATION_SHARE * len(x)))])
+    held, kept = order.tensor_split([max(1, min(int(VALIDATION_SHARE * len(x)), VALIDATION_MOST))])
+    held, kept = held.sort().values, kept.sort().values  # so that a file is read from front to back
     scores = [accuracy(probe(x[kept], y[kept], x[held], classes, choice), y[held]) for choice in choices]
     return probe(x, y, queries, classes, choices[scores.index(max(scores))])

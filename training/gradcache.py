@@ -23,6 +23,7 @@ def backward(
     chunk: int,
     seed: int,
     autocast: contextlib.AbstractContextManager[object] = contextlib.nullcontext(),
+    scale: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> Tensor:
     """Add the gradient of loss(*model(*inputs)) to the parameters of model and loss; the loss, detached.
 
@@ -33,13 +34,14 @@ def backward(
         chunk: images of a cut, at most; 0: the plain way, all at once.
         seed: of the random numbers that layers such as dropout draw, the same for both passes over a chunk.
         autocast: what the model runs under, entered for each cut.
+        scale: of the loss, before its gradient is taken, as a GradScaler does it.
     """
     if not chunk or chunk >= len(inputs[0]):
         torch.manual_seed(seed)
         with autocast:
             outputs = model(*inputs)
         value = loss(*outputs)
-        value.backward()
+        scale(value).backward()
         return value.detach()
     chunks = list(zip(*(tensor.split(chunk) for tensor in inputs), strict=True))
     parts = []
@@ -50,7 +52,7 @@ def backward(
                 parts.append(model(*cut))
     outputs = [torch.cat(tensors).requires_grad_() for tensors in zip(*parts, strict=True)]
     value = loss(*outputs)
-    value.backward()
+    scale(value).backward()
     gradients = zip(*(output.grad.split(chunk) for output in outputs), strict=True)  # type: ignore[union-attr]
     for number, (cut, gradient) in enumerate(zip(chunks, gradients, strict=True)):
         torch.manual_seed(seed + number)

@@ -79,15 +79,25 @@ def new_encoder(config: Config) -> Any:
             image_size=config.pixels, patch_size=patch, hidden_size=384, num_attention_heads=6, intermediate_size=1536
         )
         return Pooled(ViTModel(shape, add_pooling_layer=False), 384)
-    if name.startswith("timm:"):
+    if name.startswith(("timm:", "timm/")):
         try:
             import timm
         except ImportError as error:  # of timm, or of torchvision, which it needs
             fix = "pip install timm, or use small, resnet50 or vit"
             raise ConfigError(f"backbone = {name!r}: {error}", fix) from error
-        model = timm.create_model(name.removeprefix("timm:"), pretrained=False, num_classes=0)
-        model.features = model.num_features
-        return model
+        if not timm.is_model(wanted := name[len("timm:") :]):
+            raise ConfigError(
+                f"backbone = {name!r}: timm {timm.__version__} has no model {wanted!r}",
+                f"find its name: python -c \"import timm; print(timm.list_models('*{wanted[:4]}*'))\"",
+            )
+        try:  # transformers are made for one size of images
+            model = timm.create_model(wanted, pretrained=False, num_classes=0, img_size=config.pixels)
+        except TypeError:  # others take any
+            model = timm.create_model(wanted, pretrained=False, num_classes=0)
+        encoder = nn.Sequential(model) if hasattr(model, "features") else model  # densenets have layers of this name
+        with torch.inference_mode():  # some have another width than their num_features
+            encoder.features = encoder.eval()(torch.zeros(1, 3, config.pixels, config.pixels)).shape[1]
+        return encoder.train()
     raise ConfigError(f"backbone = {name!r}", "use small, resnet50, vit or timm:NAME")
 
 

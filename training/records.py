@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from config import Config
+from config import Config, options
 from torch import nn
 from torch.optim import Optimizer
 
@@ -109,11 +109,13 @@ class Checkpoint:
     graph: str
     modules: Mapping[str, nn.Module]
     optimizer: Optimizer
+    scaler: torch.amp.GradScaler
 
     def save(self, epoch: int, step: int, losses: list[float]) -> None:
         """A crash leaves the last whole checkpoint."""
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= {"optimizer": self.optimizer.state_dict(), "config": asdict(self.config), "graph": self.graph}
+        state["scaler"] = self.scaler.state_dict()
         content = io.BytesIO()
         torch.save({**state, "epoch": epoch, "step": step, "losses": losses}, content)
         replace(self.path, content.getbuffer())
@@ -124,8 +126,8 @@ class Checkpoint:
         if not self.path.exists():
             return 0, 0, []
         state = torch.load(self.path, map_location="cpu", weights_only=True)
-        saved, wanted = state["config"], asdict(self.config)
-        changed = [name for name in wanted if name not in FREE and saved.get(name) != wanted[name]]
+        saved, wanted = asdict(stored_config(self.path, state["config"])), asdict(self.config)
+        changed = [name for name in wanted if name not in FREE and saved[name] != wanted[name]]
         if changed:
             raise ConfigError(
                 f"{self.path} was trained with other {', '.join(changed)}", "choose another --run-dir, or delete it"
@@ -138,7 +140,19 @@ class Checkpoint:
         for name, module in self.modules.items():
             module.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state.get("scaler", {}))
         return state["epoch"], state["step"], state["losses"]
+
+
+def stored_config(path: Path, stored: Mapping[str, Any]) -> Config:
+    """The Config of a checkpoint. Options that came later have their defaults, which are what was done before them.
+
+    ConfigError: it has options that this trainer does not know.
+    """
+    if unknown := stored.keys() - options().keys():
+        fix = "use the trainer that wrote it, or choose another --run-dir"
+        raise ConfigError(f"{path} was trained with unknown {', '.join(sorted(unknown))}", fix)
+    return Config(**stored).resolved(torch.device("cpu"))
 
 
 def replace(path: Path, content: bytes | memoryview) -> None:

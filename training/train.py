@@ -25,27 +25,27 @@ from typing import Any
 # On shared cores OpenMP threads that wait must not spin: under load this is four to eight times faster.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from augment import DRAWS, random_view
+from augment import random_view, seed_of, view_draws
 from config import Config, Place, read_command_line
-from data import Batch, EpochBatches, sidecars_of, split_shards, training_samples, unchanged
-from evaluate import evaluate, extract, table, values_of
+from data import Batch, EpochBatches, training_samples, unchanged
 from gradcache import backward
 from models import Model, scaled
 from norms import over_ranks
 from objective import GraphReader, Objective
 from optim import new_optimizer, schedule
-from records import Checkpoint, Metrics
+from probe import check_probing, probe
+from records import Checkpoint, Metrics, stored_config
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from graphbuild.errors import ConfigError, GraphbuildError, InputError, StageError
-from graphbuild.torch import Targets, graph_webdataset
+from graphbuild.errors import ConfigError, GraphbuildError, StageError
+from graphbuild.torch import Targets
 
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 ASKED_TO_END = threading.Event()  # by SIGTERM, which clusters send some seconds before they take a machine away
 
 __all__ = ["Config", "Place", "load_run", "process_group", "train"]
@@ -76,8 +76,9 @@ def train(config: Config, run_dir: Path, place: Place) -> nn.Module:
     model.to(place.device, memory_format=torch.channels_last)
     objective = Objective(config).to(place.device)
     optimizer = new_optimizer(config, model, objective)
+    scaler = torch.amp.GradScaler(place.device.type, enabled=config.precision == "float16")
     modules = {"model": model, "objective": objective}
-    checkpoint = Checkpoint(run_dir / "checkpoint.pt", config, samples.graph.fingerprint, modules, optimizer)
+    checkpoint = Checkpoint(run_dir / "checkpoint.pt", config, samples.graph.fingerprint, modules, optimizer, scaler)
     first_epoch, first_step, losses = checkpoint.restore()
     begin_alike(place, epoch=first_epoch, step=first_step, graph=samples.graph.fingerprint, **asdict(config))
     metrics = None
@@ -100,11 +101,13 @@ def train(config: Config, run_dir: Path, place: Place) -> nn.Module:
             texts = (text.to(place.device) for text in graph.texts(batch))
             inputs = [*two_views(batch, config, place, epoch, step), *texts]
             seed = seed_of(config, epoch, step, 1 + place.rank)
-            loss, norm = update(replica, objective, optimizer, inputs, targets, config, place, seed)
+            loss, norm = update(replica, objective, optimizer, scaler, inputs, targets, config, place, seed)
             loss_of_all, ending = over_all_ranks(loss, place)
             losses.append(loss_of_all)
             if metrics:
-                told = {"loss": losses[-1], "learning_rate": rate, "gradient_norm": norm, **objective.learned()}
+                told = {"loss": losses[-1], "learning_rate": rate, **objective.learned()}
+                told |= {"gradient_norm": norm} if math.isfinite(norm) else {}
+                told |= {"loss_scale": scaler.get_scale()} if scaler.is_enabled() else {}
                 metrics.write(number, epoch=epoch, step=step, **told)
                 due = ending or (config.checkpoint_steps and (number + 1) % config.checkpoint_steps == 0)
                 if due and step + 1 < batches.steps:
@@ -138,6 +141,7 @@ def update(
     model: nn.Module,
     objective: Objective,
     optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
     inputs: Sequence[Tensor],
     targets: Targets,
     config: Config,
@@ -146,19 +150,22 @@ def update(
 ) -> tuple[Tensor, float]:
     """One step of the optimizer: the loss before it, of this rank, detached, and the norm of the model's gradient.
 
-    inputs: of the model, two views and texts. StageError: the gradient is not finite; the weights are as they were.
+    inputs: of the model, two views and texts. In float16 a gradient that overflows halves the loss's scale, and nothing
+    else changes. StageError: the gradient is not finite for another reason; the weights are as they were.
     """
     optimizer.zero_grad()
-    autocast = torch.autocast(place.device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
-    loss = backward(
-        model, inputs, partial(objective, targets=targets), chunk=config.chunk, seed=seed, autocast=autocast
-    )
-    longest = 1.0 if config.optimizer == "adamw" else math.inf
-    norm = nn.utils.clip_grad_norm_(model.parameters(), longest).item()
-    if not math.isfinite(norm):
+    half = HALVES.get(config.precision)
+    autocast = torch.autocast(place.device.type, half or torch.bfloat16, enabled=half is not None)
+    loss_of = partial(objective, targets=targets)
+    loss = backward(model, inputs, loss_of, chunk=config.chunk, seed=seed, autocast=autocast, scale=scaler.scale)
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf).item()
+    overflows = scaler.is_enabled() and scaler.get_scale() >= 1 and bool(loss.isfinite())
+    if not math.isfinite(norm) and not overflows:
         rate = optimizer.param_groups[0]["lr"]
         raise StageError(f"a gradient is not finite, at learning rate {rate:.3g}", "lower --learning-rate")
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     return loss, norm
 
 
@@ -168,53 +175,11 @@ def load_run(run_dir: Path, device: torch.device = torch.device("cpu")) -> tuple
     if not path.exists():
         raise ConfigError(f"{run_dir} holds no checkpoint.pt", "train it first: python training/train.py --run-dir")
     state = torch.load(path, map_location="cpu", weights_only=True)
-    config, weights = Config(**state["config"]), state["model"]
+    config, weights = stored_config(path, state["config"]), state["model"]
     projection = weights.get("text_projection.weight")  # as wide as the embeddings of the store
     model = new_model(config, 0 if projection is None else projection.shape[1])
     model.load_state_dict(weights)
     return config, model.to(device, memory_format=torch.channels_last).eval()
-
-
-def probe(config: Config, labels: list[str], trained: nn.Module, run_dir: Path, device: torch.device) -> None:
-    """Compare the trained encoder with an untrained one on the held-out shards."""
-    untrained = new_model(config, 1).encoder.to(device, memory_format=torch.channels_last)
-    encoders = {"untrained": untrained.eval(), "trained": trained.eval()}
-    parts = (labelled(config, tars) for tars in split_shards(config))
-    rows = evaluate(*(extract(encoders, batches, labels, device) for batches in parts))
-    with (run_dir / "metrics.jsonl").open("a") as stream:
-        stream.writelines(json.dumps(row) + "\n" for row in rows)
-    print(f"\naccuracy on {config.held_out} held-out shard(s), percent:\n{table(rows)}")
-
-
-def check_labels(config: Config, labels: Sequence[str]) -> None:
-    """Look before the training for what the probes need after it: ConfigError or InputError where it is not there."""
-    if not labels:
-        return
-    if not config.held_out:
-        raise ConfigError("--labels needs shards to test on", "set --held-out to 1 or more")
-    _, held_out = split_shards(config)
-    try:
-        batch = next(iter(labelled(config, held_out)), None)
-    except InputError as error:
-        raise ConfigError(f"--labels: {error.cause}", "labels are fields of the samples' json members") from error
-    if batch is None:
-        raise ConfigError(f"--labels: no sample in {held_out[0]} or the other held-out shards", "set --held-out higher")
-    for label in labels:
-        values_of(batch, label)
-
-
-def labelled(config: Config, tars: Sequence[str]) -> Iterable[Batch]:
-    """Batches of all samples of some tars, with their json members."""
-    dataset = graph_webdataset(
-        tars,
-        sidecars=sidecars_of(config.store, tars),
-        batch_size=config.batch_size,
-        image_pixels=config.pixels,
-        shuffle=0,
-        extra=["json"],
-        split_by_rank=False,
-    )
-    return DataLoader(dataset, batch_size=None, num_workers=config.workers)
 
 
 def new_model(config: Config, text_width: int) -> Model:
@@ -226,15 +191,10 @@ def new_model(config: Config, text_width: int) -> Model:
 
 def two_views(batch: Batch, config: Config, place: Place, epoch: int, step: int) -> tuple[Tensor, Tensor]:
     """Both views of this rank's images [B, 3, P, P], by its part of the draws for the joint batch."""
-    images = scaled(batch["image"].to(place.device, non_blocking=True))
-    generator = torch.Generator().manual_seed(seed_of(config, epoch, step))
-    draws = torch.rand(2, DRAWS, place.ranks, len(images), generator=generator)[:, :, place.rank]
-    return random_view(images, draws[0], config), random_view(images, draws[1], config)
-
-
-def seed_of(config: Config, *numbers: int) -> int:
-    """A seed that depends on the run's and on all of these numbers."""
-    return int(np.random.SeedSequence([config.seed, *numbers]).generate_state(1)[0])
+    images = batch["image"].to(place.device, non_blocking=True)
+    view1, view2 = map(scaled, images) if config.full_crops else [scaled(images)] * 2
+    draws = view_draws(config, place, epoch, step, len(view1))
+    return random_view(view1, draws[0], config), random_view(view2, draws[1], config)
 
 
 def begin_alike(place: Place, **facts: object) -> None:
@@ -303,16 +263,17 @@ def process_group() -> Iterator[Place]:
 def main(arguments: list[str] | None = None) -> None:
     """Train, then probe where there are labels."""
     try:
-        config, run_dir, labels = read_command_line(arguments)
-        check_labels(config, labels)
+        config, run_dir, probing = read_command_line(arguments)
+        check_probing(config, probing)
         with process_group() as place:
             signal.signal(signal.SIGTERM, lambda *_: ASKED_TO_END.set())
             encoder = train(config, run_dir, place)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # probes have nothing to save
             if place.rank == 0:
                 print(f"trained model: {run_dir / 'checkpoint.pt'}")
-        if labels and place.rank == 0:
-            probe(config, labels, encoder, run_dir, place.device)
+        if probing.names and place.rank == 0:
+            untrained = new_model(config, 1).encoder.to(place.device, memory_format=torch.channels_last).eval()
+            probe(config, probing, {"untrained": untrained, "trained": encoder.eval()}, run_dir, place.device)
     except GraphbuildError as error:
         raise SystemExit(str(error)) from None
 

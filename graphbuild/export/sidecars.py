@@ -36,12 +36,19 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
     source = "vectors" if "vectors" in manifest["stages"] else "assign"
     samples = outputs(require(store, source, "embed"), "samples/")
     built = {"graph": manifest["graph"]["fingerprint"], "embeddings": manifest["embeddings"]["fingerprint"]}
+    classes = {} if recipe.embed.class_names is None else {"classes": True}
     return [
         Task(
             stage="export",
             name=shard.name,
             settings={"embeddings": recipe.export.embeddings},
-            built={**built, "samples": samples[SAMPLES.format(shard.name)], "tar": shard.tar, **named_image(recipe)},
+            built={
+                **built,
+                "samples": samples[SAMPLES.format(shard.name)],
+                "tar": shard.tar,
+                **named_image(recipe),
+                **classes,
+            },
         )
         for shard in shards_of(store, manifest)
     ]
@@ -61,8 +68,22 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
         image_member=task.built.get("image_member"),
     )
     name = task.name if tar is None else tar_stem(tar["name"])
-    writer.table(SIDECAR.format(name), table)
+    writer.table(SIDECAR.format(name), table, **(packed(table) if "classes" in task.built else {}))
     return {"counts": {"samples": len(samples), "without_node": samples["node"].null_count}}
+
+
+def packed(table: pa.Table) -> Json:
+    """How the sidecar of a class graph is written, in which the lists of a node stand in many rows: in one page, bytes
+    of ids by their place, by levels of zstd that look back far enough to find a list again. Three times the time for an
+    eighth of the size: 10,000 rows of 1,000 classes take 5 s, and 0.38 KB each in place of 2.8; of 1,251 rows, 1.5."""
+    lists = [name for name in table.column_names if pa.types.is_fixed_size_list(table.schema.field(name).type)]
+    levels = {f"{name}.list.element": 17 if name == "neighbors" else 9 for name in lists}
+    return {
+        "use_dictionary": [name for name in table.column_names if name not in lists],
+        "use_byte_stream_split": ["neighbors.list.element"],
+        "compression_level": levels,
+        "data_page_size": 1 << 30,
+    }
 
 
 def named_image(recipe: Recipe) -> Json:

@@ -30,9 +30,11 @@ from graphbuild.graph.tasks import (
 from graphbuild.knn import engine as engines
 from graphbuild.knn.lists import EMPTY, LARGEST_ID, merge_lists, unpack
 from graphbuild.machine.threads import torch_threads
+from graphbuild.nodes.captions import read_class_names
 from graphbuild.recipe import Index, Recipe
 from graphbuild.runner.stage import Stage, Task, records
 from graphbuild.store import layout
+from graphbuild.store.files import is_there
 from graphbuild.store.layout import (
     BACKGROUND,
     BASIS,
@@ -56,10 +58,20 @@ def _engine(task: Task, manifest: Json) -> engines.Engine:
 # -- prepare: what needs all nodes at once
 
 
+def check_k(recipe: Recipe) -> None:
+    """ConfigError before anything is embedded, where class names say that there are too few nodes for k."""
+    path, k = recipe.embed.class_names, recipe.index.k
+    if path is not None and is_there(path) and k >= (nodes := len(read_class_names(path))):
+        raise ConfigError(
+            f"--k {k}: {path} names {nodes:,} classes, so a node has {nodes - 1:,} possible neighbours",
+            "use --k 0: all others",
+        )
+
+
 def plan_prepare(recipe: Recipe, store: Store) -> list[Task]:
     manifest = nodes_entry(store)
     nodes = node_count(manifest)
-    if recipe.index.k >= nodes:
+    if not 0 < recipe.index.neighbors(nodes) < nodes:
         raise ConfigError(
             f"--k {recipe.index.k}: the store has {nodes:,} nodes, so a node has {nodes - 1:,} possible neighbours",
             f"use --k {max(nodes - 1, 1)} or fewer" if nodes > 1 else "give at least two different captions",
@@ -225,7 +237,7 @@ def finish_search(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     engine, reason = engine_of(recipe.index, manifest)
     prepared = records(store, "prepare").get("all", {}).get("facts", {})
     entry = {
-        "k": recipe.index.k,
+        "k": recipe.index.neighbors(node_count(manifest)),
         "engine": engine.name,
         "reason": reason,
         **prepared,
@@ -236,7 +248,9 @@ def finish_search(recipe: Recipe, store: Store, done: list[Json]) -> Json:
 
 
 BASE = Stage(name="base", title="old lists", plan=grow.plan, run=grow.run, scratch=True)
-PREPARE = Stage(name="prepare", title="prepare", plan=plan_prepare, run=run_prepare, scratch=True, note=forecast)
+PREPARE = Stage(
+    name="prepare", title="prepare", plan=plan_prepare, run=run_prepare, scratch=True, note=forecast, check=check_k
+)
 CODES = Stage(
     name="codes",
     title="codes",

@@ -50,7 +50,7 @@ def index_task(index: Index, chosen: Engine, manifest: Json, stage: str, name: s
     return Task(
         stage=stage,
         name=name,
-        settings={"k": index.k, "engine": chosen.name, **chosen.settings()},
+        settings={"k": index.neighbors(node_count(manifest)), "engine": chosen.name, **chosen.settings()},
         built={"embeddings": manifest["embeddings"]["fingerprint"], **built},
         hints={"device": index.device if chosen.on_device else "cpu", "index": index.model_dump()},
     )

@@ -88,7 +88,7 @@ def choose(index: Index, nodes: int, width: int) -> tuple[Engine, str]:
 
 def nodes_at_once(engine: Engine, index: Index, nodes: int, width: int) -> int:
     """How many nodes' codes and lists a join task may hold; ConfigError when --memory is too little for any."""
-    one = bytes_a_node(engine, index.k, nodes, width)
+    one = bytes_a_node(engine, index.neighbors(nodes), nodes, width)
     fixed = BASE_BYTES + (nodes * width * 4 if engine.name.startswith("faiss:") else 0)
     at_once = int((index.memory * 1e9 - fixed) / one)
     if at_once < LEAST_NODES:
@@ -111,10 +111,10 @@ def forecast(index: Index, nodes: int, width: int, first_new: int = 0) -> str:
     at_once = nodes_at_once(engine, index, nodes, width)
     held_nodes, lists = engine.spread(nodes, len(engine.joins(nodes, at_once)))
     tasks = engine.joins(nodes, at_once, first_new)
-    held = min(held_nodes, nodes) * bytes_a_node(engine, index.k, nodes, width)
+    held = min(held_nodes, nodes) * bytes_a_node(engine, index.neighbors(nodes), nodes, width)
     if engine.name.startswith("faiss:"):
         held += nodes * width * 4
-    scratch = nodes * (width + 8 * engine.length(index.k, nodes) * (lists + 1))
+    scratch = nodes * (width + 8 * engine.length(index.neighbors(nodes), nodes) * (lists + 1))
     kept = f"{nodes - first_new:,} new nodes, the lists of {first_new:,} are kept; " if first_new else ""
     joins = f"{len(tasks)} join task{'s' * (len(tasks) != 1)}"
     return (

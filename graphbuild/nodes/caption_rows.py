@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from graphbuild.nodes.captions import Found, hashes, usable_text
+from graphbuild.nodes.captions import CLASS_MARK, Found, hashes, usable_text
 from graphbuild.nodes.samples import PLURAL, SCHEMA
 from graphbuild.store.layout import SCANNED
 from graphbuild.store.store import Writer
@@ -71,13 +71,19 @@ class CaptionRows:
             del values[:size]
         return taken
 
-    def write(self, shard: str, places: Mapping[str, Sequence[Any]], writer: Writer) -> None:
-        """A row a caption. A sample's key, image and members stand in each of its rows."""
+    def write(self, shard: str, places: Mapping[str, Sequence[Any]], writer: Writer, *, of_classes: bool) -> None:
+        """A row a caption. A sample's key, image and members stand in each of its rows.
+
+        of_classes: captions and texts may have marks of `kept_apart`, which tell nodes apart and are not written.
+        """
         samples = np.repeat(np.arange(len(self.keys), dtype=np.int32), np.array(self.counts, np.int64))
         hashed = hashes(self.texts)
+        shown = [self.captions, self.texts]
+        if of_classes:
+            shown = [[text and CLASS_MARK.sub("", text) for text in texts] for texts in shown]
         own: dict[str, Any] = {
-            "caption": self.captions,
-            "text": self.texts,
+            "caption": shown[0],
+            "text": shown[1],
             "hash_high": hashed[:, 0],
             "hash_low": hashed[:, 1],
             "sample": samples,

@@ -31,6 +31,7 @@ UNPACKED_BYTES = 64 << 20
 FIELD = re.compile(r"\{([^{}]+)\}")
 MAX_CAPTION_BYTES = 1_000_000
 MAX_CAPTIONS = 100  # of a sample
+CLASS_MARK = re.compile("\0[0-9]+")
 LINES = "lines"  # of a text member, each a caption
 MARK = "\ufeff"  # byte order
 
@@ -117,6 +118,16 @@ def _source_captions(
         found = [pair if pair[1] is not None else _class_name(str(pair[0]), names) for pair in found]
     template = settings["template"]
     return [(content if reason else fill_template(template, content), reason) for content, reason in found]
+
+
+def kept_apart(names: Sequence[str]) -> list[str]:
+    """Class names; one that repeats an earlier one has a mark behind it, by which its class is a node of its own."""
+    first: dict[str, int] = {}
+    places = [first.setdefault(normalize(name), place) for place, name in enumerate(names)]
+    return [
+        name if place == its_first else f"{name}\0{place}"
+        for place, (name, its_first) in enumerate(zip(names, places, strict=True))
+    ]
 
 
 def _class_name(text: str, names: Sequence[str]) -> tuple[str, str | None]:

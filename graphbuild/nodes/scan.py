@@ -25,6 +25,7 @@ from graphbuild.nodes.captions import (
     fill_template,
     is_number,
     is_of_lines,
+    kept_apart,
     read_class_names,
     sample_captions,
     template_fields,
@@ -65,7 +66,7 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
     if embed.image_member is not None:
         settings["image_member"] = embed.image_member
     if embed.class_names is not None:
-        settings["class_names"] = read_class_names(embed.class_names)
+        settings["class_names"] = kept_apart(read_class_names(embed.class_names))
     if embed.shards is not None:
         identities = file_identities(expand_shards(embed.shards))
         numbers = _shard_numbers(list(identities), store)
@@ -149,7 +150,7 @@ def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer)
         "image_size": [image and image.size for image in images],
         "members": members,
     }
-    usable.write(shard, places, writer)
+    usable.write(shard, places, writer, of_classes="class_names" in settings)
     write_rejected(STAGE.name, shard, rejected, writer)
     counts = {"samples": len(samples), "captions": len(captions), "rejected": len(rejected)}
     firsts = usable.firsts().captions
@@ -184,7 +185,7 @@ def _scan_list(urls: Sequence[str], settings: Mapping[str, Any], writer: Writer)
 
     def cut(size: int) -> None:
         shard = shard_name(len(shards))
-        usable.cut(size).write(shard, {}, writer)
+        usable.cut(size).write(shard, {}, writer, of_classes=False)
         shards[shard] = {"samples": size, "tar": None}
 
     file = 0

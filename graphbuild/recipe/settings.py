@@ -296,10 +296,13 @@ def source_of(settings: Mapping[str, Any]) -> str:
     return (given or [""])[0]
 
 
+MOST_NEIGHBORS = 2048
+
+
 class Index(Section):
     """Nodes to the k-nearest-neighbour graph, with its recall certificate."""
 
-    k: int = setting(64, "neighbours a node", ge=1, le=2048)
+    k: int = setting(64, "neighbours a node; 0: all others, 2,048 at most", ge=0, le=MOST_NEIGHBORS)
     engine: str = setting("auto", "auto, exact, partition or faiss:FACTORY")
     recall: float = setting(0.99, "recall@k to aim for, unless exact", gt=0, lt=1)
     min_recall: float | None = setting(
@@ -309,6 +312,10 @@ class Index(Section):
     memory: float = setting(4, "GB a worker may take", gt=0)
     seed: int = setting(0, "draws leaders and samples", ge=0)
     device: Device = setting("auto", "where to compute")
+
+    def neighbors(self, nodes: int) -> int:
+        """k, of a graph of so many nodes."""
+        return self.k or min(nodes - 1, MOST_NEIGHBORS)
 
     @field_validator("engine")
     @classmethod

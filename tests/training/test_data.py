@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from augment import cut, view_draws
 from config import Config, Place
-from data import EpochBatches, TrainingSamples, split_shards, subset, training_samples
+from data import EpochBatches, TrainingSamples, split_shards, subset, training_samples, unchanged
 from objective import GraphReader
+from PIL import Image
+from torch.utils.data import DataLoader
 
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError
@@ -124,3 +127,28 @@ def test_the_permuted_control_groups_samples_that_are_no_neighbours(scenes_store
     assert found == pytest.approx(edges_per_anchor(scenes_store, plain, nodes), rel=0.5)
     permuted = GraphReader(config, SampleGraph.open(scenes_store)).graph_nodes(nodes)
     assert edges_per_anchor(scenes_store, batches, permuted) > 2 * found
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_with_full_crops_views_are_cut_out_of_whole_images_by_the_draws_of_their_step(
+    scenes_store: str, workers: int
+) -> None:
+    config = config_of(scenes_store, full_crops=True, cache=False, seed=3, area_min=0.1)
+    samples, (tars, _) = training_samples(config), split_shards(config)
+    joint, *ranks = (batches_of(config, rank, count) for rank, count in ((0, 1), (0, 2), (1, 2)))
+    whole = GraphDataset(tars, transform=np.asarray)
+    items = subset(360, 0.25, 0)
+    for batches in (joint, *ranks):
+        batches.set_epoch(1, 2)
+    (batch,) = DataLoader(samples, batch_sampler=joint, collate_fn=unchanged, num_workers=workers)
+    (numbers,) = joint
+    assert batch["image"].shape == (2, 24, 3, 16, 16)
+    assert batch["node"].tolist() == samples.nodes[numbers].tolist()
+    draws = view_draws(config, Place(0, 1, CPU), 1, 2, 24)
+    for place, number in enumerate(numbers):
+        image = Image.fromarray(np.asarray(whole[items[number]]["image"]))
+        for one in (0, 1):
+            wanted = cut(image, draws[one, :, place], config).transpose(2, 0, 1)
+            assert torch.equal(batch["image"][one, place], torch.from_numpy(wanted.copy()))
+    halves = [samples.__getitems__(next(iter(batches)))["image"] for batches in ranks]
+    assert torch.equal(torch.cat(halves, 1), batch["image"])

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import evaluate
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
 from scipy.special import log_softmax
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from graphbuild.errors import InputError
 
 
 def mixture(n: int, classes: int, d: int, spread: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,3 +156,76 @@ def test_features_are_those_of_the_encoder_in_eval_mode() -> None:
     found = evaluate.features_of(encoder.train(), images, torch.device("cpu"), batch_size=3)
     wanted = (images.flatten(1).double() / 127.5 - 1) / np.sqrt(1 + 1e-5)
     assert torch.allclose(found.double(), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", [37, 64, 200])
+def test_probes_that_read_features_part_by_part_from_a_file_are_those_of_all_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, part: int
+) -> None:
+    (x, y), (queries, _) = mixture(200, 4, 6, 1.5, 0), mixture(90, 4, 6, 1.5, 1)
+    wanted = evaluate.knn(x, y, queries, 4, 7), evaluate.linear(x, y, queries, 4, 0.01)
+    x.numpy().tofile(tmp_path / "x")
+    queries.numpy().tofile(tmp_path / "queries")
+    stored, asked = (
+        evaluate.Rows(np.memmap(tmp_path / name, np.float32, "r").reshape(-1, 6)) for name in ("x", "queries")
+    )
+    monkeypatch.setattr(evaluate, "PART", part)
+    monkeypatch.setattr(evaluate, "ASKED", 11)
+    assert torch.equal(evaluate.knn(stored, y, asked, 4, 7), wanted[0])
+    assert (evaluate.linear(stored, y, asked, 4, 0.01) == wanted[1]).float().mean() >= 0.98  # borders
+    order = torch.randperm(200)
+    assert torch.equal(evaluate.knn(stored[order], y[order], asked, 4, 7), wanted[0])
+
+
+def test_rows_of_a_file_are_read_only_where_they_are_asked_for(tmp_path: Path) -> None:
+    values = np.arange(60, dtype=np.float32).reshape(20, 3)
+    rows = evaluate.Rows(values)[torch.tensor([5, 2, 19, 0])]
+    assert len(rows) == 4
+    parts = [part.tolist() for part in rows[1:].split(2)]
+    assert parts == [values[[2, 19]].tolist(), values[[0]].tolist()]
+
+
+def test_a_streamed_probe_holds_a_part_of_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """30,000 rows of 64 numbers in parts of 1,000: no tensor of the fit is larger than one."""
+    monkeypatch.setattr(evaluate, "PART", 1000)
+    rng = np.random.default_rng(0)
+    y = torch.from_numpy(rng.integers(0, 2, 30_000))
+    x = rng.normal(size=(30_000, 64)).astype(np.float32) + y.numpy()[:, None].astype(np.float32)
+    largest = 0
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            found = function(*args, **(kwargs or {}))
+            if isinstance(found, torch.Tensor) and found.is_floating_point():
+                largest = max(largest, found.numel())
+            return found
+
+    with Watched():
+        guesses = evaluate.linear(evaluate.Rows(x), y, evaluate.Rows(x[:500]), 2, 1e-2)
+    assert largest <= 1000 * 64
+    assert (guesses == y[:500]).float().mean() > 0.99
+
+
+def test_other_images_are_right_by_their_map() -> None:
+    """Guesses of the classes dog, cat, car; a folder of pets takes two of them, one of kites none."""
+    x, y = mixture(300, 3, 5, 0.1, 0)
+    names = [("dog", "cat", "car")[label] for label in y.tolist()]
+    own, other = x[:40], x[40:100]
+    truths = ["pets" if name in ("dog", "cat") else "vehicles" for name in names[40:100]]
+    images = evaluate.OtherImages("mixed", truths, {"pets": {"dog", "cat"}, "vehicles": {"bus"}})
+    train = evaluate.Features({"e": x}, {".cls": names, "is_car": [str(name == "car") for name in names]})
+    held = {label: values[:40] for label, values in train.labels.items()}
+    rows = evaluate.evaluate(train, evaluate.Features({"e": torch.cat([own, other])}, held), [images])
+    assert [row["label"] for row in rows] == [".cls", ".cls on mixed", "is_car"]
+    assert (rows[0]["linear e"], rows[2]["linear e"]) == (1, 1)
+    assert rows[1]["linear e"] == rows[1]["knn e"] == pytest.approx(truths.count("pets") / 60)
+
+
+def test_labels_are_fields_of_json_or_members_of_their_own() -> None:
+    batch = {"key": ["a", "b"], "json": [{"kind": 1}, {"kind": "x"}], "cls": [b"7\n", b"12"]}
+    assert evaluate.values_of(batch, "kind") == ["1", "x"]
+    assert evaluate.values_of(batch, ".cls") == ["7", "12"]
+    assert evaluate.members_of(["kind", ".cls", "colour"]) == ["json", "cls"]
+    with pytest.raises(InputError, match=r"(?s)sample a has no label 'colour'.*kind"):
+        evaluate.values_of(batch, "colour")

@@ -30,7 +30,7 @@ def test_large_backbones_are_the_published_ones(name: str) -> None:
 
 
 def test_timm_backbones_need_timm() -> None:
-    config = Config(store="", backbone="timm:resnet18")
+    config = Config(store="", backbone="timm/resnet18")
     try:
         import timm  # noqa: F401
     except ImportError:
@@ -38,6 +38,22 @@ def test_timm_backbones_need_timm() -> None:
             new_encoder(config)
     else:
         assert new_encoder(config)(torch.randn(2, 3, 64, 64)).shape == (2, 512)
+
+
+@pytest.mark.parametrize(
+    ("name", "features"),
+    [("resnet50", 2048), ("vit_tiny_patch16_224", 192), ("densenet121", 1024), ("convnext_atto", 320)],
+)
+def test_timm_backbones_are_made_for_the_size_of_the_images(name: str, features: int) -> None:
+    pytest.importorskip("timm")
+    model = Model(Config(store="", backbone=f"timm/{name}", pixels=64))
+    assert model.encoder.features == features
+    outputs = model(*torch.randn(2, 2, 3, 64, 64))
+    assert [output.shape for output in outputs] == [(2, 128)] * 2
+    if name == "resnet50":
+        assert sum(parameter.numel() for parameter in model.encoder.parameters()) == PARAMETERS[name]
+    with pytest.raises(ConfigError, match=r"(?s)has no model 'resnet5000'.*list_models"):
+        new_encoder(Config(store="", backbone="timm/resnet5000"))
 
 
 def test_every_parameter_of_a_model_gets_a_gradient() -> None:

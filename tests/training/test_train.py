@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import math
@@ -19,13 +20,14 @@ import numpy as np
 import objective
 import pytest
 import torch
-from config import Config, Place
+from config import Config, Place, read_command_line
 from data import EpochBatches, split_shards, training_samples
 from records import Checkpoint
-from train import load_run, main, new_model, train, two_views
+from torch import nn
+from train import load_run, main, new_model, train, two_views, update
 
 from graphbuild.errors import ConfigError, StageError
-from graphbuild.torch import GraphDataset
+from graphbuild.torch import GraphDataset, Targets
 
 SCRIPT = Path(__file__).parents[2] / "training" / "train.py"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that share cores with others wait for each other
@@ -170,6 +172,8 @@ def small(store: str, **more: Any) -> Config:
         {"method": "xsample", "batches": "communities", "random_share": 0.5, "chunk": 16},
         {"method": "clip", "text": "tower"},
         {"method": "clip_soft", "cache": False, "precision": "bfloat16"},
+        {"method": "clip", "precision": "float16", "chunk": 16},
+        {"full_crops": True, "cache": False, "hue": 0.2, "blur": 0.5, "solarise": 0.2},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )
@@ -341,6 +345,9 @@ def test_mistakes_are_explained(scenes_store: str, tmp_path: Path) -> None:
         ([scenes_store, "--samples", "0"], "share in"),
         ([scenes_store, "--learning-rate", "-0.1"], "learning_rate = -0.1.*use 0 or more"),
         ([scenes_store, "--learning-rate", "nan"], "learning_rate = nan"),
+        ([scenes_store, "--weight-decay", "-2"], "weight_decay = -2.0.*use 0 or more"),
+        ([scenes_store, "--hue", "0.6"], "hue = 0.6.*use 0 to 0.5"),
+        ([scenes_store, "--full-crops"], "full_crops with a cache.*--no-cache"),
         ([scenes_store, "--jitter", "5"], "jitter = 5.0.*use 0 to 1"),
         ([scenes_store, "--width", "7"], "width = 7.*use 8 or more"),
         ([scenes_store, "--train-shards", "shards/*.tar"], "00003.tar is held out, and among the train shards"),
@@ -412,12 +419,106 @@ def test_a_gradient_that_is_not_finite_ends_the_run_with_its_weights_kept(
 
 
 def test_what_the_device_and_the_optimizer_decide_is_written_down() -> None:
-    assert Config(store="").resolved(torch.device("cpu")).precision == "float32"
-    assert Config(store="").resolved(torch.device("cpu")).learning_rate == 3e-3
-    lars = Config(store="", optimizer="lars", batch_size=512)
-    assert lars.resolved(torch.device("cpu")).learning_rate == pytest.approx(0.6)
-    chosen = Config(store="", optimizer="lars", learning_rate=0.1, precision="bfloat16")
-    assert chosen.resolved(torch.device("cpu")) == chosen
+    adamw = Config(store="").resolved(torch.device("cpu"))
+    assert (adamw.precision, adamw.learning_rate, adamw.weight_decay) == ("float32", 3e-3, 1e-2)
+    assert (adamw.warm_up, adamw.clip_norm) == (0.05, 1)
+    lars = Config(store="", optimizer="lars", batch_size=1024, epochs=200).resolved(torch.device("cpu"))
+    assert (lars.learning_rate, lars.weight_decay) == (pytest.approx(0.3 * 1024 / 256), 1e-6)  # SimCLR, appendix B.6
+    assert (lars.warm_up * 200, lars.clip_norm) == (10, 0)
+    assert Config(store="", optimizer="lars", epochs=8).resolved(torch.device("cpu")).warm_up == 0.1
+    chosen = {"learning_rate": 0.1, "weight_decay": 0.0, "warm_up": 0.0, "clip_norm": 3.0, "precision": "bfloat16"}
+    config = Config(store="", optimizer="lars", **chosen)  # type: ignore[arg-type]
+    assert config.resolved(torch.device("cpu")) == config
+
+
+def test_the_published_protocol_is_a_file_of_options(tmp_path: Path) -> None:
+    config, _, _ = read_command_line(["store", "--config", str(SCRIPT.parent / "protocol.yaml")])
+    found = config.resolved(HERE.device)
+    simclr = {"learning_rate": 1.2, "weight_decay": 1e-6, "warm_up": 0.1, "optimizer": "lars", "backbone": "resnet50"}
+    xsample = {"method": "xsample", "tau": 0.1, "tau_s": 0.1, "batch_size": 1024, "epochs": 100, "pixels": 224}
+    views = {"area_min": 0.08, "hue": 0.2, "jitter": 0.8, "jitter_share": 0.8, "grayscale": 0.2, "blur": 0.5}
+    wanted = simclr | xsample | views | {"full_crops": True}
+    assert {name: getattr(found, name) for name in wanted} == wanted
+
+
+def updated(scale: float, **options: Any) -> tuple[nn.Module, nn.Module, torch.amp.GradScaler, float]:
+    """A linear model before and after one step on a loss of 100 times the sum, with the norm of the gradient."""
+    config = Config(store="", **{"optimizer": "lars", "learning_rate": 0.1, **options}).resolved(HERE.device)
+    model, loss = nn.Linear(3, 2, bias=False), objective.Objective(config)
+    before = copy.deepcopy(model)
+    loss.forward = lambda *outputs, targets: 100 * sum(output.sum() for output in outputs)  # type: ignore[assignment]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=config.precision == "float16")
+    alone = Alone(model)
+    _, norm = update(alone, loss, optimizer, scaler, [torch.eye(3)], Targets(), config, HERE, 0)
+    return before, model, scaler, norm
+
+
+class Alone(nn.Module):
+    """A model whose outputs are a tuple."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.model(x),)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize(("clip_norm", "length"), [(0.0, 100 * math.sqrt(6)), (2.0, 2.0), (1e4, 100 * math.sqrt(6))])
+def test_gradients_are_scaled_down_to_clip_norm(clip_norm: float, length: float, precision: str) -> None:
+    """The gradient of 100 times the sum of all weights is 100 everywhere; float16 scales the loss, not the step."""
+    before, after, _, norm = updated(4.0, clip_norm=clip_norm, precision=precision)
+    assert norm == pytest.approx(100 * math.sqrt(6))
+    step = (before.weight - after.weight).detach() / 0.1
+    assert torch.allclose(step, torch.full((2, 3), length / math.sqrt(6)), rtol=1e-4)
+
+
+def test_a_step_that_overflows_float16_is_left_out_and_halves_the_scale() -> None:
+    before, after, scaler, norm = updated(2.0**125, precision="float16")  # 100 times this is beyond float32
+    assert norm == math.inf or math.isnan(norm)
+    assert torch.equal(before.weight, after.weight)
+    assert scaler.get_scale() == 2.0**124
+
+
+def test_float16_is_near_float32_and_finds_its_scale(scenes_store: str, tmp_path: Path) -> None:
+    """Small steps, so that the first ones, which overflow and are left out, make little difference."""
+    for precision in ("float32", "float16"):
+        config = small(scenes_store, epochs=1, precision=precision, learning_rate=1e-4)
+        train(config, tmp_path / precision, HERE)
+    exact, rounded = (steps(tmp_path / name) for name in ("float32", "float16"))
+    assert [line["loss"] for line in rounded] == pytest.approx([line["loss"] for line in exact], rel=0.015)
+    assert rounded[0]["loss"] != exact[0]["loss"]
+    scale = 2.0**16
+    for line, other in zip(rounded, exact, strict=True):
+        scale = scale if "gradient_norm" in line else scale / 2
+        assert line["loss_scale"] == scale
+        assert line.get("gradient_norm", other["gradient_norm"]) == pytest.approx(other["gradient_norm"], rel=0.05)
+    assert "gradient_norm" in rounded[-1]  # of the gradient itself, not of the scaled one
+    assert scale < 2.0**16
+    assert "loss_scale" not in exact[0]
+    saved = torch.load(tmp_path / "float16/checkpoint.pt", weights_only=True)["scaler"]
+    assert saved["scale"] == scale
+
+
+def test_a_run_of_an_older_trainer_goes_on_and_one_of_a_newer_is_refused(scenes_store: str, tmp_path: Path) -> None:
+    """An older one stored no option that came later; these have defaults that change nothing."""
+    config = small(scenes_store, epochs=1)
+    train(config, tmp_path, HERE)
+    whole = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    later = ("jitter_share", "hue", "blur", "solarise", "full_crops", "clip_norm")
+    older = {name: value for name, value in whole["config"].items() if name not in later}
+    state = {name: value for name, value in whole.items() if name != "scaler"}
+    torch.save({**state, "config": older}, tmp_path / "checkpoint.pt")
+    train(config, tmp_path, HERE)
+    assert load_run(tmp_path)[0] == config.resolved(HERE.device)
+    with pytest.raises(ConfigError, match="trained with other blur"):
+        train(small(scenes_store, epochs=1, blur=0.5), tmp_path, HERE)
+    torch.save({**state, "config": {**older, "wings": 2}}, tmp_path / "checkpoint.pt")
+    for read in (lambda: train(config, tmp_path, HERE), lambda: load_run(tmp_path)):
+        with pytest.raises(ConfigError, match="trained with unknown wings"):
+            read()
 
 
 def test_shards_are_split_into_train_and_held_out(scenes_store: str) -> None:

@@ -97,7 +97,8 @@ def job_of(verb: str, recipe: Recipe, store: Store | None = None, rows: int | No
     else:
         fix = "give download.urls, pack.source, or embed.shards, captions or vectors"
         raise ConfigError("the recipe names no source", fix)
-    return replace(job, verb=verb, k=job.k or min(recipe.index.k, max(job.nodes - 1, 1)), shards=max(job.shards, 1))
+    k = job.k or min(recipe.index.neighbors(job.nodes), max(job.nodes - 1, 1))
+    return replace(job, verb=verb, k=k, shards=max(job.shards, 1))
 
 
 # -- sources
