@@ -64,7 +64,7 @@ class NeighborViews(Dataset[dict[str, Any]]):
 
     def partners(self, items: NDArray[np.int64]) -> NDArray[np.int64]:
         """The item that is the partner of each, int64 [B]."""
-        epoch = self._epoch.get()[0]
+        epoch = self._epoch.get()["epoch"]
         drawn, which, image = (
             uniform(items, self._seed, epoch, of=name) for name in ("neighbour", "which", "which image")
         )

@@ -181,7 +181,7 @@ def test_the_printed_code_trains_as_it_is_printed(
     assert code is not None
     (tmp_path / "out").symlink_to(store)
     monkeypatch.chdir(tmp_path)
-    small, (graph, texts) = example("small"), (SampleGraph.open(store), columns(store, SampleGraph.open(store)))
+    small, texts = example("small"), columns(store, SampleGraph.open(store))
     torch.manual_seed(0)
     models = [small.encoder(), small.small_model(texts["anchor"])]
     before = copy.deepcopy(models)
