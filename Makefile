@@ -2,8 +2,8 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-# Test files side by side, on two cores.
-JOBS := -n 2 --dist loadfile --no-loadscope-reorder
+# Tests side by side: more processes than cores, because many wait.
+JOBS := -n 4 --dist worksteal
 export NO_ALBUMENTATIONS_UPDATE := 1
 
 .PHONY: demo test test-all test-oldest test-open-clip pytest lint clean
