@@ -156,7 +156,7 @@ class _Batches:
         data = stock(args, preprocess_fns, epoch=epoch, tokenizer=tokenizer)
         args.train_data = tars
         options, graph = self._options, SampleGraph.open(self._options.graph)
-        shards, sidecars = _checked_shards(tars, graph)
+        shards, sidecars = _checked_shards(tars.split("::"), graph)
         urls, given = [shard.tar for shard in shards], {"sidecars": sidecars, "transform": preprocess_fns[0]}
         common: dict[str, Any] = {"bad_images": "replace", "captions": options.graph_captions, "seed": args.seed}
         loading: dict[str, Any] = {"num_workers": args.workers, "persistent_workers": args.workers > 0}
@@ -305,7 +305,7 @@ def _tars_of(store: str) -> str:
     return "{" + ",".join(opened.resolve(url) for url in urls) + "}" if len(urls) > 1 else opened.resolve(urls[0])
 
 
-def _checked_shards(tars: str, graph: SampleGraph) -> tuple[list[Shard], str | None]:
+def _checked_shards(tars: list[str], graph: SampleGraph) -> tuple[list[Shard], str | None]:
     """The tars with their sidecars, beside them or in the store, which must be of this graph and these bytes."""
     sidecars = None
     try:
