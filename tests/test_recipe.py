@@ -188,7 +188,7 @@ def test_relative_paths_become_absolute_and_urls_stay(tmp_path: Path, monkeypatc
         ("embed: {caption_colum: x}", "embed.caption_colum: no such setting"),
         ("embed: text", "embed: "),
         ("index: {k: many}", "index.k"),
-        ("index: {k: 0}", "index.k"),
+        ("index: {k: -1}", "index.k"),
         ("index: {k: 1.5}", "index.k"),
         ("index: {k: 5000}", "index.k"),
         ("index: {min_recall: 1.01}", "index.min_recall"),
@@ -218,7 +218,7 @@ def test_a_bad_recipe_is_refused_by_naming_the_file_and_the_setting(
 
 def test_all_faults_of_a_recipe_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        read_recipe(write(tmp_path, "index: {k: 0, seeds: 1}\nexport: {embeddings: x}\n"))
+        read_recipe(write(tmp_path, "index: {k: -1, seeds: 1}\nexport: {embeddings: x}\n"))
     assert all(named in caught.value.cause for named in ("index.k", "index.seeds", "export.embeddings"))
 
 

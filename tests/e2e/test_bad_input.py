@@ -810,7 +810,7 @@ def test_unknown_verbs_and_options_are_usage_errors(arguments: list[str], named:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["index", "--k", "0"], "--k"),
+        (["index", "--k", "-1"], "--k"),
         (["index", "--k", "3000"], "--k"),
         (["index", "--min-recall", "2"], "--min-recall"),
         (["download", "x.csv", "--shard-size", "0"], "--shard-size"),
