@@ -23,6 +23,10 @@ from PIL import Image
 import graphbuild.open_clip as launcher
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError, GraphbuildError, InputError, ShardError
+from graphbuild.job.steps import run_verb
+from graphbuild.recipe import Embed, Index, Recipe
+from graphbuild.runner.runner import Runner
+from graphbuild.store.store import Store
 from graphbuild.torch import CLIPLoss, SigLIPLoss, Targets, graph_webdataset
 
 Train = Callable[..., dict[str, torch.Tensor]]
@@ -308,6 +312,17 @@ def test_tars_of_another_graph_or_with_other_captions_are_refused_by_name(
     manifest.write_text(json.dumps(found))
     error = refused(launcher.main, train, *given, name="other graph")
     assert "was exported from another graph" in str(error) or "manifest.json" in str(error)
+
+
+def test_a_store_without_tars_asks_for_them(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("caption\na dog\na cat\na tree\n")
+    store = Store(str(tmp_path / "store"))
+    recipe = Recipe(embed=Embed(captions=str(tmp_path / "list.csv")), index=Index(k=2))
+    with Runner(workers=0) as runner:
+        for verb in ("embed", "index"):
+            run_verb(verb, recipe, store, runner)
+    with pytest.raises(ConfigError, match="name tars by --train-data"):
+        launcher.main(["--graph", store.url, "--model", "graphbuild-tiny"])
 
 
 def test_a_version_with_other_hooks_is_refused_with_those_that_work(
