@@ -40,7 +40,7 @@ def write_report(store: Store, out: str | None = None) -> str:
         raise ConfigError(f"no report can be written there: {error.cause}", "name another folder by --out") from error
     found = numbers(store)
     folder.write_bytes("report.json", json_text(found))
-    folder.write_bytes("index.html", render(found, _thumbnails(store, found)).encode())
+    folder.write_bytes("index.html", render(found, _images(store, found)).encode())
     return folder.display("index.html")
 
 
@@ -76,18 +76,21 @@ def _hashed(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
-def _thumbnails(store: Store, found: Json) -> list[Json]:
+def _images(store: Store, found: Json) -> list[Json]:
+    """The repeated images, with all captions of the sample that stands for each once there is a graph to look it up."""
     if not found.get("repeated_images") or "edges" not in found:
         return [{**one, "thumbnail": None, "problem": ""} for one in found.get("repeated_images", [])]
     catalog = Catalog(store)
     images = []
     for one in found["repeated_images"]:
-        thumbnail, problem = None, "no image"
+        thumbnail, problem, caption = None, "no image", one["caption"]
         try:
-            content = catalog.image(catalog.sample(one["key"]), THUMBNAIL)
+            sample = catalog.sample(one["key"])
+            caption = sample.captions or caption
+            content = catalog.image(sample, THUMBNAIL)
             if content is not None:
                 thumbnail = f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
         except GraphbuildError as error:
             problem = error.cause
-        images.append({**one, "thumbnail": thumbnail, "problem": problem})
+        images.append({**one, "caption": caption, "thumbnail": thumbnail, "problem": problem})
     return images

@@ -12,9 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from browser import Tab
 
+from graphbuild.job.steps import run_verb
 from graphbuild.look.report.charts import _mass
-from graphbuild.look.report.numbers import _repeated_texts
-from graphbuild.look.report.page import render, write_report
+from graphbuild.look.report.numbers import _repeated_texts, numbers
+from graphbuild.look.report.page import _images, render, write_report
+from graphbuild.recipe import Embed, Index, Recipe
+from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store
 
 
@@ -143,3 +146,18 @@ def test_a_number_of_samples_that_no_node_has_is_a_bar_of_none(tmp_path: Path) -
     bars = [(one["from"], one["to"], one["nodes"]) for one in found["samples_per_node"]]
     assert bars == [(1, 1, 2), (2, 2, 0), (3, 4, 0), (5, 8, 1)]
     assert found["texts"] == [{"samples": 7, "text": "c"}]
+
+
+def test_a_repeated_image_is_shown_with_all_captions_of_its_sample(tmp_path: Path) -> None:
+    (tmp_path / "list.tsv").write_text("a\tb\n" + "".join(f"dog {at}\tbrown dog {at}\n" for at in range(20)))
+    store = Store(str(tmp_path / "store"))
+    recipe = Recipe(embed=Embed(captions=str(tmp_path / "list.tsv"), caption_column="a;b"), index=Index(k=2))
+    with Runner(workers=0) as runner:
+        for verb in ("embed", "index"):
+            run_verb(verb, recipe, store, runner)
+    repeated = {"urls": 2, "sha256": "0" * 64, "key": "3", "caption": "dog 3"}  # as a download's table has it
+    found = {**numbers(store), "repeated_images": [repeated, {**repeated, "key": "nobody", "caption": "of old"}]}
+    first, second = _images(store, found)
+    assert first["caption"] == "dog 3 \N{MIDDLE DOT} brown dog 3"
+    assert second["caption"] == "of old"
+    assert first["caption"] in render(found, [first, second])
