@@ -73,6 +73,12 @@ class Runner:
         Raises ConfigError when what is there was built with other settings or inputs and force is not given,
         InputError or StageError when tasks failed.
         """
+        try:
+            return self._run(stage, recipe, store, force=force, stale=stale)
+        finally:
+            self.progress.close()
+
+    def _run(self, stage: Stage, recipe: Recipe, store: Store, *, force: bool, stale: Sequence[str]) -> Json:
         begin = time.monotonic()
         tasks = stage.plan(recipe, store)
         done = records(store, stage.name)

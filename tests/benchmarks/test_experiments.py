@@ -117,6 +117,7 @@ def test_each_run_has_one_line_and_a_rerun_adds_none(
     assert "small: 4 of 4 runs are finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_changed_setting_is_run_again_and_another_group_keeps_what_it_shares(work: Path, tmp_path: Path) -> None:
     results = tmp_path / "results"
     recipe = write(tmp_path / "small.yaml", epochs=1)
@@ -309,6 +310,7 @@ def test_a_run_on_another_device_has_the_metrics_of_the_cpu_s(work: Path, tmp_pa
     assert there == pytest.approx(here, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_several_processes_do_each_run_once_and_tell_what_failed(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

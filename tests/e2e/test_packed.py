@@ -145,7 +145,7 @@ def test_loaders_take_packed_tars(built: Path, cli: Cli, pictures: list[Picture]
     assert len(SampleGraph.open(str(store))) == len(dataset)
 
 
-@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("after", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_killed_pack_is_resumed_to_the_same_bytes(
     after: int, source: Path, program: Path, environment: dict[str, str], cli: Cli, tmp_path: Path
 ) -> None:

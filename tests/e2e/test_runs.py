@@ -207,6 +207,7 @@ def start(program: Path, environment: dict[str, str]) -> Iterator[Callable[..., 
 
 
 @needs_proc
+@pytest.mark.slow
 def test_a_run_outlives_a_killed_worker_with_the_same_bytes(
     built: Path, recipe: Path, start: Callable[..., forked.Started], tmp_path: Path
 ) -> None:

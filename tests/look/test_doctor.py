@@ -77,6 +77,7 @@ def test_what_is_missing_is_named_with_its_fix(tmp_path: Path) -> None:
     assert "folder" in said["storage"]
 
 
+@pytest.mark.slow
 def test_a_store_on_s3_without_its_package_names_the_extra(tmp_path: Path) -> None:
     code, said = examined("s3://bucket/store", hidden=("s3fs",))
     assert code == 1

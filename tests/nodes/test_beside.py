@@ -303,6 +303,7 @@ def test_tars_and_vectors_that_come_later_keep_rows_nodes_and_files_of_the_first
     assert run(store, "embed", **given("abc")) == manifest
 
 
+@pytest.mark.slow
 def test_workers_make_the_same_bytes(tmp_path: Path, tars: str) -> None:
     write_vectors(tmp_path / "v.parquet", np.array([OWN[key] for key in EVERY]))
     write_keys(tmp_path / "k.parquet", [*EVERY[:-1], "stranger"])

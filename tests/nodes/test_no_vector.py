@@ -126,6 +126,7 @@ def test_such_captions_of_tars_keep_their_rows_without_a_node_and_the_job_goes_o
     assert Store(str(store)).manifest()["rejected"] == {REASON: len(lost)}
 
 
+@pytest.mark.slow
 def test_the_bytes_are_the_same_with_workers_and_when_tars_come_later(tmp_path: Path, encoder: str) -> None:
     write_tars(tmp_path / "tars", "abc")
     embed = Embed(shards=str(tmp_path / "tars/*.tar"), encoder=encoder)

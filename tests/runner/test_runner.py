@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 from graphbuild.errors import ConfigError, InputError, StageError
 from graphbuild.recipe import Index, Recipe
+from graphbuild.runner.progress import _Ticker
 from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import Stage, Task, records
 from graphbuild.runner.state import require
@@ -169,6 +171,7 @@ def test_a_gpu_that_is_asked_for_and_cannot_be_used_is_an_error_and_no_reason_to
     one = dataclasses.replace(stage(write), on_device=True, plan=on_cuda)
     with pytest.raises(ConfigError, match="torch can use no GPU here"):
         runner.run(one, Recipe(), store)
+    assert not [thread for thread in threading.enumerate() if isinstance(thread, _Ticker)], "nothing shows it any more"
 
 
 def say_gpu(task: Task, store: Store, writer: Writer) -> Json:

@@ -99,7 +99,10 @@ def expected(scenes: str, kind: str, workers: int) -> list[list[str]]:
     return keys
 
 
-@pytest.mark.parametrize(("kind", "workers"), [("stream", 0), ("stream", 2), ("neighbours", 0), ("neighbours", 2)])
+@pytest.mark.parametrize(
+    ("kind", "workers"),
+    [("stream", 0), ("stream", 2), ("neighbours", 0), pytest.param("neighbours", 2, marks=pytest.mark.slow)],
+)
 def test_a_resumed_run_has_the_batches_and_losses_of_the_uninterrupted_one(
     scenes: str, tmp_path: Path, kind: str, workers: int
 ) -> None:

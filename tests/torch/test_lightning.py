@@ -106,7 +106,10 @@ def everything(scenes: str, kind: str, workers: int, folder: Path) -> list[tuple
     return fit(data_of(scenes, kind, workers), folder, callbacks=[every_step], enable_checkpointing=True)
 
 
-@pytest.mark.parametrize(("kind", "workers"), [("stream", 0), ("stream", 2), ("neighbours", 0), ("neighbours", 2)])
+@pytest.mark.parametrize(
+    ("kind", "workers"),
+    [("stream", 0), ("stream", 2), ("neighbours", 0), pytest.param("neighbours", 2, marks=pytest.mark.slow)],
+)
 def test_a_resumed_run_has_the_batches_and_losses_of_the_uninterrupted_one(
     scenes: str, tmp_path: Path, one_thread: None, kind: str, workers: int
 ) -> None:

@@ -99,7 +99,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no longer: workers forked by later tests would keep its pipes open, for it to wait on
 def chromium() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
