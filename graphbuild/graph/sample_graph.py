@@ -201,6 +201,20 @@ class SampleGraph:
         ):
             yield first, neighbors, similarities
 
+    def to_knn(self) -> tuple[Ids, Float32]:
+        """Indices int64 and cosine distances float32, both [M, k + 1]: each node itself, at 0, then its list.
+
+        As umap, scikit-learn and others take neighbours that are known: docs/elsewhere.md. Memory: 12 bytes an entry.
+        """
+        indices = np.empty((len(self), self.k + 1), np.int64)
+        distances = np.zeros((len(self), self.k + 1), np.float32)
+        indices[:, 0] = np.arange(len(self))
+        for first, neighbors, similarities in self.edge_blocks():
+            nodes = slice(first, first + len(neighbors))
+            indices[nodes, 1:] = neighbors
+            np.maximum(1 - similarities.astype(np.float32), 0, out=distances[nodes, 1:])  # rounded, 1 may be exceeded
+        return indices, distances
+
     def edges(self, least: float = -1) -> Edges:
         """The edges of similarity `least` or more, copied into memory: 8 bytes each."""
         from graphbuild.graph.edges import Edges
