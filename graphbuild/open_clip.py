@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--graph-threshold", type=float)
     parser.add_argument("--graph-batches", choices=["random", "window", "walk"], default="random")
     parser.add_argument("--graph-captions", choices=["first", "draw"], default="first")
+    parser.add_argument("--graph-selection", metavar="PARQUET")
     return parser
 
 
@@ -159,6 +160,7 @@ class _Batches:
         shards, sidecars = _checked_shards(tars.split("::"), graph)
         urls, given = [shard.tar for shard in shards], {"sidecars": sidecars, "transform": preprocess_fns[0]}
         common: dict[str, Any] = {"bad_images": "replace", "captions": options.graph_captions, "seed": args.seed}
+        common["selection"] = options.graph_selection
         loading: dict[str, Any] = {"num_workers": args.workers, "persistent_workers": args.workers > 0}
         loading["pin_memory"] = str(args.device).startswith("cuda")
         self._set_epochs: list[Any]

@@ -60,6 +60,7 @@ class Config:
     held_out: Annotated[int, "last shards of the store, kept from training, that test the probes"] = 1
     samples: Annotated[float, "share of the training samples in (0, 1], or their number"] = 1.0
     subset_seed: Annotated[int, "draws them; a smaller subset is part of a larger one"] = 0
+    selection: Annotated[str, "only the samples of this file of `graphbuild select`"] = ""
 
     method: Annotated[
         Literal["simclr", "supcon", "xsample", "clip", "clip_soft"],

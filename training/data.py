@@ -81,7 +81,7 @@ def training_samples(config: Config) -> TrainingSamples:
     tars, held_out = split_shards(config)
     pixels = None if config.full_crops else config.pixels
     samples = _training_samples(
-        config.store, tars, pixels, config.samples, config.subset_seed, config.cache, config.workers
+        config.store, tars, pixels, config.samples, config.subset_seed, config.selection, config.cache, config.workers
     )
     if both := sorted(set(samples.tars) & set(held_out)):
         raise ConfigError(f"{both[0]} is held out, and among the train shards", "set --held-out or --train-shards")
@@ -110,13 +110,19 @@ class TrainingSamples(Dataset[Batch]):
         pixels: int | None,
         samples: float,
         subset_seed: int,
+        selection: str,
         cache: bool,
         workers: int,
     ) -> None:
         self.graph = SampleGraph.open(store)
         whole = unchanged if pixels is None else None
         self._tars = GraphDataset(
-            tars, sidecars=sidecars_of(store, tars), graph=self.graph, image_pixels=pixels, transform=whole
+            tars,
+            sidecars=sidecars_of(store, tars),
+            graph=self.graph,
+            image_pixels=pixels,
+            transform=whole,
+            selection=selection or None,
         )
         self.tars = [shard.tar for shard in self._tars.shards]
         self._items = subset(len(self._tars), samples, subset_seed)

@@ -84,7 +84,7 @@ def index(store: StoreArg, changes: Changes, how: How) -> None:
     _run_section("index", store, changes, how)
 
 
-@builds("export", "embeddings layout chunk shard_size")
+@builds("export", "embeddings layout selection chunk shard_size")
 def export(store: StoreArg, changes: Changes, how: How) -> None:
     """Graph to sidecars or new tars, for trainers."""
     _run_section("export", store, changes, how)

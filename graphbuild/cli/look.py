@@ -76,6 +76,35 @@ def mine(
 
 
 @app.command()
+def select(
+    context: typer.Context,
+    store: StoreArg,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="of the selection")] = "selection",
+    keep: Annotated[list[str] | None, option("list to keep: .parquet, .npy, .txt; may be given again")] = None,
+    drop: Annotated[list[str] | None, option("list to drop, as of mine; may be given again")] = None,
+    prefer: Annotated[
+        Literal["first", "sharpest", "neighbors", "longest"] | None,
+        option("which of each group of duplicates stays"),
+    ] = None,
+    where: Annotated[str | None, option("SQL over columns of samples and their JSON fields")] = None,
+    min_degree: Annotated[int, option("least number of lists that name the node", min=0)] = 0,
+    budget: Annotated[float | None, option("rows to keep, or a share of those left, by --method")] = None,
+    method: Annotated[str, typer.Option(help="random, sas, d2, density, semdedup, k-center or sensitivity")] = "random",
+    scores: Annotated[str | None, option("for the method: a column, or a .npy by row")] = None,
+    labels: Annotated[str | None, option("for the method: a column, or a .npy by row")] = None,
+    seed: Annotated[int, typer.Option(help="of the method")] = 0,
+    out: Annotated[str | None, option("parquet file  [default: STORE/selections/NAME.parquet]")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Rows that loaders, exports and trainers take; no tar is rewritten."""
+    from graphbuild.graph.rules import select_store
+
+    rules = {key: value for key, value in context.params.items() if key not in ("store", "name", "out", "dry_run")}
+    rules |= {"keep": keep or (), "drop": drop or ()}
+    echo(select_store(open_store(store), name, rules, out, dry_run=dry_run))
+
+
+@app.command()
 def report(
     store: StoreArg, out: Annotated[str | None, option("folder to write it to  [default: STORE/report]")] = None
 ) -> None:

@@ -20,6 +20,7 @@ from graphbuild.export.sidecar import TarIdentity
 from graphbuild.export.sidecars import named_image, sidecar_table
 from graphbuild.export.tarwriter import check_members, write_tar
 from graphbuild.graph.certify import require_graph
+from graphbuild.graph.selection import decided_by, selection_of
 from graphbuild.nodes.samples import MORE
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, digest, outputs
@@ -56,7 +57,8 @@ def _of_all(recipe: Recipe, store: Store) -> tuple[Json, Json]:
         "graph": store.manifest()["graph"]["fingerprint"],
         "samples": digest(outputs(require(store, "assign", "embed"), "samples/")),
     }
-    return {"chunk": recipe.export.chunk, "seed": recipe.index.seed}, built
+    chosen, selection = decided_by(store, recipe.export.selection)
+    return {"chunk": recipe.export.chunk, "seed": recipe.index.seed, **chosen}, {**built, **selection}
 
 
 # -- arrange: the order of all samples
@@ -74,10 +76,13 @@ def run_arrange(task: Task, store: Store, writer: Writer) -> Json:
 
     graph = SampleGraph.open(store.url)
     chunk, seed = task.settings["chunk"], task.settings["seed"]
-    nodes = graph.sample_nodes()
+    nodes, selection = graph.sample_nodes(), selection_of(store, task.settings.get("selection"))
+    behind = np.flatnonzero(nodes < 0)
+    if selection is not None:
+        nodes, behind = selection.nodes(nodes), behind[:0]
     planned = NeighborOrder(graph, chunk, nodes=nodes, group=min(GROUP, chunk), seed=seed)
-    order = np.concatenate([planned.items[planned.epoch(0).order], np.flatnonzero(nodes < 0)])
-    places = np.empty(len(order), np.int64)
+    order = np.concatenate([planned.items[planned.epoch(0).order], behind])
+    places = np.full(len(nodes), -1)
     places[order] = np.arange(len(order))
     writer.array(PLACES, places, durable=False)
     return {"counts": {"samples": len(order)}}
@@ -105,7 +110,10 @@ def run_scatter(task: Task, store: Store, writer: Writer) -> Json:
     first, count = task.built["rows"]
     samples = store.table(SAMPLES.format(task.name))
     check_members(samples, store.resolve(task.hints["tar"]["url"]))
-    samples = samples.append_column("place", pa.array(store.rows(PLACES, first, first + count))).sort_by("place")
+    places = store.rows(PLACES, first, first + count)
+    selection = selection_of(store, task.settings.get("selection"))
+    samples = samples if selection is None else selection.applied(samples)
+    samples = samples.append_column("place", pa.array(places)).filter(pa.array(places >= 0)).sort_by("place")
     with (
         writer.file(f"{SCRATCH}/{task.name}.arrow", durable=False) as path,
         pa.OSFile(str(path), "wb") as file,
@@ -120,7 +128,8 @@ def run_scatter(task: Task, store: Store, writer: Writer) -> Json:
 
 def plan_cluster(recipe: Recipe, store: Store) -> list[Task]:
     shards = shards_with_tars(store, "clustered")
-    total = int(shards.column("samples").sum())
+    selection = selection_of(store, recipe.export.selection)
+    total = int(shards.column("samples").sum()) if selection is None else selection.kept
     chunk = recipe.export.chunk
     size = -(-recipe.export.shard_size // chunk) * chunk
     settings, built = _of_all(recipe, store)

@@ -14,6 +14,7 @@ from graphbuild.errors import ConfigError, StageError
 from graphbuild.export.sidecar import sidecar_schema
 from graphbuild.export.sidecars import sidecar_table
 from graphbuild.graph.certify import require_graph
+from graphbuild.graph.selection import decided_by, selection_of
 from graphbuild.nodes.samples import MORE
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, outputs, records
@@ -37,6 +38,7 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
             "use the default layout, or `graphbuild pack` the files into a store of their own",
         )
     samples = outputs(require(store, "assign", "embed"), "samples/")
+    chosen, selection = decided_by(store, recipe.export.selection)
     parts: dict[str, list[Json]] = {}
     for record in records(store, "pack").values():
         parts.setdefault(record["settings"]["file"], []).append(record)
@@ -55,8 +57,8 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
             for record in packed
         ]
         built = {"file": file, "graph": manifest["graph"]["fingerprint"], "parts": places}
-        built["embeddings"] = manifest["embeddings"]["fingerprint"]
-        settings = {"embeddings": recipe.export.embeddings}
+        built |= {"embeddings": manifest["embeddings"]["fingerprint"], **selection}
+        settings = {"embeddings": recipe.export.embeddings, **chosen}
         tasks.append(Task(stage="columns", name=packed[0]["task"], settings=settings, built=built))
     return tasks
 
@@ -64,6 +66,9 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
 def run(task: Task, store: Store, writer: Writer) -> Json:
     manifest, embeddings = store.manifest(), task.settings["embeddings"]
     tables = [store.table(SAMPLES.format(part["shard"])) for part in task.built["parts"]]
+    selection = selection_of(store, task.settings.get("selection"))
+    if selection is not None:
+        tables = [selection.applied(samples) for samples in tables]
     plural = any(MORE in samples.column_names for samples in tables)
     fields = sidecar_schema(manifest["embeddings"]["d"], manifest["graph"]["k"], embeddings, plural=plural)
     schema = pa.schema([field.with_nullable(True) for field in fields if field.name not in LEFT_OUT])

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from graphbuild.errors import ConfigError
 from graphbuild.export.clustered import shards_with_tars
 from graphbuild.export.sidecar import text_columns
-from graphbuild.export.sidecars import graph_fields, tar_sizes
+from graphbuild.export.sidecars import graph_fields
 from graphbuild.export.tarwriter import check_members, write_tar
+from graphbuild.graph.selection import decided_by, selection_of
 from graphbuild.nodes.samples import MORE
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, outputs
@@ -25,10 +27,11 @@ from graphbuild.runner.state import require
 from graphbuild.sources.tars import given_urls, tar_stem
 from graphbuild.store.layout import SAMPLES
 from graphbuild.store.sharded import Array
-from graphbuild.store.shards import shards_of
+from graphbuild.store.shards import Shard, shards_of
 from graphbuild.store.store import Json, Store, Writer
 
 FOLDER = "inline"
+SIZES = f"{FOLDER}/sizes.json"
 MEMBER = "graph.npz"
 TEXTS = ("node", "caption", "weight", MORE)
 NO_DATE = (1980, 1, 1, 0, 0, 0)
@@ -39,14 +42,15 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
     if recipe.export.embeddings == "sketch:64":
         raise ConfigError("--layout inline has no sketches", "use --embeddings int8, float16 or none")
     samples = outputs(require(store, "assign", "embed"), "samples/")
+    chosen, selection = decided_by(store, recipe.export.selection)
     graph = store.manifest()["graph"]["fingerprint"]
     hints = {"given": given_urls(recipe.embed.shards)}
     return [
         Task(
             stage="inline",
             name=shard.name,
-            settings={"embeddings": recipe.export.embeddings},
-            built={"graph": graph, "samples": samples[SAMPLES.format(shard.name)], "tar": shard.tar},
+            settings={"embeddings": recipe.export.embeddings, **chosen},
+            built={**selection, "graph": graph, "samples": samples[SAMPLES.format(shard.name)], "tar": shard.tar},
             hints=hints,
         )
         for shard in shards
@@ -55,6 +59,10 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
 
 def run(task: Task, store: Store, writer: Writer) -> Json:
     samples = store.table(SAMPLES.format(task.name))
+    selection = selection_of(store, task.settings.get("selection"))
+    if selection is not None:
+        samples = selection.applied(samples)
+        samples = samples.filter(pc.is_valid(samples["node"]))
     recorded = task.built["tar"]["url"]
     url = task.hints["given"].get(recorded, store.resolve(recorded))
     check_members(samples, url)
@@ -95,9 +103,14 @@ def npz(arrays: Mapping[str, Array | np.generic]) -> bytes:
 
 def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     """inline/sizes.json, samples a tar."""
-    sizes = tar_sizes(shards_of(store, store.manifest())) or {}
-    store.write_json(f"{FOLDER}/sizes.json", {f"{tar_stem(name)}.tar": count for name, count in sizes.items()})
+    store.write_json(SIZES, inline_sizes(shards_of(store, store.manifest()), done))
     return {}
+
+
+def inline_sizes(shards: Iterable[Shard], done: Iterable[Json]) -> dict[str, int]:
+    """Samples a tar by its name, from the records of the stage."""
+    counts = {record["task"]: record["facts"]["counts"]["samples"] for record in done}
+    return {f"{tar_stem(shard.tar['name'])}.tar": counts[shard.name] for shard in shards if shard.tar is not None}
 
 
 STAGE = Stage(name="inline", title="tars", plan=plan, run=run, finish=finish)

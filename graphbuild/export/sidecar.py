@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from graphbuild.errors import ConfigError, ShardError
 from graphbuild.graph import sketch
+from graphbuild.graph.selection import Selection
 from graphbuild.nodes.samples import MORE
 from graphbuild.recipe import EmbeddingKind
 from graphbuild.runner.stage import sealed
@@ -150,8 +151,8 @@ class Sidecar:
     image_size: NDArray[np.int64]
 
     @classmethod
-    def read(cls, url: str) -> Sidecar:
-        """Read and check one sidecar from a path or any fsspec URL.
+    def read(cls, url: str, selection: Selection | None = None) -> Sidecar:
+        """Read and check one sidecar from a path or any fsspec URL; of a selection, as if no other row had a node.
 
         Raises:
             ShardError: the file is missing, not a sidecar, of another format version, or contradicts itself.
@@ -162,6 +163,7 @@ class Sidecar:
             table = pq.ParquetFile(content, page_checksum_verification=True).read(use_threads=False)
             header = _parse_header(url, table.schema.metadata)
             _check_columns(url, header, table.schema, table.num_rows)
+            table = table if selection is None else selection.applied(table)
             columns, first_more = text_columns(table)
             background = [_numbers(columns[f"background_{name}"]) for name in ("mean", "std")]
             sidecar = cls(

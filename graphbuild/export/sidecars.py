@@ -17,6 +17,7 @@ from graphbuild.export.quantized import quantize_int8
 from graphbuild.export.sidecar import SidecarHeader, TarIdentity, sidecar_schema
 from graphbuild.graph import sketch
 from graphbuild.graph.certify import require_graph
+from graphbuild.graph.selection import decided_by, selection_of
 from graphbuild.nodes.samples import MORE
 from graphbuild.recipe import EmbeddingKind, Recipe
 from graphbuild.runner.stage import Stage, Task, outputs
@@ -37,13 +38,15 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
     samples = outputs(require(store, source, "embed"), "samples/")
     built = {"graph": manifest["graph"]["fingerprint"], "embeddings": manifest["embeddings"]["fingerprint"]}
     classes = {} if recipe.embed.class_names is None else {"classes": True}
+    chosen, selection = decided_by(store, recipe.export.selection)
     return [
         Task(
             stage="export",
             name=shard.name,
-            settings={"embeddings": recipe.export.embeddings},
+            settings={"embeddings": recipe.export.embeddings, **chosen},
             built={
                 **built,
+                **selection,
                 "samples": samples[SAMPLES.format(shard.name)],
                 "tar": shard.tar,
                 **named_image(recipe),
@@ -55,7 +58,9 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
 
 
 def run(task: Task, store: Store, writer: Writer) -> Json:
-    samples = store.table(SAMPLES.format(task.name))
+    every = store.table(SAMPLES.format(task.name))
+    selection = selection_of(store, task.settings.get("selection"))
+    samples = every if selection is None else selection.applied(every)
     tar = task.built["tar"]
     identity = None if tar is None else TarIdentity(name=tar["name"], bytes=tar["bytes"], sha256=tar["sha256"])
     table = sidecar_table(
@@ -69,7 +74,9 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
     )
     name = task.name if tar is None else tar_stem(tar["name"])
     writer.table(SIDECAR.format(name), table, **(packed(table) if "classes" in task.built else {}))
-    return {"counts": {"samples": len(samples), "without_node": samples["node"].null_count}}
+    counts = {"samples": len(samples), "without_node": every["node"].null_count}
+    left_out = samples["node"].null_count - counts["without_node"]
+    return {"counts": counts if selection is None else {**counts, "not_selected": left_out}}
 
 
 def packed(table: pa.Table) -> Json:

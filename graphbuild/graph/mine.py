@@ -6,10 +6,7 @@ bytes; near-duplicates take more (graphbuild.graph.duplicates). Columns, rules, 
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -25,21 +22,18 @@ from graphbuild.graph.mined import (
     blocks,
     check_similarity,
     count_truncated,
-    place_of,
+    publish,
     reaches,
+    read_scores,
     slices,
     texts,
 )
 from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.recipe import flag
-from graphbuild.store.files import local_file
-from graphbuild.store.lock import writing
 from graphbuild.store.store import Json, Store
 
 __all__ = ["false_negative_edges", "false_negatives", "hard_negatives", "mine_store", "near_duplicates"]
 __all__ += ["neighbor_positives"]
-
-logger = logging.getLogger(__name__)
 
 EDGE = [("node", pa.int64()), ("neighbor", pa.int64()), ("rank", pa.int32()), ("similarity", pa.float32())]
 EDGES = pa.schema(EDGE)
@@ -177,25 +171,10 @@ def mine_store(
             f"{what} needs --threshold", "give a similarity between -1 and 1; how to choose: docs/mining.md"
         )
     if isinstance(given.get("positive"), str):
-        given["positive"] = _read_scores(given["positive"])
-    with contextlib.nullcontext() if dry_run or out is not None else writing(store, "mine"):
-        return _mine(store, what, given, out, dry_run=dry_run)
-
-
-def _mine(store: Store, what: str, given: Mapping[str, Any], out: str | None, *, dry_run: bool) -> str:
-    begin = time.monotonic()
-    graph = SampleGraph.open(store.url)
-    mined = LISTS[what](graph, **given)
-    folder, name = place_of(store, what, out, dry_run=dry_run)
-    if dry_run:
-        replaced = ", in place of the list that is there" if folder.exists(name) else ""
-        edges = f"{len(graph) * graph.k:,} edges of {len(graph):,} nodes"
-        return f"mine      would filter {edges} into {folder.display(name)}{replaced}"
-    rows = mined.save(folder, name)
-    counts = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in mined.counts.items())
-    nothing = "" if rows else "; nothing passed the filter: the file has 0 rows"
-    logger.info("%-9s %s in %.1f s: %s%s", "mining", what, time.monotonic() - begin, counts, nothing)
-    return f"mine      {rows:,} rows, in {folder.display(name)}"
+        given["positive"] = _number_or_scores(given["positive"])
+    return publish(
+        "mine", lambda graph: LISTS[what](graph, **given), store, f"mined/{what}.parquet", out, dry_run=dry_run
+    )
 
 
 def _negatives(graph: SampleGraph, positive: NDArray[Any], options: Json) -> Iterator[Part]:
@@ -265,21 +244,9 @@ def _scores(graph: SampleGraph, positive: float | NDArray[Any]) -> NDArray[np.fl
     return scores
 
 
-def _read_scores(text: str) -> float | NDArray[Any]:
+def _number_or_scores(text: str) -> float | NDArray[Any]:
     """--positive: a number, or the .npy that text names."""
     try:
         return float(text)
     except ValueError:
-        pass
-    with local_file(text) as path:
-        try:
-            scores: NDArray[Any] = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise InputError(
-                f"--positive {text} is not a whole .npy file ({error})", "give a number, or a float array by row: [N]"
-            ) from None
-    if scores.ndim != 1 or scores.dtype.kind != "f":
-        raise InputError(
-            f"--positive {text} holds {scores.dtype} {list(scores.shape)}", "give a float array by row: [N]"
-        )
-    return scores
+        return read_scores(text, "--positive", "give a number, or a float array by row: [N]")

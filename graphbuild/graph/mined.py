@@ -5,9 +5,12 @@ A list is made part by part while it is read. Writing takes one row group's memo
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from graphbuild.errors import ConfigError
+from graphbuild.errors import ConfigError, InputError
 from graphbuild.graph.sample_graph import Ids, SampleGraph
 from graphbuild.nodes.samples import MORE
 from graphbuild.runner.stage import Stage, Task, perform
+from graphbuild.store.files import local_file
 from graphbuild.store.layout import SAMPLES
+from graphbuild.store.lock import writing
 from graphbuild.store.remote import reaching
 from graphbuild.store.shards import shards_of
 from graphbuild.store.store import FORMAT_VERSION, Json, Store, Writer
@@ -29,7 +34,8 @@ from graphbuild.store.store import FORMAT_VERSION, Json, Store, Writer
 BLOCK = 16_384  # nodes, samples or pairs at a time
 ROW_GROUP = 262_144  # rows
 METADATA_KEY = "graphbuild"
-FOLDER = "mined"
+
+logger = logging.getLogger(__name__)
 
 Part = tuple[pa.Table, dict[str, int]]  # some rows, and what was counted while they were made
 
@@ -38,14 +44,22 @@ class Mined:
     """A derived list, made anew whenever it is read: by iteration, `table()` or `save()`.
 
     what, options: which list, and by what it was filtered. graph: what its ids refer to. schema: of the tables that
-    iteration gives, in order.
+    iteration gives, in order. packed: columns of ascending integers, of which the file holds differences.
     """
 
     def __init__(
-        self, what: str, graph: SampleGraph, options: Json, schema: pa.Schema, parts: Callable[[], Iterator[Part]]
+        self,
+        what: str,
+        graph: SampleGraph,
+        options: Json,
+        schema: pa.Schema,
+        parts: Callable[[], Iterator[Part]],
+        *,
+        packed: Sequence[str] = (),
     ) -> None:
         self.what, self.graph, self.options, self.schema = what, graph, options, schema
         self._parts = parts
+        self._encodings = dict.fromkeys(packed, "DELTA_BINARY_PACKED")
         self._counts: dict[str, int] | None = None
 
     def __iter__(self) -> Iterator[pa.Table]:
@@ -70,24 +84,33 @@ class Mined:
         """Write a zstd-compressed parquet file `name` of the store and return its rows.
 
         Its key-value metadata has the key `graphbuild`, a JSON object: format_version, what, options, counts, rows, and
-        graph, the fingerprint of the graph that the ids refer to. A list in mined/ gets a record of its sha256 in
-        `_state/mine/`, by which `graphbuild verify` knows it.
+        graph, the fingerprint of the graph that the ids refer to. A list in a folder of STAGES gets a record of its
+        sha256 in `_state/`, by which `graphbuild verify` knows it.
         """
         folder, _, stem = name.removesuffix(".parquet").rpartition("/")
-        if folder != FOLDER:
+        if folder not in STAGES:
             with store.staged(name) as path:
                 return self.write(path)
 
         options = json.loads(json.dumps(self.options, default=np.generic.item))
         settings, built = {"what": self.what, **options}, {"graph": self.graph.fingerprint}
-        task = Task(stage=STAGE.name, name=stem, settings=settings, built=built, hints={"list": self})
-        return int(perform(STAGE, task, store)["facts"]["counts"]["rows"])
+        stage = STAGES[folder]
+        task = Task(stage=stage.name, name=stem, settings=settings, built=built, hints={"list": self, "path": name})
+        return int(perform(stage, task, store)["facts"]["counts"]["rows"])
 
     def write(self, path: Path) -> int:
         """Write the parquet file and return its rows."""
         about: Json = {"format_version": FORMAT_VERSION, "what": self.what, "options": self.options, "rows": 0}
         about["graph"] = self.graph.fingerprint
-        with pq.ParquetWriter(path, self.schema, compression="zstd", write_page_checksum=True) as writer:
+        names = [name for name in self.schema.names if name not in self._encodings]
+        with pq.ParquetWriter(
+            path,
+            self.schema,
+            compression="zstd",
+            write_page_checksum=True,
+            use_dictionary=names if self._encodings else True,
+            column_encoding=self._encodings or None,
+        ) as writer:
             for group in self._row_groups():
                 writer.write_table(group, row_group_size=ROW_GROUP)
                 about["rows"] += len(group)
@@ -106,20 +129,22 @@ class Mined:
 
 
 def _save(task: Task, store: Store, writer: Writer) -> Json:
-    with writer.file(f"{FOLDER}/{task.name}.parquet") as path:
+    with writer.file(task.hints["path"]) as path:
         return {"counts": {"rows": task.hints["list"].write(path)}}
 
 
-STAGE = Stage(name="mine", title="mining", plan=lambda recipe, store: [], run=_save)
+MINE = Stage(name="mine", title="mining", plan=lambda recipe, store: [], run=_save)
+SELECT = Stage(name="select", title="selection", plan=lambda recipe, store: [], run=_save)
+STAGES = {"mined": MINE, "selections": SELECT}  # by the folder of their lists
 
 
-def place_of(store: Store, what: str, out: str | None, *, dry_run: bool = False) -> tuple[Store, str]:
-    """The folder, and the name in it, of a list's file: `out`, or STORE/mined/WHAT.parquet.
+def place_of(store: Store, path: str, out: str | None, *, dry_run: bool = False) -> tuple[Store, str]:
+    """The folder, and the name in it, of a list's file: `out`, or `path` in the store.
 
     Raises:
         ConfigError: it cannot be written there, which a dry run does not try.
     """
-    folder, name = store, f"{FOLDER}/{what}.parquet"
+    folder, name = store, path
     if out is not None:
         parent, name = _split(out)
         try:
@@ -144,6 +169,41 @@ def _split(out: str) -> tuple[str, str]:
     if not name.endswith(".parquet") or parent.endswith(":/"):
         raise ConfigError(f"--out {out} names no parquet file", "end it with a file's name, such as list.parquet")
     return parent, name
+
+
+def publish(
+    verb: str, make: Callable[[SampleGraph], Mined], store: Store, path: str, out: str | None, *, dry_run: bool
+) -> str:
+    """Write a list of a store to `out`, or to `path` in it; log its counts, and return a line that names the file.
+
+    dry_run: only tell what would be read and written.
+    """
+    with contextlib.nullcontext() if dry_run or out is not None else writing(store, verb):
+        begin = time.monotonic()
+        graph = SampleGraph.open(store.url)
+        made = make(graph)
+        folder, name = place_of(store, path, out, dry_run=dry_run)
+        if dry_run:
+            replaced = ", in place of the list that is there" if folder.exists(name) else ""
+            edges = f"{len(graph) * graph.k:,} edges of {len(graph):,} nodes"
+            return f"{verb:<9} would filter {edges} into {folder.display(name)}{replaced}"
+        rows = made.save(folder, name)
+        counts = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in made.counts.items())
+        nothing = "" if rows else "; nothing passed the filter: the file has 0 rows"
+        logger.info("%-9s %s in %.1f s: %s%s", verb, made.what, time.monotonic() - begin, counts, nothing)
+        return f"{verb:<9} {rows:,} rows, in {folder.display(name)}"
+
+
+def read_scores(url: str, option: str, fix: str) -> NDArray[Any]:
+    """The floats [N] of a .npy that an option names; InputError, with `fix`, where it holds none."""
+    with local_file(url) as path:
+        try:
+            scores: NDArray[Any] = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise InputError(f"{option} {url} is not a whole .npy file ({error})", fix) from None
+    if scores.ndim != 1 or scores.dtype.kind != "f":
+        raise InputError(f"{option} {url} holds {scores.dtype} {list(scores.shape)}", fix)
+    return scores
 
 
 def blocks(graph: SampleGraph) -> Iterator[tuple[int, NDArray[np.uint32], NDArray[np.float16]]]:

@@ -96,7 +96,8 @@ STEPS = (
     Step(clustered.ARRANGE, "export",   "_state/certify/ samples/",      "_work_clustered/places.npy"),
     Step(clustered.SCATTER, "export",   "_work_clustered/places.npy",    "_work_clustered/#.arrow"),
     Step(clustered.CLUSTER, "export",   "_work_clustered/#.arrow",       "clustered/"),
-    Step(mined.STAGE,       "mine",     "_state/certify/ samples/",      "mined/*.parquet"),
+    Step(mined.MINE,        "mine",     "_state/certify/ samples/",      "mined/*.parquet"),
+    Step(mined.SELECT,      "select",   "_state/certify/ samples/",      "selections/*.parquet"),
 )
 # fmt: on
 PACKAGES = (

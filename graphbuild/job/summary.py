@@ -129,6 +129,8 @@ def _export(manifest: Json) -> list[str]:
     if counts["without_node"]:
         what = "vector" if "joined" in manifest["embeddings"] else "usable caption"
         lines.append(f"          {counts['without_node']:6,} samples without a {what}: loaders leave them out")
+    if left_out := counts.get("not_selected"):
+        lines.append(f"          {left_out:6,} samples are not selected: in their sidecars they have no node")
     return lines + _without_image(manifest)
 
 

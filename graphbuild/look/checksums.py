@@ -24,7 +24,6 @@ from graphbuild.nodes import number, vectors
 from graphbuild.recipe import resolve
 from graphbuild.runner.stage import fingerprint, outputs, sealed, state_path
 from graphbuild.runner.state import are_finished, sealed_text
-from graphbuild.sources.tars import tar_stem
 from graphbuild.store.checksum import stream_sha256
 from graphbuild.store.layout import SCANNED, STATE, shard_name
 from graphbuild.store.remote import READERS, reaching
@@ -57,7 +56,8 @@ def check_files(store: Store, manifest: Json) -> Checked:
     if not checked.problems:
         checked.problems += _shards(manifest, shards, done)
         checked.problems += _sizes(store, manifest, shards, done)
-        checked.problems += _lists(store, done[mined.STAGE.name])
+        for folder, stage in mined.STAGES.items():
+            checked.problems += _lists(store, folder, stage.name, done[stage.name])
     return checked
 
 
@@ -197,7 +197,7 @@ def _sizes(store: Store, manifest: Json, shards: Sequence[Shard], done: dict[str
     tars = sidecars.tar_sizes(shards)
     layouts = {
         "export": (sidecars.SIZES, tars),
-        "inline": (f"{inline.FOLDER}/sizes.json", {f"{tar_stem(name)}.tar": n for name, n in (tars or {}).items()}),
+        "inline": (inline.SIZES, inline.inline_sizes(shards, done["inline"].values()) if done["inline"] else None),
         "cluster": (clustered.SIZES, clustered.tar_sizes(list(done["cluster"].values()))),
     }
     for stage, (path, sizes) in layouts.items():
@@ -210,9 +210,9 @@ def _sizes(store: Store, manifest: Json, shards: Sequence[Shard], done: dict[str
             yield f"{path}: missing"
 
 
-def _lists(store: Store, done: dict[str, Json]) -> Iterator[str]:
+def _lists(store: Store, folder: str, stage: str, done: dict[str, Json]) -> Iterator[str]:
     """Derived lists that have lost their record; other files in their folder are none of the store's."""
-    for path in store.sizes(mined.FOLDER):
+    for path in store.sizes(folder):
         task = path.rsplit("/", 1)[-1].removesuffix(".parquet")
         if path.endswith(".parquet") and task not in done:
             try:
@@ -221,4 +221,4 @@ def _lists(store: Store, done: dict[str, Json]) -> Iterator[str]:
             except (OSError, ValueError, GraphbuildError):
                 continue
             if METADATA_KEY in metadata:
-                yield f"{state_path(mined.STAGE.name, task)}: missing, though {path} is there"
+                yield f"{state_path(stage, task)}: missing, though {path} is there"

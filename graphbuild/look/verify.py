@@ -5,7 +5,7 @@ Reads everything once (checksums: about 1 GB/s a core) and the tars' headers; ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -18,6 +18,7 @@ from graphbuild.export.quantized import quantize_int8
 from graphbuild.export.sidecar import Sidecar, text_columns
 from graphbuild.graph import sketch
 from graphbuild.graph.certify import certify_afresh, check_lists
+from graphbuild.graph.selection import Selection, selection_of
 from graphbuild.job.steps import STEPS
 from graphbuild.look.checksums import check_files
 from graphbuild.machine.terminal import counted
@@ -81,8 +82,9 @@ def verify_store(store: Store) -> Report:
         return report
     shards = shards_of(store, manifest) if {"assign", "vectors"} & manifest["stages"].keys() else ()
     report.shards = len(shards)
+    selection = _selection(store, "export") if "export" in manifest["stages"] else None
     with ThreadPoolExecutor(THREADS) as threads:
-        for missing, problems in threads.map(lambda shard: _checked_shard(store, manifest, shard), shards):
+        for missing, problems in threads.map(lambda shard: _checked_shard(store, manifest, shard, selection), shards):
             report.missing_tars += missing
             report.problems += problems
     if "cluster" in manifest["stages"]:
@@ -97,12 +99,12 @@ def verify_store(store: Store) -> Report:
     return report
 
 
-def _checked_shard(store: Store, manifest: Json, shard: Shard) -> tuple[bool, list[str]]:
+def _checked_shard(store: Store, manifest: Json, shard: Shard, selection: Selection | None) -> tuple[bool, list[str]]:
     """Whether a shard's tar is missing, and its problems."""
     try:
         if shard.tar is not None and not is_there(store.resolve(shard.tar["url"])):
             return True, [f"{store.resolve(shard.tar['url'])}: missing (shard {shard.name})"]
-        return False, list(_check_shard(store, manifest, shard))
+        return False, list(_check_shard(store, manifest, shard, selection))
     except StorageError:  # which says nothing of the shard
         raise
     except GraphbuildError as error:
@@ -110,7 +112,7 @@ def _checked_shard(store: Store, manifest: Json, shard: Shard) -> tuple[bool, li
         return False, [f"shard {shard.name}{tar}: {error.cause}"]
 
 
-def _check_shard(store: Store, manifest: Json, shard: Shard) -> Iterator[str] | list[str]:
+def _check_shard(store: Store, manifest: Json, shard: Shard, selection: Selection | None) -> list[str]:
     name, end = shard.name, shard.first_row + shard.samples
     sampled, texts, embedded = (path.format(name) for path in (SAMPLES, TEXTS, VECTORS))
     samples = store.table(sampled)
@@ -132,7 +134,7 @@ def _check_shard(store: Store, manifest: Json, shard: Shard) -> Iterator[str] | 
     if "certify" in manifest["stages"] and len(ids):
         problems += _check_graph(store, manifest, name, ids)
     if "export" in manifest["stages"] and not problems:
-        problems += _check_sidecar(store, manifest, shard, samples)
+        problems += _check_sidecar(store, manifest, shard, samples if selection is None else selection.applied(samples))
     return problems
 
 
@@ -195,6 +197,12 @@ def _check_sidecar(store: Store, manifest: Json, shard: Shard, samples: pa.Table
     return problems
 
 
+def _selection(store: Store, stage: str) -> Selection | None:
+    """The selection that a layout was exported with."""
+    record = next(iter(records(store, stage).values()))
+    return selection_of(store, record["settings"].get("selection"))
+
+
 def _check_clustered(store: Store, manifest: Json) -> list[str]:
     """The tars in neighbour order: each beside its sidecar, and every row of the store in one of them."""
     problems = []
@@ -210,7 +218,9 @@ def _check_clustered(store: Store, manifest: Json) -> list[str]:
         if sidecar.header.graph != manifest["graph"]["fingerprint"]:
             problems.append(f"{path}.graph.parquet: written from another graph")
         written += np.bincount(sidecar.row, minlength=len(written))
-    if (written != 1).any():
-        row = int((written != 1).argmax())
-        problems.append(f"{clustered.FOLDER}/: row {row} is in {written[row]} tars, not in one")
+    selection = _selection(store, "cluster")
+    wanted = np.ones(len(written), int) if selection is None else selection.keeps(np.arange(len(written)))
+    if (written != wanted).any():
+        row = int((written != wanted).argmax())
+        problems.append(f"{clustered.FOLDER}/: row {row} is in {written[row]} tars, not in {int(wanted[row])}")
     return problems

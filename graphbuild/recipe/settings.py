@@ -330,6 +330,7 @@ class Export(Section):
         "sidecars",
         "sidecars beside the tars; new tars with the fields inside, or in neighbour order; parquet beside packed files",
     )
+    selection: str | None = setting(None, "only the samples of a selection: its NAME, or a .parquet", min_length=1)
     chunk: int = setting(32, "of clustered: neighbours shuffled as one", ge=2, le=4096)
     shard_size: int = setting(10_000, "of clustered: samples a tar", ge=1, le=1_000_000)
 

@@ -29,7 +29,7 @@ from graphbuild.torch.captions import CaptionChoice, check_choice, drawn, gather
 from graphbuild.torch.epochs import Position
 from graphbuild.torch.fields import SidecarFields, StoreFields
 from graphbuild.torch.images import BadImages, ImageDecoder
-from graphbuild.torch.shards import Shard, check_same_graph, check_tar_size, find_shards
+from graphbuild.torch.shards import Selected, Shard, check_same_graph, check_tar_size, find_shards, selected_shards
 
 if TYPE_CHECKING:
     from graphbuild.graph.sample_graph import SampleGraph
@@ -76,6 +76,7 @@ class GraphDataset(Dataset[dict[str, Any]]):
             float16 ones, whatever the sidecars hold.
         captions: of samples that have several, as for `graph_webdataset`; "draw" is by `seed` and the epoch last set.
             "all" gives batches only.
+        selection: as for `graph_webdataset`.
 
     Raises:
         ConfigError: an option out of range, a pattern that names no tar, or a graph that is not the sidecars'.
@@ -95,9 +96,10 @@ class GraphDataset(Dataset[dict[str, Any]]):
         bad_images: BadImages = "raise",
         captions: CaptionChoice = "first",
         seed: int = 0,
+        selection: Selected = None,
     ) -> None:
         self._decoder = ImageDecoder(image_pixels, transform, bad_images)
-        self.shards = find_shards(urls, sidecars)
+        self.shards = selected_shards(find_shards(urls, sidecars), selection)
         with ThreadPoolExecutor(READERS) as pool:
             headers, parts = zip(*pool.map(read_samples, self.shards), strict=True)
         header = headers[0]
@@ -114,7 +116,9 @@ class GraphDataset(Dataset[dict[str, Any]]):
         self.nodes = self._nodes[: len(samples)]
         self._strings = {"key": texts["key"], "caption": texts["caption"]}
         if not len(self):
-            raise ShardError(f"{self.shards[0].sidecar}: no sample here or in the others has a node", "name other tars")
+            chosen = " and is selected" if selection is not None else ""
+            cause = f"{self.shards[0].sidecar}: no sample here or in the others has a node{chosen}"
+            raise ShardError(cause, "name other tars")
         self._fields: SidecarFields | StoreFields = (
             SidecarFields(self.shards, header, self.nodes if captions == "first" else self._nodes)
             if graph is None
@@ -265,6 +269,7 @@ def read_samples(shard: Shard) -> tuple[SidecarHeader, pa.Table]:
     names = ["row", "key", "node", "caption", "image_offset", "image_size"]
     header, table = read_columns(shard.sidecar, names, OF_TEXTS)
     check_tar_size(shard, header)
+    table = shard.selected(table)
     row = table.column("row").to_numpy()
     if header.chunk is None and len(row) and not np.array_equal(row, row[0] + np.arange(len(row))):
         place = int((row != row[0] + np.arange(len(row))).argmax())

@@ -29,7 +29,15 @@ from graphbuild.torch.epochs import Epochs, Position, check_options
 from graphbuild.torch.fields import GRAPH_FIELDS, as_in_batch
 from graphbuild.torch.images import BadImages, ImageDecoder
 from graphbuild.torch.ranks import live_rank
-from graphbuild.torch.shards import JoinedSample, Shard, find_shards, joined_samples, member_value
+from graphbuild.torch.shards import (
+    JoinedSample,
+    Selected,
+    Shard,
+    find_shards,
+    joined_samples,
+    member_value,
+    selected_shards,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +79,7 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
             side: caption is a list of T, the fields of nodes have T rows, weight float32 [T], and offsets int64 [B + 1]
             say where each sample's begin. "mean": of their embeddings, by weight, with all their neighbours
             (`graphbuild.torch.captions.mean`); caption and node are the first one's.
+        selection: a file of `graphbuild select`, or a `Selection`: only its samples, and of them only its captions.
 
     Yields:
         Dicts: image uint8 [B, 3, P, P], a list of [3, H, W] without image_pixels, or the
@@ -102,6 +111,7 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
         equal_ranks: bool = False,
         split_by_rank: bool = True,
         captions: CaptionChoice = "first",
+        selection: Selected = None,
     ) -> None:
         if batch_size < 1 or shuffle < 0:
             raise ConfigError(f"batch_size = {batch_size}, shuffle = {shuffle}", "batch_size starts at 1, shuffle at 0")
@@ -109,7 +119,7 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
             raise ConfigError(
                 f"extra = {extra!r}", f'pass a list of extensions, such as ("json",), apart from {BATCH_FIELDS}'
             )
-        self.shards = find_shards(urls, sidecars)
+        self.shards = selected_shards(find_shards(urls, sidecars), selection)
         self._decoder = ImageDecoder(image_pixels, transform, bad_images)
         self._shuffle = shuffle
         self._extra = tuple(extra)
@@ -181,6 +191,7 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
             "partial": epochs.partial,
             "equal_ranks": epochs.equal_ranks,
             "tars": epochs.tars,
+            "selection": chosen.fingerprint if (chosen := self.shards[0].selection) else None,
         }
 
     def state_dict(self) -> dict[str, Any]:

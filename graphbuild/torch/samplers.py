@@ -18,8 +18,10 @@ from torch.utils.data import Sampler
 from graphbuild.errors import ConfigError
 from graphbuild.graph.groups import StoredGraph
 from graphbuild.graph.order import Epoch, NeighborOrder, Samples, Way
+from graphbuild.graph.selection import Selection
 from graphbuild.torch.epochs import Position, check_options, digest
 from graphbuild.torch.ranks import live_rank
+from graphbuild.torch.shards import Selected
 
 
 class NeighborBatchSampler(Sampler[list[int]]):
@@ -59,6 +61,8 @@ class NeighborBatchSampler(Sampler[list[int]]):
         rank, ranks: which part of the epoch to yield; by default RANK and WORLD_SIZE, or torch.distributed, which
             must be known here. Step t of rank r is batch t x ranks + r of the epoch, so full batches are the same for
             any number of ranks.
+        selection: a file of `graphbuild select`, or a `Selection`: only its samples, where item i is the store's row i.
+            A GraphDataset takes it itself, and gives the nodes of what is left.
 
     Raises:
         ConfigError: an option out of range, no batch for each rank, or on planning an epoch, that rank or ranks were
@@ -83,7 +87,10 @@ class NeighborBatchSampler(Sampler[list[int]]):
         drop_last: bool | None = None,
         rank: int | None = None,
         ranks: int | None = None,
+        selection: Selected = None,
     ) -> None:
+        opened = Selection.of(selection, getattr(graph, "fingerprint", ""), "the sampler")
+        nodes = nodes if opened is None else opened.nodes(nodes)
         known_rank, known_ranks = live_rank() or (0, 1)
         self.rank = known_rank if rank is None else rank
         self.ranks = known_ranks if ranks is None else ranks

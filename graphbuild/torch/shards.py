@@ -11,16 +11,18 @@ import logging
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from graphbuild.errors import ConfigError, ShardError
 from graphbuild.export.sidecar import Sidecar, SidecarHeader, read_columns
+from graphbuild.graph.selection import Selection
 from graphbuild.sources.paths import is_hidden
 from graphbuild.sources.tars import image_extension, named_tars, tar_stem
 from graphbuild.store.remote import file_system, reaching
@@ -28,15 +30,21 @@ from graphbuild.store.remote import file_system, reaching
 logger = logging.getLogger(__name__)
 
 ELSEWHERE = "check the path; tars that graphbuild downloaded lie in the store's shards/"
+Selected = Selection | str | os.PathLike[str] | None
 SHARED_BY_SHARDS = ("encoder", "d", "k", "embeddings", "graph", "chunk", "image_member")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar and its sidecar, as paths or URLs."""
+    """A tar and its sidecar, as paths or URLs, and which of its samples are taken, where not all are."""
 
     tar: str
     sidecar: str
+    selection: Selection | None = field(default=None, compare=False, repr=False)
+
+    def selected(self, samples: pa.Table) -> pa.Table:
+        """Rows of the sidecar as `Selection.applied` leaves them."""
+        return samples if self.selection is None else self.selection.applied(samples)
 
 
 @dataclass(frozen=True)
@@ -80,9 +88,18 @@ def find_shards(
     return shards
 
 
+def selected_shards(shards: Sequence[Shard], selection: Selected) -> list[Shard]:
+    """The shards with what a loader's argument `selection` names; ConfigError where it is of another graph."""
+    if selection is None:
+        return list(shards)
+    graph = read_columns(shards[0].sidecar, [])[0].graph
+    opened = Selection.of(selection, graph, shards[0].sidecar)
+    return [replace(shard, selection=opened) for shard in shards]
+
+
 def read_sidecar(shard: Shard, expected: SidecarHeader) -> Sidecar:
     """The whole sidecar of a shard; ShardError as `Sidecar.read`, and where it is not of the expected graph."""
-    sidecar = Sidecar.read(shard.sidecar)
+    sidecar = Sidecar.read(shard.sidecar, shard.selection)
     check_same_graph(shard, sidecar.header, expected)
     return sidecar
 
@@ -104,7 +121,8 @@ def check_tar_size(shard: Shard, header: SidecarHeader) -> None:
 
 def count_joined(shard: Shard, *, expected: SidecarHeader) -> int:
     """How many samples `joined_samples` gives: from the sidecar, or from a pass over a tar that is compressed."""
-    _, table = read_columns(shard.sidecar, ["node", "image_offset"])
+    _, table = read_columns(shard.sidecar, ["row", "node", "image_offset"])
+    table = shard.selected(table)
     named, placed = (table.column(name).is_valid().to_numpy() for name in ("node", "image_offset"))
     if named.any() and not placed.any():  # a compressed tar's sidecar does not tell which samples have images
         return sum(1 for _ in joined_samples(shard, expected=expected, extra=()))
@@ -148,15 +166,16 @@ def joined_samples(shard: Shard, *, expected: SidecarHeader, extra: Sequence[str
             f" {position + 1}, key {sidecar.key[position + 1]!r}",
             "the tar is cut short or changed after the export: restore it, or embed and export again",
         )
-    without_node = int((sidecar.node < 0).sum())
+    without_node = int((sidecar.node[:rows] < 0).sum())
     used = rows - without_node - without_image
     logger.log(
-        logging.INFO if used else logging.WARNING,
-        "%s: %d of %d samples used; %d without a usable caption, %d without an image",
+        logging.INFO if used or shard.selection else logging.WARNING,
+        "%s: %d of %d samples used; %d without a usable caption%s, %d without an image",
         shard.tar,
         used,
         rows,
         without_node,
+        " or not selected" if shard.selection else "",
         without_image,
     )
 

@@ -315,6 +315,21 @@ columns of a list [indexed]
   -> use the default layout, or `graphbuild pack` the files
   export {store}
 
+a selection without a rule [indexed]
+  select {store}
+  -> give --keep, --drop, --where, --min-degree or --budget
+  select {store} --where "row < 3"
+
+a selection with a path for its name [indexed]
+  select {store} here/it --min-degree 0 --where "row < 3"
+  -> use letters, digits, -, _ and .; or name a file by --out
+  select {store} it --where "row < 3"
+
+a group's sample without groups [indexed]
+  select {store} --where "row < 3" --prefer longest
+  -> use one of first, sharpest, neighbors, longest, with --drop
+  select {store} --where "row < 3"
+
 a node that is none
   plan {recipe} --on nodes=x
   -> as in --on nodes=32,cores=64
@@ -376,6 +391,10 @@ ELSEWHERE = {
     "take a smaller --batch-size": "tests/open_clip/test_launcher.py",
     "open the graph of the sidecars' store": "tests/torch/test_dataset.py",
     "run `graphbuild export` ": "tests/torch/test_loader.py",
+    "make it again with `graphbuild select`": "tests/graph/test_selection.py",
+    "make it again by `graphbuild select`": "tests/graph/test_selection.py",
+    "make one by `graphbuild select`": "tests/graph/test_selection.py",
+    "prefer needs a list of `mine --what duplicates`": "tests/graph/test_selection.py",
     "write the tar again without --sparse": "tests/sources/test_tars.py",
     "ask by KEY, or by node": "tests/look/pages/test_without_encoder.py",
     "see --class-names": "a label of other tars than the names': tests/nodes/test_matrix.py",
@@ -491,7 +510,7 @@ def member(number: int, text: str) -> dict[str, bytes]:
 
 def run(words: str, paths: dict[str, Path]) -> Any:
     verb, *rest = (word.format(**paths) for word in shlex.split(words))
-    without = verb in ("verify", "report", "neighbors", "mine", "plan") or "--dry-run" in rest
+    without = verb in ("verify", "report", "neighbors", "mine", "plan", "select") or "--dry-run" in rest
     return graphbuild(verb, *rest, *(() if without else ("--workers", 0)))
 
 

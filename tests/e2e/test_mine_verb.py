@@ -65,7 +65,7 @@ def test_the_file_is_the_list_that_the_library_makes(
     assert len(expected)
     assert pq.read_table(tmp_path / "lists" / "list.parquet").equals(expected)
     assert done.stdout == f"mine      {len(expected):,} rows, in {tmp_path}/lists/list.parquet\n"
-    assert re.fullmatch(rf"mining    {what} in [\d.]+ s: \d+ {LINES[what]}\n", done.stderr), done.stderr
+    assert re.fullmatch(rf"mine      {what} in [\d.]+ s: \d+ {LINES[what]}\n", done.stderr), done.stderr
 
 
 def test_without_out_lists_lie_in_the_store_which_stays_whole(store: Path, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader
 
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError
+from graphbuild.graph.rules import select_store
+from graphbuild.store.store import Store
 from graphbuild.torch import GraphDataset
 
 METHODS = ("simclr", "supcon", "xsample", "clip", "clip_soft")
@@ -58,7 +60,7 @@ def test_a_subset_is_random_fixed_by_its_seed_and_part_of_a_larger_one() -> None
 @pytest.mark.parametrize("workers", [0, 1])
 def test_cached_samples_are_those_of_the_tars(scenes_store: str, workers: int) -> None:
     tars, _ = split_shards(config_of(scenes_store))
-    cached, read = (TrainingSamples(scenes_store, tars, 20, 0.5, 1, cache, workers) for cache in (True, False))
+    cached, read = (TrainingSamples(scenes_store, tars, 20, 0.5, 1, "", cache, workers) for cache in (True, False))
     assert len(cached) == len(read) == 180
     every = GraphDataset(tars, image_pixels=20)
     numbers = [5, 179, 0, 77]
@@ -70,6 +72,14 @@ def test_cached_samples_are_those_of_the_tars(scenes_store: str, workers: int) -
             assert torch.equal(batch["image"][place], expected["image"])
             assert batch["node"][place] == expected["node"]
             assert batch["caption"][place] == expected["caption"]
+
+
+def test_a_selection_leaves_its_samples_alone(scenes_store: str, tmp_path: Path) -> None:
+    path = tmp_path / "third.parquet"
+    select_store(Store(scenes_store), "x", {"where": "row % 3 = 0"}, str(path))
+    samples = training_samples(config_of(scenes_store, selection=str(path), samples=1.0))
+    every = SampleGraph.open(scenes_store).sample_nodes()[:360]
+    assert np.array_equal(samples.nodes, every[::3])
 
 
 def test_an_epoch_has_each_sample_once_but_those_that_fill_no_batch(scenes_store: str) -> None:

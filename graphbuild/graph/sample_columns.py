@@ -1,0 +1,195 @@
+"""What is known of a store's samples, by column, shard after shard: for expressions over them, and to find some again.
+
+Columns are those of samples/, of the graph (degree, nearest, samples), of the table that img2dataset writes beside a
+tar (NAME.parquet: width, height, similarity, ...), and the fields of the samples' JSON members. Only what is asked for
+is read; JSON members are read one by one, where they lie in the tars.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from graphbuild.errors import ConfigError
+from graphbuild.graph.mined import blocks
+from graphbuild.graph.sample_graph import Ids, SampleGraph
+from graphbuild.nodes.samples import MORE
+from graphbuild.sources.ranges import TarRanges
+from graphbuild.sources.tars import tar_stem
+from graphbuild.store.files import is_there, open_parts
+from graphbuild.store.layout import SAMPLES
+from graphbuild.store.shards import Shard, shards_of
+from graphbuild.store.store import Store
+
+OWN = ("row", "key", "shard", "image_size")
+OF_CAPTIONS = ("caption", "node", "weight")
+OF_GRAPH = ("degree", "nearest", "samples")
+EXPLAINED = (
+    "degree: lists that name the node; nearest: similarity of its nearest neighbour; samples: samples of the node"
+)
+
+
+class SampleColumns:
+    """Columns of the samples that have a node, in order of row.
+
+    by_caption: a line for each caption of a sample, in the order of `graphbuild.graph.mined.texts`.
+    """
+
+    def __init__(self, graph: SampleGraph) -> None:
+        self._graph, self._store = graph, Store(graph.url)
+        self._shards = shards_of(self._store, self._store.manifest())
+
+    def frames(self, names: Sequence[str], *, by_caption: bool = False) -> Iterator[pl.DataFrame]:
+        """A frame a shard, with `row` and these columns; null where a sample has no value.
+
+        Raises:
+            ConfigError: no sample has such a column; it names those that there are.
+        """
+        places: dict[str, Callable[[Shard, pa.Table, list[str]], pl.DataFrame]] = {}
+        for shard in self._shards:
+            table = self._store.table(SAMPLES.format(shard.name))
+            table = table.filter(pc.is_valid(table["node"]))
+            if not len(table):
+                continue
+            frame = self._lines(shard, table, by_caption=by_caption)
+            for name in names:
+                if name not in (*frame.columns, *OF_GRAPH, *places):
+                    places[name] = self._place(shard, table, name)
+            for read in dict.fromkeys(places.values()):
+                wanted = [name for name, place in places.items() if place == read]
+                frame = frame.join(read(shard, table, wanted), on="row", how="left", maintain_order="left")
+            nodes = frame["node"].to_numpy()
+            graph = [pl.Series(name, self._of_nodes(name, nodes)) for name in OF_GRAPH if name in names]
+            yield frame.with_columns(graph).select(list(dict.fromkeys(["row", *names])))
+
+    def _lines(self, shard: Shard, table: pa.Table, *, by_caption: bool) -> pl.DataFrame:
+        """What samples/ says, a line a sample or caption."""
+        columns = {name: table[name].combine_chunks() for name in table.column_names if name in (*OWN, *OF_CAPTIONS)}
+        every = pa.array(np.ones(len(table), np.float32))
+        columns["weight"] = columns["weight"].fill_null(1) if "weight" in columns else every
+        if by_caption and MORE in table.column_names:
+            more = table[MORE].combine_chunks()
+            parents = np.concatenate([np.arange(len(table)), np.asarray(pc.list_parent_indices(more))])
+            order = np.argsort(parents, kind="stable")
+            for name in columns:
+                if name in OF_CAPTIONS:
+                    behind = pc.struct_field(more.flatten(), name).cast(columns[name].type)
+                    columns[name] = pa.concat_arrays([columns[name], behind]).take(pa.array(order))
+                else:
+                    columns[name] = columns[name].take(pa.array(parents[order]))
+        frame = pl.from_arrow(pa.table(columns))
+        assert isinstance(frame, pl.DataFrame)
+        return frame.with_columns(shard=pl.lit(shard.tar["name"] if shard.tar else shard.name))
+
+    def _place(self, shard: Shard, table: pa.Table, name: str) -> Callable[[Shard, pa.Table, list[str]], pl.DataFrame]:
+        listed, fields = self._table_beside(shard), self._json(shard, table.slice(0, 100))
+        if name in listed.columns:
+            return self._listed
+        if any(name in one for one in fields):
+            return self._members
+        own = [*OWN, *OF_CAPTIONS, *OF_GRAPH, *listed.columns, *(key for one in fields for key in one)]
+        raise ConfigError(
+            f"no sample of {shard.name} of {self._store.url} has a column {name!r}",
+            f"use one of {', '.join(dict.fromkeys(own))} ({EXPLAINED})",
+        )
+
+    def _table_beside(self, shard: Shard) -> pl.DataFrame:
+        """The table that img2dataset wrote beside a tar, a line a key; without columns where there is none."""
+        url = f"{tar_stem(self._store.resolve(shard.tar['url']))}.parquet" if shard.tar else ""
+        if not url or not is_there(url):
+            return pl.DataFrame()
+        with open_parts(url) as stream:
+            frame = pl.from_arrow(pq.read_table(stream))
+        assert isinstance(frame, pl.DataFrame)
+        return frame.unique("key", keep="first") if "key" in frame.columns else pl.DataFrame()
+
+    def _listed(self, shard: Shard, table: pa.Table, names: list[str]) -> pl.DataFrame:
+        keys = pl.DataFrame({name: table[name].to_numpy() for name in ("row", "key")})
+        beside = self._table_beside(shard)
+        return keys.join(beside.select("key", *names), on="key", how="left").drop("key")
+
+    def _members(self, shard: Shard, table: pa.Table, names: list[str]) -> pl.DataFrame:
+        found = self._json(shard, table)
+        columns = {name: pl.Series(name, [one.get(name) for one in found], strict=False) for name in names}
+        return pl.DataFrame({"row": table["row"].to_numpy(), **columns})
+
+    def _json(self, shard: Shard, table: pa.Table) -> list[dict[str, Any]]:
+        """The JSON members of a shard's samples, each as a dict; an empty one where there is none that can be read."""
+        found: list[dict[str, Any]] = [{} for _ in range(len(table))]
+        if shard.tar is None:
+            return found
+        members = pl.Series(pl.from_arrow(table["members"])).to_frame("member").with_row_index("at").explode("member")
+        places = members.unnest("member").filter(pl.col("extension").str.split(".").list.last() == "json")
+        places = places.unique("at", keep="first", maintain_order=True)
+        starts = places["offset"].to_numpy()
+        tars, ends = np.zeros(len(places), np.int64), starts + places["size"].to_numpy()
+        ranges = TarRanges([self._store.resolve(shard.tar["url"])])
+        for at, content in zip(places["at"].to_list(), ranges.read(tars, starts, ends), strict=True):
+            try:
+                value = json.loads(content)
+            except ValueError:
+                continue
+            found[at] = value if isinstance(value, dict) else {}
+        return found
+
+    def _of_nodes(self, name: str, nodes: Ids) -> Any:
+        if name == "degree":
+            return self.degree[nodes]
+        if name == "samples":
+            return self._samples[nodes]
+        return self._graph.neighbors(nodes)[1][:, 0]
+
+    @cached_property
+    def degree(self) -> Ids:
+        """How many lists name each node, int64 [M]."""
+        counts = np.zeros(len(self._graph), np.int64)
+        for _, neighbors, _ in blocks(self._graph):
+            counts += np.bincount(neighbors.reshape(-1), minlength=len(counts))
+        return counts
+
+    @cached_property
+    def _samples(self) -> Ids:
+        nodes = self._graph.sample_nodes()
+        return np.bincount(nodes[nodes >= 0], minlength=len(self._graph))
+
+
+def rows_where(columns: SampleColumns, expression: str, *, plural: bool) -> tuple[Any, bool]:
+    """Rows int64, or a bool for each caption, that an SQL expression is true of; and whether it is of captions.
+
+    It is of captions where samples have several and it names one of their columns. Null is not true.
+
+    Raises:
+        ConfigError: no SQL expression, of columns that are not there, not true or false, or not of one sample alone.
+    """
+    fix = 'write an expression such as "width >= 200 AND similarity > 0.28", with text in single quotes'
+    try:
+        asked = pl.sql_expr(expression)
+        names = list(dict.fromkeys(asked.meta.root_names()))
+    except (pl.exceptions.PolarsError, TypeError) as error:
+        raise ConfigError(f"--where {expression!r} cannot be read ({error})", fix) from None
+    by_caption = plural and not set(names).isdisjoint((*OF_CAPTIONS, *OF_GRAPH))
+    found: list[Any] = []
+    for frame in columns.frames(names, by_caption=by_caption):
+        try:
+            mask = frame.select(asked.alias("asked"))["asked"]
+            half = len(frame) // 2
+            alone = [part.select(asked.alias("asked"))["asked"] for part in (frame[:half], frame[half:]) if half]
+        except pl.exceptions.PolarsError as error:
+            raise ConfigError(f"--where {expression!r} fails ({error})", fix) from None
+        whole = len(mask) == len(frame) and (not alone or pl.concat(alone).equals(mask))
+        if mask.dtype != pl.Boolean or not whole:
+            said = (
+                "looks at more than one sample" if mask.dtype == pl.Boolean else f"is {mask.dtype}, not true or false"
+            )
+            raise ConfigError(f"--where {expression!r} {said}", fix)
+        kept = mask.fill_null(False).to_numpy()
+        found.append(kept if by_caption else frame["row"].to_numpy()[kept])
+    return np.concatenate(found) if found else np.empty(0, np.int64), by_caption
