@@ -134,6 +134,45 @@ def explore(
 
 
 @app.command()
+def certify(
+    vectors: Annotated[str, typer.Argument(metavar="VECTORS", help="[N, d]: .npy, .npz, parquet", show_default=False)],
+    neighbors: Annotated[
+        str,
+        typer.Argument(metavar="NEIGHBORS", help="[N, k]: the same, or a sparse matrix in .npz", show_default=False),
+    ],
+    similarities: Annotated[
+        str | None,
+        typer.Argument(metavar="SIMILARITIES", help="or distances, [N, k]: the same", show_default=False),
+    ] = None,
+    queries: Annotated[str | None, option("vectors [Q, d] whose lists these are, [Q, k]  [default: VECTORS]")] = None,
+    metric: Annotated[
+        Literal["cosine", "inner-product", "l2"] | None, option("what is near  [default: what explains the graph]")
+    ] = None,
+    with_self: Annotated[
+        bool, typer.Option("--with-self", help="each list names its own node too: leave that out")
+    ] = False,
+    min_recall: Annotated[float | None, option("exit 1 below it", min=0, max=1)] = None,
+    sample: Annotated[int, typer.Option(min=1, help="nodes searched again by brute force")] = 500,
+    seed: Annotated[int, typer.Option(min=0, help="draws them")] = 0,
+    json: Annotated[str | None, option("write the certificate there; -: to stdout", metavar="<file>")] = None,
+    vector_column: Annotated[str, typer.Option(help="of parquet or .npz")] = "embedding",
+    neighbor_column: Annotated[str, typer.Option(help="of parquet or .npz")] = "neighbors",
+    similarity_column: Annotated[str, typer.Option(help="of parquet or .npz")] = "similarities",
+) -> None:
+    """Recall and structure of any tool's graph, without a store.
+
+    Exit code 1 if the structure is broken or --min-recall is missed.
+    """
+    from graphbuild.look.certify import certify_files
+
+    columns = (vector_column, neighbor_column, similarity_column)
+    certify_files(
+        vectors, neighbors, similarities, queries=queries, columns=columns, json_to=json, min_recall=min_recall,
+        metric=metric, with_self=with_self, sample=sample, seed=seed,
+    )  # fmt: skip
+
+
+@app.command()
 def verify(store: StoreArg) -> None:
     """Check every file, their alignment, and recall afresh."""
     from graphbuild.errors import QualityError

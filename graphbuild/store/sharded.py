@@ -62,6 +62,10 @@ class ShardedArray:
                 for begin in range(0, len(part), rows):
                     yield int(self.starts[number]) + begin, part[begin : begin + rows]
 
+    def parts(self) -> list[ShardedArray]:
+        """What a search may take side by side: all of it, as a task has one core."""
+        return [self]
+
     def table(self) -> tuple[Array, Array, Array, int]:
         """What a compiled loop finds row `id` by: address and first id of each shard, the shard of each 256th id, and
         the bytes of a row. Valid as long as this object lives."""
