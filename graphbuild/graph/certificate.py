@@ -215,7 +215,7 @@ def _faults(lists: _Lists, nodes: int, explained: Explained | None) -> dict[str,
             found["number"] = (~np.isfinite(given) & (listed != -1)).any(axis=1)
             if explained is not None:
                 scores = explained.form.score(given.astype(np.float64))
-                found["order"] = (scores[:, 1:] > scores[:, :-1]).any(axis=1)
+                found["order"] = np.any(scores[:, 1:] > scores[:, :-1], axis=1)
         return [(name, int(bad.sum()), begin + int(bad.argmax())) for name, bad in found.items() if bad.any()]
 
     faults: dict[str, Json] = {}

@@ -93,7 +93,7 @@ class Form(NamedTuple):
     score: Callable[[Array], Array]
 
 
-FORMS = (
+FORMS = (  # of those that explain equally well the first is named
     Form("cosine", "cosine", lambda given: given),
     Form("1 - cosine", "cosine", lambda given: 1 - given),
     Form("inner product", "inner-product", lambda given: given),
@@ -101,6 +101,8 @@ FORMS = (
     Form("negated inner product", "inner-product", lambda given: -given),
     Form("L2 distance", "l2", lambda given: -(given * np.abs(given))),
     Form("squared L2 distance", "l2", lambda given: -given),
+    Form("L2 distance of unit vectors", "cosine", lambda given: 1 - given * np.abs(given) / 2),
+    Form("squared L2 distance of unit vectors", "cosine", lambda given: 1 - given / 2),
 )
 
 
@@ -131,18 +133,19 @@ def explain(
     steps = max(float(np.finfo(given.dtype).eps) if given.dtype.kind == "f" else 0.0, 64 * 2.0**-23)
     known = (listed >= 0) & np.isfinite(given)
     exact = np.where(known, given, 0).astype(np.float64)
-    others = np.random.default_rng(seed).integers(len(vectors), size=listed.shape)
-    tried = []
+    others: Array = np.random.default_rng(seed).integers(len(vectors), size=listed.shape)
+    computed: dict[Name, tuple[Array, float, float]] = {}
     for metric in metrics.values() if known.any() else ():
         prepared = metric.prepare(queries)
         true = metric.pairs(vectors, prepared, listed)
         lead = float(np.median(true[known]) - np.median(metric.pairs(vectors, prepared, others)))
         large = 1.0 if metric.name == "cosine" else 2 * float(_squares(queries).mean())
-        for form in (form for form in FORMS if form.metric == metric.name):
-            error = float(np.median(np.abs(form.score(exact) - true)[known]))
-            tried.append(
-                (error / max(FOREIGN * lead, steps * large), Explained(form, error, max(ASTRAY * error, steps * large)))
-            )
+        computed[metric.name] = true, max(FOREIGN * lead, steps * large), steps * large
+    tried = []
+    for form in (form for form in FORMS if form.metric in computed):
+        true, enough, rounding = computed[form.metric]
+        error = float(np.median(np.abs(form.score(exact) - true)[known]))
+        tried.append((error / enough, Explained(form, error, max(ASTRAY * error, rounding))))
     best = min((ratio for ratio, _ in tried), default=np.inf)
     if not best <= 1:
         nearest = min(tried, key=lambda one: one[0], default=None)

@@ -58,7 +58,8 @@ def certify_files(
             f"{neighbors} is over {over:,} nodes, and {vectors} has {len(given):,}", "give what is of one graph"
         )
     if similarities is not None:
-        values = _lists(similarities, columns[2], np.nan)[0]
+        dense, of_matrix, cols = _lists(similarities, columns[2], np.nan)
+        values = dense if cols is None else of_matrix
     try:
         certificate = certify_graph(given, lists, values, queries=asked, ordered=over is None, **options)
     except InputError as error:
@@ -96,7 +97,7 @@ def lines(certificate: Json) -> Iterator[str]:
     yield f"metric    {c['metric']} (by {c['metric_found_by']}{as_what})"
     for fault in c["faults"]:
         of = f" of {fault['of_sampled']:,} sampled" if "of_sampled" in fault else ""
-        yield f"BAD       {fault['fault']}: list {fault['first']:,} {fault['says']} ({fault['lists']:,}{of} do)"
+        yield f"BAD       {fault['fault']}: list {fault['first']} {fault['says']} ({fault['lists']:,}{of} do)"
     if not c["faults"]:
         yield "structure no fault"
     interval = f"95%: {c['recall_95_low']:.4f} to {c['recall_95_high']:.4f}"
@@ -106,7 +107,7 @@ def lines(certificate: Json) -> Iterator[str]:
     if c["nearest_first"] is not None:
         yield f"order     {c['nearest_first']:.4f} of these lists have the nearest first"
     if c["worst_nodes"]:
-        yield "worst     " + ", ".join(f"{one['node']:,}: {one['recall']:.4f}" for one in c["worst_nodes"])
+        yield "worst     " + ", ".join(f"{one['node']}: {one['recall']:.4f}" for one in c["worst_nodes"])
 
 
 def _vectors(url: str, column: str) -> Array:

@@ -401,6 +401,10 @@ ELSEWHERE = {
     "--preset takes": "the library alone: the command line has the choices",
     "set --k to 1 or more": "the library alone: a recipe refuses it before",
     "correct it; what is allowed": "tests/e2e/test_next_steps.py",
+    "add --with-self": "tests/e2e/test_foreign_graphs.py",
+    "let its engine search more": "tests/e2e/test_foreign_graphs.py",
+    "give a list for each vector": "tests/e2e/test_foreign_graphs.py",
+    "name the lists' one by --neighbor-column": "tests/e2e/test_foreign_graphs.py",
 }
 
 

@@ -69,6 +69,7 @@ def test_formats_of_other_tools_have_the_same_certificate(folder: Path) -> None:
         ("v.npz", "g.npz", "g.npz"),
         ("t.parquet", "t.parquet", "t.parquet"),
         ("v.npy", "csr.npz"),
+        ("v.npy", "csr.npz", "csr.npz"),
     ):
         found = certificate(*arguments)
         same = expected.keys() - {"files", "nearest_first"}
@@ -123,7 +124,9 @@ def test_lists_of_queries_and_lists_with_the_node_itself(folder: Path) -> None:
     assert (found["lists"], found["metric"], found["recall"]) == (40, "cosine", 1.0)
     with_self = np.column_stack([np.arange(N), np.load("g.npy")])
     np.save("own.npy", with_self)
-    assert certificate("v.npy", "own.npy")["faults"]
+    outcome = graphbuild("certify", "v.npy", "own.npy")
+    assert outcome.code == 1
+    assert "-> add --with-self if every list" in outcome.err
     found = certificate("v.npy", "own.npy", "--with-self")
     assert (found["k"], found["recall"], found["faults"]) == (K, 1.0, [])
 

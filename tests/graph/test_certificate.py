@@ -52,6 +52,8 @@ def graph(near: np.ndarray, k: int = K) -> tuple[np.ndarray, np.ndarray]:
         ("negated inner product", "inner-product", lambda s: -s),
         ("L2 distance", "l2", lambda s: -s),
         ("squared L2 distance", "l2", lambda s: s * s),
+        ("L2 distance of unit vectors", "cosine", lambda s: np.sqrt(2 - 2 * s)),
+        ("squared L2 distance of unit vectors", "cosine", lambda s: 2 - 2 * s),
     ],
 )
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
@@ -169,7 +171,7 @@ def test_similarities_of_other_vectors_are_refused_unless_the_lists_alone_are_ju
     with pytest.raises(InputError, match="other vectors"):
         certify_graph(vectors, lists, np.full(lists.shape, np.nan))
     lists, values = graph(nearness(vectors, "l2"))
-    with pytest.raises(InputError, match="nearest: cosine"):
+    with pytest.raises(InputError, match=r"nearest: .*unit vectors"):
         certify_graph(vectors, lists, -values, metric="cosine")
 
 
