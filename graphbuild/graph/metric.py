@@ -43,16 +43,18 @@ class Metric:
         """For vectors of which these are some [n, d], float64."""
         if name == "cosine":
             return cls()
-        centre = some.mean(axis=0) if name == "l2" else 0.0
+        centre = some.mean(axis=0).astype(np.float32) if name == "l2" else 0.0  # so that float32 can subtract exactly
         return cls(name, centre, float(_squares(some - centre).mean()))
 
     def prepare(self, raw: Array, dtype: type[np.floating[Any]] = np.float64) -> Array:
+        if self.name == "l2":
+            return np.subtract(raw, self.centre, dtype=np.result_type(raw, dtype)).astype(dtype, copy=False)
         exact = raw.astype(dtype)
         if self.name == "cosine":
             rough = dtype is np.float32  # einsum takes half the time, and its error lies within `margin`
             norms = np.sqrt(_squares(exact))[:, None] if rough else np.linalg.norm(exact, axis=1, keepdims=True)
             return np.asarray(exact / np.where(norms > 0, norms, 1))
-        return np.asarray(exact - dtype(self.centre)) if self.name == "l2" else exact
+        return exact
 
     def scores(self, queries: Array, others: Array) -> Array:
         """Of prepared vectors [n, d] with others [m, d]: [n, m]."""
@@ -122,7 +124,7 @@ def candidates(name: Name | None, some: Array) -> dict[Name, Metric]:
 def explain(
     given: Array, listed: Array, vectors: Rows, queries: Array, metrics: Mapping[Name, Metric], seed: int
 ) -> Explained:
-    """In which form values [n, k] are those of the pairs that queries [n, d] and nodes listed [n, k] are.
+    """In which form values [n, k] are those of pairs: of queries [n, d] and the nodes listed [n, k].
 
     A form explains them if half of them are nearer the computed scores than FOREIGN of what a neighbour's score is
     above a random node's, or than rounding. Then wrong is what is further off than ASTRAY of the usual difference.
