@@ -53,7 +53,7 @@ class Metric:
         if self.name == "cosine":
             rough = dtype is np.float32  # einsum takes half the time, and its error lies within `margin`
             norms = np.sqrt(_squares(exact))[:, None] if rough else np.linalg.norm(exact, axis=1, keepdims=True)
-            return np.asarray(exact / np.where(norms > 0, norms, 1))
+            exact /= np.where(norms > 0, norms, 1)
         return exact
 
     def scores(self, queries: Array, others: Array) -> Array:
@@ -135,7 +135,7 @@ def explain(
     steps = max(float(np.finfo(given.dtype).eps) if given.dtype.kind == "f" else 0.0, 64 * 2.0**-23)
     known = (listed >= 0) & np.isfinite(given)
     exact = np.where(known, given, 0).astype(np.float64)
-    others: Array = np.random.default_rng(seed).integers(len(vectors), size=listed.shape)
+    others = np.asarray(np.random.default_rng(seed).integers(len(vectors), size=listed.shape))
     computed: dict[Name, tuple[Array, float, float]] = {}
     for metric in metrics.values() if known.any() else ():
         prepared = metric.prepare(queries)
