@@ -1,10 +1,10 @@
 """Data-efficient subsets: seconds, of the CPU too, and peak memory of each method, each in a process of its own.
 
-    python benchmarks/subsets.py 1200000 [--share 0.3] [--method sas ...]      a graph of that many nodes, k = 32, d = 384
+    python benchmarks/subsets.py 1200000 [--share 0.3] [--method sas ...]      a graph of that many nodes, k = 32
 
-The graph is made in memory and has the access pattern and reciprocity of a real one: nodes lie on a circle, a list is 32
-of the 64 nearest, and ids are scattered over the circle, so that neighbours lie on other pages. A tenth of the nodes have
-two rows. Peak memory is what the method adds to the graph's own.
+The graph is made in memory and has the access pattern and reciprocity of a real one: nodes lie on a circle, a list is
+32 of the 64 nearest, and ids are scattered over the circle, so that neighbours lie on other pages; d = 384. A tenth of
+the nodes have two rows. Peak memory is what the method adds to the graph's own.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ def clustered(graph: SampleGraph, nodes: Ids, own: Ids | None, clusters: int, se
     if own is None:
         draw = np.random.default_rng(seed)
         seen = np.sort(draw.choice(nodes, min(len(nodes), SAMPLE * clusters), replace=False))
-        means = kmeans2(graph.embeddings(seen), min(clusters, len(seen)), iter=25, minit="points", seed=draw)[0]
+        with warnings.catch_warnings(action="ignore"):  # of clusters that are empty: they are left out
+            means = kmeans2(graph.embeddings(seen), min(clusters, len(seen)), iter=25, minit="points", seed=draw)[0]
     else:
         means = np.zeros((int(own.max()) + 1, graph.d))
         for part in slices(len(nodes)):
