@@ -235,8 +235,8 @@ def _check(k: int | None, threshold: float | None) -> None:
 
 def _mined(what: What, graph: SampleGraph, options: Json, parts: Any, queries: Queries | None) -> Mined:
     options = {name: value for name, value in options.items() if value is not None} | {"search": "exact"}
-    told = (queries.inputs, queries.rejected) if queries is not None else ({}, [])
-    return Mined(what, graph, options, SCHEMAS[what], parts, *told)
+    told: Json = {} if queries is None else {"inputs": queries.inputs, "rejected": queries.rejected}
+    return Mined(what, graph, options, SCHEMAS[what], parts, **told)
 
 
 def _ask(

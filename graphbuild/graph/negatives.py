@@ -122,7 +122,7 @@ def hard_negatives(
         options,
         schema,
         lambda: _negatives(source, {**options, "last": last}, scores, score, schema),
-        inputs,
+        inputs=inputs,
     )
 
 

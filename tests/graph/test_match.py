@@ -23,6 +23,7 @@ from graphbuild.graph import queries as asking
 from graphbuild.graph.match import match_store
 from graphbuild.graph.mined import about
 from graphbuild.graph.pictures import close_pairs, perceptual_hash
+from graphbuild.graph.rules import select_store
 from graphbuild.job.steps import run_verb
 from graphbuild.knn import queries as searching
 from graphbuild.look.verify import verify_store
@@ -251,6 +252,17 @@ def test_without_a_threshold_texts_alone_are_compared_and_no_encoder_is_loaded(
     found = leaks(SampleGraph.open(scenes.url), caption_queries(SampleGraph.open(scenes.url), path, vectors=False))
     assert set(found.table()["query"].to_pylist()) == set(range(12))
     assert found.counts["rejected"] == 1
+
+
+def test_a_selection_drops_what_leaks(scenes: Store, tmp_path: Path) -> None:
+    exact, others = planted(15, ["how to cook rice"])
+    path = write_csv(tmp_path / "test.csv", [str(n) for n in range(31)], exact + others)
+    match_store(scenes, "leaks", {"captions": path, "threshold": LEAST}, str(tmp_path / "leaks.parquet"))
+    leaked = set(pl.read_parquet(tmp_path / "leaks.parquet")["row"])
+    select_store(scenes, "clean", {"drop": [str(tmp_path / "leaks.parquet")]}, str(tmp_path / "clean.parquet"))
+    kept = pl.read_parquet(tmp_path / "clean.parquet").filter("keep")["row"]
+    assert len(leaked) > 15
+    assert set(kept) == {sample["row"] for sample in samples_of(scenes)} - leaked
 
 
 def test_of_another_store_each_caption_of_a_sample_asks_and_of_this_one_each_is_found(tmp_path: Path) -> None:
