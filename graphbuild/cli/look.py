@@ -1,4 +1,4 @@
-"""Verbs that look at a store: they search nothing anew and change nothing that a stage wrote."""
+"""Verbs that look at a store: they change nothing that a stage wrote."""
 
 from __future__ import annotations
 
@@ -59,11 +59,18 @@ def mine(
     threshold: Annotated[float | None, option("least similarity; of all but hard-negatives")] = None,
     count: Annotated[int | None, option("most an anchor; of hard-negatives and positives  [default: 10]")] = None,
     skip: Annotated[int | None, option("nearest ranks left out; this and all below of hard-negatives")] = None,
-    positive: Annotated[str | None, option("the positive's similarity: number, or .npy by row  [default: 1]")] = None,
+    within: Annotated[int | None, option("only of the nearest so many ranks  [default: all]")] = None,
+    random: Annotated[int | None, option("draw them, with this seed  [default: the nearest]")] = None,
+    positive: Annotated[
+        str | None, option("the positive's similarity: number, captions, or .npy by row  [default: 1]")
+    ] = None,
     absolute_margin: Annotated[float | None, option("stay below it by  [default: 0]")] = None,
     relative_margin: Annotated[float | None, option("stay below it by this share of it  [default: 0.05]")] = None,
     min_similarity: Annotated[float | None, option("[default: -1]")] = None,
     max_similarity: Annotated[float | None, option("[default: 1]")] = None,
+    matches: Annotated[str | None, option("a list of match: its queries' nodes as candidates")] = None,
+    rescore: Annotated[str | None, option("cross-encoder that scores candidates anew, name or folder")] = None,
+    format: Annotated[Literal["pairs", "triplets"] | None, option("triplets: texts to train on")] = None,
     mutual: Annotated[bool | None, typer.Option("--mutual", help="of positives: that list each other")] = None,
     out: Annotated[str | None, option("parquet file  [default: STORE/mined/WHAT.parquet]")] = None,
     dry_run: DryRun = False,
@@ -102,6 +109,39 @@ def select(
     rules = {key: value for key, value in context.params.items() if key not in ("store", "name", "out", "dry_run")}
     rules |= {"keep": keep or (), "drop": drop or ()}
     echo(select_store(open_store(store), name, rules, out, dry_run=dry_run))
+
+
+@app.command()
+def match(
+    context: typer.Context,
+    store: StoreArg,
+    captions: Annotated[str | None, option("queries: a caption list; files, a folder or a pattern")] = None,
+    vectors: Annotated[str | None, option("queries: .npy, .npz or parquet, of the store's encoder")] = None,
+    other: Annotated[str | None, typer.Option("--store", help="queries: the samples of another store")] = None,
+    images: Annotated[str | None, option("queries, of leaks: tars, compared by their pictures")] = None,
+    what: Annotated[Literal["neighbors", "leaks", "novel"], typer.Option(help="which list")] = "neighbors",
+    k: Annotated[
+        int | None, option("nearest nodes a query, not of leaks  [default: 10, or all at --threshold]")
+    ] = None,
+    threshold: Annotated[
+        float | None, option("least similarity, not of novel  [default of leaks: equal texts]")
+    ] = None,
+    bits: Annotated[int | None, option("of leaks: pictures that differ in so many of 64  [default: 4]")] = None,
+    caption_column: Annotated[str | None, option("of --captions  [default: caption]")] = None,
+    key_column: Annotated[str | None, option("of --captions, or of parquet --vectors  [default: none]")] = None,
+    vector_column: Annotated[str | None, option("of parquet or .npz --vectors  [default: embedding]")] = None,
+    out: Annotated[str | None, option("parquet file  [default: STORE/match/WHAT.parquet]")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Queries to the graph: the nearest, leaks of a test set, novelty.
+
+    Every query is compared with every node, so the answer is exact.
+    """
+    from graphbuild.graph.match import match_store
+
+    rest = ("store", "other", "what", "out", "dry_run")
+    asked = {name: value for name, value in context.params.items() if name not in rest}
+    echo(match_store(open_store(store), what, {**asked, "store": other}, out, dry_run=dry_run))
 
 
 @app.command()

@@ -73,7 +73,7 @@ def _samples_of_groups(graph: SampleGraph, threshold: float, schema: pa.Schema) 
         table = table.filter(pa.array(size[group[table["node"].to_numpy()]] > 1))
         node = table["node"].to_numpy()
         keep = table["row"].to_numpy() == first_row[kept[node]]
-        similarity = _cosines(graph, node, kept[node])
+        similarity = similarities(graph, node, kept[node])
         chained = int((~reaches(similarity, threshold)).sum())
         counts = {"samples": len(table), "samples_to_drop": int((~keep).sum()), "chained_samples": chained}
         made = {"group": group[node], "shard": pa.repeat(shard, len(node)), "keep": keep, "similarity": similarity}
@@ -131,7 +131,7 @@ def _strongest(group: Ids, strength: NDArray[np.float64]) -> Ids:
     return np.asarray(strongest[group])
 
 
-def _cosines(graph: SampleGraph, nodes: Ids, others: Ids) -> NDArray[np.float32]:
+def similarities(graph: SampleGraph, nodes: Ids, others: Ids) -> NDArray[np.float32]:
     """Similarity float32 [n] of each of nodes [n] to the one of others [n] in its place; exactly 1 to itself."""
     result = np.ones(len(nodes), np.float32)
     apart = np.flatnonzero(nodes != others)

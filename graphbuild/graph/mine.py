@@ -24,10 +24,9 @@ from graphbuild.graph.mined import (
     count_truncated,
     publish,
     reaches,
-    read_scores,
     slices,
-    texts,
 )
+from graphbuild.graph.negatives import hard_negatives, read_positive
 from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.recipe import flag
 from graphbuild.store.store import Json, Store
@@ -35,56 +34,7 @@ from graphbuild.store.store import Json, Store
 __all__ = ["false_negative_edges", "false_negatives", "hard_negatives", "mine_store", "near_duplicates"]
 __all__ += ["neighbor_positives"]
 
-EDGE = [("node", pa.int64()), ("neighbor", pa.int64()), ("rank", pa.int32()), ("similarity", pa.float32())]
-EDGES = pa.schema(EDGE)
-NEGATIVES = pa.schema([("row", pa.int64()), *EDGE])
-
-
-def hard_negatives(
-    graph: SampleGraph,
-    *,
-    count: int = 10,
-    skip: int = 0,
-    positive: float | NDArray[Any] = 1.0,
-    absolute_margin: float = 0.0,
-    relative_margin: float = 0.05,
-    min_similarity: float = -1.0,
-    max_similarity: float = 1.0,
-) -> Mined:
-    """The nearest nodes of each sample, of each of its captions, that are far enough from it not to be positives.
-
-    An anchor's first `skip` ranks are left out; of the others the nearest `count` are taken that keep the rules of
-    NV-Retriever (Moreira et al., arXiv 2407.15831), where p is the score of the anchor's positive:
-    similarity < p - absolute_margin (TopK-MarginPos), similarity < p - relative_margin |p| (TopK-PercPos; 0.05 is its
-    95%), and min_similarity <= similarity <= max_similarity.
-
-    positive: p, one for all (1: the anchor's own caption), or float [N] by row, such as image-text similarities on the
-    scale of the graph's.
-
-    No caption of a sample is a negative of another one of it.
-
-    Columns: row and node int64, the anchor; neighbor int64, a node; rank int32, 1 for the nearest of the whole list;
-    similarity float32. By row and rank. Counts: anchors, negatives, anchors_with_fewer than `count`.
-
-    Raises:
-        ConfigError: an option out of range, or skip + count beyond k.
-        InputError: scores that are not [N], or one that is no cosine where the sample has a node.
-    """
-    if skip < 0 or count < 1 or skip + count > graph.k:
-        raise ConfigError(
-            f"skip = {skip} and count = {count} do not lie within the k = {graph.k} neighbours of a node",
-            f"choose skip >= 0, count >= 1 and skip + count <= {graph.k}, or index with a larger --k",
-        )
-    for name, margin in (("absolute_margin", absolute_margin), ("relative_margin", relative_margin)):
-        if not 0 <= margin <= 2:
-            raise ConfigError(f"{name} = {margin}", f"set {name} between 0 and 2")
-    check_similarity("min_similarity", min_similarity)
-    check_similarity("max_similarity", max_similarity)
-    scores = _scores(graph, positive)
-    options: Json = {"count": count, "skip": skip, "positive": "by row" if scores.ndim else float(scores)}
-    options |= {"absolute_margin": absolute_margin, "relative_margin": relative_margin}
-    options |= {"min_similarity": min_similarity, "max_similarity": max_similarity}
-    return Mined("hard-negatives", graph, options, NEGATIVES, lambda: _negatives(graph, scores, options))
+EDGES = pa.schema([("node", pa.int64()), ("neighbor", pa.int64()), ("rank", pa.int32()), ("similarity", pa.float32())])
 
 
 def false_negatives(
@@ -154,8 +104,9 @@ def mine_store(
 ) -> str:
     """Write one of LISTS to a parquet file, log its counts, and return a line that names the file.
 
-    options: by parameter of the list's function, None where not given; `positive` may be text: a number, or the path of
-    a .npy. out: a path or URL; without it STORE/mined/WHAT.parquet. dry_run: only tell what would be read and written.
+    options: by parameter of the list's function, None where not given; `positive` may be text: a number, captions, or
+    the path of a .npy. out: a path or URL; without it STORE/mined/WHAT.parquet. dry_run: only tell what would be read
+    and written.
 
     Raises:
         ConfigError: an option that the list does not take, or lacks; a file that cannot be written.
@@ -171,33 +122,10 @@ def mine_store(
             f"{what} needs --threshold", "give a similarity between -1 and 1; how to choose: docs/mining.md"
         )
     if isinstance(given.get("positive"), str):
-        given["positive"] = _number_or_scores(given["positive"])
+        given["positive"] = read_positive(given["positive"])
     return publish(
         "mine", lambda graph: LISTS[what](graph, **given), store, f"mined/{what}.parquet", out, dry_run=dry_run
     )
-
-
-def _negatives(graph: SampleGraph, positive: NDArray[Any], options: Json) -> Iterator[Part]:
-    for rows, nodes in texts(graph):
-        own = rows * len(graph) + nodes  # a pair as one number
-        for part in slices(len(rows)):
-            row, node = rows[part], nodes[part]
-            ids, similarities = graph.neighbors(node)
-            score = positive[row, None] if positive.ndim else positive
-            bound = score - np.maximum(options["absolute_margin"], options["relative_margin"] * np.abs(score))
-            allowed = reaches(similarities, options["min_similarity"]) & ~reaches(similarities, bound)
-            allowed &= similarities <= options["max_similarity"]
-            if graph.is_plural:
-                allowed &= ~np.isin(
-                    row[:, None] * len(graph) + ids, own
-                )  # another caption of the sample is no negative
-            allowed[:, : options["skip"]] = False
-            allowed &= np.cumsum(allowed, axis=1) <= options["count"]
-            at, place = np.nonzero(allowed)
-            columns = [row[at], node[at], ids[at, place], place + 1, similarities[at, place]]
-            fewer = int((allowed.sum(axis=1) < options["count"]).sum())
-            counts = {"anchors": len(row), "negatives": len(at), "anchors_with_fewer": fewer}
-            yield pa.table(dict(zip(NEGATIVES.names, columns, strict=True)), schema=NEGATIVES), counts
 
 
 def _edge_list(what: str, graph: SampleGraph, options: Json) -> Mined:
@@ -225,28 +153,3 @@ def _listed(graph: SampleGraph, nodes: NDArray[Any], others: NDArray[Any]) -> ND
     for part in slices(len(nodes)):
         result[part] = (graph.neighbors(nodes[part])[0] == others[part, None]).any(axis=1)
     return result
-
-
-def _scores(graph: SampleGraph, positive: float | NDArray[Any]) -> NDArray[np.float32]:
-    scores = np.asarray(positive, np.float32)
-    if scores.ndim == 0:
-        check_similarity("positive", float(scores))
-        return scores
-    nodes = graph.sample_nodes()
-    if scores.shape != nodes.shape:
-        raise InputError(f"positive has shape {list(scores.shape)}", f"give a score for each row: [{len(nodes)}]")
-    bad = np.flatnonzero((nodes >= 0) & ~(np.abs(scores) <= 1))
-    if len(bad):
-        raise InputError(
-            f"positive: row {bad[0]} has the score {scores[bad[0]]} ({len(bad)} such rows)",
-            "give similarities between -1 and 1; only a sample without a node may have NaN",
-        )
-    return scores
-
-
-def _number_or_scores(text: str) -> float | NDArray[Any]:
-    """--positive: a number, or the .npy that text names."""
-    try:
-        return float(text)
-    except ValueError:
-        return read_scores(text, "--positive", "give a number, or a float array by row: [N]")

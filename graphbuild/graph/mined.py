@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.graph.sample_graph import Ids, SampleGraph
-from graphbuild.nodes.samples import MORE
+from graphbuild.nodes.samples import MORE, write_rejected
 from graphbuild.runner.stage import Stage, Task, perform
 from graphbuild.store.files import local_file
-from graphbuild.store.layout import SAMPLES
+from graphbuild.store.layout import REJECTED, SAMPLES
 from graphbuild.store.lock import writing
 from graphbuild.store.remote import reaching
 from graphbuild.store.shards import shards_of
@@ -45,6 +45,7 @@ class Mined:
 
     what, options: which list, and by what it was filtered. graph: what its ids refer to. schema: of the tables that
     iteration gives, in order. packed: columns of ascending integers, of which the file holds differences.
+    inputs: the identity of files outside the store. rejected: rows of `write_rejected`, filled while the list is made.
     """
 
     def __init__(
@@ -56,8 +57,11 @@ class Mined:
         parts: Callable[[], Iterator[Part]],
         *,
         packed: Sequence[str] = (),
+        inputs: Mapping[str, str] | None = None,
+        rejected: Sequence[tuple[Any, ...]] = (),
     ) -> None:
         self.what, self.graph, self.options, self.schema = what, graph, options, schema
+        self.inputs, self.rejected = inputs or {}, rejected
         self._parts = parts
         self._encodings = dict.fromkeys(packed, "DELTA_BINARY_PACKED")
         self._counts: dict[str, int] | None = None
@@ -95,7 +99,9 @@ class Mined:
         options = json.loads(json.dumps(self.options, default=np.generic.item))
         settings, built = {"what": self.what, **options}, {"graph": self.graph.fingerprint}
         stage = STAGES[folder]
-        task = Task(stage=stage.name, name=stem, settings=settings, built=built, hints={"list": self, "path": name})
+        hints = {"list": self, "path": name}
+        task = Task(stage=stage.name, name=stem, settings=settings, inputs=self.inputs, built=built, hints=hints)
+        store.remove(f"{REJECTED.format(stage.name)}/{stem}.parquet")  # of the list before
         return int(perform(stage, task, store)["facts"]["counts"]["rows"])
 
     def write(self, path: Path) -> int:
@@ -129,13 +135,24 @@ class Mined:
 
 
 def _save(task: Task, store: Store, writer: Writer) -> Json:
+    made = task.hints["list"]
     with writer.file(task.hints["path"]) as path:
-        return {"counts": {"rows": task.hints["list"].write(path)}}
+        rows = made.write(path)
+    write_rejected(task.stage, task.name, made.rejected, writer)
+    return {"counts": {"rows": rows}}
 
 
 MINE = Stage(name="mine", title="mining", plan=lambda recipe, store: [], run=_save)
 SELECT = Stage(name="select", title="selection", plan=lambda recipe, store: [], run=_save)
-STAGES = {"mined": MINE, "selections": SELECT}  # by the folder of their lists
+MATCH = Stage(name="match", title="matching", plan=lambda recipe, store: [], run=_save)
+STAGES = {"mined": MINE, "selections": SELECT, "match": MATCH}  # by the folder of their lists
+
+
+def about(store: Store, name: str) -> Json:
+    """What the metadata of a list in a store says (`Mined.save`); nothing of another file."""
+    with reaching(store.display(name)), store.fs.open(store.path(name), "rb") as file:
+        metadata = pq.read_metadata(file).metadata or {}
+    return dict(json.loads(metadata.get(METADATA_KEY.encode(), b"{}")))
 
 
 def place_of(store: Store, path: str, out: str | None, *, dry_run: bool = False) -> tuple[Store, str]:
@@ -223,18 +240,25 @@ def samples(graph: SampleGraph, columns: list[str]) -> Iterator[tuple[str, pa.Ta
 
 def texts(graph: SampleGraph) -> Iterator[tuple[Ids, Ids]]:
     """A shard's samples that have a node: row and node int64 of each of their captions, by row."""
-    store = Store(graph.url)
+    for table in captions(Store(graph.url)):
+        yield table["row"].to_numpy(), table["node"].to_numpy()
+
+
+def captions(store: Store, columns: Sequence[str] = ("row", "node")) -> Iterator[pa.Table]:
+    """A shard's samples that have a node: a line for each of their captions, by row. columns: of samples/; `caption`
+    and `node` are the caption's own."""
     for name in shards_of(store, store.manifest()).names:
-        table = store.table(SAMPLES.format(name), ["row", "node", MORE])
-        firsts = table.filter(pc.is_valid(table["node"]))
-        row, node = firsts["row"].to_numpy(), firsts["node"].to_numpy()
+        table = store.table(SAMPLES.format(name), [*columns, MORE])
+        firsts = table.filter(pc.is_valid(table["node"])).select(columns)
         if MORE in table.column_names:
             more = table[MORE].combine_chunks()
-            row = np.concatenate([row, table["row"].to_numpy()[np.asarray(pc.list_parent_indices(more))]])
-            node = np.concatenate([node, np.asarray(pc.struct_field(more.flatten(), "node"))])
-            order = np.argsort(row, kind="stable")
-            row, node = row[order], node[order]
-        yield row, node
+            further = table.select(columns).take(pc.list_parent_indices(more))
+            for at, column in enumerate(columns):
+                if column in ("node", "caption"):
+                    further = further.set_column(at, column, pc.struct_field(more.flatten(), column))
+            both = pa.concat_tables([firsts, further])
+            firsts = both.take(np.argsort(both["row"].to_numpy(), kind="stable"))
+        yield firsts
 
 
 def slices(count: int) -> Iterator[slice]:

@@ -98,6 +98,8 @@ STEPS = (
     Step(clustered.CLUSTER, "export",   "_work_clustered/#.arrow",       "clustered/"),
     Step(mined.MINE,        "mine",     "_state/certify/ samples/",      "mined/*.parquet"),
     Step(mined.SELECT,      "select",   "_state/certify/ samples/",      "selections/*.parquet"),
+    Step(mined.MATCH,       "match",    "_state/certify/ samples/",      "match/*.parquet"
+                                                                         " rejected/match/*.parquet"),
 )
 # fmt: on
 PACKAGES = (

@@ -240,6 +240,42 @@ a list over a folder [indexed]
   -> name a file by --out
   mine {store} --what positives --threshold 0 --out {mined}
 
+an option of another list [indexed]
+  match {store} --captions {csv} --what novel --threshold 0.5
+  -> --what novel takes --k
+  match {store} --captions {csv} --what novel --k 2
+
+captions for ready vectors [vectors]
+  match {store} --captions {csv}
+  -> give the queries' vectors by --vectors or --store; without --threshold, leaks compare texts alone
+  match {store} --vectors {npy}
+
+a store beside itself [indexed]
+  match {store} --store {store}
+  -> use `graphbuild mine --what duplicates`
+  mine {store} --what duplicates --threshold 0.9
+
+pictures of a list [indexed]
+  match {store} --what leaks --images {tar}
+  -> leave --bits and --images out
+  match {store} --what leaks --captions {csv}
+
+pictures that are nowhere [tars]
+  match {store} --what leaks --images {empty}
+  -> check --images
+  match {store} --what leaks --images {tar}
+
+texts of vectors [vectors]
+  mine {store} --what hard-negatives --count 1 --format triplets
+  -> leave --rescore and --format out
+  mine {store} --what hard-negatives --count 1
+
+a list of something else as matches [indexed]
+  mine {store} --what hard-negatives --count 1 --matches {two}
+  -> write it by `graphbuild match --what neighbors`
+  match {store} --captions {csv} --what neighbors
+  mine {store} --what hard-negatives --count 1 --matches {store}/match/neighbors.parquet
+
 a key of vectors [vectors]
   neighbors {store} 3
   -> ask by node (--node)
@@ -397,6 +433,7 @@ ELSEWHERE = {
     "prefer needs a list of `mine --what duplicates`": "tests/graph/test_selection.py",
     "write the tar again without --sparse": "tests/sources/test_tars.py",
     "ask by KEY, or by node": "tests/look/pages/test_without_encoder.py",
+    "write it again by `graphbuild match`": "tests/graph/test_negatives.py",
     "see --class-names": "a label of other tars than the names': tests/nodes/test_matrix.py",
     "--preset takes": "the library alone: the command line has the choices",
     "set --k to 1 or more": "the library alone: a recipe refuses it before",
@@ -514,7 +551,7 @@ def member(number: int, text: str) -> dict[str, bytes]:
 
 def run(words: str, paths: dict[str, Path]) -> Any:
     verb, *rest = (word.format(**paths) for word in shlex.split(words))
-    without = verb in ("verify", "report", "neighbors", "mine", "plan", "select") or "--dry-run" in rest
+    without = verb in ("verify", "report", "neighbors", "mine", "match", "plan", "select") or "--dry-run" in rest
     return graphbuild(verb, *rest, *(() if without else ("--workers", 0)))
 
 

@@ -104,6 +104,7 @@ def test_verbs_that_write_are_refused_and_change_nothing_and_verbs_that_read_are
         ["retry", store],
         ["demo", store],
         ["mine", store, "--what", "duplicates", "--threshold", 0.9],
+        ["match", store, "--captions", tmp_path / "list.csv"],
     ]
     for arguments in writes:
         write_lock(store, ELSEWHERE, 0)

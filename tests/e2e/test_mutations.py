@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from graphbuild.errors import GraphbuildError
+from graphbuild.graph.match import match_store
 from graphbuild.graph.mine import mine_store
 from graphbuild.job.steps import run_verb
 from graphbuild.look.verify import verify_store
@@ -72,6 +73,8 @@ def build(folder: Path, site: str, pictures: list[Picture], order: list[int]) ->
             run_verb(verb, resolve(store, verb, changes), store, runner)
     for what, options in {"duplicates": {"threshold": 0.7}, "hard-negatives": {"count": 2}}.items():
         mine_store(store, what, options)
+    (folder / "asked.csv").write_text('caption\n" "\na dog runs\n')
+    match_store(store, "neighbors", {"captions": str(folder / "asked.csv"), "k": 2})
     return folder / "store"
 
 
@@ -101,7 +104,7 @@ def kind_of(name: str) -> str:
     """A file's name without what tells it from others of its kind."""
     name = re.sub(r"\d{5}", "N", name)
     name = re.sub(r"^\w+/sizes\.json$", "*/sizes.json", name)
-    return re.sub(r"(mined|_state/mine)/[a-z-]+\.", r"\1/WHAT.", name)
+    return re.sub(r"(mined|match|_state/mine|_state/match)/[a-z-]+\.", r"\1/WHAT.", name)
 
 
 def flip_bit(content: bytes, draw: random.Random) -> bytes:
@@ -200,13 +203,16 @@ def test_the_store_that_is_damaged_holds_every_kind_of_file(stores: tuple[Path, 
         "recipe.yaml",
         "*/sizes.json",
         "mined/WHAT.parquet",
+        "match/WHAT.parquet",
+        "rejected/match/WHAT.parquet",
         "graph/basis.npy",
     }
     assert kinds >= {"shards/N.tar", "shards/N.parquet", "shards/N_stats.json", "shards/N.graph.parquet"}
     assert kinds >= {f"graph/N.{what}.npy" for what in ("neighbors", "similarities", "background", "sketch")}
     assert kinds >= {"samples/N.parquet", "nodes/N.parquet", "nodes/N.npy", "_state/number/nodes.npy"}
     assert kinds >= {"clustered/N.tar", "clustered/N.graph.parquet", "inline/N.tar", "_state/scan/N.parquet"}
-    assert kinds >= {"rejected/urls/N.parquet", "rejected/scan/N.parquet", "_state/mine/WHAT.done.json"}
+    assert kinds >= {"rejected/urls/N.parquet", "rejected/scan/N.parquet"}
+    assert kinds >= {"_state/mine/WHAT.done.json", "_state/match/WHAT.done.json"}
     stages = ("download", "scan", "assign", "encode", "search", "certify", "export", "cluster", "inline")
     assert kinds >= {f"_state/{stage}/N.done.json" for stage in stages}
 

@@ -82,7 +82,7 @@ def test_every_file_of_a_store_belongs_to_the_step_whose_record_names_it(tmp_pat
     ("step", "stale"),
     [
         ("encode", ["fidelity", "base", "search", "certify", "export"]),
-        ("certify", ["export", "inline", "columns", "cluster", "mine"]),
+        ("certify", ["export", "inline", "columns", "cluster", "mine", "match"]),
         ("fidelity", []),
         ("export", []),
         ("inline", []),

@@ -12,6 +12,7 @@ from collections import Counter
 import numpy as np
 import polars as pl
 
+from graphbuild.graph.mined import MATCH, about
 from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.job.steps import STEPS
 from graphbuild.look.catalog import Catalog
@@ -64,6 +65,7 @@ def numbers(store: Store) -> Json:
         found["mass"] = neighbor_mass(graph)
         found["targets"] = [batch_targets(graph, size) for size in _batch_sizes(len(graph))]
         found["batches"] = batch_edges(graph)
+        found["matches"] = matches(store, graph)
     return found
 
 
@@ -145,6 +147,13 @@ def stage_times(store: Store, manifest: Json) -> list[Json]:
             }
         )
     return rows
+
+
+def matches(store: Store, graph: SampleGraph) -> list[Json]:
+    """What each list of match/ says of itself; current: it is of this graph."""
+    paths = [output["path"] for record in records(store, MATCH.name).values() for output in record["outputs"]]
+    told = [(path, about(store, path)) for path in paths if path.startswith("match/") and store.exists(path)]
+    return [{"path": path, **one, "current": one["graph"] == graph.fingerprint} for path, one in told]
 
 
 # -- duplicates

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from browser import Tab
 
+from graphbuild.graph.match import match_store
 from graphbuild.job.steps import run_verb
 from graphbuild.look.report.charts import _mass
 from graphbuild.look.report.numbers import _repeated_texts, numbers
@@ -113,6 +115,23 @@ def test_edges_per_anchor_are_those_of_random_batches(tab: Tab, page: Path, stor
     random = next(one for one in drawn(tab, "chart-batches") if one["name"] == "random batches")
     for batch, edges in zip((64, 256), random["y"], strict=True):
         assert edges == pytest.approx(k * (batch - 1) / (count - 1), rel=0.25)  # each neighbour is in it by chance
+
+
+def test_what_was_asked_of_the_graph_has_its_section(tab: Tab, page: Path, store: Path, tmp_path: Path) -> None:
+    tab.page.goto(page.as_uri())
+    assert tab.page.locator("#matches").count() == 0
+    copy = tmp_path / "store"
+    shutil.copytree(store, copy)
+    captions = pq.read_table(next((copy / "samples").glob("00000.parquet")), columns=["caption"])["caption"]
+    asked = [text for text in captions.to_pylist() if text][:20]
+    pq.write_table(pa.table({"caption": [*asked, "nothing of the kind"]}), tmp_path / "asked.parquet")
+    match_store(Store(str(copy)), "leaks", {"captions": str(tmp_path / "asked.parquet")})
+    leaked = pq.read_table(copy / "match/leaks.parquet")
+    tab.page.goto(Path(write_report(Store(str(copy)))).as_uri())
+    cells = tab.page.locator("#matches ~ .scroll").first.locator("tbody tr").locator("th, td").all_inner_texts()
+    assert [cell.strip() for cell in cells[:3]] == ["match/leaks.parquet", f"{len(leaked):,}", "search exact"]
+    assert {"21 queries", "20 leaked queries"} <= set(cells[3].split("\n"))
+    tab.accessible()
 
 
 def test_hostile_captions_are_text_and_run_nothing(tab: Tab, page: Path, strings: list[str], tmp_path: Path) -> None:
