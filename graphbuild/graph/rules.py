@@ -122,7 +122,7 @@ class _Choice:
             kept, of_captions = rows_where(self.columns, rules["where"], plural=graph.is_plural)
             (self._only_captions if of_captions else self._only_rows)(kept, f"where: {rules['where']}")
         if "min_degree" in rules:
-            enough, reason = self.columns.degree >= rules["min_degree"], f"min degree: {rules['min_degree']}"
+            enough, reason = self.graph.in_degrees >= rules["min_degree"], f"min degree: {rules['min_degree']}"
             if graph.is_plural:
                 self._only_captions(enough[self.text_nodes], reason)
             else:
@@ -161,7 +161,7 @@ class _Choice:
         if prefer == "longest":
             return lines["caption"].str.len_chars()
         if prefer == "neighbors":
-            return self.columns.degree[lines["node"].to_numpy()]
+            return self.graph.in_degrees[lines["node"].to_numpy()]
         return np.zeros(len(lines)) if prefer == "first" else sharpness(self.graph, lines["row"].to_numpy())
 
     def _subset(self, rules: Json) -> NDArray[np.int64]:

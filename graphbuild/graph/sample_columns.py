@@ -19,7 +19,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from graphbuild.errors import ConfigError
-from graphbuild.graph.mined import blocks
 from graphbuild.graph.sample_graph import Ids, SampleGraph
 from graphbuild.nodes.samples import MORE
 from graphbuild.sources.ranges import TarRanges
@@ -141,19 +140,9 @@ class SampleColumns:
         return found
 
     def _of_nodes(self, name: str, nodes: Ids) -> Any:
-        if name == "degree":
-            return self.degree[nodes]
         if name == "samples":
             return self._samples[nodes]
-        return self._graph.neighbors(nodes)[1][:, 0]
-
-    @cached_property
-    def degree(self) -> Ids:
-        """How many lists name each node, int64 [M]."""
-        counts = np.zeros(len(self._graph), np.int64)
-        for _, neighbors, _ in blocks(self._graph):
-            counts += np.bincount(neighbors.reshape(-1), minlength=len(counts))
-        return counts
+        return (self._graph.in_degrees if name == "degree" else self._graph.nearest_similarities)[nodes]
 
     @cached_property
     def _samples(self) -> Ids:

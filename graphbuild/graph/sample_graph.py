@@ -119,6 +119,19 @@ class SampleGraph:
         """Mean and standard deviation [..., 2] of a node's similarity to the nodes that are not its neighbours."""
         return np.asarray(self._background.take(_as_ids(nodes)), dtype=np.float32)
 
+    @cached_property
+    def in_degrees(self) -> Ids:
+        """How many lists name each node, int64 [M]. One pass over the lists; 8 bytes a node."""
+        counts = np.zeros(len(self), np.int64)
+        for _, ids, _ in self.edge_blocks():
+            np.add.at(counts, ids.reshape(-1), 1)  # a bincount would go over all nodes for every shard
+        return counts
+
+    @cached_property
+    def nearest_similarities(self) -> Float32:
+        """The similarity of each node to its nearest neighbour, float32 [M]."""
+        return np.concatenate([values[:, 0].astype(np.float32) for _, _, values in self.edge_blocks()])
+
     # -- samples
 
     @cached_property

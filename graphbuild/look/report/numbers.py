@@ -203,11 +203,10 @@ def edge_numbers(graph: SampleGraph, catalog: Catalog) -> Json:
     """Histograms: similarity of edges and of random pairs, of the k-th neighbour, in-degree; and what follows."""
     total, k = len(graph), graph.k
     rng = np.random.default_rng(0)
-    indegree = np.zeros(total, np.int32)
+    indegree = graph.in_degrees
     last = np.zeros(len(BINS) - 1, np.int64)
     first_duplicates = 0
-    for _, ids, values in graph.edge_blocks():
-        indegree += np.bincount(ids.reshape(-1), minlength=total).astype(np.int32)
+    for _, _, values in graph.edge_blocks():
         last += np.histogram(values[:, -1].astype(np.float32), BINS)[0]
         first_duplicates += int((values[:, 0] >= DUPLICATE).sum())
     nodes = np.sort(rng.choice(total, min(EDGE_NODES, total), replace=False))
