@@ -22,9 +22,9 @@ import numpy as np
 
 from graphbuild import SampleGraph
 from graphbuild.export.clustered import GROUP
-from graphbuild.graph.batches import edges_in_batches
-from graphbuild.graph.groups import NeighborLists, StoredGraph
-from graphbuild.graph.order import WAYS
+from graphbuild.graph.batches.batches import edges_in_batches
+from graphbuild.graph.batches.groups import NeighborLists, StoredGraph
+from graphbuild.graph.batches.order import WAYS
 from graphbuild.torch import NeighborBatchSampler
 
 SHARD = 250_000

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from graphbuild.graph.rules import select_store
+from graphbuild.graph.select.rules import select_store
 from graphbuild.store.layout import NEIGHBORS, SAMPLES, SIMILARITIES, shard_name
 from graphbuild.store.shards import Shard, write_shards
 from graphbuild.store.store import Store, Writer

@@ -19,7 +19,7 @@ import numpy as np
 
 from graphbuild import SampleGraph
 from graphbuild.graph.edges import Edges
-from graphbuild.graph.subsets import METHODS, choose
+from graphbuild.graph.select.subsets import METHODS, choose
 
 K, D = 32, 384
 REACH = 32

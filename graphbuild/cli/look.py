@@ -76,7 +76,7 @@ def mine(
     dry_run: DryRun = False,
 ) -> None:
     """Graph to lists for training and cleaning, without a search."""
-    from graphbuild.graph.mine import mine_store
+    from graphbuild.graph.lists.mine import mine_store
 
     rules = {name: value for name, value in context.params.items() if name not in ("store", "what", "out", "dry_run")}
     echo(mine_store(open_store(store), what, rules, out, dry_run=dry_run))
@@ -104,7 +104,7 @@ def select(
     dry_run: DryRun = False,
 ) -> None:
     """Rows that loaders, exports and trainers take; no tar is rewritten."""
-    from graphbuild.graph.rules import select_store
+    from graphbuild.graph.select.rules import select_store
 
     rules = {key: value for key, value in context.params.items() if key not in ("store", "name", "out", "dry_run")}
     rules |= {"keep": keep or (), "drop": drop or ()}
@@ -137,7 +137,7 @@ def match(
 
     Every query is compared with every node, so the answer is exact.
     """
-    from graphbuild.graph.match import match_store
+    from graphbuild.graph.match.match import match_store
 
     rest = ("store", "other", "what", "out", "dry_run")
     asked = {name: value for name, value in context.params.items() if name not in rest}

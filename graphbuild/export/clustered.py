@@ -20,7 +20,7 @@ from graphbuild.export.sidecar import TarIdentity
 from graphbuild.export.sidecars import named_image, sidecar_table
 from graphbuild.export.tarwriter import check_members, write_tar
 from graphbuild.graph.certify import require_graph
-from graphbuild.graph.selection import decided_by, selection_of
+from graphbuild.graph.select.selection import decided_by, selection_of
 from graphbuild.nodes.samples import MORE
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, digest, outputs
@@ -71,7 +71,7 @@ def plan_arrange(recipe: Recipe, store: Store) -> list[Task]:
 
 
 def run_arrange(task: Task, store: Store, writer: Writer) -> Json:
-    from graphbuild.graph.order import NeighborOrder
+    from graphbuild.graph.batches.order import NeighborOrder
     from graphbuild.graph.sample_graph import SampleGraph
 
     graph = SampleGraph.open(store.url)

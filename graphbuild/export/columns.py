@@ -14,7 +14,7 @@ from graphbuild.errors import ConfigError, StageError
 from graphbuild.export.sidecar import sidecar_schema
 from graphbuild.export.sidecars import sidecar_table
 from graphbuild.graph.certify import require_graph
-from graphbuild.graph.selection import decided_by, selection_of
+from graphbuild.graph.select.selection import decided_by, selection_of
 from graphbuild.nodes.samples import MORE
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, outputs, records

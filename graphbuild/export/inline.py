@@ -19,7 +19,7 @@ from graphbuild.export.clustered import shards_with_tars
 from graphbuild.export.sidecar import text_columns
 from graphbuild.export.sidecars import graph_fields
 from graphbuild.export.tarwriter import check_members, write_tar
-from graphbuild.graph.selection import decided_by, selection_of
+from graphbuild.graph.select.selection import decided_by, selection_of
 from graphbuild.nodes.samples import MORE
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, outputs

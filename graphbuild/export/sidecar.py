@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from graphbuild.errors import ConfigError, ShardError
 from graphbuild.graph import sketch
-from graphbuild.graph.selection import Selection
+from graphbuild.graph.select.selection import Selection
 from graphbuild.nodes.samples import MORE
 from graphbuild.recipe import EmbeddingKind
 from graphbuild.runner.stage import sealed

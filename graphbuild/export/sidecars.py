@@ -17,7 +17,7 @@ from graphbuild.export.quantized import quantize_int8
 from graphbuild.export.sidecar import SidecarHeader, TarIdentity, sidecar_schema
 from graphbuild.graph import sketch
 from graphbuild.graph.certify import require_graph
-from graphbuild.graph.selection import decided_by, selection_of
+from graphbuild.graph.select.selection import decided_by, selection_of
 from graphbuild.nodes.samples import MORE
 from graphbuild.recipe import EmbeddingKind, Recipe
 from graphbuild.runner.stage import Stage, Task, outputs

@@ -1,7 +1,7 @@
 """Stage certify: measures the finished graph's recall against brute force, checks its structure, refuses a bad graph.
 
 A task takes a slice of the sampled nodes through all embeddings and validates every row of its share of the graph's
-shards. How recall is measured, its time and memory: graph/recall.py.
+shards. How recall is measured, its time and memory: graph/recall/recall.py.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import math
 import numpy as np
 
 from graphbuild.errors import QualityError, StageError
-from graphbuild.graph.certificate import FAULTS, list_faults
-from graphbuild.graph.recall import certificate_of, facts_of, measure, sampled
+from graphbuild.graph.recall.certificate import FAULTS, list_faults
+from graphbuild.graph.recall.recall import certificate_of, facts_of, measure, sampled
 from graphbuild.graph.tasks import nodes_entry
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, records

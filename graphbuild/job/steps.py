@@ -19,7 +19,8 @@ from typing import Any
 
 from graphbuild.errors import ConfigError, StageError
 from graphbuild.export import clustered, columns, inline, sidecars
-from graphbuild.graph import certify, index, mined
+from graphbuild.graph import certify, index
+from graphbuild.graph.lists import derived
 from graphbuild.machine.versions import version_of
 from graphbuild.nodes import encode, fidelity, number, scan, vectors
 from graphbuild.recipe import Recipe
@@ -96,9 +97,9 @@ STEPS = (
     Step(clustered.ARRANGE, "export",   "_state/certify/ samples/",      "_work_clustered/places.npy"),
     Step(clustered.SCATTER, "export",   "_work_clustered/places.npy",    "_work_clustered/#.arrow"),
     Step(clustered.CLUSTER, "export",   "_work_clustered/#.arrow",       "clustered/"),
-    Step(mined.MINE,        "mine",     "_state/certify/ samples/",      "mined/*.parquet"),
-    Step(mined.SELECT,      "select",   "_state/certify/ samples/",      "selections/*.parquet"),
-    Step(mined.MATCH,       "match",    "_state/certify/ samples/",      "match/*.parquet"
+    Step(derived.MINE,        "mine",     "_state/certify/ samples/",      "mined/*.parquet"),
+    Step(derived.SELECT,      "select",   "_state/certify/ samples/",      "selections/*.parquet"),
+    Step(derived.MATCH,       "match",    "_state/certify/ samples/",      "match/*.parquet"
                                                                          " rejected/match/*.parquet"),
 )
 # fmt: on

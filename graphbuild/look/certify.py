@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import scipy.sparse
 
 from graphbuild.errors import ConfigError, InputError, QualityError
-from graphbuild.graph.certificate import certify_graph
+from graphbuild.graph.recall.certificate import certify_graph
 from graphbuild.machine.terminal import echo
 from graphbuild.machine.versions import version_of
 from graphbuild.sources.vector_files import shapes_of, take_rows

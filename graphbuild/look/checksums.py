@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from graphbuild.errors import ConfigError, GraphbuildError
 from graphbuild.export import clustered, inline, sidecars
 from graphbuild.export.sidecar import METADATA_KEY
-from graphbuild.graph import mined
+from graphbuild.graph.lists import derived
 from graphbuild.job.steps import STEPS, Step
 from graphbuild.nodes import number, vectors
 from graphbuild.recipe import resolve
@@ -56,7 +56,7 @@ def check_files(store: Store, manifest: Json) -> Checked:
     if not checked.problems:
         checked.problems += _shards(manifest, shards, done)
         checked.problems += _sizes(store, manifest, shards, done)
-        for folder, stage in mined.STAGES.items():
+        for folder, stage in derived.STAGES.items():
             checked.problems += _lists(store, folder, stage.name, done[stage.name])
     return checked
 

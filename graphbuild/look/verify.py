@@ -18,7 +18,7 @@ from graphbuild.export.quantized import quantize_int8
 from graphbuild.export.sidecar import Sidecar, text_columns
 from graphbuild.graph import sketch
 from graphbuild.graph.certify import certify_afresh, check_lists
-from graphbuild.graph.selection import Selection, selection_of
+from graphbuild.graph.select.selection import Selection, selection_of
 from graphbuild.job.steps import STEPS
 from graphbuild.look.checksums import check_files
 from graphbuild.machine.terminal import counted

@@ -16,9 +16,9 @@ from numpy.typing import ArrayLike
 from torch.utils.data import Sampler
 
 from graphbuild.errors import ConfigError
-from graphbuild.graph.groups import StoredGraph
-from graphbuild.graph.order import Epoch, NeighborOrder, Samples, Way
-from graphbuild.graph.selection import Selection
+from graphbuild.graph.batches.groups import StoredGraph
+from graphbuild.graph.batches.order import Epoch, NeighborOrder, Samples, Way
+from graphbuild.graph.select.selection import Selection
 from graphbuild.torch.epochs import Position, check_options, digest
 from graphbuild.torch.ranks import live_rank
 from graphbuild.torch.shards import Selected

@@ -22,7 +22,7 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from graphbuild.errors import ConfigError, ShardError
 from graphbuild.export.sidecar import Sidecar, SidecarHeader, read_columns
-from graphbuild.graph.selection import Selection
+from graphbuild.graph.select.selection import Selection
 from graphbuild.sources.paths import is_hidden
 from graphbuild.sources.tars import image_extension, named_tars, tar_stem
 from graphbuild.store.remote import file_system, reaching

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from graphbuild import SampleGraph
-from graphbuild.graph.mine import LISTS
+from graphbuild.graph.lists.mine import LISTS
 from tests.e2e.test_bad_input import graphbuild, refused, snapshot, succeeded
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from graphbuild.errors import GraphbuildError
-from graphbuild.graph.match import match_store
-from graphbuild.graph.mine import mine_store
+from graphbuild.graph.lists.mine import mine_store
+from graphbuild.graph.match.match import match_store
 from graphbuild.job.steps import run_verb
 from graphbuild.look.verify import verify_store
 from graphbuild.recipe import resolve

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from graphbuild.errors import InputError
-from graphbuild.graph.certificate import certify_graph
+from graphbuild.graph.recall.certificate import certify_graph
 
 N, D, K = 600, 24, 8
 

@@ -19,11 +19,11 @@ from PIL import Image
 
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError, GraphbuildError
-from graphbuild.graph import queries as asking
-from graphbuild.graph.match import match_store
-from graphbuild.graph.mined import about
-from graphbuild.graph.pictures import close_pairs, perceptual_hash
-from graphbuild.graph.rules import select_store
+from graphbuild.graph.lists.derived import about
+from graphbuild.graph.match import queries as asking
+from graphbuild.graph.match.match import match_store
+from graphbuild.graph.match.pictures import close_pairs, perceptual_hash
+from graphbuild.graph.select.rules import select_store
 from graphbuild.job.steps import run_verb
 from graphbuild.knn import queries as searching
 from graphbuild.look.verify import verify_store

@@ -18,8 +18,7 @@ from scipy.sparse.csgraph import connected_components
 
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError, InputError, StageError
-from graphbuild.graph import mined
-from graphbuild.graph.mine import LISTS, mine_store
+from graphbuild.graph.lists.mine import LISTS, mine_store
 from graphbuild.job.steps import run_verb
 from graphbuild.mine import false_negative_edges, false_negatives, hard_negatives, near_duplicates, neighbor_positives
 from graphbuild.recipe import Embed, Index, Recipe

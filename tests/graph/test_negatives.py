@@ -15,9 +15,8 @@ import pytest
 
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError, InputError
-from graphbuild.graph import mined
-from graphbuild.graph.match import match_store
-from graphbuild.graph.mine import mine_store
+from graphbuild.graph.lists.mine import mine_store
+from graphbuild.graph.match.match import match_store
 from graphbuild.mine import hard_negatives
 from graphbuild.store.store import Store
 from tests.graph.test_index import built

@@ -25,10 +25,10 @@ from torch.utils.data import DataLoader
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.export.sidecar import Sidecar
-from graphbuild.graph import rules as module
-from graphbuild.graph.duplicates import near_duplicates
-from graphbuild.graph.rules import select, select_store
-from graphbuild.graph.selection import Selection
+from graphbuild.graph.lists.duplicates import near_duplicates
+from graphbuild.graph.select import rules as module
+from graphbuild.graph.select.rules import select, select_store
+from graphbuild.graph.select.selection import Selection
 from graphbuild.job.steps import run_verb
 from graphbuild.look.verify import verify_store
 from graphbuild.recipe import resolve

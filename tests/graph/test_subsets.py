@@ -19,8 +19,8 @@ from graphbuild import SampleGraph
 from graphbuild.demo.captions import caption
 from graphbuild.demo.scenes import make_scenes
 from graphbuild.errors import ConfigError, InputError
-from graphbuild.graph.clusters import clustered
-from graphbuild.graph.subsets import METHODS, choose
+from graphbuild.graph.select.clusters import clustered
+from graphbuild.graph.select.subsets import METHODS, choose
 from graphbuild.job.steps import run_verb
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError, ShardError
-from graphbuild.graph.duplicates import near_duplicates
+from graphbuild.graph.lists.duplicates import near_duplicates
 from graphbuild.job.steps import run_verb
 from graphbuild.look.catalog import Catalog
 from graphbuild.look.verify import verify_store

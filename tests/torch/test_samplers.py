@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError, InputError
-from graphbuild.graph.batches import pack
-from graphbuild.graph.groups import NeighborLists, groups_by_growth, groups_of_anchors, join_near, order_by_node
-from graphbuild.graph.order import WAYS
+from graphbuild.graph.batches.batches import pack
+from graphbuild.graph.batches.groups import NeighborLists, groups_by_growth, groups_of_anchors, join_near, order_by_node
+from graphbuild.graph.batches.order import WAYS
 from graphbuild.torch import NeighborBatchSampler
 from tests.graph.test_index import built
 

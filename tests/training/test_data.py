@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError
-from graphbuild.graph.rules import select_store
+from graphbuild.graph.select.rules import select_store
 from graphbuild.store.store import Store
 from graphbuild.torch import GraphDataset
 

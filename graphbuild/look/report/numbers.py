@@ -12,7 +12,7 @@ from collections import Counter
 import numpy as np
 import polars as pl
 
-from graphbuild.graph.mined import MATCH, about
+from graphbuild.graph.lists.derived import MATCH, about
 from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.job.steps import STEPS
 from graphbuild.look.catalog import Catalog
@@ -249,7 +249,7 @@ def _bins(counts: Array) -> list[Json]:
 
 def batch_edges(graph: SampleGraph) -> list[Json]:
     """By batch size: edges an anchor in random batches and in those of NeighborBatchSampler, its groups by default."""
-    from graphbuild.graph.order import NeighborOrder
+    from graphbuild.graph.batches.order import NeighborOrder
 
     rows = []
     for size in _batch_sizes(len(graph)):

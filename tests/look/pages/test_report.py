@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from browser import Tab
 
-from graphbuild.graph.match import match_store
+from graphbuild.graph.match.match import match_store
 from graphbuild.job.steps import run_verb
 from graphbuild.look.report.charts import _mass
 from graphbuild.look.report.numbers import _repeated_texts, numbers

@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from graphbuild.errors import ConfigError, InputError
-from graphbuild.graph.mined import METADATA_KEY
-from graphbuild.graph.sample_columns import SampleColumns
+from graphbuild.graph.lists.derived import METADATA_KEY
 from graphbuild.graph.sample_graph import SampleGraph
+from graphbuild.graph.select.sample_columns import SampleColumns
 from graphbuild.store.files import local_file
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """Hard negatives: of each caption's nearest, those that are far enough from it; as pairs of ids, or as texts to train.
 
 The candidates are the stored lists, or those that `match` found for queries of another corpus. Memory: a shard's
-captions, and what graphbuild.graph.candidates says.
+captions, and what graphbuild.graph.lists.candidates says.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from graphbuild.errors import ConfigError, InputError
-from graphbuild.graph.candidates import Array, Lists, Matches, Scorer
-from graphbuild.graph.mined import Mined, Part, check_similarity, reaches, read_scores, slices
+from graphbuild.graph.lists.candidates import Array, Lists, Matches, Scorer
+from graphbuild.graph.lists.derived import Mined, Part, check_similarity, reaches, read_scores, slices
 from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.machine.gpus import gpu_here
 from graphbuild.store.files import file_identity

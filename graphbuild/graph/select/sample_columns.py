@@ -39,7 +39,7 @@ EXPLAINED = (
 class SampleColumns:
     """Columns of the samples that have a node, in order of row.
 
-    by_caption: a line for each caption of a sample, in the order of `graphbuild.graph.mined.texts`.
+    by_caption: a line for each caption of a sample, in the order of `graphbuild.graph.lists.derived.texts`.
     """
 
     def __init__(self, graph: SampleGraph) -> None:

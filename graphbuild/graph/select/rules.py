@@ -18,12 +18,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from graphbuild.errors import ConfigError, GraphbuildError, InputError
-from graphbuild.graph.mined import Mined, Part, publish, slices, texts
-from graphbuild.graph.row_lists import read_array, read_list, rows_of
-from graphbuild.graph.sample_columns import SampleColumns, rows_where
+from graphbuild.graph.lists.derived import Mined, Part, publish, slices, texts
 from graphbuild.graph.sample_graph import SampleGraph
-from graphbuild.graph.selection import CAPTIONS, FOLDER, WHAT
-from graphbuild.graph.subsets import choose
+from graphbuild.graph.select.row_lists import read_array, read_list, rows_of
+from graphbuild.graph.select.sample_columns import SampleColumns, rows_where
+from graphbuild.graph.select.selection import CAPTIONS, FOLDER, WHAT
+from graphbuild.graph.select.subsets import choose
 from graphbuild.sources.images import upright_rgb
 from graphbuild.sources.ranges import TarRanges
 from graphbuild.store.layout import SAMPLES
@@ -52,11 +52,10 @@ def select(
 ) -> Mined:
     """Which rows of a store, and which of their captions, are kept, with why each other went.
 
-    keep, drop: lists (`graphbuild.graph.row_lists`); all of keep are joined, and nothing else stays. prefer: which one
-    of each group of `mine --what duplicates` stays, in the place of the list's own choice: the first row; the sharpest
+    keep, drop: lists (row_lists.py); all of keep are joined, and nothing else stays. prefer: which one of each group of `mine --what duplicates` stays, in the place of the list's own choice: the first row; the sharpest
     image (variance of the Laplacian of its grey values at 256 pixels); that whose node most lists name; that of the
     longest caption. where: an SQL expression over the columns of `SampleColumns`. min_degree: least number of lists
-    that name the node. budget: rows to keep, or a share of those left, chosen by `graphbuild.graph.subsets.choose`.
+    that name the node. budget: rows to keep, or a share of those left, chosen by `subsets.choose`.
     scores, labels: for the method, a column or a .npy by row.
 
     Columns: row int64, all rows in order; keep bool; why, null where kept; and in stores where samples have several

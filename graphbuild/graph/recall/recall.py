@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from graphbuild.errors import InputError
-from graphbuild.graph.metric import TOLERANCE, Array, Metric, Rows
+from graphbuild.graph.recall.metric import TOLERANCE, Array, Metric, Rows
 
 Json = dict[str, Any]
 COSINE = Metric()

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphbuild.errors import ConfigError
-from graphbuild.graph.groups import row_of
+from graphbuild.graph.batches.groups import row_of
 from graphbuild.machine.compiled import compiled, inlined
 
 

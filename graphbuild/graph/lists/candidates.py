@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from graphbuild.errors import InputError
-from graphbuild.graph.duplicates import similarities
-from graphbuild.graph.mined import METADATA_KEY, captions, slices
+from graphbuild.graph.lists.derived import METADATA_KEY, captions, slices
+from graphbuild.graph.lists.duplicates import similarities
 from graphbuild.graph.sample_graph import Ids, SampleGraph
 from graphbuild.store.files import local_file
 from graphbuild.store.layout import TEXTS

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from graphbuild.errors import ConfigError, InputError
-from graphbuild.graph import groups
-from graphbuild.graph.batches import batch_bounds, edges_in_batches, pack
-from graphbuild.graph.groups import NeighborLists, StoredGraph
+from graphbuild.graph.batches import groups
+from graphbuild.graph.batches.batches import batch_bounds, edges_in_batches, pack
+from graphbuild.graph.batches.groups import NeighborLists, StoredGraph
 
 Samples = NDArray[np.int32]
 Way = Literal["window", "walk", "communities"]

@@ -1,7 +1,7 @@
 """The certificate of anybody's k-NN graph, from arrays alone: structure, metric, recall.
 
 Written with numpy alone: it shares no code with the engine it judges, whichever that is. Structure is of all
-lists, LISTS at a time; the rest of a sample. Time and memory: as of graph/recall.py, by SLICE nodes.
+lists, LISTS at a time; the rest of a sample. Time and memory: as of graph/recall/recall.py, by SLICE nodes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from graphbuild.errors import InputError
-from graphbuild.graph.metric import Array, Explained, Name, candidates, explain, metric_of_lists
-from graphbuild.graph.recall import certificate_of, facts_of, measure, not_finite, sampled
+from graphbuild.graph.recall.metric import Array, Explained, Name, candidates, explain, metric_of_lists
+from graphbuild.graph.recall.recall import certificate_of, facts_of, measure, not_finite, sampled
 
 Json = dict[str, Any]
 LISTS = 65_536  # lists whose structure is checked at a time

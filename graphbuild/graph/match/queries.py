@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from graphbuild.errors import ConfigError
-from graphbuild.graph.mined import captions
+from graphbuild.graph.lists.derived import captions
 from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.machine.gpus import gpu_here
 from graphbuild.nodes.captions import fill_template, normalize, template_fields, usable_text

@@ -1,7 +1,7 @@
 """Derived lists: near-duplicates, hard negatives, false negatives and positives, by filter over the stored graph.
 
 Nothing is searched again: each list is one pass over the neighbour lists. Memory: 16,384 nodes at a time, of some 40 k
-bytes; near-duplicates take more (graphbuild.graph.duplicates). Columns, rules, what can be missed: docs/mining.md.
+bytes; near-duplicates take more (duplicates.py). Columns, rules, what can be missed: docs/mining.md.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from graphbuild.errors import ConfigError, InputError
-from graphbuild.graph.duplicates import near_duplicates
-from graphbuild.graph.mined import (
+from graphbuild.graph.lists.derived import (
     Mined,
     Part,
     blocks,
@@ -26,7 +25,8 @@ from graphbuild.graph.mined import (
     reaches,
     slices,
 )
-from graphbuild.graph.negatives import hard_negatives, read_positive
+from graphbuild.graph.lists.duplicates import near_duplicates
+from graphbuild.graph.lists.negatives import hard_negatives, read_positive
 from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.recipe import flag
 from graphbuild.store.store import Json, Store

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphbuild.errors import ConfigError, InputError
-from graphbuild.graph.clusters import clustered, whole_shares
 from graphbuild.graph.edges import Edges
-from graphbuild.graph.greedy import CENTER, CUT, MESSAGE, gathered, take_greatest
-from graphbuild.graph.mined import blocks
+from graphbuild.graph.lists.derived import blocks
 from graphbuild.graph.sample_graph import Ids, SampleGraph
+from graphbuild.graph.select.clusters import clustered, whole_shares
+from graphbuild.graph.select.greedy import CENTER, CUT, MESSAGE, gathered, take_greatest
 
 Floats = NDArray[np.float64]
 Chosen = NDArray[np.bool_]  # of a pool's rows

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
 from graphbuild.errors import ConfigError, InputError
-from graphbuild.graph.mined import METADATA_KEY
+from graphbuild.graph.lists.derived import METADATA_KEY
 from graphbuild.nodes.samples import MORE, NO_NODE
 from graphbuild.store.files import open_parts
 from graphbuild.store.store import Json, Store

@@ -1,8 +1,7 @@
 """Queries against a graph's nodes: the nearest, what of a test set is in the training set, and what is new to it.
 
 Each query is compared with every node (graphbuild.knn.queries), so what is found is exact; equal texts are found by
-the texts themselves, and pictures by their hashes (graphbuild.graph.pictures). Columns: docs/matching.md. Memory: some
-40 bytes a pair, and the keys and captions of the queries and of the samples that they meet.
+the texts themselves, and pictures by their hashes (pictures.py). Columns: docs/matching.md. Memory: some 40 bytes a pair, and the keys and captions of the queries and of the samples that they meet.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ import polars as pl
 import pyarrow as pa
 
 from graphbuild.errors import ConfigError
-from graphbuild.graph.mined import Mined, Part, captions, check_similarity, publish
-from graphbuild.graph.pictures import close_pairs, image_tars, read_pictures, tars_of
-from graphbuild.graph.queries import QUERY, Queries, caption_queries, store_queries, vector_queries
+from graphbuild.graph.lists.derived import Mined, Part, captions, check_similarity, publish
+from graphbuild.graph.match.pictures import close_pairs, image_tars, read_pictures, tars_of
+from graphbuild.graph.match.queries import QUERY, Queries, caption_queries, store_queries, vector_queries
 from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.knn.queries import search
 from graphbuild.machine.gpus import gpu_here

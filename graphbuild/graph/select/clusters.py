@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from graphbuild.graph.mined import slices
+from graphbuild.graph.lists.derived import slices
 from graphbuild.graph.sample_graph import Ids, SampleGraph
 
 Floats = NDArray[np.float64]

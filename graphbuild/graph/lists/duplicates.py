@@ -12,7 +12,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from graphbuild.graph.mined import Mined, Part, blocks, check_similarity, count_truncated, reaches, samples, slices
+from graphbuild.graph.lists.derived import (
+    Mined,
+    Part,
+    blocks,
+    check_similarity,
+    count_truncated,
+    reaches,
+    samples,
+    slices,
+)
 from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.machine.compiled import compiled
 from graphbuild.nodes.samples import MORE

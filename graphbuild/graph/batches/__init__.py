@@ -1,0 +1,1 @@
+"""The planning of neighbour-aware batches, without torch."""

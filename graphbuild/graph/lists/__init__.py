@@ -1,0 +1,1 @@
+"""Derived lists: near-duplicates, negatives, positives, and what all lists share."""

@@ -1,0 +1,1 @@
+"""The certificate of a graph: structure, metric and recall, from arrays alone."""
