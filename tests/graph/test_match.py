@@ -444,7 +444,11 @@ def test_leaks_of_vectors_need_a_threshold(points: tuple[Store, np.ndarray], tmp
     np.save(tmp_path / "asked.npy", asked)
     with pytest.raises(ConfigError, match="need --threshold"):
         match_store(store, "leaks", {"vectors": str(tmp_path / "asked.npy")})
-    assert "rows" in match_store(store, "leaks", {"vectors": str(tmp_path / "asked.npy"), "threshold": 0.99})
+    told = {"vectors": str(tmp_path / "asked.npy"), "threshold": 0.99}
+    said = match_store(store, "leaks", told, dry_run=True)
+    assert said == f"match     would compare with 300 nodes, into {store.url}/match/leaks.parquet"
+    assert not store.exists("match/leaks.parquet")
+    assert "rows" in match_store(store, "leaks", told)
     found = pl.read_parquet(f"{store.url}/match/leaks.parquet")
     assert set(range(80, 90)) <= set(found["query"])
 

@@ -202,8 +202,9 @@ def publish(
         folder, name = place_of(store, path, out, dry_run=dry_run)
         if dry_run:
             replaced = ", in place of the list that is there" if folder.exists(name) else ""
-            edges = f"{len(graph) * graph.k:,} edges of {len(graph):,} nodes"
-            return f"{verb:<9} would filter {edges} into {folder.display(name)}{replaced}"
+            edges = f"filter {len(graph) * graph.k:,} edges of {len(graph):,} nodes into"
+            does = f"compare with {len(graph):,} nodes, into" if verb == MATCH.name else edges
+            return f"{verb:<9} would {does} {folder.display(name)}{replaced}"
         rows = made.save(folder, name)
         counts = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in made.counts.items())
         nothing = "" if rows else "; nothing passed the filter: the file has 0 rows"
