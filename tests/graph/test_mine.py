@@ -18,6 +18,7 @@ from scipy.sparse.csgraph import connected_components
 
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError, InputError, StageError
+from graphbuild.graph.lists import derived
 from graphbuild.graph.lists.mine import LISTS, mine_store
 from graphbuild.job.steps import run_verb
 from graphbuild.mine import false_negative_edges, false_negatives, hard_negatives, near_duplicates, neighbor_positives
@@ -407,8 +408,8 @@ def test_pieces_and_row_groups_of_any_size_make_the_same_list(
     either: SampleGraph, what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     whole = LISTS[what](either, **ALL[what]).table()
-    monkeypatch.setattr(mined, "BLOCK", 3)
-    monkeypatch.setattr(mined, "ROW_GROUP", 5)
+    monkeypatch.setattr(derived, "BLOCK", 3)
+    monkeypatch.setattr(derived, "ROW_GROUP", 5)
     parts = list(LISTS[what](either, **ALL[what]))
     if what != "duplicates":  # whose parts are shards
         assert max(map(len, parts)) <= 3 * either.k

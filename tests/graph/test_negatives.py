@@ -15,6 +15,7 @@ import pytest
 
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError, InputError
+from graphbuild.graph.lists import derived
 from graphbuild.graph.lists.mine import mine_store
 from graphbuild.graph.match.match import match_store
 from graphbuild.mine import hard_negatives
@@ -101,7 +102,7 @@ def test_drawn_negatives_are_of_those_that_pass_and_evenly(plural: Store, graph:
     assert np.ptp(shares) < 0.1
     assert not tables[0].equals(tables[1])
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(mined, "BLOCK", 3)
+        patches.setattr(derived, "BLOCK", 3)
         assert hard_negatives(graph, count=3, skip=2, within=9, random=0).table().equals(tables[0])
 
 

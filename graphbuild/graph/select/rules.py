@@ -52,11 +52,12 @@ def select(
 ) -> Mined:
     """Which rows of a store, and which of their captions, are kept, with why each other went.
 
-    keep, drop: lists (row_lists.py); all of keep are joined, and nothing else stays. prefer: which one of each group of `mine --what duplicates` stays, in the place of the list's own choice: the first row; the sharpest
-    image (variance of the Laplacian of its grey values at 256 pixels); that whose node most lists name; that of the
-    longest caption. where: an SQL expression over the columns of `SampleColumns`. min_degree: least number of lists
-    that name the node. budget: rows to keep, or a share of those left, chosen by `subsets.choose`.
-    scores, labels: for the method, a column or a .npy by row.
+    keep, drop: lists (row_lists.py); all of keep are joined, and nothing else stays. prefer: which one of each group of
+    `mine --what duplicates` stays, in the place of the list's own choice: the first row; the sharpest image (variance
+    of the Laplacian of its grey values at 256 pixels); that whose node most lists name; that of the longest caption.
+    where: an SQL expression over the columns of `SampleColumns`. min_degree: least number of lists that name the node.
+    budget: rows to keep, or a share of those left, chosen by `subsets.choose`. scores, labels: for the method, a column
+    or a .npy by row.
 
     Columns: row int64, all rows in order; keep bool; why, null where kept; and in stores where samples have several
     captions `captions`, list<uint8>, the places of those kept, null: all. where and min_degree judge each caption by
