@@ -460,7 +460,7 @@ def test_a_random_half_takes_less_than_a_byte_a_row(tmp_path: Path) -> None:
         fingerprint = "graph"
 
     schema = pa.schema(module.SCHEMA)
-    made = module.Mined("selection", Graph(), {}, schema, lambda: choice.parts(schema), packed=("row",))  # type: ignore[arg-type]
+    made = module.DerivedList("selection", Graph(), {}, schema, lambda: choice.parts(schema), packed=("row",))  # type: ignore[arg-type]
     made.write(tmp_path / "half.parquet")
     assert (tmp_path / "half.parquet").stat().st_size < 1_000_000
     assert np.array_equal(Selection(tmp_path / "half.parquet").keeps(np.arange(1_000_000)), choice.why == 0)

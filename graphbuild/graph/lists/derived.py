@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 Part = tuple[pa.Table, dict[str, int]]  # some rows, and what was counted while they were made
 
 
-class Mined:
+class DerivedList:
     """A derived list, made anew whenever it is read: by iteration, `table()` or `save()`.
 
     what, options: which list, and by what it was filtered. graph: what its ids refer to. schema: of the tables that
@@ -149,7 +149,7 @@ STAGES = {"mined": MINE, "selections": SELECT, "match": MATCH}  # by the folder 
 
 
 def about(store: Store, name: str) -> Json:
-    """What the metadata of a list in a store says (`Mined.save`); nothing of another file."""
+    """What the metadata of a list in a store says (`DerivedList.save`); nothing of another file."""
     with reaching(store.display(name)), store.fs.open(store.path(name), "rb") as file:
         metadata = pq.read_metadata(file).metadata or {}
     return dict(json.loads(metadata.get(METADATA_KEY.encode(), b"{}")))
@@ -189,7 +189,7 @@ def _split(out: str) -> tuple[str, str]:
 
 
 def publish(
-    verb: str, make: Callable[[SampleGraph], Mined], store: Store, path: str, out: str | None, *, dry_run: bool
+    verb: str, make: Callable[[SampleGraph], DerivedList], store: Store, path: str, out: str | None, *, dry_run: bool
 ) -> str:
     """Write a list of a store to `out`, or to `path` in it; log its counts, and return a line that names the file.
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from graphbuild.graph.lists.derived import (
-    Mined,
+    DerivedList,
     Part,
     blocks,
     check_similarity,
@@ -42,7 +42,7 @@ DUPLICATES = pa.schema(
 )
 
 
-def near_duplicates(graph: SampleGraph, threshold: float) -> Mined:
+def near_duplicates(graph: SampleGraph, threshold: float) -> DerivedList:
     """The samples of every group of near-duplicates, one of each group to keep.
 
     A group is a connected component over the edges whose similarity reaches the threshold, with two or more samples;
@@ -64,7 +64,7 @@ def near_duplicates(graph: SampleGraph, threshold: float) -> Mined:
     """
     check_similarity("threshold", threshold)
     schema = DUPLICATES.append(pa.field(MORE, pa.list_(pa.string()))) if graph.is_plural else DUPLICATES
-    return Mined(
+    return DerivedList(
         "duplicates", graph, {"threshold": threshold}, schema, lambda: _samples_of_groups(graph, threshold, schema)
     )
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.graph.lists.derived import (
-    Mined,
+    DerivedList,
     Part,
     blocks,
     check_similarity,
@@ -63,7 +63,7 @@ def false_negatives(
     return found
 
 
-def false_negative_edges(graph: SampleGraph, threshold: float) -> Mined:
+def false_negative_edges(graph: SampleGraph, threshold: float) -> DerivedList:
     """All edges whose similarity reaches the threshold: what no batch should take for negatives.
 
     Columns: node int64, neighbor int64, rank int32 (1: the nearest), similarity float32. By node and rank.
@@ -76,7 +76,7 @@ def false_negative_edges(graph: SampleGraph, threshold: float) -> Mined:
     return _edge_list("false-negatives", graph, {"threshold": threshold})
 
 
-def neighbor_positives(graph: SampleGraph, threshold: float, *, count: int = 10, mutual: bool = False) -> Mined:
+def neighbor_positives(graph: SampleGraph, threshold: float, *, count: int = 10, mutual: bool = False) -> DerivedList:
     """Each node's nearest `count` neighbours whose similarity reaches the threshold, as further positives.
 
     NN(z, Q) of NNCLR (Dwibedi et al., arXiv 2104.14548) with the whole data set for the support set Q. mutual: only
@@ -91,7 +91,7 @@ def neighbor_positives(graph: SampleGraph, threshold: float, *, count: int = 10,
     return _edge_list("positives", graph, {"threshold": threshold, "count": count, "mutual": mutual})
 
 
-LISTS: dict[str, Callable[..., Mined]] = {
+LISTS: dict[str, Callable[..., DerivedList]] = {
     "duplicates": near_duplicates,
     "hard-negatives": hard_negatives,
     "false-negatives": false_negative_edges,
@@ -128,8 +128,8 @@ def mine_store(
     )
 
 
-def _edge_list(what: str, graph: SampleGraph, options: Json) -> Mined:
-    return Mined(what, graph, options, EDGES, lambda: _edges(graph, options))
+def _edge_list(what: str, graph: SampleGraph, options: Json) -> DerivedList:
+    return DerivedList(what, graph, options, EDGES, lambda: _edges(graph, options))
 
 
 def _edges(graph: SampleGraph, options: Json) -> Iterator[Part]:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.graph.lists.candidates import Array, Lists, Matches, Scorer
-from graphbuild.graph.lists.derived import Mined, Part, check_similarity, reaches, read_scores, slices
+from graphbuild.graph.lists.derived import DerivedList, Part, check_similarity, reaches, read_scores, slices
 from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.machine.gpus import gpu_here
 from graphbuild.store.files import file_identity
@@ -47,7 +47,7 @@ def hard_negatives(
     matches: str | None = None,
     rescore: str | Scorer | None = None,
     format: Literal["pairs", "triplets"] = "pairs",
-) -> Mined:
+) -> DerivedList:
     """The nearest nodes of each sample, of each of its captions, that are far enough from it not to be positives.
 
     An anchor's first `skip` ranks are left out; of the others the nearest `count` are taken that keep the rules of
@@ -116,7 +116,7 @@ def hard_negatives(
         schema = pa.schema([(name, pa.string()) for name in ("anchor", "positive", *names)])
     if (score is not None or format == "triplets") and not source.has_texts:
         raise ConfigError("ready vectors have no texts", "leave --rescore and --format out")
-    return Mined(
+    return DerivedList(
         "hard-negatives",
         graph,
         options,

@@ -15,7 +15,7 @@ import polars as pl
 import pyarrow as pa
 
 from graphbuild.errors import ConfigError
-from graphbuild.graph.lists.derived import Mined, Part, captions, check_similarity, publish
+from graphbuild.graph.lists.derived import DerivedList, Part, captions, check_similarity, publish
 from graphbuild.graph.match.pictures import close_pairs, image_tars, read_pictures, tars_of
 from graphbuild.graph.match.queries import QUERY, Queries, caption_queries, store_queries, vector_queries
 from graphbuild.graph.sample_graph import SampleGraph
@@ -49,7 +49,7 @@ NEAREST, BITS = 10, 4  # unless asked for others
 
 def nearest_nodes(
     graph: SampleGraph, queries: Queries, *, k: int | None = None, threshold: float | None = None
-) -> Mined:
+) -> DerivedList:
     """Of each query the k nearest nodes (10, or all where only a threshold is given) that reach the threshold.
 
     Columns: QUERY; row, key and caption of the node's first sample; node; similarity float32; rank int32, from 1. By
@@ -74,7 +74,7 @@ def nearest_nodes(
     return _mined("neighbors", graph, {"k": k, "threshold": threshold}, parts, queries)
 
 
-def novel_queries(graph: SampleGraph, queries: Queries, *, k: int = NEAREST) -> Mined:
+def novel_queries(graph: SampleGraph, queries: Queries, *, k: int = NEAREST) -> DerivedList:
     """The queries, those first of which the store knows least.
 
     Columns: QUERY; row, key, node and caption of the nearest sample, with its similarity; novelty, 1 less that (of
@@ -109,7 +109,7 @@ def leaks(
     threshold: float | None = None,
     tars: tuple[list[str], str | None] | None = None,
     bits: int = BITS,
-) -> Mined:
+) -> DerivedList:
     """The samples that are, or nearly are, of the queries: what to leave out before a test on these.
 
     By text, where a caption's normalised text equals the query's; by vector, where their similarity reaches the
@@ -201,7 +201,7 @@ def match_store(
     )
 
 
-def _made(graph: SampleGraph, what: What, source: str, given: Json, rules: Json) -> Mined:
+def _made(graph: SampleGraph, what: What, source: str, given: Json, rules: Json) -> DerivedList:
     of_vectors = what != "leaks" or "threshold" in rules
     read = {name: given[name] for name in READS[source] if name in given}
     queries, tars = None, None
@@ -233,10 +233,10 @@ def _check(k: int | None, threshold: float | None) -> None:
         check_similarity("threshold", threshold)
 
 
-def _mined(what: What, graph: SampleGraph, options: Json, parts: Any, queries: Queries | None) -> Mined:
+def _mined(what: What, graph: SampleGraph, options: Json, parts: Any, queries: Queries | None) -> DerivedList:
     options = {name: value for name, value in options.items() if value is not None} | {"search": "exact"}
     told: Json = {} if queries is None else {"inputs": queries.inputs, "rejected": queries.rejected}
-    return Mined(what, graph, options, SCHEMAS[what], parts, **told)
+    return DerivedList(what, graph, options, SCHEMAS[what], parts, **told)
 
 
 def _ask(

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from graphbuild.errors import ConfigError, GraphbuildError, InputError
-from graphbuild.graph.lists.derived import Mined, Part, publish, slices, texts
+from graphbuild.graph.lists.derived import DerivedList, Part, publish, slices, texts
 from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.graph.select.row_lists import read_array, read_list, rows_of
 from graphbuild.graph.select.sample_columns import SampleColumns, rows_where
@@ -49,7 +49,7 @@ def select(
     scores: str | None = None,
     labels: str | None = None,
     seed: int = 0,
-) -> Mined:
+) -> DerivedList:
     """Which rows of a store, and which of their captions, are kept, with why each other went.
 
     keep, drop: lists (row_lists.py); all of keep are joined, and nothing else stays. prefer: which one of each group of
@@ -81,7 +81,7 @@ def select(
         )
     schema = pa.schema(SCHEMA + [(CAPTIONS, pa.list_(pa.uint8()))] * graph.is_plural)
     choice = _Choice(graph, rules)
-    return Mined(WHAT, graph, rules, schema, lambda: choice.parts(schema), packed=("row",))
+    return DerivedList(WHAT, graph, rules, schema, lambda: choice.parts(schema), packed=("row",))
 
 
 def select_store(store: Store, name: str, rules: Json, out: str | None = None, *, dry_run: bool = False) -> str:
