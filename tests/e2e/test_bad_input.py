@@ -1039,6 +1039,7 @@ def test_ready_vectors_have_no_encoder_for_a_text(tmp_path: Path, store: Path) -
 # -- as a process of its own
 
 
+@pytest.mark.slow
 def test_a_process_says_the_same_and_shows_no_traceback(tmp_path: Path, store: Path, good_tar: bytes) -> None:
     (tmp_path / "a.tar").write_bytes(good_tar)
     (tmp_path / "b.tar").write_bytes(good_tar[:5_000])

@@ -153,6 +153,7 @@ def test_robots_txt_is_obeyed_by_a_store_that_was_told_to(pictures: list[Picture
         assert manifest_of(tmp_path / "store")["failures"] == {}
 
 
+@pytest.mark.slow
 def test_a_download_goes_through_a_proxy_and_keeps_nothing_of_it(
     pictures: list[Picture], cli: Cli, tmp_path: Path
 ) -> None:

@@ -492,6 +492,7 @@ def test_a_build_that_stopped_takes_up_its_finished_joins(tmp_path: Path, monkey
     assert_exact(store, x, 9)
 
 
+@pytest.mark.slow
 def test_real_captions_partition_keeps_its_promise(tmp_path: Path, shared_data: Path) -> None:
     x = np.load(shared_data / "embeddings" / "minilm_50k.npy", mmap_mode="r")[:12_000]
     sample = Index().recall_sample

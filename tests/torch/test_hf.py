@@ -101,7 +101,11 @@ def expected(scenes: str, kind: str, workers: int) -> list[list[str]]:
 
 @pytest.mark.parametrize(
     ("kind", "workers"),
-    [("stream", 0), ("stream", 2), ("neighbours", 0), pytest.param("neighbours", 2, marks=pytest.mark.slow)],
+    [
+        ("stream", 0),
+        ("neighbours", 0),
+        *(pytest.param(kind, 2, marks=pytest.mark.slow) for kind in ("stream", "neighbours")),
+    ],
 )
 def test_a_resumed_run_has_the_batches_and_losses_of_the_uninterrupted_one(
     scenes: str, tmp_path: Path, kind: str, workers: int
@@ -143,6 +147,7 @@ def test_accumulated_batches_are_resumed_too(scenes: str, tmp_path: Path) -> Non
     assert rest == whole[EPOCH + 3 :]
 
 
+@pytest.mark.slow
 def test_ranks_have_each_batch_once_also_after_a_resume(scenes: str, tmp_path: Path) -> None:
     """Two processes under DDP."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

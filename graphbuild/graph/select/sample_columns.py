@@ -54,20 +54,23 @@ class SampleColumns:
         """
         places: dict[str, Callable[[Shard, pa.Table, list[str]], pl.DataFrame]] = {}
         for shard in self._shards:
-            table = self._store.table(SAMPLES.format(shard.name))
-            table = table.filter(pc.is_valid(table["node"]))
+            table = self._samples_of(shard, [*OWN, *OF_CAPTIONS, MORE])
             if not len(table):
                 continue
             frame = self._lines(shard, table, by_caption=by_caption)
             for name in names:
                 if name not in (*frame.columns, *OF_GRAPH, *places):
-                    places[name] = self._place(shard, table, name)
+                    places[name] = self._place(shard, name)
             for read in dict.fromkeys(places.values()):
                 wanted = [name for name, place in places.items() if place == read]
                 frame = frame.join(read(shard, table, wanted), on="row", how="left", maintain_order="left")
             nodes = frame["node"].to_numpy()
             graph = [pl.Series(name, self._of_nodes(name, nodes)) for name in OF_GRAPH if name in names]
             yield frame.with_columns(graph).select(list(dict.fromkeys(["row", *names])))
+
+    def _samples_of(self, shard: Shard, columns: Sequence[str]) -> pa.Table:
+        table = self._store.table(SAMPLES.format(shard.name), list(dict.fromkeys(["node", *columns])))
+        return table.filter(pc.is_valid(table["node"]))
 
     def _lines(self, shard: Shard, table: pa.Table, *, by_caption: bool) -> pl.DataFrame:
         """What samples/ says, a line a sample or caption."""
@@ -88,8 +91,8 @@ class SampleColumns:
         assert isinstance(frame, pl.DataFrame)
         return frame.with_columns(shard=pl.lit(shard.tar["name"] if shard.tar else shard.name))
 
-    def _place(self, shard: Shard, table: pa.Table, name: str) -> Callable[[Shard, pa.Table, list[str]], pl.DataFrame]:
-        listed, fields = self._table_beside(shard), self._json(shard, table.slice(0, 100))
+    def _place(self, shard: Shard, name: str) -> Callable[[Shard, pa.Table, list[str]], pl.DataFrame]:
+        listed, fields = self._table_beside(shard), self._json(shard, 1_000)
         if name in listed.columns:
             return self._listed
         if any(name in one for one in fields):
@@ -116,12 +119,14 @@ class SampleColumns:
         return keys.join(beside.select("key", *names), on="key", how="left").drop("key")
 
     def _members(self, shard: Shard, table: pa.Table, names: list[str]) -> pl.DataFrame:
-        found = self._json(shard, table)
+        found = self._json(shard)
         columns = {name: pl.Series(name, [one.get(name) for one in found], strict=False) for name in names}
         return pl.DataFrame({"row": table["row"].to_numpy(), **columns})
 
-    def _json(self, shard: Shard, table: pa.Table) -> list[dict[str, Any]]:
-        """The JSON members of a shard's samples, each as a dict; an empty one where there is none that can be read."""
+    def _json(self, shard: Shard, first: int | None = None) -> list[dict[str, Any]]:
+        """The JSON members of a shard's samples, or of the first ones, each as a dict; an empty one where there is none
+        that can be read."""
+        table = self._samples_of(shard, ["members"]).slice(0, first)
         found: list[dict[str, Any]] = [{} for _ in range(len(table))]
         if shard.tar is None:
             return found

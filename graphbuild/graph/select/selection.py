@@ -152,6 +152,7 @@ def selection_of(store: Store, name: str | None) -> Selection | None:
     Raises:
         InputError, ConfigError: as `Selection`, and where it was made for another graph.
     """
-    url = None if name is None else selection_url(store, name)
+    if name is None:
+        return None
     graph: Json = store.manifest().get("graph", {})
-    return Selection.of(url, graph.get("fingerprint", ""), store.url)
+    return Selection.of(selection_url(store, name), graph.get("fingerprint", ""), store.url)

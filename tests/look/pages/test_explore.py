@@ -203,6 +203,7 @@ def test_two_stores_stand_side_by_side(tab: Tab, serve: Serve, store: Path, othe
     tab.accessible()
 
 
+@pytest.mark.slow
 def test_every_hostile_caption_is_text_and_runs_nothing(tab: Tab, address: str, texts: list[str]) -> None:
     tab.page.add_init_script("Object.defineProperty(HTMLImageElement.prototype, 'src', {set() {}})")  # none is loaded
     tab.page.goto(f"{address}#node=1")
