@@ -23,6 +23,7 @@ from PIL import Image
 import graphbuild.open_clip as launcher
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError, GraphbuildError, InputError, ShardError
+from graphbuild.graph.select.rules import select_store
 from graphbuild.job.steps import run_verb
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
@@ -142,6 +143,24 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(train: Train, scenes: Path
     whole = train(launcher.main, *given, name="whole")
     first = tmp_path / "whole/checkpoints/epoch_1.pt"
     assert_same(whole, train(launcher.main, *given, "--resume", str(first), name="resumed"))
+
+
+@pytest.mark.parametrize("batches", ["random", "window"])
+def test_only_what_is_selected_is_trained_on(
+    train: Train, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: str
+) -> None:
+    path, seen = tmp_path / "half.parquet", []
+    select_store(Store(str(scenes)), "x", {"where": "row % 2 = 0"}, str(path))
+    with_text = launcher._with_text
+
+    def recorded(batch: dict[str, Any], tokenizer: Any) -> Any:
+        seen.extend(batch["row"].tolist())
+        return with_text(batch, tokenizer)
+
+    monkeypatch.setattr(launcher, "_with_text", recorded)
+    train(launcher.main, "--graph", str(scenes), "--graph-batches", batches, "--graph-selection", str(path))
+    assert len(seen) == len(set(seen)) >= 64
+    assert all(row % 2 == 0 for row in seen)
 
 
 @pytest.mark.parametrize("batches", ["window", "walk"])
