@@ -29,14 +29,13 @@ from graphbuild.nodes.encoder import find_encoder, open_model, prompt_of
 from graphbuild.nodes.matrix import is_matrix
 from graphbuild.nodes.samples import MORE
 from graphbuild.recipe import Recipe, resolve
-from graphbuild.sources.images import upright_rgb
+from graphbuild.sources.images import MAX_PIXELS, upright_rgb
 from graphbuild.sources.ranges import TarRanges
 from graphbuild.store.layout import SAMPLES, TEXTS
 from graphbuild.store.shards import shards_of
 from graphbuild.store.store import Store
 
 SHARDS = 32
-MAX_PIXELS = 100_000_000  # of an image that is decoded
 COLUMNS = ["row", "key", "node", "caption", "image_offset", "image_size", MORE]
 
 

@@ -21,6 +21,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from graphbuild.errors import ImageError
 from graphbuild.sources.tars import IMAGE_FORMATS
 
+MAX_PIXELS = 100_000_000  # of an image that is decoded to be looked at
 FORMATS = ("MPO", *dict.fromkeys(IMAGE_FORMATS.values()))  # MPO: what a camera calls .jpg
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -7,10 +7,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import fsspec
+import numpy as np
 from fsspec.implementations.local import LocalFileSystem
+from numpy.typing import NDArray
 
 from graphbuild.errors import InputError, public
 from graphbuild.store.remote import ANEW, READERS, file_system, reaching, version
@@ -35,6 +37,15 @@ def local_file(url: str) -> Iterator[Path]:
         except FileNotFoundError:
             raise _absent(url) from None
         yield copy
+
+
+def read_array(url: str, fix: str = "write it again with numpy.save") -> NDArray[Any]:
+    """The array of a .npy; InputError, with `fix`, where it is missing or damaged."""
+    with local_file(url) as path:
+        try:
+            return np.asarray(np.load(path, allow_pickle=False))
+        except (ValueError, EOFError, OSError) as error:
+            raise InputError(f"{url} is not a whole .npy file ({error})", fix) from None
 
 
 @contextlib.contextmanager

@@ -20,11 +20,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from graphbuild.errors import ConfigError, InputError
+from graphbuild.errors import ConfigError
 from graphbuild.graph.sample_graph import Ids, SampleGraph
 from graphbuild.nodes.samples import MORE, write_rejected
 from graphbuild.runner.stage import Stage, Task, perform
-from graphbuild.store.files import local_file
 from graphbuild.store.layout import REJECTED, SAMPLES
 from graphbuild.store.lock import writing
 from graphbuild.store.remote import reaching
@@ -210,18 +209,6 @@ def publish(
         nothing = "" if rows else "; nothing passed the filter: the file has 0 rows"
         logger.info("%-9s %s in %.1f s: %s%s", verb, made.what, time.monotonic() - begin, counts, nothing)
         return f"{verb:<9} {rows:,} rows, in {folder.display(name)}"
-
-
-def read_scores(url: str, option: str, fix: str) -> NDArray[Any]:
-    """The floats [N] of a .npy that an option names; InputError, with `fix`, where it holds none."""
-    with local_file(url) as path:
-        try:
-            scores: NDArray[Any] = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise InputError(f"{option} {url} is not a whole .npy file ({error})", fix) from None
-    if scores.ndim != 1 or scores.dtype.kind != "f":
-        raise InputError(f"{option} {url} holds {scores.dtype} {list(scores.shape)}", fix)
-    return scores
 
 
 def blocks(graph: SampleGraph) -> Iterator[tuple[int, NDArray[np.uint32], NDArray[np.float16]]]:

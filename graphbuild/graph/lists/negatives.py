@@ -14,10 +14,10 @@ import pyarrow as pa
 
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.graph.lists.candidates import Array, Lists, Matches, Scorer
-from graphbuild.graph.lists.derived import DerivedList, Part, check_similarity, reaches, read_scores, slices
+from graphbuild.graph.lists.derived import DerivedList, Part, check_similarity, reaches, slices
 from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.machine.gpus import gpu_here
-from graphbuild.store.files import file_identity
+from graphbuild.store.files import file_identity, read_array
 from graphbuild.store.store import Json
 
 CAPTIONS = "captions"
@@ -232,4 +232,8 @@ def read_positive(text: str) -> float | str | Array:
     try:
         return float(text)
     except ValueError:
-        return read_scores(text, "--positive", "give a number, or a float array by row: [N]")
+        fix = "give a number, or a float array by row: [N]"
+        scores = read_array(text, fix)
+    if scores.ndim != 1 or scores.dtype.kind != "f":
+        raise InputError(f"--positive {text} holds {scores.dtype} {list(scores.shape)}", fix)
+    return scores

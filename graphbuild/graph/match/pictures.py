@@ -19,14 +19,13 @@ from PIL import Image
 from graphbuild.errors import ConfigError, ImageError, InputError
 from graphbuild.machine.gpus import cores_here
 from graphbuild.recipe import resolve
-from graphbuild.sources.images import upright_rgb
+from graphbuild.sources.images import MAX_PIXELS, upright_rgb
 from graphbuild.sources.tars import named_tars, open_tar
 from graphbuild.store.sharded import Array
 from graphbuild.store.shards import shards_of
 from graphbuild.store.store import Store
 
 SIDE, KEPT = 32, 8
-MAX_PIXELS = 100_000_000
 FLAT = 1.0  # grey levels of deviation: an image of one colour has no hash, or all of them would be the same
 ROWS, COLUMNS = 256, 16_384
 

@@ -22,20 +22,11 @@ from graphbuild.errors import ConfigError, InputError
 from graphbuild.graph.lists.derived import METADATA_KEY
 from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.graph.select.sample_columns import SampleColumns
-from graphbuild.store.files import local_file
+from graphbuild.store.files import local_file, read_array
 
 logger = logging.getLogger(__name__)
 
 KINDS = "a .parquet with a column row, key or uid; a .npy of rows or uids; or a .txt of keys or uids"
-
-
-def read_array(url: str) -> NDArray[Any]:
-    """A .npy; InputError where it is missing or damaged."""
-    with local_file(url) as path:
-        try:
-            return np.asarray(np.load(path, allow_pickle=False))
-        except (ValueError, EOFError, OSError) as error:
-            raise InputError(f"{url} is not a whole .npy file ({error})", "write it again by numpy.save") from None
 
 
 def read_list(url: str, graph: SampleGraph) -> pl.DataFrame:

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from graphbuild.errors import ConfigError, GraphbuildError, InputError
 from graphbuild.graph.lists.derived import DerivedList, Part, publish, slices, texts
 from graphbuild.graph.sample_graph import SampleGraph
-from graphbuild.graph.select.row_lists import read_array, read_list, rows_of
+from graphbuild.graph.select.row_lists import read_list, rows_of
 from graphbuild.graph.select.sample_columns import SampleColumns, rows_where
 from graphbuild.graph.select.selection import CAPTIONS, FOLDER, WHAT
 from graphbuild.graph.select.subsets import choose
-from graphbuild.sources.images import upright_rgb
+from graphbuild.sources.images import MAX_PIXELS, upright_rgb
 from graphbuild.sources.ranges import TarRanges
+from graphbuild.store.files import read_array
 from graphbuild.store.layout import SAMPLES
 from graphbuild.store.shards import shards_of
 from graphbuild.store.store import Json, Store
@@ -229,7 +230,7 @@ def sharpness(graph: SampleGraph, rows: NDArray[np.int64]) -> NDArray[np.float64
         for at, start, size in zip(placed.tolist(), starts, sizes, strict=True):
             (content,) = ranges.read(np.zeros(1, np.int64), np.array([start]), np.array([start + size]))
             try:
-                image = upright_rgb(io.BytesIO(content), max_pixels=100_000_000, least=SHARPNESS_PIXELS)
+                image = upright_rgb(io.BytesIO(content), max_pixels=MAX_PIXELS, least=SHARPNESS_PIXELS)
             except GraphbuildError:
                 continue
             grey = np.asarray(image.convert("L").resize((SHARPNESS_PIXELS, SHARPNESS_PIXELS)), np.float64)
