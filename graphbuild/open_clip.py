@@ -46,7 +46,7 @@ HOOKS = {  # of open_clip_train.main: what is exchanged, or called with what was
     "train_one_epoch": "model data loss epoch optimizer scaler scheduler dist_model args tb_writer",
 }
 SHUFFLE = 5000  # samples, as open_clip's
-FALSE_NEGATIVE, SIGLIP_THRESHOLD = 0.9, 0.5  # similarities
+FALSE_NEGATIVE, ALIKE = 0.9, 0.5  # similarities
 
 
 def main(arguments: Sequence[str]) -> Any:
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> Any:
     _check_hooks(train)
     if not any(word.split("=")[0] == "--train-data" for word in stock_arguments):
         stock_arguments = [*stock_arguments, "--train-data", _tars_of(options.graph)]
-    _check_flags(parse_args(stock_arguments))
+    _check_flags(parse_args(stock_arguments), options)
     batches = _Batches(options)
     stock = {name: getattr(train, name) for name in ("get_data", "create_loss")}
     train.get_data = lambda *args, **named: batches.open(stock["get_data"], *args, **named)
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> Any:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--graph", metavar="STORE")
-    parser.add_argument("--graph-targets", choices=["dense", "edges", "mask", "positives"], default="dense")
+    parser.add_argument("--graph-targets", choices=["dense", "edges", "mask", "positives", "hard"], default="dense")
     parser.add_argument("--graph-tau-s", type=float, default=0.1)
     parser.add_argument("--graph-threshold", type=float)
     parser.add_argument("--graph-batches", choices=["random", "window", "walk"], default="random")
@@ -94,7 +94,8 @@ class GraphLoss(nn.Module):
     """In the place of open_clip's ClipLoss or SigLipLoss: the same logits, by its own flags, with the graph's targets.
 
     dense: `CLIPLoss` at --graph-tau-s, or `SigLIPLoss` from --graph-threshold on. edges: the same, from the graph's
-    lists. mask: one-hot, without pairs of similarity --graph-threshold or more; positives: these are positives too.
+    lists. mask: one-hot, without pairs of similarity --graph-threshold or more; positives: these are positives too;
+    hard: these are hard negatives, with HELIP's margin loss (not with --siglip).
     """
 
     def __init__(self, stock: nn.Module, batches: _Batches, options: argparse.Namespace, *, siglip: bool) -> None:
@@ -102,11 +103,11 @@ class GraphLoss(nn.Module):
         self.stock: Any = stock
         self.batches = batches
         kind, least = options.graph_targets, options.graph_threshold
-        name = {"mask": "mask", "positives": "positive"}.get(kind, "threshold" if siglip else "tau_s")
+        name = {"mask": "mask", "positives": "positive", "hard": "hard"}.get(kind, "threshold" if siglip else "tau_s")
         if name == "tau_s":
             least = options.graph_tau_s
         elif least is None:
-            least = SIGLIP_THRESHOLD if name == "threshold" else FALSE_NEGATIVE
+            least = ALIKE if name in ("threshold", "hard") else FALSE_NEGATIVE
         self.siglip = SigLIPLoss(**{name: least}) if siglip else None
         self.clip = CLIPLoss(**({} if siglip else {name: least}))
 
@@ -126,17 +127,17 @@ class GraphLoss(nn.Module):
         else:
             logits = self.stock.get_logits(image_features, text_features, logit_scale, logit_bias)
             with torch.autocast(image_features.device.type, enabled=False):
-                loss = self._clip((logits[0].float(), logits[1].float()), targets)
+                loss = self._clip((logits[0].float(), logits[1].float()), targets, logit_scale)
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _clip(self, logits: tuple[Tensor, Tensor], targets: Targets) -> Tensor:
+    def _clip(self, logits: tuple[Tensor, Tensor], targets: Targets, scale: Tensor) -> Tensor:
         ranks = Ranks.of_process_group()
         block = targets.block(ranks)
         first = ranks.rank * len(block)
         if len(logits[0]) > len(block):  # without --local-loss each rank has all rows
             block, first = ranks.concatenate(block), 0
         pairs = self_columns(len(block), block.shape[1], first, 1, block.device)
-        return self.clip.of_logits(iter(logits), pairs, block)
+        return self.clip.of_logits(iter(logits), pairs, block, scale)
 
 
 class _Batches:
@@ -284,7 +285,9 @@ def _check_hooks(train: Any) -> None:
             )
 
 
-def _check_flags(args: Any) -> None:
+def _check_flags(args: Any, options: argparse.Namespace) -> None:
+    if args.siglip and options.graph_targets == "hard":
+        raise ConfigError("--graph-targets hard is of CLIP's loss, not SigLIP's", "leave one of the two flags out")
     excluded = {
         "--distill-model": args.distill_model,
         "--horovod": args.horovod,

@@ -1,4 +1,4 @@
-"""Losses of images and their texts: CLIP, CLIP with soft targets or repaired false negatives, CWCL and SigLIP.
+"""Losses of images and their texts: CLIP, with soft targets, repaired false negatives or a margin, CWCL and SigLIP.
 
 z1 are the images, z2 the texts, [B, p] each, scaled to unit norm; G is the block of `Targets`, 1 between an image and
 its own text. A learnable scale is a parameter of the loss: give `loss.parameters()` to the optimizer; its gradient is
@@ -34,14 +34,17 @@ class _ClipLikeLoss(PairLoss):
         self.tau = tau
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / tau))) if learnable else None
 
-    def logits(self, batch: JointBatch) -> Iterator[Tensor]:
+    def scale(self, batch: JointBatch) -> Tensor | float:
+        """1 / tau of this batch."""
+        if self.log_scale is None:
+            return 1 / self.tau
+        with torch.no_grad():  # a clamp in the graph would stop the gradient that leads back
+            self.log_scale.clamp_(max=math.log(MAX_CLIP_SCALE))
+        return self.ranks().average_gradient(self.log_scale.to(batch.own)).exp()
+
+    def logits(self, batch: JointBatch, scale: Tensor | float) -> Iterator[Tensor]:
         """Of own images to all texts, then of own texts to all images, [B, N]: one lives at a time."""
         (images, texts), (every_image, every_text) = batch.own.unbind(), batch.every.unbind()
-        scale: Tensor | float = 1 / self.tau
-        if self.log_scale is not None:
-            with torch.no_grad():  # a clamp in the graph would stop the gradient that leads back
-                self.log_scale.clamp_(max=math.log(MAX_CLIP_SCALE))
-            scale = self.ranks().average_gradient(self.log_scale.to(images)).exp()
         yield scale * images @ every_text.T
         yield scale * texts @ every_image.T
 
@@ -56,16 +59,20 @@ class CLIPLoss(_ClipLikeLoss):
 
     Args:
         tau: temperature of the model, where training starts if it is learnable.
-        tau_s: temperature of the soft target. At most one of it, mask and positive; with none the loss is one-hot, and
-            no targets are read.
+        tau_s: temperature of the soft target. At most one of it, mask, positive and hard; with none the loss is
+            one-hot, and no targets are read.
         learnable: learn the scale 1 / tau, kept at most 100 as CLIP does.
         gather, process_group: as for `XSampleLoss`.
         mask: similarity G_ij from which another pair is taken for a false negative and left out of both softmaxes.
         positive: similarity from which another pair is a positive as the own one is, all with equal shares: the repair
             of false negatives by FFF (Bulat et al., arXiv 2405.10286), by the graph in place of its own model's scores.
+        hard: similarity from which another pair is a hard negative, for fine-tuning: the one-hot loss plus the margin
+            loss of HELIP (Wang et al., arXiv 2305.05208), with which no other negative may come nearer than a hard one:
+            the mean over the other negatives j of max(0, u_i.v_j - the least u_i.v_h of the hard ones h), in both
+            directions. A row without hard negatives adds 0.
 
     Raises:
-        ConfigError: a temperature that is not above 0, a similarity outside [-1, 1], or two of the three.
+        ConfigError: a temperature that is not above 0, a similarity outside [-1, 1], or two of the four.
     """
 
     def __init__(
@@ -78,24 +85,31 @@ class CLIPLoss(_ClipLikeLoss):
         *,
         mask: float | None = None,
         positive: float | None = None,
+        hard: float | None = None,
     ) -> None:
         super().__init__(tau, learnable, gather, process_group)
         if tau_s is not None:
             check_temperature("tau_s", tau_s)
-        _check_kinds(tau_s=tau_s, mask=mask, positive=positive)
-        self.tau_s, self.mask, self.positive = tau_s, mask, positive
+        _check_kinds(tau_s=tau_s, mask=mask, positive=positive, hard=hard)
+        self.tau_s, self.mask, self.positive, self.hard = tau_s, mask, positive, hard
 
     def of_batch(self, batch: JointBatch) -> Tensor:
-        reads = any(kind is not None for kind in (self.tau_s, self.mask, self.positive))
-        block = batch.similarities() if reads else None
-        return self.of_logits(self.logits(batch), batch.pair_columns(), block)
+        reads = any(kind is not None for kind in (self.tau_s, self.mask, self.positive, self.hard))
+        block, scale = batch.similarities() if reads else None, self.scale(batch)
+        return self.of_logits(self.logits(batch, scale), batch.pair_columns(), block, scale)
 
-    def of_logits(self, logits: Iterator[Tensor], pairs: Tensor, block: Tensor | None) -> Tensor:
+    def of_logits(
+        self, logits: Iterator[Tensor], pairs: Tensor, block: Tensor | None, scale: Tensor | float = 1.0
+    ) -> Tensor:
         """The loss of logits that are computed elsewhere: [n, m] of images to texts, then of texts to images.
 
         pairs: int64 [n], the column of each row's own pair. block: the targets' [n, m], which is changed in place; None
-        where no targets are read.
+        where no targets are read. scale: the cosines' in the logits, which the margin of `hard` needs.
         """
+        if block is not None and self.hard is not None:
+            hard = like_pairs(block, pairs, self.hard, own=False)
+            each = [cross_entropy(pairs, one) + _margin(one, hard, pairs) / scale for one in logits]
+            return (each[0] + each[1]) / 2
         weights, dropped = pairs, None
         if block is not None and self.mask is not None:
             dropped = like_pairs(block, pairs, self.mask, own=False)
@@ -112,17 +126,25 @@ def like_pairs(block: Tensor, pairs: Tensor, least: float, *, own: bool) -> Tens
     return (block >= least).scatter_(1, pairs[:, None], own)
 
 
+def _margin(logits: Tensor, hard: Tensor, pairs: Tensor) -> Tensor:
+    """How far a row's negatives that are not hard, bool [n, m], lie above its lowest hard one: the mean, over rows."""
+    least = logits.masked_fill(~hard, torch.inf).amin(dim=1, keepdim=True)
+    others = ~hard.scatter(1, pairs[:, None], True)
+    excess = (logits - least).clamp_min(0).masked_fill(~others, 0)
+    return (excess.sum(dim=1) / others.sum(dim=1).clamp_min(1)).mean()
+
+
 def _without(dropped: Tensor | None, logits: Tensor) -> Tensor:
     return logits if dropped is None else logits.masked_fill(dropped, torch.finfo(logits.dtype).min / 2)
 
 
 def _check_kinds(**kinds: float | None) -> None:
-    """At most one kind of target, by name; mask and positive are similarities."""
+    """At most one kind of target, by name; mask, positive and hard are similarities."""
     given = {name: value for name, value in kinds.items() if value is not None}
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)} are given", "give one of them: each is a target of its own")
     for name, value in given.items():
-        if name in ("mask", "positive") and not -1 <= value <= 1:
+        if name in ("mask", "positive", "hard") and not -1 <= value <= 1:
             raise ConfigError(f"{name} = {value}", f"set {name} in [-1, 1]: a similarity")
 
 
@@ -145,7 +167,7 @@ class CWCLLoss(_ClipLikeLoss):
 
     def of_batch(self, batch: JointBatch) -> Tensor:
         weights = batch.similarities().add_(1).div_(2).clamp_min_(0)
-        logits = self.logits(batch)
+        logits = self.logits(batch, self.scale(batch))
         image_to_text = cross_entropy(row_normalised(weights), next(logits))
         return (image_to_text + cross_entropy(batch.pair_columns(), next(logits))) / 2
 

@@ -101,10 +101,11 @@ KINDS = [
     ("mask", {"mask": 0.7}, ("--graph-threshold", "0.7")),
     ("positives", {"positive": 0.7}, ("--graph-threshold", "0.7")),
 ]
+CASES = [(*kind, siglip) for kind in KINDS for siglip in (False, True)]
+CASES += [("hard", {"hard": 0.7}, ("--graph-threshold", "0.7"), False)]
 
 
-@pytest.mark.parametrize("siglip", [False, True])
-@pytest.mark.parametrize(("kind", "options", "flags"), KINDS)
+@pytest.mark.parametrize(("kind", "options", "flags", "siglip"), CASES)
 def test_the_loss_curve_is_that_of_a_plain_loop(
     train: Train, losses: list[float], scenes: Path, kind: str, options: Any, flags: Any, siglip: bool
 ) -> None:
@@ -236,6 +237,7 @@ torch.save(seen, f"{out}.{torch.distributed.get_rank()}")
         (),
         ("--local-loss", "--gather-with-grad"),
         ("--gather-with-grad", "--graph-targets", "mask", "--graph-threshold", "0.7"),
+        ("--graph-targets", "hard"),
         ("--siglip",),
         ("--siglip", "--graph-targets", "mask", "--graph-threshold", "0.7", "--accum-freq", "2"),
     ],
@@ -267,13 +269,13 @@ def test_two_ranks_have_the_loss_of_one_process_on_their_joint_batch(
         rows = torch.cat([each["row"] for each in step])
         assert len(set(rows.tolist())) == len(rows), "no sample is twice in a joint batch"
         scale, bias = step[0]["scale"].double(), step[0]["bias"]
-        masked = {"mask": 0.7} if "mask" in flags else {}
+        kind = {"mask": 0.7} if "mask" in flags else {"hard": 0.5} if "hard" in flags else {}
         product: Any
         if "--siglip" in flags:
-            product = SigLIPLoss(threshold=None if masked else 0.5, **masked)
+            product = SigLIPLoss(threshold=None if kind else 0.5, **kind)
             product.scale, product.bias = scale, bias.double()
         else:
-            product = CLIPLoss(tau_s=None if masked else 0.1, **masked)
+            product = CLIPLoss(tau_s=None if kind else 0.1, **kind)
             product.tau = 1 / scale
         expected = product(joint["image"], joint["text"], joint["embedding"]).item()
         if "--siglip" in flags or "--local-loss" in flags:
@@ -294,6 +296,7 @@ def test_what_cannot_be_combined_is_refused_before_anything_is_made(train: Train
         (("--model", "coca_ViT-B-32"), "--model coca_ViT-B-32 cannot be combined"),
         (("--dataset-type", "csv"), "--dataset-type csv cannot be combined"),
         (("--distill-model", "ViT-B-32"), "--distill-model ViT-B-32 cannot be combined"),
+        (("--siglip", "--graph-targets", "hard"), "--graph-targets hard is of CLIP's loss"),
     ):
         assert told in str(refused(launcher.main, train, "--graph", str(scenes), *flags))
     assert "--graph-tau-s needs --graph" in str(refused(launcher.main, train, "--graph-tau-s", "0.3"))

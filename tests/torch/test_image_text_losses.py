@@ -35,7 +35,7 @@ def run(
 ) -> float:
     value = loss(*(torch.from_numpy(z).to(dtype) for z in pairs), targets)
     assert value.dtype == dtype
-    return float(value)
+    return float(value.detach())
 
 
 def assert_equals(loss: torch.nn.Module, pairs: Pairs, targets: Targets | None, expected: float) -> None:
@@ -105,6 +105,23 @@ def test_repaired_false_negatives_are_positives(pairs: Pairs, block: np.ndarray)
     assert_equals(CLIPLoss(0.2, positive=0.3), pairs, targets, expected)
     assert_equals(SigLIPLoss(positive=0.3), pairs, targets, siglip(pairs, 10.0, -10.0, positives))
     assert run(CLIPLoss(0.2, positive=1.0), pairs, ALL_APART) == pytest.approx(run(CLIPLoss(0.2), pairs), rel=1e-12)
+
+
+def test_hard_negatives_stay_nearer_than_other_negatives(pairs: Pairs, block: np.ndarray) -> None:
+    images, texts, hard = unit(pairs[0]), unit(pairs[1]), dropped(block, 0.3)
+    hard[0] = False  # a row without any
+    block[0] = -1.0
+    expected, margins = run(CLIPLoss(0.2), pairs), []
+    for anchors, others in ((images, texts), (texts, images)):
+        for i in range(PAIRS):
+            near = [anchors[i] @ others[j] for j in range(PAIRS) if hard[i, j]]
+            far = [anchors[i] @ others[j] for j in range(PAIRS) if not hard[i, j] and j != i]
+            margins.append(np.mean([max(0, one - min(near)) for one in far]) if near and far else 0.0)
+    assert max(margins) > 0
+    targets = Targets(similarities=torch.from_numpy(block))
+    assert_equals(CLIPLoss(0.2, hard=0.3), pairs, targets, expected + float(np.mean(margins)))
+    assert_equals(CLIPLoss(0.2, learnable=True, hard=0.3), pairs, targets, expected + float(np.mean(margins)))
+    assert run(CLIPLoss(0.2, hard=1.0), pairs, ALL_APART) == pytest.approx(run(CLIPLoss(0.2), pairs), rel=1e-12)
 
 
 def test_siglip_leaves_false_negatives_out(pairs: Pairs, block: np.ndarray) -> None:

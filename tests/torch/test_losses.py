@@ -200,6 +200,7 @@ LOSSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "cwcl": (lambda: CWCLLoss(learnable=True), "similarities"),
     "siglip": (SigLIPLoss, "labels"),
     "masked clip": (lambda: CLIPLoss(mask=0.2), "similarities"),
+    "clip with hard negatives": (lambda: CLIPLoss(hard=0.2, learnable=True), "similarities"),
     "repaired clip": (lambda: CLIPLoss(positive=0.2), "similarities"),
     "repaired siglip": (lambda: SigLIPLoss(positive=0.2), "embeddings"),
     "masked siglip": (lambda: SigLIPLoss(mask=0.2), "embeddings"),
