@@ -209,6 +209,7 @@ def test_an_index_that_may_allocate_no_more_than_its_plan_says_succeeds(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize(("engine", "memory"), [("exact", 4), ("exact", 1.1), ("partition", 4)])
 def test_an_index_stays_under_the_memory_of_its_plan(
     engine: str, memory: float, program: Path, environment: Environment, cli: Cli, tmp_path: Path
