@@ -30,7 +30,7 @@ from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.machine.terminal import say_error
 from graphbuild.store.checksum import file_sha256
 from graphbuild.store.remote import READERS
-from graphbuild.store.shards import shards_of
+from graphbuild.store.shards import present_shards
 from graphbuild.store.store import Store
 from graphbuild.torch import BatchEdges, CLIPLoss, GraphDataset, NeighborBatchSampler, SigLIPLoss, Targets
 from graphbuild.torch.gather import Ranks
@@ -304,7 +304,7 @@ def _check_flags(args: Any, options: argparse.Namespace) -> None:
 
 def _tars_of(store: str) -> str:
     opened = Store(store)
-    urls = shards_of(opened, opened.manifest()).table["tar_url"].to_pylist()
+    urls = present_shards(opened, opened.manifest()).table["tar_url"].to_pylist()
     if None in urls or not urls:
         raise ConfigError(f"{store} holds no tars: its samples came from a list", "name tars by --train-data")
     return "{" + ",".join(opened.resolve(url) for url in urls) + "}" if len(urls) > 1 else opened.resolve(urls[0])

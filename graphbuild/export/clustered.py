@@ -28,7 +28,7 @@ from graphbuild.runner.state import require
 from graphbuild.sources.tars import given_urls
 from graphbuild.store.layout import SAMPLES, shard_name
 from graphbuild.store.sharded import Array
-from graphbuild.store.shards import Shards, shards_of
+from graphbuild.store.shards import Shards, present_shards, shards_of
 from graphbuild.store.store import Json, Store, Writer
 
 FOLDER = "clustered"
@@ -42,7 +42,7 @@ GROUP = 8  # samples that NeighborOrder groups, at most
 def shards_with_tars(store: Store, layout: str) -> Shards:
     """The store's shards; ConfigError where the samples came from no tars."""
     require_graph(store)
-    shards = shards_of(store, store.manifest())
+    shards = present_shards(store, store.manifest())
     if shards.table["tar_url"].null_count:
         raise ConfigError(
             f"--layout {layout} copies images, and the samples of {store.url} came from no tars",

@@ -27,7 +27,7 @@ from graphbuild.runner.state import require
 from graphbuild.sources.tars import given_urls, tar_stem
 from graphbuild.store.layout import SAMPLES
 from graphbuild.store.sharded import Array
-from graphbuild.store.shards import Shard, shards_of
+from graphbuild.store.shards import Shard, present_shards
 from graphbuild.store.store import Json, Store, Writer
 
 FOLDER = "inline"
@@ -103,7 +103,7 @@ def npz(arrays: Mapping[str, Array | np.generic]) -> bytes:
 
 def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     """inline/sizes.json, samples a tar."""
-    store.write_json(SIZES, inline_sizes(shards_of(store, store.manifest()), done))
+    store.write_json(SIZES, inline_sizes(present_shards(store, store.manifest()), done))
     return {}
 
 

@@ -25,7 +25,7 @@ from graphbuild.runner.state import require
 from graphbuild.sources.tars import tar_stem
 from graphbuild.store.layout import BACKGROUND, BASIS, NEIGHBORS, SAMPLES, SIDECAR, SIMILARITIES, SKETCH, VECTORS
 from graphbuild.store.sharded import Array, node_array
-from graphbuild.store.shards import Shard, shards_of
+from graphbuild.store.shards import Shard, present_shards, shards_of
 from graphbuild.store.store import Json, Store, Writer
 
 SIZES = "shards/sizes.json"
@@ -53,7 +53,7 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
                 **classes,
             },
         )
-        for shard in shards_of(store, manifest)
+        for shard in present_shards(store, manifest)
     ]
 
 
@@ -176,7 +176,7 @@ def graph_fields(store: Store, manifest: Json, nodes: Array, embeddings: Embeddi
 
 def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     """shards/sizes.json, samples a tar, by which open_clip and others learn the data set's size."""
-    sizes = tar_sizes(shards_of(store, store.manifest()))
+    sizes = tar_sizes(present_shards(store, store.manifest()))
     if sizes is not None:
         store.write_json(SIZES, sizes)
     return {}

@@ -1,9 +1,10 @@
 """Stage base: the lists of a finished graph to which nodes were added, so that only pairs with a new one are joined.
 
 Old nodes keep numbers, vectors and lists; joins then compare new nodes with all, and merge offers what they find to the
-old lists. For the engines exact and partition, where k and the old vectors are as they were. From an exact graph comes
-an exact graph, byte for byte that of a build from nothing; recall is certified on the whole either way. One task an old
-shard, which keeps its lists in scratch: the search stage removes the old files. Memory: a shard's lists.
+old lists. Where tars are gone search takes their nodes out of the lists and completes these, if few are gone. For the
+engines exact and partition, where k and the old vectors are as they were. From an exact graph comes an exact graph,
+byte for byte that of a build from nothing; recall is certified on the whole either way. One task an old shard, which
+keeps its lists in scratch: the search stage removes the old files. Memory: a shard's lists.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ from collections.abc import Container
 
 import numpy as np
 
-from graphbuild.graph.tasks import graph_fingerprint, nodes_entry, shard_tasks, vectors_of
+from graphbuild.graph.tasks import graph_fingerprint, living_nodes, nodes_entry, shard_tasks, vectors_of
 from graphbuild.knn.lists import EMPTY, pack
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Task, records
 from graphbuild.store.layout import NEIGHBORS, SCRATCH, SIMILARITIES, VECTORS
 from graphbuild.store.sharded import Array
-from graphbuild.store.shards import Shard
+from graphbuild.store.shards import Shard, node_count
 from graphbuild.store.store import Json, Store, Writer
 
 OLD_NEIGHBORS, OLD_SIMILARITIES = f"{SCRATCH}/base/{{}}.neighbors.npy", f"{SCRATCH}/base/{{}}.similarities.npy"
+MOST_GONE = 0.03  # of all nodes: of more the lists are made anew
 FIRST = 4.0  # added to the similarities of lists that must stay whole: more than any similarity
 
 
@@ -42,8 +44,10 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
     old = records(store, "search")
     kept = [task for task in tasks if task.name in old]
     finished = manifest.get("graph", {}).get("fingerprint") == graph_fingerprint(list(old.values()))
-    whole = finished and kept == tasks[: len(kept)] and len(kept) == len(old) < len(tasks)
-    if not whole:
+    whole = finished and kept == tasks[: len(kept)] and len(kept) == len(old)
+    lost = any(record["built"].get("gone") != manifest.get("gone") for record in old.values())
+    few = node_count(manifest) - living_nodes(manifest) <= MOST_GONE * node_count(manifest)
+    if not whole or not (lost or len(old) < len(tasks)) or (lost and not few):
         return []
     files = store.sizes("graph")
     return kept if all(_still_holds(task, old[task.name], files) for task in kept) else []

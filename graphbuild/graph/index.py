@@ -18,11 +18,14 @@ from graphbuild.errors import ConfigError, StageError
 from graphbuild.graph import grow, moments, sketch
 from graphbuild.graph.grow import base_lists
 from graphbuild.graph.tasks import (
+    built_without,
     engine_of,
     first_new_node,
     forecast,
+    gone_nodes,
     graph_fingerprint,
     index_task,
+    living_nodes,
     nodes_entry,
     shard_tasks,
     vectors_of,
@@ -50,6 +53,8 @@ from graphbuild.store.mapped import check_mappings
 from graphbuild.store.shards import Shard, node_count, shards_of
 from graphbuild.store.store import Json, Store, Writer
 
+NOWHERE = 1e-30  # the scale of the code of a node that no sample has: no list takes it for near
+
 
 def _engine(task: Task, manifest: Json) -> engines.Engine:
     return engine_of(Index.model_validate({**task.hints["index"], "engine": task.settings["engine"]}), manifest)[0]
@@ -70,8 +75,9 @@ def check_k(recipe: Recipe) -> None:
 
 def plan_prepare(recipe: Recipe, store: Store) -> list[Task]:
     manifest = nodes_entry(store)
-    nodes = node_count(manifest)
-    if not 0 < recipe.index.neighbors(nodes) < nodes:
+    nodes, living = node_count(manifest), living_nodes(manifest)
+    if not 0 < recipe.index.neighbors(nodes) < living:
+        nodes = living
         raise ConfigError(
             f"--k {recipe.index.k}: the store has {nodes:,} nodes, so a node has {nodes - 1:,} possible neighbours",
             f"use --k {max(nodes - 1, 1)} or fewer" if nodes > 1 else "give at least two different captions",
@@ -98,8 +104,9 @@ def run_prepare(task: Task, store: Store, writer: Writer) -> Json:
 
 
 def plan_codes(recipe: Recipe, store: Store) -> list[Task]:
-    prepared = nodes_entry(store)["stages"].get("prepare", {}).get("fingerprint")
-    return shard_tasks(recipe, store, "codes", lambda shard: {"prepared": prepared, "nodes": shard.nodes})
+    manifest = nodes_entry(store)
+    built = {"prepared": manifest["stages"].get("prepare", {}).get("fingerprint"), **built_without(manifest)}
+    return shard_tasks(recipe, store, "codes", lambda shard: {**built, "nodes": shard.nodes})
 
 
 def run_codes(task: Task, store: Store, writer: Writer) -> Json:
@@ -120,9 +127,13 @@ def run_codes(task: Task, store: Store, writer: Writer) -> Json:
     with torch_threads(1), torch.inference_mode():
         codes = encode(raw)
         arrays = _engine(task, inputs.manifest).describe(inputs, codes, task.settings["k"])
+    gone = gone_nodes(store, [task.name]) if inputs.manifest.get("gone") else np.zeros(len(raw), bool)
+    codes.scales[gone, 0] = NOWHERE
     for what, values in {"codes": codes.codes, "scales": codes.scales, **arrays}.items():
         writer.array(f"{SCRATCH}/{what}/{task.name}.npy", values, durable=False)
-    writer.array(PARTS.format(task.name), moments.moments_of(raw), durable=False)
+    if inputs.manifest.get("gone"):
+        writer.array(f"{SCRATCH}/gone/{task.name}.npy", gone[:, None], durable=False)
+    writer.array(PARTS.format(task.name), moments.moments_of(raw[~gone]), durable=False)
     return {"largest_rest": float(codes.scales[:, 1].max())}
 
 
@@ -135,7 +146,8 @@ def finish_codes(recipe: Recipe, store: Store, done: list[Json]) -> Json:
 
 def plan_moments(recipe: Recipe, store: Store) -> list[Task]:
     manifest = nodes_entry(store)
-    return [Task(stage="moments", name="all", built={"embeddings": manifest["embeddings"]["fingerprint"]})]
+    built = {"embeddings": manifest["embeddings"]["fingerprint"], **built_without(manifest)}
+    return [Task(stage="moments", name="all", built=built)]
 
 
 # -- join: candidate lists, in tasks of the engine's making
@@ -172,7 +184,7 @@ def run_join(task: Task, store: Store, writer: Writer) -> Json:
 
 
 def plan_merge(recipe: Recipe, store: Store) -> list[Task]:
-    joined = nodes_entry(store)["stages"]["join"]["fingerprint"]
+    joined = nodes_entry(store)["stages"].get("join", {}).get("fingerprint")  # none where no node is new
 
     def built(shard: Shard) -> Json:
         return {"joined": joined, "first_node": shard.first_node, "nodes": shard.nodes}
@@ -202,11 +214,12 @@ def run_merge(task: Task, store: Store, writer: Writer) -> Json:
 
 
 def plan_search(recipe: Recipe, store: Store) -> list[Task]:
-    vectors = vectors_of(store, nodes_entry(store))
+    manifest = nodes_entry(store)
+    vectors, without = vectors_of(store, manifest), built_without(manifest)
 
     def built(shard: Shard) -> Json:
         of_shard = vectors.get(VECTORS.format(shard.name))
-        return {"first_node": shard.first_node, "nodes": shard.nodes, "vectors": of_shard}
+        return {"first_node": shard.first_node, "nodes": shard.nodes, "vectors": of_shard, **without}
 
     return shard_tasks(recipe, store, "search", built)
 
@@ -224,7 +237,8 @@ def run_search(task: Task, store: Store, writer: Writer) -> Json:
     similarities, neighbors = unpack(keys)
     with torch_threads(1):
         x = unit(vectors.span(first, count))
-    background = moments.background_of(x, similarities, store.array(layout.MOMENTS), len(vectors))
+    living = living_nodes(inputs.manifest)
+    background = moments.background_of(x, similarities, store.array(layout.MOMENTS), living)
     writer.array(NEIGHBORS.format(task.name), neighbors.astype(np.uint32))
     writer.array(SIMILARITIES.format(task.name), similarities.astype(np.float16))
     writer.array(BACKGROUND.format(task.name), background)

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graphbuild.graph import sketch
+from graphbuild.graph.tasks import living_nodes
 from graphbuild.machine.threads import torch_threads
 from graphbuild.runner.stage import Task
 from graphbuild.store.layout import BASIS, MOMENTS, PARTS
 from graphbuild.store.remote import READERS
 from graphbuild.store.sharded import Array
-from graphbuild.store.shards import node_count, shards_of
+from graphbuild.store.shards import shards_of
 from graphbuild.store.store import Json, Store, Writer
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
             for part in pool.map(store.array, names[begin : begin + READERS]):
                 total += part
     writer.array(MOMENTS, total)
-    writer.array(BASIS, sketch.basis_of(total, node_count(manifest)))
+    writer.array(BASIS, sketch.basis_of(total, living_nodes(manifest)))
     return {}
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
+
+import numpy as np
 
 from graphbuild.errors import ConfigError, QualityError
 from graphbuild.knn import engine
@@ -13,6 +15,8 @@ from graphbuild.nodes.matrix import is_matrix
 from graphbuild.nodes.samples import READY
 from graphbuild.recipe import Index, Recipe
 from graphbuild.runner.stage import Task, digest, outputs, records
+from graphbuild.store.layout import TEXTS
+from graphbuild.store.sharded import Array
 from graphbuild.store.shards import Shard, node_count, shards_of
 from graphbuild.store.store import Json, Store
 
@@ -64,6 +68,22 @@ def shard_tasks(recipe: Recipe, store: Store, stage: str, built: Callable[[Shard
         index_task(recipe.index, chosen, manifest, stage, shard.name, **built(shard))
         for shard in shards_of(store, manifest).with_nodes
     ]
+
+
+def built_without(manifest: Json) -> Json:
+    """What a task is made from, where tars are gone: a list holds none of the nodes that no sample has any more."""
+    return {"gone": manifest["gone"]} if manifest.get("gone") else {}
+
+
+def gone_nodes(store: Store, names: Iterable[str]) -> Array:
+    """bool [n]: which of these shards' nodes no sample has any more."""
+    parts = [store.table(TEXTS.format(name), ["samples"])["samples"].to_numpy() == 0 for name in names]
+    return np.concatenate(parts)
+
+
+def living_nodes(manifest: Json) -> int:
+    """Nodes that a sample has."""
+    return node_count(manifest) - int(manifest["stages"].get("assign", {}).get("counts", {}).get("gone_nodes", 0))
 
 
 def graph_fingerprint(searches: list[Json]) -> str:

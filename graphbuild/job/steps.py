@@ -84,8 +84,8 @@ STEPS = (
                                                                          " nodes/#.npy shards.parquet"),
     Step(index.BASE,        "index",    "nodes/#.npy",                   "_work/base/"),
     Step(index.PREPARE,     "index",    "nodes/#.npy",                   "_work/leaders/ _work/*"),
-    Step(index.CODES,       "index",    "nodes/#.npy _work/leaders/",    "_work/codes/ _work/scales/ _work/floors/"
-                                                                         " _work/leaves/ _work/moments/"),
+    Step(index.CODES,       "index",    "nodes/ _work/leaders/",         "_work/codes/ _work/scales/ _work/floors/"
+                                                                         " _work/leaves/ _work/moments/ _work/gone/"),
     Step(index.MOMENTS,     "index",    "_work/moments/",                "_state/moments/ graph/basis.npy"),
     Step(index.JOIN,        "index",    "_work/codes/ _work/leaders/",   "_work/join/"),
     Step(index.MERGE,       "index",    "_work/join/ _work/base/",       "_work/merged/"),

@@ -133,9 +133,10 @@ def proved(candidates: Array, floors: Array, exact: Array, scales: Array, slack:
     return result
 
 
-def search_again(vectors: ShardedArray, ids: Array, keys: Array) -> None:
+def search_again(vectors: ShardedArray, ids: Array, keys: Array, gone: ShardedArray | None = None) -> None:
     """Make the lists keys int64 [n, k] of nodes `ids` the exact ones, ties and all, by comparing with every node.
 
+    gone: bool [N, 1], nodes that no list may name.
     keys: exact similarities of some neighbours, or EMPTY. A float32 product, whose error is at most (d + 8) 2^-24 for
     unit vectors (Higham 2002, section 3.1), tells which nodes can reach a list; those are computed in float64.
     """
@@ -143,4 +144,6 @@ def search_again(vectors: ShardedArray, ids: Array, keys: Array) -> None:
     margin = (vectors.width + 8) * 2.0**-23
     for first, block in vectors.blocks(BLOCK_ROWS):
         tile = (queries @ unit(block).T).numpy()
+        if gone is not None:
+            tile[:, gone.span(first, len(block))[:, 0]] = np.nan  # no comparison with it holds
         kernels.offer_exactly(tile, ids, first, margin, keys, vectors.table(), vectors.width)

@@ -14,7 +14,7 @@ from graphbuild.machine.threads import torch_threads
 from graphbuild.runner.stage import records
 from graphbuild.store.layout import SCRATCH
 from graphbuild.store.remote import READERS
-from graphbuild.store.sharded import Array
+from graphbuild.store.sharded import Array, ShardedArray
 from graphbuild.store.store import Store
 
 ENTRIES, WALK = 32, 64  # leaders that a walk begins at; nodes that it keeps
@@ -34,6 +34,16 @@ def lists_of(store: Store, first: int, count: int) -> Iterator[tuple[Array, Arra
             yield from pool.map(of, names[at : at + READERS])
 
 
+def without_gone(keys: Array, gone: ShardedArray, there: Array) -> Array:
+    """Take the nodes that no sample has out of the lists of nodes that are `there` [n], keys int64 [n, c] in place;
+    bool [n]: which lists lost one."""
+    named = (keys != EMPTY) & there[:, None]
+    named[named] = gone.take(unpack(keys[named])[1])[:, 0]
+    keys[named] = EMPTY
+    keys[:, ::-1].sort(axis=1)
+    return np.asarray(named.any(axis=1))
+
+
 def exact_lists(inputs: Inputs, engine: str, shard: str, first: int, k: int) -> tuple[Array, int]:
     """The final lists of a shard's nodes first.., keys int64 [n, k], and how many of them took a full search.
 
@@ -43,10 +53,18 @@ def exact_lists(inputs: Inputs, engine: str, shard: str, first: int, k: int) -> 
     candidates = np.array(store.array(f"{SCRATCH}/merged/{shard}.npy"))
     scales = np.array(store.array(f"{SCRATCH}/scales/{shard}.npy"), np.float64)
     slack = np.full(len(candidates), np.inf)
+    gone, there, lost = None, np.ones(len(candidates), bool), np.zeros(len(candidates), bool)
+    if inputs.manifest.get("gone"):
+        gone = inputs.of("gone")
+        there = ~gone.span(first, len(candidates))[:, 0]
+        lost = without_gone(candidates, gone, there)
     if engine == "partition":
         _refine(inputs, first, candidates)
+        if gone is not None:  # what was offered for want of others
+            without_gone(candidates, gone, there)
     elif engine == "exact":
-        slack = exact.slack(scales[:, 1], inputs.manifest["largest_rest"])
+        slack = np.where(there, exact.slack(scales[:, 1], inputs.manifest["largest_rest"]), np.inf)
+        candidates[lost, k - 1 :] = EMPTY  # what follows is unknown: a list that is not full is searched again
     rescored = kernels.exact_similarities(first, candidates, k, scales[:, 0], slack, vectors.table(), vectors.width)
     keys = np.ascontiguousarray(np.sort(rescored, axis=1)[:, : -k - 1 : -1])
     lacking = keys[:, -1] == EMPTY
@@ -54,14 +72,14 @@ def exact_lists(inputs: Inputs, engine: str, shard: str, first: int, k: int) -> 
         floors = np.array(store.array(f"{SCRATCH}/floors/{shard}.npy"))[:, 0]
         lacking |= ~exact.proved(candidates, floors, unpack(keys)[0], scales[:, 0], slack)
     if engine == "partition" and lacking.any():
-        _complete_by_walk(inputs, first, keys, np.flatnonzero(lacking))
+        _complete_by_walk(inputs, first, keys, np.flatnonzero(lacking), gone)
         lacking = keys[:, -1] == EMPTY
     rows = np.flatnonzero(lacking)
     with torch_threads(1):
         for begin in range(0, len(rows), exact.AGAIN_ROWS):
             some = rows[begin : begin + exact.AGAIN_ROWS]
             lists = keys[some]
-            exact.search_again(vectors, first + some, lists)
+            exact.search_again(vectors, first + some, lists, gone)
             keys[some] = lists
     return keys, len(rows)
 
@@ -74,7 +92,7 @@ def _refine(inputs: Inputs, first: int, candidates: Array) -> None:
     kernels.refine_lists(first, candidates, partition.EXPAND, depth, *tables, inputs.vectors.width, leaves.width)
 
 
-def _complete_by_walk(inputs: Inputs, first: int, keys: Array, rows: Array) -> None:
+def _complete_by_walk(inputs: Inputs, first: int, keys: Array, rows: Array, gone: ShardedArray | None) -> None:
     """Fill short lists, rows of exact keys int64 [n, k], by walking the other nodes' lists towards each row's node.
 
     A floor that was too high has emptied them, by chance: about one in 10,000. A full search of one would cost a pass
@@ -97,4 +115,7 @@ def _complete_by_walk(inputs: Inputs, first: int, keys: Array, rows: Array) -> N
             best = np.sort(np.concatenate([best, scored]))[: -max(WALK, 2 * k) - 1 : -1]
             listed = merged.take(unpack(best)[1])
             fresh = np.setdiff1d(unpack(listed[listed != EMPTY])[1], met)
-        keys[row, : len(best)] = best[:k]
+        if gone is not None:
+            best = best[~gone.take(unpack(best)[1])[:, 0]]
+        best = best[:k]
+        keys[row, : len(best)] = best

@@ -22,7 +22,7 @@ class Inputs:
         self.manifest = store.manifest()
 
     def of(self, what: str) -> ShardedArray:
-        """codes, scales, floors or leaves, of the stage codes, or the merged lists."""
+        """codes, scales, floors, leaves or gone, of the stage codes, or the merged lists."""
         stage = self.manifest["stages"]["merge" if what == "merged" else "codes"]
         return self._array(f"{SCRATCH}/{what}/{{}}.npy", stage)
 

@@ -55,7 +55,8 @@ def check_files(store: Store, manifest: Json) -> Checked:
     checked.problems += _texts(done)
     if not checked.problems:
         checked.problems += _shards(manifest, shards, done)
-        checked.problems += _sizes(store, manifest, shards, done)
+        present = [shard for shard in shards if shard.name not in manifest.get("gone", [])]
+        checked.problems += _sizes(store, manifest, present, done)
         for folder, stage in derived.STAGES.items():
             checked.problems += _lists(store, folder, stage.name, done[stage.name])
     return checked
@@ -134,30 +135,32 @@ def _recipe(store: Store, manifest: Json) -> Iterator[str]:
 
 
 def _records(store: Store, step: Step, manifest: Json, checked: Checked) -> dict[str, Json]:
-    """The sound records of a step's finished tasks by their names; they and their files are checked."""
-    stage, problems, done = step.name, [], {}
+    """The sound records of a step's finished tasks by their names, also of inputs that are gone; they and their files
+    are checked."""
+    stage, problems, done, gone = step.name, [], {}, {}
     paths = sorted(path for path in store.sizes(STATE.format(stage)) if path.endswith(".json"))
     with ThreadPoolExecutor(READERS) as threads:
         read = list(threads.map(lambda path: _sealed_json(store, path), paths))
     for path, (problem, record) in zip(paths, read, strict=True):
-        task = path.rsplit("/", 1)[-1].removesuffix(".done.json")
-        if not problem and path.endswith(".done.json"):
+        task, state, _ = path.rsplit("/", 1)[-1].rsplit(".", 2)
+        if not problem and state in ("done", "gone"):
             decided = (task, record["settings"], record["inputs"], record["built"])
             if fingerprint(stage, *decided) != record["fingerprint"]:
                 problem = f"{path}: the record of another task ({record['task']})"
-            done[task] = record
+            (done if state == "done" else gone)[task] = record
         if problem:
             problems.append(problem)
     entry = manifest["stages"].get(stage)
     if entry is not None and not problems:
         problems += _completeness(stage, entry, done, manifest)
-    named = [(output, state_path(stage, task)) for task, record in done.items() for output in record["outputs"]]
+    every = gone | done
+    named = [(output, state_path(stage, task)) for task, record in every.items() for output in record["outputs"]]
     with ThreadPoolExecutor(8 if store.is_local else READERS) as threads:  # hashing leaves the interpreter free
         problems += filter(None, threads.map(lambda pair: _file(store, *pair), named))
     checked.files += len(named)
     checked.bytes += sum(output["bytes"] for output, _ in named)
     checked.problems += problems
-    return done
+    return every
 
 
 def _completeness(stage: str, entry: Json, done: dict[str, Json], manifest: Json) -> Iterator[str]:

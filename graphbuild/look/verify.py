@@ -28,7 +28,7 @@ from graphbuild.store.checksum import file_sha256
 from graphbuild.store.files import is_there
 from graphbuild.store.layout import BACKGROUND, NEIGHBORS, SAMPLES, SIDECAR, SIMILARITIES, SKETCH, TEXTS, VECTORS
 from graphbuild.store.sharded import Array
-from graphbuild.store.shards import Shard, node_count, shards_of
+from graphbuild.store.shards import Shard, node_count, present_shards, shards_of
 from graphbuild.store.store import Json, Store
 
 THREADS = 8  # shards at a time: most of it is waiting for files, and hashing
@@ -80,7 +80,7 @@ def verify_store(store: Store) -> Report:
     report = Report(files=checked.files, bytes=checked.bytes, problems=checked.problems)
     if report.problems:  # what does not even match its checksum is not worth comparing further
         return report
-    shards = shards_of(store, manifest) if {"assign", "vectors"} & manifest["stages"].keys() else ()
+    shards = present_shards(store, manifest) if {"assign", "vectors"} & manifest["stages"].keys() else ()
     report.shards = len(shards)
     selection = _selection(store, "export") if "export" in manifest["stages"] else None
     with ThreadPoolExecutor(THREADS) as threads:

@@ -6,6 +6,7 @@ about 150 bytes a sample). `texts` tells by a digest which texts are new in a sh
 beside tars (graphbuild.nodes.join) each sample that has one is a node in place of its text. `assign`
 leaves out the texts of which the encoder has made no vector, closes the gaps that these leave in the ids, and writes
 samples/<shard>.parquet, nodes/<shard>.parquet and, for the samples of such texts, rejected/assign/<shard>.parquet.
+Tars that are gone keep their rows and nodes; their samples have no node any more, and count for none.
 Two different texts with one hash would become one node: at 1e9 texts the chance is 1.5e-21.
 """
 
@@ -34,21 +35,31 @@ from graphbuild.store.shards import PLACES, Shard, is_whole, write_shards
 from graphbuild.store.store import Json, Store, Writer
 
 NO_VECTOR = "the encoder gives no vector"
+GONE = "gone"  # among what a numbering or an assignment is made of: the shards, or whether it is one, of a tar that is
 
 
 def plan_number(recipe: Recipe, store: Store) -> list[Task]:
-    scans = outputs(require(store, "scan", "embed"), "_state/scan/")
+    scans = outputs(scanned(store), "_state/scan/")
     if recipe.embed.source == BESIDE:
         return [join.numbering(recipe.embed, store, scans)]
-    return [Task(stage="number", name="all", built=scans)]
+    gone = store.manifest().get("gone")
+    return [Task(stage="number", name="all", built=scans | ({GONE: gone} if gone else {}))]
+
+
+def scanned(store: Store) -> list[Json]:
+    """The records of the scans of all tars that have rows, also of those that are gone."""
+    there = {record["task"]: record for record in require(store, "scan", "embed")}
+    found = records(store, "scan", "gone") | there
+    return [found[name] for name in sorted(found, key=by_number)]
 
 
 def run_number(task: Task, store: Store, writer: Writer) -> Json:
-    names = [Path(path).stem for path in task.built]
+    paths = [path for path in task.built if path != GONE]
+    names, gone = [Path(path).stem for path in paths], set(task.built.get(GONE, []))
     # the third where samples have several captions; the key is for vectors beside tars
     columns = ["key"] if task.settings else ["hash_high", "hash_low", "sample"]
     with ThreadPoolExecutor(READERS) as pool:
-        tables = list(pool.map(lambda path: store.table(path, columns), task.built))
+        tables = list(pool.map(lambda path: store.table(path, columns), paths))
     sizes = [table.num_rows for table in tables]
     samples = [sample_places(table)[-1:].sum() + bool(len(table)) for table in tables]
     found: Json = {}
@@ -59,7 +70,9 @@ def run_number(task: Task, store: Store, writer: Writer) -> Json:
     else:
         hashed = pa.concat_tables([table.select(["hash_high", "hash_low"]) for table in tables])
         nodes, counts = number_nodes(pl.from_arrow(hashed))  # type: ignore[arg-type]
-    if not len(counts):
+        there = nodes[np.repeat([name not in gone for name in names], sizes)]
+        counts = np.bincount(there[there >= 0], minlength=len(counts)).astype(np.int64) if gone else counts
+    if not counts.any():
         fix = "see rejected/scan/ for the reasons" if sum(sizes) else "give tars that hold samples: these hold none"
         raise InputError(f"no sample of {store.url} has a caption", fix)
     writer.array(ROW_NODES, nodes)
@@ -73,6 +86,8 @@ def run_number(task: Task, store: Store, writer: Writer) -> Json:
         places: Json = dict(zip(PLACES, (first_row, held, first_node, new), strict=True))
         if (first_text, size) != (first_row, held):
             places |= {"first_text": first_text, "texts": size}
+        if name in gone:
+            places[GONE] = True
         if task.settings:
             places["vectors"] = join.told(task, found, at[first_text : first_text + size])
         shards[name] = {**places, "sha256": hashlib.sha256(mine.tobytes() + counted.tobytes()).hexdigest()}
@@ -159,7 +174,7 @@ def plan_assign(recipe: Recipe, store: Store) -> list[Task]:
 
 def _scans(store: Store) -> dict[str, str]:
     """Shard -> sha256 of what scan wrote of it, in order of number."""
-    scans = outputs(require(store, "scan", "embed"), "_state/scan/")
+    scans = outputs(scanned(store), "_state/scan/")
     return {Path(path).stem: sha256 for path, sha256 in scans.items()}
 
 
@@ -168,7 +183,7 @@ def run_assign(task: Task, store: Store, writer: Writer) -> Json:
     begin, numbered, gone = task.hints["first_node"], task.hints["nodes"], np.array(task.hints["without"], np.int64)
     found = _nodes(store, task.built)
     without = np.isin(found, gone)
-    nodes = np.where(without, NO_NODE, found - np.searchsorted(gone, found))
+    nodes = np.where(without | bool(task.built.get(GONE)), NO_NODE, found - np.searchsorted(gone, found))
     scan = store.table(SCANNED.format(task.name))
     writer.table(SAMPLES.format(task.name), _samples(scan, nodes, first))
     texts = scan["text"].filter(_first_rows(found, begin))
@@ -176,7 +191,7 @@ def run_assign(task: Task, store: Store, writer: Writer) -> Json:
     counts = store.rows(NODE_COUNTS, begin, begin + numbered)[kept]
     table = pa.table({"node": np.arange(first_node, first_node + new), "text": texts.filter(kept), "samples": counts})
     writer.table(TEXTS.format(task.name), table)
-    counted = {"samples": count, "nodes": new}
+    counted = {"samples": count, "nodes": new, **({"gone_nodes": lost} if (lost := int((counts == 0).sum())) else {})}
     facts: Json = {"counts": counted, "texts_sha256": digest(texts.to_pylist())}
     why = task.hints.get("why")
     places = np.flatnonzero(without if why is None else nodes == NO_NODE)
@@ -220,9 +235,8 @@ def _samples(scan: pa.Table, nodes: np.ndarray[Any, Any], first_row: int) -> pa.
 
 
 def finish_assign(recipe: Recipe, store: Store, done: list[Json]) -> Json:
-    scanned = require(store, "scan", "embed")
-    rejected = dict(sorted(summed([*scanned, *done], "reasons").items()))
-    return {**write_shards(store, assigned_shards(done, scanned)), "rejected": rejected}
+    rejected = dict(sorted(summed([*require(store, "scan", "embed"), *done], "reasons").items()))
+    return {**write_shards(store, assigned_shards(done, scanned(store))), "rejected": rejected}
 
 
 def assigned_shards(assigned: Iterable[Json], scanned: Iterable[Json]) -> list[Shard]:

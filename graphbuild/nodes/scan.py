@@ -33,7 +33,7 @@ from graphbuild.nodes.captions import (
 )
 from graphbuild.nodes.samples import write_rejected
 from graphbuild.recipe import BESIDE, Recipe
-from graphbuild.runner.stage import Stage, Task, records, summed, total_counts
+from graphbuild.runner.stage import Stage, Task, records, same_input, summed, total_counts
 from graphbuild.sources.download import downloaded_tars, list_parts
 from graphbuild.sources.pack import packed_tars
 from graphbuild.sources.paths import part_inputs
@@ -69,7 +69,7 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
         settings["class_names"] = kept_apart(read_class_names(embed.class_names))
     if embed.shards is not None:
         identities = file_identities(expand_shards(embed.shards))
-        numbers = _shard_numbers(list(identities), store)
+        numbers = _shard_numbers(identities, store, anew=embed.source != BESIDE)
         return [
             Task(stage="scan", name=name, settings=settings, inputs={"tar": identities[url]}, hints={"url": url})
             for url, name in sorted(numbers.items(), key=lambda item: by_number(item[1]))
@@ -111,10 +111,21 @@ def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
             "name the classes by --class-names" if recipe.embed.captions is None else "list the classes' names instead",
         )
     rejected = summed([*done, *records(store, "assign").values()], "reasons")  # stage assign does the same when it ends
-    return {"rejected": dict(sorted(rejected.items()))}
+    gone = list(records(store, "scan", "gone"))
+    if gone:
+        logger.info("%-9s %s tars are gone: their rows keep their numbers, and have no node", "captions", len(gone))
+    told = {"gone": gone} if gone or "gone" in store.manifest() else {}
+    return {"rejected": dict(sorted(rejected.items())), **told}
 
 
-STAGE = Stage(name="scan", title="captions", plan=plan, run=run, finish=finish, entries=("rejected",))
+def _keeps(record: Json) -> bool:
+    """Rows and nodes of a tar that is gone keep their numbers; vectors beside tars may be gone with it."""
+    return "tar" in record["inputs"] and "with_vectors" not in record["settings"]
+
+
+STAGE = Stage(
+    name="scan", title="captions", plan=plan, run=run, finish=finish, entries=("rejected", "gone"), keeps=_keeps
+)
 
 
 def _scan_tar(shard: str, url: str, settings: Mapping[str, Any], writer: Writer) -> Json:
@@ -244,18 +255,31 @@ def _reasons(rejected: Sequence[tuple[Any, ...]]) -> dict[str, int]:
     return dict(Counter(row[2].partition(": ")[0] for row in rejected))
 
 
-def _shard_numbers(urls: Sequence[str], store: Store) -> dict[str, str]:
+def _shard_numbers(identities: Mapping[str, str], store: Store, *, anew: bool) -> dict[str, str]:
     """Tar -> shard: those the store knows keep their number, new ones get the next free ones, in order of name.
 
-    Numbers up to the last that has its rows are never given anew; behind it, those of tars whose scan failed or was
-    stopped are free, so that a job ends with the same numbers whatever happened on the way.
+    anew: a tar that has changed since its rows were numbered is a new one, and its old rows are of one that is gone,
+    unless all have changed. Numbers up to the last that has its rows are never given anew; behind it, those of tars
+    whose scan failed or was stopped are free, so that a job ends with the same numbers whatever happened on the way.
     """
-    shards = [(shard.name, shard.tar) for shard in latest_shards(store)]
-    for record in records(store, "scan").values():
+    gone, done = records(store, "scan", "gone"), records(store, "scan")
+    numbered = {name for record in records(store, "number").values() for name in record["facts"]["shards"]}
+    read = {record["inputs"]["tar"]: name for name, record in (gone | done).items() if "tar" in record["inputs"]}
+    shards = [(shard.name, shard.tar) for shard in latest_shards(store) if shard.name not in gone]
+    for record in done.values():
         shards += [(name, shard["tar"]) for name, shard in record["facts"]["shards"].items()]
     known = {public(tar["url"]): name for name, tar in shards if tar is not None}
-    numbered = [name for record in records(store, "number").values() for name in record["facts"]["shards"]]
+
+    found = {url: read.get(identity) or known.get(public(url)) for url, identity in identities.items()}
+
+    def is_changed(url: str) -> bool:
+        record = done.get(found[url] or "")
+        return record is not None and not same_input(record["inputs"].get("tar"), identities[url])
+
+    changed = {url for url in identities if found[url] in numbered and is_changed(url)} if anew else set()
+    if changed < {url for url in identities if found[url] in numbered}:
+        found |= dict.fromkeys(changed)
     first = 1 + max(map(int, numbered), default=-1)
-    taken = {*known.values()}
+    taken = {*known.values(), *found.values()}
     free = (name for number in itertools.count(first) if (name := shard_name(number)) not in taken)
-    return {url: known.get(public(url)) or next(free) for url in urls}
+    return {url: name or next(free) for url, name in found.items()}

@@ -58,7 +58,7 @@ class Task:
             for key in sorted({*before, *now}):
                 old, new = before.get(key, "not set"), json.loads(json.dumps(now.get(key, "not set")))
                 is_added = key not in before and key.rpartition(" ")[0] in before  # "captions 2"
-                if old != new and not (kind == "inputs" and (is_added or _only_dated(old, new))):
+                if old != new and not (kind == "inputs" and (is_added or same_input(old, new))):
                     lines.append(f"{key}: {_short(old)} -> {_short(new)}")
         return lines
 
@@ -76,8 +76,10 @@ class Stage:
     `entries`, top-level keys of manifest.json; whole: whether a file that it wrote beside is still there, or else it is
     run again. check: refuses settings before any step of the verb runs. scratch: its files serve later steps of the
     verb alone; a crash of the machine may lose them, and they go when those steps are done. note: a line to show before
-    its first task: what was chosen, and what it will take. on_device: a GPU serves it, if there is one. sharing:
-    workers to a GPU: one computes while another reads, prepares or writes.
+    its first task: what was chosen, and what it will take. keeps: of the record of a finished task whose input is gone,
+    whether what it made stays, for others have numbers that follow from it: with --force it then has the state `gone`.
+    on_device: a GPU serves it, if there is one. sharing: workers to a GPU: one computes while another reads, prepares
+    or writes.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Stage:
     counts: Callable[[Store, Sequence[Json]], dict[str, int]] = lambda store, records: total_counts(records)
     check: Callable[[Recipe], object] = lambda recipe: None
     scratch: bool = False
+    keeps: Callable[[Json], bool] = lambda record: False
     on_device: bool = False
     sharing: int = 1
     note: Callable[[Recipe, Store], str] | None = None
@@ -115,7 +118,8 @@ def perform(stage: Stage, task: Task, store: Store) -> Json:
         }
     )
     store.write_json(record, done, durable=not stage.scratch)
-    store.remove(state_path(stage.name, task.name, "failed"))
+    for state in ("failed", "gone"):
+        store.remove(state_path(stage.name, task.name, state))
     return done
 
 
@@ -146,8 +150,13 @@ def outputs(records: Sequence[Json], prefix: str = "", suffix: str = "") -> dict
 
 def titled(task: str, inputs: Mapping[str, str]) -> str:
     """A task's name and the files that it reads from outside: "00005 (b.tar)"."""
-    files = ", ".join(identity.rsplit(", ", 2)[0] for identity in inputs.values())
+    files = ", ".join(map(named_file, inputs.values()))
     return f"{task} ({files})" if files else task
+
+
+def named_file(identity: str) -> str:
+    """The file of an identity, which is its name, size and date."""
+    return identity.rsplit(", ", 2)[0]
 
 
 def fingerprint(stage: str, task: str, settings: Any, inputs: Any, built: Any) -> str:
@@ -183,10 +192,10 @@ def write_manifest(store: Store, manifest: Mapping[str, Any]) -> None:
     store.write_json(MANIFEST, sealed(manifest))
 
 
-def _only_dated(old: object, new: object) -> bool:
-    """Whether an input is the one recorded, with a date now that nothing told then, as HTTP's dates did not once."""
+def same_input(old: object, new: object) -> bool:
+    """Whether an input is the one recorded, perhaps with a date now that nothing told then, as HTTP's did not once."""
     before = str(old)
-    return before.endswith(", None") and str(new).startswith(before.removesuffix("None"))
+    return old == new or (before.endswith(", None") and str(new).startswith(before.removesuffix("None")))
 
 
 def _short(value: Any) -> str:

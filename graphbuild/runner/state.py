@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from graphbuild.errors import ConfigError, public
 from graphbuild.recipe import Recipe, flag, marked
-from graphbuild.runner.stage import Stage, Task, digest, records, state_path, titled, write_manifest
+from graphbuild.runner.stage import Stage, Task, digest, named_file, records, state_path, titled, write_manifest
 from graphbuild.store.layout import RECIPE, by_number
 from graphbuild.store.remote import READERS
 from graphbuild.store.store import Json, Store
@@ -37,14 +37,22 @@ def pending(
     changed = [name for name, lines in other.items() if lines]
     if (changed or gone_inputs) and not force:
         lines = sorted({line for name in changed for line in other[name]})
-        if gone_inputs:
-            named = ", ".join(titled(name, done[name]["inputs"]) for name in gone_inputs[:5])
-            lines.append(f"no longer in the input: {named}{' ...' if len(gone_inputs) > 5 else ''}")
+        now = {named_file(new): new for task in tasks for new in task.inputs.values()}
+        before = {named_file(old): (kind, old) for name in gone_inputs for kind, old in done[name]["inputs"].items()}
+        lines += [f"{kind}: {old} -> {now[file]}" for file, (kind, old) in before.items() if file in now]
+        absent = [
+            name for name in gone_inputs if not any(named_file(old) in now for old in done[name]["inputs"].values())
+        ]
+        if absent:
+            named = ", ".join(titled(name, done[name]["inputs"]) for name in absent[:5])
+            lines.append(f"no longer in the input: {named}{' ...' if len(absent) > 5 else ''}")
+        keeps = any(stage.keeps(done[name]) for name in gone_inputs)
         raise ConfigError(
             f"{store.url} was built differently "
             f"({stage.name}: {len(changed) + len(gone_inputs)} of {len(done)} finished tasks):"
             + "".join(f"\n    {line}" for line in lines[:20]),
             "give the same settings and inputs again, use another STORE, or add --force to rebuild what differs"
+            + (", where the rows of files that are gone or changed keep their numbers, without a node" if keeps else "")
             + (
                 "; tars that were only moved: `graphbuild relocate`"
                 if any("tar" in done[n]["inputs"] for n in gone)
@@ -53,8 +61,11 @@ def pending(
         )
 
     def take_away(name: str) -> None:
-        for output in done[name]["outputs"]:
-            store.remove(output["path"])
+        if name in gone and stage.keeps(done[name]):
+            store.write_json(state_path(stage.name, name, "gone"), done[name])
+        else:
+            for output in done[name]["outputs"]:
+                store.remove(output["path"])
         store.remove(state_path(stage.name, name))
 
     if remove:

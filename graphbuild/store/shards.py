@@ -76,6 +76,16 @@ class Shards:
         return Shards(f"{self.digest} with nodes", self.table.filter(pc.greater(self.table["nodes"], 0)))
 
 
+def present_shards(store: Store, manifest: Json) -> Shards:
+    """`shards_of`, without those of tars that are gone: they keep their rows and nodes, but no sample has a node."""
+    shards = shards_of(store, manifest)
+    gone = manifest.get("gone", [])
+    if not gone:
+        return shards
+    there = pc.invert(pc.is_in(shards.table["shard"], pa.array(gone)))
+    return Shards(f"{shards.digest} without {','.join(gone)}", shards.table.filter(there))
+
+
 def shards_of(store: Store, manifest: Json) -> Shards:
     """The shards that a manifest tells of; none before samples have their rows.
 

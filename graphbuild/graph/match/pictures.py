@@ -22,7 +22,7 @@ from graphbuild.recipe import resolve
 from graphbuild.sources.images import MAX_PIXELS, upright_rgb
 from graphbuild.sources.tars import named_tars, open_tar
 from graphbuild.store.sharded import Array
-from graphbuild.store.shards import shards_of
+from graphbuild.store.shards import present_shards
 from graphbuild.store.store import Store
 
 SIDE, KEPT = 32, 8
@@ -42,7 +42,7 @@ class Pictures(NamedTuple):
 
 def tars_of(store: Store) -> tuple[list[str], str | None]:
     """A store's tars in order of row, and the extension of their images, None for the usual ones."""
-    urls = shards_of(store, store.manifest()).table["tar_url"].to_pylist()
+    urls = present_shards(store, store.manifest()).table["tar_url"].to_pylist()
     if not urls or None in urls:
         raise ConfigError(f"{store.url} has no tars, so no pictures", "leave --bits and --images out")
     return [store.resolve(url) for url in urls], resolve(store, "embed", {}).embed.image_member
