@@ -31,7 +31,8 @@ class VectorSearch:
         self._entries: tuple[Ids, Float32] | None = None
 
     def nearest(self, vector: Array, count: int) -> tuple[Ids, Float32]:
-        """Ids int64 and similarities float32, [<= count] each, descending, ties by smaller id, of a vector [d]."""
+        """Ids int64 and similarities float32, [<= count] each, descending, ties by smaller id, of a vector [d]; of
+        nodes that a sample has."""
         query = vector.astype(np.float32) / np.linalg.norm(vector)
         ids, scores = self._all(query, count) if self.exact else self._walk(query, max(count, POOL))
         return ids[:count], np.clip(scores[:count], -1, 1)
@@ -40,6 +41,7 @@ class VectorSearch:
         ids, scores = np.empty(0, np.int64), np.empty(0, np.float32)
         for begin in range(0, len(self.graph), BLOCK):
             part = np.arange(begin, min(begin + BLOCK, len(self.graph)))
+            part = part[~self.graph.gone[part]]
             ids, scores = _best(np.append(ids, part), np.append(scores, self.graph.embeddings(part) @ query), count)
         return ids, scores
 
@@ -48,6 +50,7 @@ class VectorSearch:
             entries = np.linspace(0, len(self.graph) - 1, min(ENTRIES, len(self.graph))).astype(np.int64)
             self._entries = entries, self.graph.embeddings(entries)
         entries, vectors = self._entries
+        entries, vectors = (array[~self.graph.gone[entries]] for array in (entries, vectors))
         ids, scores = _best(entries, vectors @ query, pool)
         looked_at: Any = np.empty(0, np.int64)
         while True:

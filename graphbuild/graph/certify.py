@@ -7,21 +7,18 @@ shards. How recall is measured, its time and memory: graph/recall/recall.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
 from graphbuild.errors import QualityError, StageError
 from graphbuild.graph.recall.certificate import FAULTS, list_faults
-from graphbuild.graph.recall.metric import Rows
 from graphbuild.graph.recall.recall import certificate_of, facts_of, measure, sampled
 from graphbuild.graph.tasks import gone_nodes, nodes_entry
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, records
 from graphbuild.runner.state import require
 from graphbuild.store.layout import NEIGHBORS, SIMILARITIES, VECTORS, shard_name
-from graphbuild.store.sharded import Array, node_array
+from graphbuild.store.sharded import Array, Living, ShardedArray, node_array
 from graphbuild.store.shards import node_count, shards_of
 from graphbuild.store.store import Json, Store, Writer
 
@@ -69,30 +66,6 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
     ids = sampled(task.settings["sample"], task.settings["seed"], node_count(manifest))[number::slices]
     recalls, deficits = _measured(store, manifest, ids)
     return facts_of(recalls, deficits)
-
-
-@dataclass(frozen=True)
-class _Living:
-    """Vectors of all nodes but those that no sample has any more."""
-
-    rows: Rows
-    gone: Array
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def take(self, ids: Array) -> Array:
-        return self.rows.take(ids)
-
-    def parts(self) -> list[Rows]:
-        return [_Living(part, self.gone) for part in self.rows.parts()]
-
-    def blocks(self, rows: int) -> Iterator[tuple[int, Array]]:
-        for first, block in self.rows.blocks(rows):
-            there = np.flatnonzero(~self.gone[first : first + len(block)])
-            for run in np.split(there, np.flatnonzero(np.diff(there) > 1) + 1):
-                if len(run):
-                    yield first + int(run[0]), block[run[0] : run[-1] + 1]
 
 
 def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
@@ -150,10 +123,11 @@ def certify_afresh(store: Store, sample: int, seed: int) -> Json:
 def _measured(store: Store, manifest: Json, ids: Array) -> tuple[Array, Array]:
     """Recall and mean similarity deficit [n] of nodes `ids` [n]."""
     shards = shards_of(store, manifest)
-    vectors: Rows = node_array(store, shards, VECTORS)
+    every = node_array(store, shards, VECTORS)
+    vectors: ShardedArray | Living = every
     if manifest.get("gone"):
         gone = gone_nodes(store, shards.with_nodes.names)
-        vectors, ids = _Living(vectors, gone), ids[~gone[ids]]
+        vectors, ids = Living(every, gone), ids[~gone[ids]]
     listed = node_array(store, shards, NEIGHBORS).take(ids).astype(np.int64)
     check_lists(ids, listed, node_count(manifest))
     return measure(vectors, ids, listed)

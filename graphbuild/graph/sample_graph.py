@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.graph.certify import refuse_under_floor
+from graphbuild.graph.tasks import gone_nodes
 from graphbuild.nodes.samples import MORE
 from graphbuild.store.layout import BACKGROUND, BASIS, NEIGHBORS, SAMPLES, SIMILARITIES, SKETCH, VECTORS
 from graphbuild.store.sharded import ShardedArray, node_array
@@ -72,6 +73,13 @@ class SampleGraph:
         return node_array(self._store, self._shards, pattern)
 
     @cached_property
+    def gone(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """bool [M]: nodes that no sample has any more, for its tar is gone; no other node's list names one."""
+        if not self._manifest.get("gone"):
+            return np.zeros(len(self), bool)
+        return gone_nodes(self._store, self._shards.with_nodes.names)
+
+    @cached_property
     def _embeddings(self) -> ShardedArray:
         return self._array(VECTORS)
 
@@ -121,9 +129,11 @@ class SampleGraph:
 
     @cached_property
     def in_degrees(self) -> Ids:
-        """How many lists name each node, int64 [M]. One pass over the lists; 8 bytes a node."""
+        """How many lists name each node, int64 [M], but for those of nodes that are `gone`. One pass over the lists; 8
+        bytes a node."""
         counts = np.zeros(len(self), np.int64)
-        for _, ids, _ in self.edge_blocks():
+        for first, ids, _ in self.edge_blocks():
+            ids = ids[~self.gone[first : first + len(ids)]]
             np.add.at(counts, ids.reshape(-1), 1)  # a bincount would go over all nodes for every shard
         return counts
 

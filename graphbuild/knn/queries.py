@@ -10,7 +10,7 @@ import numpy as np
 
 from graphbuild.knn.device import offer
 from graphbuild.knn.products import unit
-from graphbuild.store.sharded import Array, ShardedArray
+from graphbuild.store.sharded import Array, Living, ShardedArray
 
 BLOCK_ROWS = 8_192
 SPARE = 16  # more than k are scored again: rounding may only decide between more than so many ties
@@ -18,7 +18,7 @@ PAIRS = 16_384
 
 
 def search(
-    vectors: ShardedArray, queries: Array, *, k: int | None, least: float = -1.0, device: str = "cpu"
+    vectors: ShardedArray | Living, queries: Array, *, k: int | None, least: float = -1.0, device: str = "cpu"
 ) -> tuple[Array, Array, Array]:
     """Of each query the k nearest nodes (None: all) whose cosine, as float32, is at least `least`.
 
@@ -52,7 +52,7 @@ def search(
     return places[order], ids[order], scores[order]
 
 
-def _cosines(vectors: ShardedArray, queries: Array, places: Array, ids: Array) -> Array:
+def _cosines(vectors: ShardedArray | Living, queries: Array, places: Array, ids: Array) -> Array:
     """The cosine float32 [p] of each pair, from float64 sums of the stored float16 numbers."""
     result = np.empty(len(ids), np.float32)
     for begin in range(0, len(ids), PAIRS):

@@ -100,26 +100,32 @@ class Catalog:
         return found[0]
 
     def samples(self, key: str) -> list[Sample]:
-        """All samples of that key."""
-        found = []
-        for number, keys in enumerate(self._key_ranges):
+        """All samples of that key; of tars that are gone only where there are no others."""
+        found: dict[bool, list[Sample]] = {False: [], True: []}
+        gone = set(self.store.manifest().get("gone", []))
+        for number, (name, keys) in enumerate(zip(self._shards.names, self._key_ranges, strict=True)):
             if keys is None or keys[0] <= key <= keys[1]:
                 table = self._samples(number)
-                found += [self._sample(number, at) for at in _positions(table["key"], key)]
-        return found
+                found[name in gone] += [self._sample(number, at) for at in _positions(table["key"], key)]
+        return found[False] or found[True]
 
     def sample_of(self, node: int) -> Sample | None:
         """The first sample of a node; None of ready vectors, which have no samples."""
-        number = self._shard_of(node)
-        if not self.has_samples:
+        own = self._shard_of(node)
+        if not self.has_samples or self.graph.gone[node]:
             return None
+        others = (number for number in range(len(self._shards)) if number > own)  # where the tar of the first is gone
+        return next(self._sample(number, at) for number in (own, *others) for at in self._positions_of(node, number))
+
+    def _positions_of(self, node: int, number: int) -> list[int]:
+        """Where a node's samples are in a shard."""
         table = self._samples(number)
         positions = _positions(table["node"], node)
         if MORE in table.column_names:
             more = table[MORE].combine_chunks()
             behind = _positions(pa.chunked_array([pc.struct_field(more.flatten(), "node")]), node)
             positions = sorted(positions + pc.list_parent_indices(more).take(pa.array(behind, pa.int64())).to_pylist())
-        return self._sample(number, positions[0])
+        return positions
 
     def image(self, sample: Sample, pixels: int) -> bytes | None:
         """The sample's image as a new JPEG of at most [pixels, pixels]; None when it has none that can be read.
@@ -190,7 +196,8 @@ class Catalog:
         if sample is not None:
             if sample.node is None:
                 raise InputError(
-                    f"sample {key!r} has no usable caption, so no node", "see rejected/scan/ and rejected/assign/"
+                    f"sample {key!r} has no usable caption, or its tar is gone, so it has no node",
+                    "see rejected/scan/ and rejected/assign/, and `gone` in manifest.json",
                 )
             node = sample.node
         assert node is not None

@@ -137,7 +137,9 @@ def _recipe(store: Store, manifest: Json) -> Iterator[str]:
 def _records(store: Store, step: Step, manifest: Json, checked: Checked) -> dict[str, Json]:
     """The sound records of a step's finished tasks by their names, also of inputs that are gone; they and their files
     are checked."""
-    stage, problems, done, gone = step.name, [], {}, {}
+    stage, problems = step.name, []
+    done: dict[str, Json] = {}
+    gone: dict[str, Json] = {}
     paths = sorted(path for path in store.sizes(STATE.format(stage)) if path.endswith(".json"))
     with ThreadPoolExecutor(READERS) as threads:
         read = list(threads.map(lambda path: _sealed_json(store, path), paths))

@@ -107,6 +107,29 @@ class ShardedArray:
         return result.reshape(*np.shape(ids), self.width)
 
 
+class Living:
+    """An array of all nodes, as a search sees it: without the rows of nodes that are `gone`, bool [N]."""
+
+    def __init__(self, array: ShardedArray, gone: Array) -> None:
+        self._array, self._gone, self.width = array, gone, array.width
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def take(self, ids: Array) -> Array:
+        return self._array.take(ids)
+
+    def parts(self) -> list[Living]:
+        return [self]
+
+    def blocks(self, rows: int) -> Iterator[tuple[int, Array]]:
+        """As `ShardedArray.blocks`, cut where nodes are gone."""
+        for first, block in self._array.blocks(rows):
+            there = np.flatnonzero(~self._gone[first : first + len(block)])
+            for run in np.split(there, np.flatnonzero(np.diff(there) > 1) + 1) if len(there) else ():
+                yield first + int(run[0]), block[run[0] : run[-1] + 1]
+
+
 def node_array(store: Store, shards: Shards, pattern: str) -> ShardedArray:
     """The array of all nodes whose shard files are named by `pattern`, as in "graph/{}.neighbors.npy"."""
     return ShardedArray(store, shards.with_nodes.names, shards.with_nodes.column("nodes"), pattern)

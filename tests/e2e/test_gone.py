@@ -108,8 +108,7 @@ def test_a_tar_that_goes_leaves_all_other_numbers_and_no_trace_in_the_lists(
     (tars / "1.tar").unlink()
     refused(graphbuild("embed", store, "--workers", 0), "no longer in the input: 00001", "1.tar", "--force")
     assert samples(store) == before
-    said = graphbuild("embed", store, "--workers", 0, "--force")
-    succeeded(said)
+    succeeded(graphbuild("embed", store, "--workers", 0, "--force"))
     after = samples(store)
     gone = range(len(parts[0]), len(parts[0]) + len(parts[1]))
     assert {row: line for row, line in after.items() if row not in gone} == {
@@ -134,6 +133,17 @@ def test_a_tar_that_goes_leaves_all_other_numbers_and_no_trace_in_the_lists(
     ]
     assert "1.tar" not in json.loads((store / "shards/sizes.json").read_text())
     succeeded(graphbuild("verify", store))
+    # Searches find no node of the tar, and of a text that it had first the sample that is left.
+    shared, only_there = parts[1][-1], parts[1][10]
+    for text, there in ((shared, True), (only_there, False)):
+        said = succeeded(graphbuild("neighbors", store, "--text", text, "--count", 3))
+        assert (text in said) == there, said
+        (tmp_path / "asked.tsv").write_text(f"caption\n{text}\n")
+        succeeded(graphbuild("match", store, "--captions", tmp_path / "asked.tsv"))
+        matched = pq.read_table(next((store / "match").glob("*.parquet"))).to_pylist()
+        assert (text in [line["caption"] for line in matched]) == there
+        assert not {line["key"] for line in matched} & {f"1{place:04d}" for place in range(len(parts[1]))}
+    assert "2 samples" not in said
     # And it comes back, as it was.
     write_tar(tars / "1.tar", parts[1])
     succeeded(graphbuild("embed", store, "--workers", 0))

@@ -25,7 +25,7 @@ from graphbuild.recipe import flag
 from graphbuild.sources.paths import part_inputs
 from graphbuild.store.files import file_identities
 from graphbuild.store.layout import TEXTS, VECTORS
-from graphbuild.store.sharded import node_array
+from graphbuild.store.sharded import Living, ShardedArray, node_array
 from graphbuild.store.shards import shards_of
 from graphbuild.store.store import Json, Store
 
@@ -245,7 +245,8 @@ def _ask(
     """All queries (`at`: their order; QUERY; text), and the pairs that are found: at, node and similarity, best first.
     Nothing is searched where neither k nor `least` is given."""
     store, device = Store(graph.url), "cuda" if gpu_here() else "cpu"
-    vectors = node_array(store, shards_of(store, store.manifest()), VECTORS)
+    every = node_array(store, shards_of(store, store.manifest()), VECTORS)
+    vectors: ShardedArray | Living = Living(every, graph.gone) if graph.gone.any() else every
     asked: list[pa.Table] = [QUERY.append(pa.field("text", pa.string())).empty_table()]
     pairs = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
     begin = 0

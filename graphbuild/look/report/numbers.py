@@ -201,22 +201,24 @@ def repeated_images(store: Store) -> list[Json]:
 
 def edge_numbers(graph: SampleGraph, catalog: Catalog) -> Json:
     """Histograms: similarity of edges and of random pairs, of the k-th neighbour, in-degree; and what follows."""
-    total, k = len(graph), graph.k
+    living, k = np.flatnonzero(~graph.gone), graph.k
+    total = len(living)
     rng = np.random.default_rng(0)
-    indegree = graph.in_degrees
+    indegree = graph.in_degrees[living]
     last = np.zeros(len(BINS) - 1, np.int64)
     first_duplicates = 0
-    for _, _, values in graph.edge_blocks():
+    for first, _, values in graph.edge_blocks():
+        values = values[~graph.gone[first : first + len(values)]]
         last += np.histogram(values[:, -1].astype(np.float32), BINS)[0]
         first_duplicates += int((values[:, 0] >= DUPLICATE).sum())
-    nodes = np.sort(rng.choice(total, min(EDGE_NODES, total), replace=False))
+    nodes = living[np.sort(rng.choice(total, min(EDGE_NODES, total), replace=False))]
     _, similarities = graph.neighbors(nodes)
-    pairs = rng.integers(0, total, (PAIRS, 2))
+    pairs = living[rng.integers(0, total, (PAIRS, 2))]
     pairs = pairs[pairs[:, 0] != pairs[:, 1]]
     parts = np.array_split(pairs, max(len(pairs) // 10_000, 1))
     products = [(graph.embeddings(part[:, 0]) * graph.embeddings(part[:, 1])).sum(axis=1) for part in parts]
     random = np.clip(np.concatenate(products), -1, 1)
-    hubs = np.lexsort((np.arange(total), -indegree))[:SHOWN]
+    hubs = np.lexsort((living, -indegree))[:SHOWN]
     deviation = float(indegree.std())
     return {
         "nodes": total,
@@ -235,8 +237,8 @@ def edge_numbers(graph: SampleGraph, catalog: Catalog) -> Json:
         "indegree_skewness": float(((indegree - k) ** 3).mean()) / deviation**3 if deviation else 0.0,
         "no_indegree": int((indegree == 0).sum()),
         "hubs": [
-            {"node": hub.node, "indegree": int(indegree[hub.node]), "text": hub.text}
-            for hub in catalog.describe(hubs, np.zeros(len(hubs)))
+            {"node": hub.node, "indegree": int(indegree[at]), "text": hub.text}
+            for at, hub in zip(hubs, catalog.describe(living[hubs], np.zeros(len(hubs))), strict=True)
         ],
     }
 
