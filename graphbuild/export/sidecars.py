@@ -99,9 +99,16 @@ def named_image(recipe: Recipe) -> Json:
 
 
 def sidecar_table(
+    store: Store, manifest: Json, samples: pa.Table, embeddings: EmbeddingKind, **header: Any
+) -> pa.Table:
+    """The sidecar of some samples, in their order; samples as for `sidecar_columns`, header as for `titled`."""
+    return titled(sidecar_columns(store, manifest, samples, embeddings), store, manifest, embeddings, **header)
+
+
+def titled(
+    columns: pa.Table,
     store: Store,
     manifest: Json,
-    samples: pa.Table,
     embeddings: EmbeddingKind,
     *,
     shard: str,
@@ -109,8 +116,7 @@ def sidecar_table(
     chunk: int | None = None,
     image_member: str | None = None,
 ) -> pa.Table:
-    """The sidecar of some samples, in their order; samples: row, key, node, caption, image_offset, image_size, and of
-    several captions weight and MORE, as in samples/."""
+    """Columns of a sidecar with its header."""
     header = SidecarHeader(
         encoder=manifest["embeddings"]["encoder"],
         d=manifest["embeddings"]["d"],
@@ -119,24 +125,44 @@ def sidecar_table(
         graph=manifest["graph"]["fingerprint"],
         shard=shard,
         tar=tar,
-        rows=len(samples),
+        rows=len(columns),
         chunk=chunk,
         sketch_steps=sketch.steps(store.array(BASIS)).tolist() if embeddings == "sketch:64" else None,
         image_member=image_member,
     )
+    return columns.replace_schema_metadata(header.metadata())
+
+
+def sidecar_columns(store: Store, manifest: Json, samples: pa.Table, embeddings: EmbeddingKind) -> pa.Table:
+    """The columns of the sidecar of some samples, in their order; samples: row, key, node, caption, image_offset,
+    image_size, and of several captions weight and MORE, as in samples/."""
     plural = MORE in samples.column_names
-    schema = sidecar_schema(header.d, header.k, embeddings, plural=plural)
+    schema = sidecar_schema(manifest["embeddings"]["d"], manifest["graph"]["k"], embeddings, plural=plural)
     own = [field for field in schema if field.name != MORE]
     columns = _gathered(store, manifest, samples, own, embeddings)
     if plural:
         more = samples[MORE].combine_chunks()
-        kind = schema.field(MORE).type
         texts = pa.Table.from_struct_array(more.flatten())
-        values = _gathered(store, manifest, texts, list(kind.value_type), embeddings)
-        inner = pa.StructArray.from_arrays(values, fields=list(kind.value_type))
-        lengths = pc.fill_null(pc.list_value_length(more), 0).to_numpy(zero_copy_only=False)
-        columns.append(pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]), inner, type=kind))
-    return pa.table(columns, schema=schema.with_metadata(header.metadata()))
+        inner = list(schema.field(MORE).type.value_type)
+        values = pa.StructArray.from_arrays(_gathered(store, manifest, texts, inner, embeddings), fields=inner)
+        columns.append(_listed(more, values))
+    return pa.table(columns, schema=schema)
+
+
+def as_sidecar(rows: pa.Table, manifest: Json, embeddings: EmbeddingKind) -> pa.Table:
+    """The columns of one sidecar out of rows of several, of which some may be of samples with several captions."""
+    plural = MORE in rows.column_names
+    schema = sidecar_schema(manifest["embeddings"]["d"], manifest["graph"]["k"], embeddings, plural=plural)
+    columns = {field.name: rows[field.name].combine_chunks() for field in schema}
+    if plural:
+        columns[MORE] = _listed(columns[MORE], columns[MORE].flatten())
+    return pa.table(columns, schema=schema)
+
+
+def _listed(more: pa.Array, values: pa.Array) -> pa.Array:
+    """Lists of these values, as long as those in a column; empty in place of null."""
+    lengths = pc.fill_null(pc.list_value_length(more), 0).to_numpy(zero_copy_only=False)
+    return pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]), values, type=pa.list_(values.type))
 
 
 def _gathered(
