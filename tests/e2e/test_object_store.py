@@ -46,10 +46,10 @@ class S3(NamedTuple):
     environment: dict[str, str]
     url: str
 
-    def objects(self, prefix: str) -> dict[str, bytes]:
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket="jobs", Prefix=f"{prefix}/")
+    def objects(self, prefix: str, bucket: str = "jobs") -> dict[str, bytes]:
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/")
         keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
-        read = {key: self.client.get_object(Bucket="jobs", Key=key)["Body"].read() for key in keys}
+        read = {key: self.client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys}
         return {key.removeprefix(f"{prefix}/"): content for key, content in read.items()}
 
     def digests(self, prefix: str) -> dict[str, str]:
