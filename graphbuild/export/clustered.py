@@ -13,6 +13,7 @@ run, and writes clustered/<tar>.tar with its sidecar. Memory: the sidecar rows o
 
 from __future__ import annotations
 
+import itertools
 import os
 import tarfile
 
@@ -21,9 +22,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from graphbuild.errors import ConfigError
-from graphbuild.export.runs import SCRATCH, copy_samples, cut, read_rows, write_run
+from graphbuild.export.runs import SCRATCH, copy_samples, laid_out, read_rows, write_run
 from graphbuild.export.sidecar import TarIdentity
-from graphbuild.export.sidecars import as_sidecar, named_image, sidecar_columns, titled
+from graphbuild.export.sidecars import named_image, sidecar_columns, titled
 from graphbuild.export.tarwriter import check_members
 from graphbuild.graph.certify import require_graph
 from graphbuild.graph.select.selection import decided_by, selection_of
@@ -38,6 +39,7 @@ from graphbuild.store.store import Json, Store, Writer
 FOLDER = "clustered"
 PLACES = f"{SCRATCH}/places.npy"
 SIZES = f"{FOLDER}/sizes.json"
+RUNS, RUN_SAMPLES = 256, 400_000  # a new tar is read from each; a task holds so many sidecar rows
 GROUP = 8  # samples that NeighborOrder groups, at most
 
 
@@ -97,13 +99,12 @@ def plan_scatter(recipe: Recipe, store: Store) -> list[Task]:
     shards, given = shards_with_tars(store, "clustered"), given_urls(recipe.embed.shards)
     settings, built, total = _of_tars(recipe, store, shards)
     tasks = []
-    for number, (begin, end) in enumerate(_runs(shards)):
+    for number, (begin, end) in enumerate(runs(shards)):
         run = shards.table.slice(begin, end - begin)
         urls = [given.get(url, store.resolve(url)) for url in run["tar_url"].to_pylist()]
         tars = run.select(["shard", "first_row", "samples", "tar_sha256"]).to_pylist()
-        built = {**built, "places": total, "tars": tars}
-        name = shard_name(number)
-        tasks.append(Task(stage="scatter", name=name, settings=settings, built=built, hints={"urls": urls}))
+        read, name = {**built, "places": total, "tars": tars}, shard_name(number)
+        tasks.append(Task(stage="scatter", name=name, settings=settings, built=read, hints={"urls": urls}))
     return tasks
 
 
@@ -116,17 +117,17 @@ def run_scatter(task: Task, store: Store, writer: Writer) -> Json:
         places = store.rows(PLACES, tar["first_row"], tar["first_row"] + tar["samples"])
         samples = samples if selection is None else selection.applied(samples)
         parts.append((samples.append_column("place", pa.array(places)).filter(pa.array(places >= 0)), url))
-
-    def columns(samples: pa.Table) -> pa.Table:
-        return sidecar_columns(store, manifest, samples, task.settings["embeddings"])
-
-    size, total = task.settings["shard_size"], task.built["places"]
-    write_run(writer, task.name, parts, columns, np.arange(0, total + size, size))
+    size, total, embeddings = task.settings["shard_size"], task.built["places"], task.settings["embeddings"]
+    bounds = np.arange(0, total + size, size)
+    write_run(writer, task.name, parts, bounds, lambda part: sidecar_columns(store, manifest, part, embeddings))
     return {}
 
 
-def _runs(shards: Shards) -> list[tuple[int, int]]:
-    return cut(shards.column("first_row"), int(shards.column("samples").sum()))
+def runs(shards: Shards) -> list[tuple[int, int]]:
+    """The old tars (begin, end) of each run: RUNS of them, or more where those would have over RUN_SAMPLES samples."""
+    length = max(min(-(-int(shards.column("samples").sum()) // RUNS), RUN_SAMPLES), 1)
+    begins = np.unique(shards.column("first_row") // length, return_index=True)[1].tolist()
+    return list(itertools.pairwise([*begins, len(shards)]))
 
 
 def _of_tars(recipe: Recipe, store: Store, shards: Shards) -> tuple[Json, Json, int]:
@@ -146,7 +147,7 @@ def plan_cluster(recipe: Recipe, store: Store) -> list[Task]:
     settings, built, total = _of_tars(recipe, store, shards)
     built |= named_image(recipe)
     built["tars"] = digest(shards.table["tar_sha256"].to_pylist())
-    size, hints = settings["shard_size"], {"runs": len(_runs(shards))}
+    size, hints = settings["shard_size"], {"runs": len(runs(shards))}
     return [
         Task(
             stage="cluster",
@@ -161,10 +162,7 @@ def plan_cluster(recipe: Recipe, store: Store) -> list[Task]:
 
 def run_cluster(task: Task, store: Store, writer: Writer) -> Json:
     rows = read_rows(store, task.hints["runs"], task.built["places"][0] // task.settings["shard_size"])
-    order, lengths = np.argsort(rows["place"].to_numpy()), rows["bytes"].to_numpy()
-    ends = np.cumsum(lengths[order])
-    begins = np.empty(len(rows), np.int64)
-    begins[order] = ends - lengths[order]
+    order, begins, ends = laid_out(rows["place"].to_numpy(), rows["bytes"].to_numpy())
     name = f"{FOLDER}/{task.name}.tar"
     with writer.file(name) as path:
         copy_samples(store, rows, begins, path)
@@ -174,17 +172,8 @@ def run_cluster(task: Task, store: Store, writer: Writer) -> Json:
     identity = TarIdentity(name=f"{task.name}.tar", bytes=tar.bytes, sha256=tar.sha256)
     offsets = pc.add(rows["image_offset"], pa.array(begins))
     rows = rows.set_column(rows.column_names.index("image_offset"), "image_offset", offsets).take(pa.array(order))
-    manifest, embeddings = store.manifest(), task.settings["embeddings"]
-    table = titled(
-        as_sidecar(rows, manifest, embeddings),
-        store,
-        manifest,
-        embeddings,
-        shard=task.name,
-        tar=identity,
-        chunk=task.settings["chunk"],
-        image_member=task.built.get("image_member"),
-    )
+    about = {"chunk": task.settings["chunk"], "image_member": task.built.get("image_member")}
+    table = titled(rows, store, store.manifest(), task.settings["embeddings"], shard=task.name, tar=identity, **about)
     writer.table(f"{FOLDER}/{task.name}.graph.parquet", table)
     return {"counts": {"samples": len(table), "without_node": table["node"].null_count}}
 

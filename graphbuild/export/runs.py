@@ -4,8 +4,8 @@ A run has two files, which are scratch. In MOVED lie its samples as they will li
 that those of one new tar are one range of bytes. ROWS has an Arrow stream for each new tar, a row a sample, behind
 int64 [tars + 1, 2]: where the stream of each begins, and where its samples begin in MOVED.
 
-No more files are open than one that is read and one that is written. Memory: the rows of a run or a new tar, and
-PIECE_BYTES. A new tar costs three reads a run, or more where the run's part of it is longer than PIECE_BYTES.
+At most one file is open that is read, and one that is written. Memory: the rows of a run or a new tar, and AT_ONCE
+pieces. A new tar costs three reads a run, or more where the run's part of it is longer than a piece.
 """
 
 from __future__ import annotations
@@ -19,50 +19,29 @@ import numpy as np
 import pyarrow as pa
 
 from graphbuild.errors import StageError
-from graphbuild.export.tarwriter import PIECE_BYTES, copied_bytes, copies
+from graphbuild.export.tarwriter import copied_bytes, copies, pieces
 from graphbuild.store.layout import shard_name
 from graphbuild.store.sharded import Array
 from graphbuild.store.store import Store, Writer
 
 KEY = "{:012d}"  # of a row, in the new tars
-RUNS = 256
-RUN_SAMPLES = 400_000
 SCRATCH = "_work_clustered"
 MOVED = f"{SCRATCH}/{{}}.moved"
 ROWS = f"{SCRATCH}/{{}}.rows"
+AT_ONCE = 8  # pieces that are read side by side
+Part = tuple[pa.Table, str]
+Columns = Callable[[pa.Table], pa.Table]
 
 
-def cut(first_rows: Array, samples: int) -> list[tuple[int, int]]:
-    """The old tars (begin, end) of each run: RUNS of them, or more where those would have over RUN_SAMPLES samples.
+def write_run(writer: Writer, name: str, parts: Sequence[Part], bounds: Array, columns: Columns) -> None:
+    """Write the run of some old tars: the samples of each, in its order, and its URL.
 
-    first_rows: int64 [S], ascending, of the samples' rows in each tar.
-    """
-    length = max(min(-(-samples // RUNS), RUN_SAMPLES), 1)
-    begins = np.unique(first_rows // length, return_index=True)[1].tolist()
-    return list(itertools.pairwise([*begins, len(first_rows)]))
-
-
-def write_run(
-    writer: Writer,
-    name: str,
-    parts: Sequence[tuple[pa.Table, str]],
-    columns: Callable[[pa.Table], pa.Table],
-    bounds: Array,
-) -> None:
-    """Write the run of some old tars, each given as its samples, in its order, and its URL.
-
-    samples: the columns of samples/, and place, int64. columns: what the new tar's sidecar says of samples, whose key
-    is the new one, and whose image lies in the sample. bounds: the first place of each new tar, and the last's end.
-
-    Raises:
-        ShardError: a tar is gone, cannot be read, or has other members than those.
+    samples: the columns of samples/, and place, int64. bounds: the first place of each new tar, and the last one's end.
+    columns: what a sidecar says of samples, here with the new key, and places in the sample's own bytes. As `copies`.
     """
     place = np.concatenate([samples["place"].to_numpy() for samples, _ in parts])
     lengths = np.concatenate([copied_bytes(samples, KEY.format(0)) for samples, _ in parts])
-    order = np.argsort(place)
-    ends = np.cumsum(lengths[order])
-    begins = np.empty(len(place), np.int64)
-    begins[order] = ends - lengths[order]
+    order, begins, ends = laid_out(place, lengths)
     tables: list[pa.Table] = []
     with writer.file(MOVED.format(name), durable=False) as path, path.open("r+b") as file:
         for samples, url in parts:
@@ -80,8 +59,7 @@ def write_run(
     rows = pa.concat_tables(tables, promote_options="default").combine_chunks()  # some have several captions a sample
     cuts = np.searchsorted(place[order], bounds)
     with writer.file(ROWS.format(name), durable=False) as path, path.open("r+b") as file:
-        streams = [16 * len(cuts)]
-        file.seek(streams[0])
+        streams = [file.seek(16 * len(cuts))]
         for begin, end in itertools.pairwise(cuts):
             if begin < end:
                 with pa.ipc.new_stream(file, rows.schema) as stream:
@@ -89,6 +67,15 @@ def write_run(
             streams.append(file.tell())
         file.seek(0)
         file.write(np.stack([streams, np.concatenate([[0], ends])[cuts]], axis=1).tobytes())
+
+
+def laid_out(place: Array, lengths: Array) -> tuple[Array, Array, Array]:
+    """Samples [n] in order of place: their order, and where each begins, in their own order; and the ends, in that."""
+    order = np.argsort(place)
+    ends = np.cumsum(lengths[order])
+    begins = np.empty(len(order), np.int64)
+    begins[order] = ends - lengths[order]
+    return order, begins, ends
 
 
 def read_rows(store: Store, runs: int, number: int) -> pa.Table:
@@ -106,28 +93,21 @@ def read_rows(store: Store, runs: int, number: int) -> pa.Table:
         rows = pa.ipc.open_stream(content).read_all()
         lengths = rows["bytes"].to_numpy()
         tables.append(_with(rows, run=np.full(len(rows), run), begin=begins[run, 1] + np.cumsum(lengths) - lengths))
-    return pa.concat_tables(tables, promote_options="default").combine_chunks()
+    return pa.concat_tables(tables, promote_options="default")
 
 
 def copy_samples(store: Store, rows: pa.Table, targets: Array, path: Path) -> None:
-    """Write the samples that `read_rows` tells of to these places of a file, int64 [n].
-
-    Raises:
-        StageError: a sample is not what was written.
-    """
+    """Write samples [n], by `read_rows`, to these places of a file, int64 [n]; StageError for one that was damaged."""
     run, begins, lengths, sums = (rows[name].to_numpy() for name in ("run", "begin", "bytes", "sum"))
-    until, first = np.cumsum(lengths), 0
+    ends, apart = begins + lengths, run << 50
+    spans = list(pieces(begins + apart, ends + apart))  # each of one run, whose part lies in one piece
     with path.open("r+b") as file:
-        while first < len(rows):
-            end = int(np.searchsorted(until, until[first] - lengths[first] + PIECE_BYTES, side="right"))
-            end = max(end, first + 1)
-            heads = first + np.unique(run[first:end], return_index=True)[1]
-            lasts = np.array([*heads[1:], end]) - 1
-            names = [MOVED.format(shard_name(run[i])) for i in heads]
-            contents = store.ranges(names, begins[heads].tolist(), (begins + lengths)[lasts].tolist())
-            for head, last, name, content in zip(heads, lasts, names, map(memoryview, contents), strict=True):
-                for i in range(head, last + 1):
-                    copy = content[begins[i] - begins[head] :][: lengths[i]]
+        for some in (spans[i : i + AT_ONCE] for i in range(0, len(spans), AT_ONCE)):
+            places = [(MOVED.format(shard_name(run[i])), int(begins[i]), int(ends[stop - 1])) for i, stop in some]
+            contents = store.ranges(*map(list, zip(*places, strict=True)))
+            for (name, first, _), content, span in zip(places, contents, some, strict=True):
+                for i in range(*span):
+                    copy = memoryview(content)[begins[i] - first : ends[i] - first]
                     if zlib.crc32(copy) != sums[i]:
                         raise StageError(
                             f"{store.display(name)} was damaged after it was written, at byte {begins[i]:,}",
@@ -135,7 +115,6 @@ def copy_samples(store: Store, rows: pa.Table, targets: Array, path: Path) -> No
                         )
                     file.seek(targets[i])
                     file.write(copy)
-            first = end
 
 
 def _with(table: pa.Table, **columns: Array | pa.Array) -> pa.Table:

@@ -105,32 +105,26 @@ def sidecar_table(
     return titled(sidecar_columns(store, manifest, samples, embeddings), store, manifest, embeddings, **header)
 
 
-def titled(
-    columns: pa.Table,
-    store: Store,
-    manifest: Json,
-    embeddings: EmbeddingKind,
-    *,
-    shard: str,
-    tar: TarIdentity | None,
-    chunk: int | None = None,
-    image_member: str | None = None,
-) -> pa.Table:
-    """Columns of a sidecar with its header."""
+def titled(rows: pa.Table, store: Store, manifest: Json, embeddings: EmbeddingKind, **more: Any) -> pa.Table:
+    """A sidecar of rows of one or of several, of which some may be of samples with several captions.
+
+    more: what else its `SidecarHeader` says: shard, tar, chunk, image_member.
+    """
     header = SidecarHeader(
         encoder=manifest["embeddings"]["encoder"],
         d=manifest["embeddings"]["d"],
         k=manifest["graph"]["k"],
         embeddings=embeddings,
         graph=manifest["graph"]["fingerprint"],
-        shard=shard,
-        tar=tar,
-        rows=len(columns),
-        chunk=chunk,
+        rows=len(rows),
         sketch_steps=sketch.steps(store.array(BASIS)).tolist() if embeddings == "sketch:64" else None,
-        image_member=image_member,
+        **more,
     )
-    return columns.replace_schema_metadata(header.metadata())
+    schema = sidecar_schema(header.d, header.k, embeddings, plural=MORE in rows.column_names)
+    columns = {field.name: rows[field.name].combine_chunks() for field in schema}
+    if MORE in columns:
+        columns[MORE] = _listed(columns[MORE], columns[MORE].flatten())
+    return pa.table(columns, schema=schema.with_metadata(header.metadata()))
 
 
 def sidecar_columns(store: Store, manifest: Json, samples: pa.Table, embeddings: EmbeddingKind) -> pa.Table:
@@ -146,16 +140,6 @@ def sidecar_columns(store: Store, manifest: Json, samples: pa.Table, embeddings:
         inner = list(schema.field(MORE).type.value_type)
         values = pa.StructArray.from_arrays(_gathered(store, manifest, texts, inner, embeddings), fields=inner)
         columns.append(_listed(more, values))
-    return pa.table(columns, schema=schema)
-
-
-def as_sidecar(rows: pa.Table, manifest: Json, embeddings: EmbeddingKind) -> pa.Table:
-    """The columns of one sidecar out of rows of several, of which some may be of samples with several captions."""
-    plural = MORE in rows.column_names
-    schema = sidecar_schema(manifest["embeddings"]["d"], manifest["graph"]["k"], embeddings, plural=plural)
-    columns = {field.name: rows[field.name].combine_chunks() for field in schema}
-    if plural:
-        columns[MORE] = _listed(columns[MORE], columns[MORE].flatten())
     return pa.table(columns, schema=schema)
 
 

@@ -19,7 +19,7 @@ from graphbuild.sources.ranges import TarRanges
 from graphbuild.sources.tars import Member, add_member, member_header
 from graphbuild.store.sharded import Array
 
-PIECE_BYTES = 32 << 20  # that are read at once
+PIECE_BYTES = 16 << 20  # that are read at once
 GAP_BYTES = 1 << 20  # that are not read where no sample lies in them
 Extra = Callable[[int], tuple[str, bytes] | None]
 
@@ -30,7 +30,7 @@ def write_tar(path: Path, samples: pa.Table, tar: str, extra: Extra) -> None:
     with tarfile.open(path, "w") as archive:
         keys = samples["key"].to_pylist()
         for i, (copy, _, _) in enumerate(copies(samples, tar, keys)):
-            archive.fileobj.write(copy)  # type: ignore[union-attr]
+            archive.fileobj.write(copy)
             archive.offset += len(copy)
             more = extra(i)
             if more is not None:
@@ -50,10 +50,11 @@ def copies(samples: pa.Table, tar: str, keys: Sequence[str]) -> Iterator[tuple[b
     bounds = np.concatenate([[0], np.cumsum(members.value_lengths().to_numpy())])
     offsets, sizes = (pc.struct_field(members.flatten(), name).to_numpy() for name in ("offset", "size"))
     starts, ends = offsets[bounds[:-1]] - tarfile.BLOCKSIZE, (offsets + sizes)[bounds[1:] - 1]
-    for begin, end in _pieces(starts, ends):
+    for begin, end in pieces(starts, ends):
         piece = ranges.read(np.zeros(1, np.int64), starts[begin : begin + 1], ends[end - 1 : end])[0]
         for row, key in zip(samples.slice(begin, end - begin).to_pylist(), keys[begin:end], strict=True):
-            blocks, length, image = [], 0, (-1, -1)
+            blocks: list[bytes | memoryview] = []
+            length, image = 0, (-1, -1)
             for member in (Member(**fields) for fields in row["members"]):
                 name, extension = f"{row['key']}.{member.extension}", member.extension
                 content = _content(piece, member, int(starts[begin]), name, tar)
@@ -68,20 +69,14 @@ def copies(samples: pa.Table, tar: str, keys: Sequence[str]) -> Iterator[tuple[b
 
 def copied_bytes(samples: pa.Table, key: str) -> Array:
     """The length of what `copies` gives for each of samples [n] under a key as long as that one, int64 [n]."""
-    members, headers = samples["members"].combine_chunks(), dict[tuple[str, bool], int]()
-    flat, lengths = members.flatten(), []
-    for extension, size in zip(
-        *(pc.struct_field(flat, name).to_pylist() for name in ("extension", "size")), strict=True
-    ):
-        kind = extension, size >= 8**11  # of which a header is longer
-        if kind not in headers:
-            headers[kind] = len(member_header(f"{key}.{extension}", size))
-        lengths.append(headers[kind] + size + -size % tarfile.BLOCKSIZE)
-    sums = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return np.diff(sums[np.concatenate([[0], np.cumsum(members.value_lengths().to_numpy())])])
+
+    def length(extension: str, offset: int, size: int) -> int:
+        return len(member_header(f"{key}.{extension}", size)) + size + -size % tarfile.BLOCKSIZE
+
+    return np.array([sum(length(**one) for one in members) for members in samples["members"].to_pylist()], np.int64)
 
 
-def _pieces(starts: Array, ends: Array) -> Iterator[tuple[int, int]]:
+def pieces(starts: Array, ends: Array) -> Iterator[tuple[int, int]]:
     """(begin, end) of samples that are read at once, whose bytes lie at starts..ends-1 [n], ascending."""
     begin = 0
     for i in range(1, len(starts) + 1):

@@ -137,11 +137,8 @@ class Store:
 
     def ranges(self, names: Sequence[str], begins: Sequence[int], ends: Sequence[int]) -> list[bytes]:
         """Bytes begin..end-1 of each file, fewer at its end; of an object store side by side."""
-        if not names:
-            return []
         with reaching(self.display(names[0])):
-            paths = [self.path(name) for name in names]
-            return list(self.fs.cat_ranges(paths, begins, ends, on_error="raise"))
+            return list(self.fs.cat_ranges([self.path(name) for name in names], begins, ends, on_error="raise"))
 
     def local_copy(self, name: str) -> Path:
         """A local path with the file's content: the file itself, or a copy in this user's cache folder."""

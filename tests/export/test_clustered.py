@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from graphbuild.errors import StageError
-from graphbuild.export import runs, tarwriter
+from graphbuild.export import clustered, tarwriter
 from graphbuild.graph.select.rules import select_store
 from graphbuild.job.plan.job import job_of
 from graphbuild.job.plan.machine import here
@@ -111,14 +111,14 @@ EXPORT = """
 import collections, json, os, signal, sys
 
 import graphbuild.graph.batches.order, graphbuild.graph.sample_graph
-from graphbuild.export import clustered, runs, tarwriter
+from graphbuild.export import clustered, tarwriter
 from graphbuild.job.steps import run_verb
 from graphbuild.recipe import resolve
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store
 
-watched, dying, changes, runs.RUNS = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
-tarwriter.PIECE_BYTES = runs.PIECE_BYTES = 4096
+watched, dying, changes, clustered.RUNS = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
+tarwriter.PIECE_BYTES = 4096
 tarwriter.GAP_BYTES = 600
 reads, opened, most, before, pread = collections.defaultdict(list), collections.Counter(), 0, 0, os.pread
 
@@ -209,7 +209,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return content
 
     monkeypatch.setattr(os, "pread", read)
-    monkeypatch.setattr(runs, "RUNS", RUNS)
+    monkeypatch.setattr(clustered, "RUNS", RUNS)
     monkeypatch.setattr(tarwriter, "GAP_BYTES", 600)
     return found
 
