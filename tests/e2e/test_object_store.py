@@ -152,7 +152,7 @@ def test_all_verbs_with_workers_through_a_worse_network_leave_the_bytes_of_a_goo
             cli("index", store, "--k", K, "--engine", "partition", "--workers", 0, env=env)
             cli("export", store, "--workers", 0, env=env)
             cli("export", store, "--layout", "clustered", "--shard-size", 16, "--chunk", 4, "--workers", 2, env=env)
-            assert cli("embed", store, env=env).stderr.count("up to date") == 5
+            assert cli("embed", store, env=env).stderr.count("up to date") == 6
             assert "no problems" in cli("verify", store, env=env).stdout
     logger.info("%d requests %s, faults %s", sum(proxy.requests.values()), dict(proxy.requests), dict(proxy.faults))
     assert s3.digests("worse") == s3.digests("good")
