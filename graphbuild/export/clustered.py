@@ -81,7 +81,9 @@ def run_arrange(task: Task, store: Store, writer: Writer) -> Json:
     graph = SampleGraph.open(store.url)
     chunk, seed = task.settings["chunk"], task.settings["seed"]
     nodes, selection = graph.sample_nodes(), selection_of(store, task.settings.get("selection"))
-    behind = np.flatnonzero(nodes < 0)
+    shards = shards_with_tars(store, "clustered")  # rows of tars that are gone have no place
+    there = zip(shards.column("first_row"), shards.column("samples"), strict=True)
+    behind = np.concatenate([first + np.flatnonzero(nodes[first : first + count] < 0) for first, count in there])
     if selection is not None:
         nodes, behind = selection.nodes(nodes), behind[:0]
     planned = NeighborOrder(graph, chunk, nodes=nodes, group=min(GROUP, chunk), seed=seed)

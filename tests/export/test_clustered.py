@@ -82,10 +82,10 @@ def tar_of(samples: dict[str, Members]) -> bytes:
     return content.getvalue()
 
 
-def run(store: str, verb: str, **changes: Any) -> None:
+def run(store: str, verb: str, *, force: bool = False, **changes: Any) -> None:
     opened = Store(store)
     with Runner(workers=0) as runner:
-        run_verb(verb, resolve(opened, verb, changes), opened, runner)
+        run_verb(verb, resolve(opened, verb, changes), opened, runner, force=force)
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +266,28 @@ def test_a_selection_passes_over_what_it_leaves_out(folder: Path, tmp_path: Path
         seen += rows
     assert sorted(seen) == [row for row, one in enumerate(odd_samples()) if row % 3 != 1 and captions_of(one)]
     assert sum(reads.values()) < 0.8 * sum(path.stat().st_size for path in (folder / "tars").glob("*.tar"))
+
+
+def test_samples_of_a_tar_that_is_gone_have_no_place_and_no_other_one_is_lost(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tars").mkdir()
+    numbers, store = (0, 2, 5, 32), f"{tmp_path}/store"  # the first and the last have a sample without a caption
+    for number in numbers:
+        shutil.copy(folder / f"tars/{number:03}.tar", tmp_path / "tars")
+    encoder = str(folder.parent / "letters")
+    given = {"caption_member": "txt;json:captions", "encoder": encoder, "precision": "float32"}
+    run(store, "embed", shards=f"{tmp_path}/tars", **given)
+    (tmp_path / "tars/002.tar").unlink()
+    run(store, "embed", force=True)
+    run(store, "index", k=4)
+    run(store, "export", layout="clustered", chunk=CHUNK, shard_size=8)
+    every, seen = odd_samples(), []
+    for path in sorted((tmp_path / "store/clustered").glob("*.tar")):
+        rows = pq.read_table(path.with_suffix(".graph.parquet"))["row"].to_pylist()
+        members = {f"{row:012d}": every[numbers[row // SAMPLES] * SAMPLES + row % SAMPLES] for row in rows}
+        assert path.read_bytes() == tar_of(members)
+        seen += rows
+    assert seen[-2:] == [7, 3 * SAMPLES + 1], "those without a caption come last"
+    assert sorted(seen) == [row for row in range(4 * SAMPLES) if row // SAMPLES != 1]
 
 
 def content_of(store: Path) -> dict[str, bytes]:
