@@ -5,37 +5,41 @@ Chunks lie in random order, so a tar holds neighbourhoods from all over the grap
 instead of samples. Every sample is written once, the samples without a usable caption at the end. Members are
 `<row>.<extension>`: keys of different tars may be equal, rows are not.
 
-arrange (one task) makes the order: about 40 bytes a sample. scatter (one a shard) sorts the samples' rows by place;
-cluster (one a new tar) collects its rows from all shards, reads the members where they lie in the old tars, and writes
-clustered/<tar>.tar with its sidecar. Memory: a tar's sidecar and `tarwriter.BATCH` samples.
+arrange (one task) makes the order: about 40 bytes a sample. Then the samples move in two passes, by `export.runs`:
+scatter (one a run of old tars) reads the old tars from end to end and writes their samples in that order, with what
+their sidecars say, into scratch, which so becomes as large as the tars; cluster (one a new tar) reads its part of each
+run, and writes clustered/<tar>.tar with its sidecar. Memory: the sidecar rows of a run or a new tar, and a piece.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
+import tarfile
+
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from graphbuild.errors import ConfigError
+from graphbuild.export.runs import SCRATCH, copy_samples, laid_out, read_rows, write_run
 from graphbuild.export.sidecar import TarIdentity
-from graphbuild.export.sidecars import named_image, sidecar_table
-from graphbuild.export.tarwriter import check_members, write_tar
+from graphbuild.export.sidecars import named_image, sidecar_columns, titled
+from graphbuild.export.tarwriter import check_members
 from graphbuild.graph.certify import require_graph
 from graphbuild.graph.select.selection import decided_by, selection_of
-from graphbuild.nodes.samples import MORE
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, digest, outputs
 from graphbuild.runner.state import require
 from graphbuild.sources.tars import given_urls
 from graphbuild.store.layout import SAMPLES, shard_name
-from graphbuild.store.sharded import Array
-from graphbuild.store.shards import Shards, present_shards, shards_of
+from graphbuild.store.shards import Shards, present_shards
 from graphbuild.store.store import Json, Store, Writer
 
 FOLDER = "clustered"
-SCRATCH = "_work_clustered"
 PLACES = f"{SCRATCH}/places.npy"
 SIZES = f"{FOLDER}/sizes.json"
-SAID = ("row", "node", "caption", "weight", MORE)  # of samples/; the last two where samples have several captions
+RUNS, RUN_SAMPLES = 256, 400_000  # a new tar is read from each; a task holds so many sidecar rows
 GROUP = 8  # samples that NeighborOrder groups, at most
 
 
@@ -77,7 +81,9 @@ def run_arrange(task: Task, store: Store, writer: Writer) -> Json:
     graph = SampleGraph.open(store.url)
     chunk, seed = task.settings["chunk"], task.settings["seed"]
     nodes, selection = graph.sample_nodes(), selection_of(store, task.settings.get("selection"))
-    behind = np.flatnonzero(nodes < 0)
+    shards = shards_with_tars(store, "clustered")  # rows of tars that are gone have no place
+    there = zip(shards.column("first_row"), shards.column("samples"), strict=True)
+    behind = np.concatenate([first + np.flatnonzero(nodes[first : first + count] < 0) for first, count in there])
     if selection is not None:
         nodes, behind = selection.nodes(nodes), behind[:0]
     planned = NeighborOrder(graph, chunk, nodes=nodes, group=min(GROUP, chunk), seed=seed)
@@ -88,39 +94,51 @@ def run_arrange(task: Task, store: Store, writer: Writer) -> Json:
     return {"counts": {"samples": len(order)}}
 
 
-# -- scatter: each shard's samples, sorted by their place in that order
+# -- scatter: runs of old tars, the samples of each in that order
 
 
 def plan_scatter(recipe: Recipe, store: Store) -> list[Task]:
-    shards = shards_with_tars(store, "clustered")
-    settings, built = _of_all(recipe, store)
-    return [
-        Task(
-            stage="scatter",
-            name=shard.name,
-            settings=settings,
-            built={**built, "rows": [shard.first_row, shard.samples]},
-            hints={"tar": shard.tar},
-        )
-        for shard in shards
-    ]
+    shards, given = shards_with_tars(store, "clustered"), given_urls(recipe.embed.shards)
+    settings, built, total = _of_tars(recipe, store, shards)
+    tasks = []
+    for number, (begin, end) in enumerate(runs(shards)):
+        run = shards.table.slice(begin, end - begin)
+        urls = [given.get(url, store.resolve(url)) for url in run["tar_url"].to_pylist()]
+        tars = run.select(["shard", "first_row", "samples", "tar_sha256"]).to_pylist()
+        read, name = {**built, "places": total, "tars": tars}, shard_name(number)
+        tasks.append(Task(stage="scatter", name=name, settings=settings, built=read, hints={"urls": urls}))
+    return tasks
 
 
 def run_scatter(task: Task, store: Store, writer: Writer) -> Json:
-    first, count = task.built["rows"]
-    samples = store.table(SAMPLES.format(task.name))
-    check_members(samples, store.resolve(task.hints["tar"]["url"]))
-    places = store.rows(PLACES, first, first + count)
-    selection = selection_of(store, task.settings.get("selection"))
-    samples = samples if selection is None else selection.applied(samples)
-    samples = samples.append_column("place", pa.array(places)).filter(pa.array(places >= 0)).sort_by("place")
-    with (
-        writer.file(f"{SCRATCH}/{task.name}.arrow", durable=False) as path,
-        pa.OSFile(str(path), "wb") as file,
-        pa.ipc.new_file(file, samples.schema) as stream,
-    ):
-        stream.write_table(samples.combine_chunks())
+    manifest, selection = store.manifest(), selection_of(store, task.settings.get("selection"))
+    parts = []
+    for tar, url in zip(task.built["tars"], task.hints["urls"], strict=True):
+        samples = store.table(SAMPLES.format(tar["shard"]))
+        check_members(samples, url)
+        places = store.rows(PLACES, tar["first_row"], tar["first_row"] + tar["samples"])
+        samples = samples if selection is None else selection.applied(samples)
+        parts.append((samples.append_column("place", pa.array(places)).filter(pa.array(places >= 0)), url))
+    size, total, embeddings = task.settings["shard_size"], task.built["places"], task.settings["embeddings"]
+    bounds = np.arange(0, total + size, size)
+    write_run(writer, task.name, parts, bounds, lambda part: sidecar_columns(store, manifest, part, embeddings))
     return {}
+
+
+def runs(shards: Shards) -> list[tuple[int, int]]:
+    """The old tars (begin, end) of each run: RUNS of them, or more where those would have over RUN_SAMPLES samples."""
+    length = max(min(-(-int(shards.column("samples").sum()) // RUNS), RUN_SAMPLES), 1)
+    begins = np.unique(shards.column("first_row") // length, return_index=True)[1].tolist()
+    return list(itertools.pairwise([*begins, len(shards)]))
+
+
+def _of_tars(recipe: Recipe, store: Store, shards: Shards) -> tuple[Json, Json, int]:
+    """As `_of_all`, of the stages that need to know where a new tar begins; and the number of all samples in them."""
+    selection = selection_of(store, recipe.export.selection)
+    total = int(shards.column("samples").sum()) if selection is None else selection.kept
+    settings, built = _of_all(recipe, store)
+    size = -(-recipe.export.shard_size // recipe.export.chunk) * recipe.export.chunk
+    return {**settings, "shard_size": size, "embeddings": recipe.export.embeddings}, built, total
 
 
 # -- cluster: the tars
@@ -128,15 +146,10 @@ def run_scatter(task: Task, store: Store, writer: Writer) -> Json:
 
 def plan_cluster(recipe: Recipe, store: Store) -> list[Task]:
     shards = shards_with_tars(store, "clustered")
-    selection = selection_of(store, recipe.export.selection)
-    total = int(shards.column("samples").sum()) if selection is None else selection.kept
-    chunk = recipe.export.chunk
-    size = -(-recipe.export.shard_size // chunk) * chunk
-    settings, built = _of_all(recipe, store)
-    settings |= {"shard_size": size, "embeddings": recipe.export.embeddings}
+    settings, built, total = _of_tars(recipe, store, shards)
     built |= named_image(recipe)
     built["tars"] = digest(shards.table["tar_sha256"].to_pylist())
-    hints = {"given": given_urls(recipe.embed.shards)}
+    size, hints = settings["shard_size"], {"runs": len(runs(shards))}
     return [
         Task(
             stage="cluster",
@@ -150,49 +163,21 @@ def plan_cluster(recipe: Recipe, store: Store) -> list[Task]:
 
 
 def run_cluster(task: Task, store: Store, writer: Writer) -> Json:
-    manifest = store.manifest()
-    shards = shards_of(store, manifest)
-    samples, sources = _collect(store, shards.names, *task.built["places"])
-    keys = [f"{row:012d}" for row in samples["row"].to_pylist()]
+    rows = read_rows(store, task.hints["runs"], task.built["places"][0] // task.settings["shard_size"])
+    order, begins, ends = laid_out(rows["place"].to_numpy(), rows["bytes"].to_numpy())
     name = f"{FOLDER}/{task.name}.tar"
-    urls = [task.hints["given"].get(url, store.resolve(url)) for url in shards.table["tar_url"].to_pylist()]
     with writer.file(name) as path:
-        offsets, sizes = write_tar(path, samples, urls, sources, keys)
+        copy_samples(store, rows, begins, path)
+        end = int(ends[-1]) + 2 * tarfile.BLOCKSIZE
+        os.truncate(path, end + -end % tarfile.RECORDSIZE)  # zeros, as tarfile writes them
     tar = writer.outputs[-1]
     identity = TarIdentity(name=f"{task.name}.tar", bytes=tar.bytes, sha256=tar.sha256)
-    placed = samples.select([name for name in SAID if name in samples.column_names])
-    for column, values in (("key", keys), ("image_offset", _positive(offsets)), ("image_size", _positive(sizes))):
-        placed = placed.append_column(column, pa.array(values) if isinstance(values, list) else values)
-    table = sidecar_table(
-        store,
-        manifest,
-        placed,
-        task.settings["embeddings"],
-        shard=task.name,
-        tar=identity,
-        chunk=task.settings["chunk"],
-        image_member=task.built.get("image_member"),
-    )
+    offsets = pc.add(rows["image_offset"], pa.array(begins))
+    rows = rows.set_column(rows.column_names.index("image_offset"), "image_offset", offsets).take(pa.array(order))
+    about = {"chunk": task.settings["chunk"], "image_member": task.built.get("image_member")}
+    table = titled(rows, store, store.manifest(), task.settings["embeddings"], shard=task.name, tar=identity, **about)
     writer.table(f"{FOLDER}/{task.name}.graph.parquet", table)
-    return {"counts": {"samples": len(samples), "without_node": samples["node"].null_count}}
-
-
-def _collect(store: Store, shards: list[str], first: int, count: int) -> tuple[pa.Table, Array]:
-    """The samples of places first..first+count-1 in that order, and the number of the shard of each."""
-    parts, sources = [], []
-    for number, shard in enumerate(shards):
-        mapped = pa.ipc.open_file(pa.memory_map(str(store.local_copy(f"{SCRATCH}/{shard}.arrow")))).read_all()
-        begin, end = np.searchsorted(mapped["place"].to_numpy(), [first, first + count])
-        if begin < end:
-            parts.append(mapped.slice(begin, end - begin))
-            sources.append(np.full(end - begin, number))
-    found = pa.concat_tables(parts, promote_options="default")  # some shards have samples of several captions
-    order = np.argsort(found["place"].to_numpy())
-    return found.take(pa.array(order)), np.concatenate(sources)[order]
-
-
-def _positive(values: Array) -> pa.Array:
-    return pa.array(values, mask=values < 0)
+    return {"counts": {"samples": len(table), "without_node": table["node"].null_count}}
 
 
 def finish_cluster(recipe: Recipe, store: Store, done: list[Json]) -> Json:
@@ -207,6 +192,6 @@ def tar_sizes(done: list[Json]) -> dict[str, int]:
 
 
 ARRANGE = Stage(name="arrange", title="order", plan=plan_arrange, run=run_arrange, scratch=True)
-SCATTER = Stage(name="scatter", title="places", plan=plan_scatter, run=run_scatter, scratch=True)
+SCATTER = Stage(name="scatter", title="runs", plan=plan_scatter, run=run_scatter, scratch=True)
 CLUSTER = Stage(name="cluster", title="tars", plan=plan_cluster, run=run_cluster, finish=finish_cluster)
 STAGES = (ARRANGE, SCATTER, CLUSTER)

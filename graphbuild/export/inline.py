@@ -86,7 +86,7 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
         return MEMBER, npz({"row": row[i], **own})
 
     with writer.file(f"{FOLDER}/{tar_stem(url)}.tar") as path:
-        write_tar(path, samples, [url], np.zeros(len(samples), np.int64), samples["key"].to_pylist(), member)
+        write_tar(path, samples, url, member)
     return {"counts": {"samples": len(samples), "without_node": samples["node"].null_count}}
 
 

@@ -99,44 +99,54 @@ def named_image(recipe: Recipe) -> Json:
 
 
 def sidecar_table(
-    store: Store,
-    manifest: Json,
-    samples: pa.Table,
-    embeddings: EmbeddingKind,
-    *,
-    shard: str,
-    tar: TarIdentity | None,
-    chunk: int | None = None,
-    image_member: str | None = None,
+    store: Store, manifest: Json, samples: pa.Table, embeddings: EmbeddingKind, **header: Any
 ) -> pa.Table:
-    """The sidecar of some samples, in their order; samples: row, key, node, caption, image_offset, image_size, and of
-    several captions weight and MORE, as in samples/."""
+    """The sidecar of some samples, in their order; samples as for `sidecar_columns`, header as for `titled`."""
+    return titled(sidecar_columns(store, manifest, samples, embeddings), store, manifest, embeddings, **header)
+
+
+def titled(rows: pa.Table, store: Store, manifest: Json, embeddings: EmbeddingKind, **more: Any) -> pa.Table:
+    """A sidecar of rows of one or of several, of which some may be of samples with several captions.
+
+    more: what else its `SidecarHeader` says: shard, tar, chunk, image_member.
+    """
     header = SidecarHeader(
         encoder=manifest["embeddings"]["encoder"],
         d=manifest["embeddings"]["d"],
         k=manifest["graph"]["k"],
         embeddings=embeddings,
         graph=manifest["graph"]["fingerprint"],
-        shard=shard,
-        tar=tar,
-        rows=len(samples),
-        chunk=chunk,
+        rows=len(rows),
         sketch_steps=sketch.steps(store.array(BASIS)).tolist() if embeddings == "sketch:64" else None,
-        image_member=image_member,
+        **more,
     )
+    schema = sidecar_schema(header.d, header.k, embeddings, plural=MORE in rows.column_names)
+    columns = {field.name: rows[field.name].combine_chunks() for field in schema}
+    if MORE in columns:
+        columns[MORE] = _listed(columns[MORE], columns[MORE].flatten())
+    return pa.table(columns, schema=schema.with_metadata(header.metadata()))
+
+
+def sidecar_columns(store: Store, manifest: Json, samples: pa.Table, embeddings: EmbeddingKind) -> pa.Table:
+    """The columns of the sidecar of some samples, in their order; samples: row, key, node, caption, image_offset,
+    image_size, and of several captions weight and MORE, as in samples/."""
     plural = MORE in samples.column_names
-    schema = sidecar_schema(header.d, header.k, embeddings, plural=plural)
+    schema = sidecar_schema(manifest["embeddings"]["d"], manifest["graph"]["k"], embeddings, plural=plural)
     own = [field for field in schema if field.name != MORE]
     columns = _gathered(store, manifest, samples, own, embeddings)
     if plural:
         more = samples[MORE].combine_chunks()
-        kind = schema.field(MORE).type
         texts = pa.Table.from_struct_array(more.flatten())
-        values = _gathered(store, manifest, texts, list(kind.value_type), embeddings)
-        inner = pa.StructArray.from_arrays(values, fields=list(kind.value_type))
-        lengths = pc.fill_null(pc.list_value_length(more), 0).to_numpy(zero_copy_only=False)
-        columns.append(pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]), inner, type=kind))
-    return pa.table(columns, schema=schema.with_metadata(header.metadata()))
+        inner = list(schema.field(MORE).type.value_type)
+        values = pa.StructArray.from_arrays(_gathered(store, manifest, texts, inner, embeddings), fields=inner)
+        columns.append(_listed(more, values))
+    return pa.table(columns, schema=schema)
+
+
+def _listed(more: pa.Array, values: pa.Array) -> pa.Array:
+    """Lists of these values, as long as those in a column; empty in place of null."""
+    lengths = pc.fill_null(pc.list_value_length(more), 0).to_numpy(zero_copy_only=False)
+    return pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]), values, type=pa.list_(values.type))
 
 
 def _gathered(

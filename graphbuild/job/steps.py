@@ -95,8 +95,9 @@ STEPS = (
     Step(inline.STAGE,      "export",   "_state/certify/ samples/",      "inline/"),
     Step(columns.STAGE,     "export",   "_state/certify/ samples/",      "columns/"),
     Step(clustered.ARRANGE, "export",   "_state/certify/ samples/",      "_work_clustered/places.npy"),
-    Step(clustered.SCATTER, "export",   "_work_clustered/places.npy",    "_work_clustered/#.arrow"),
-    Step(clustered.CLUSTER, "export",   "_work_clustered/#.arrow",       "clustered/"),
+    Step(clustered.SCATTER, "export",   "_work_clustered/places.npy",    "_work_clustered/#.rows"
+                                                                         " _work_clustered/#.moved"),
+    Step(clustered.CLUSTER, "export",   "_work_clustered/#.rows",        "clustered/"),
     Step(derived.MINE,        "mine",     "_state/certify/ samples/",      "mined/*.parquet"),
     Step(derived.SELECT,      "select",   "_state/certify/ samples/",      "selections/*.parquet"),
     Step(derived.MATCH,       "match",    "_state/certify/ samples/",      "match/*.parquet"

@@ -172,7 +172,7 @@ def add_member(archive: tarfile.TarFile, name: str, content: bytes | memoryview)
 
     As `TarFile.addfile`, which remembers every member and takes several times as long for a small one.
     """
-    header = _header(archive, name, len(content))
+    header = member_header(name, len(content))
     begin, padding = archive.offset + len(header), bytes(-len(content) % _BLOCK)
     for block in (header, content, padding):
         archive.fileobj.write(block)  # type: ignore[arg-type]
@@ -180,12 +180,12 @@ def add_member(archive: tarfile.TarFile, name: str, content: bytes | memoryview)
     return begin
 
 
-def _header(archive: tarfile.TarFile, name: str, size: int) -> bytes:
+def member_header(name: str, size: int) -> bytes:
     """What tarfile writes before a member; of a plain name without its detours."""
     if not name.isascii() or len(name) > 100 or size >= 8**11:
         info = tarfile.TarInfo(name)
         info.size = size
-        return info.tobuf(archive.format, tarfile.ENCODING, "surrogateescape")
+        return info.tobuf(tarfile.DEFAULT_FORMAT, tarfile.ENCODING, "surrogateescape")
     told, digits = name.encode(), b"%011o" % size
     header = bytearray(_EMPTY)
     header[: len(told)] = told

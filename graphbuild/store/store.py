@@ -13,7 +13,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -125,9 +125,7 @@ class Store:
         if self.is_local or not names:
             contents = [Path(self.path(name)).read_bytes() for name in names]
         else:
-            with reaching(self.display(names[0])):
-                paths = [self.path(name) for name in names]
-                contents = self.fs.cat_ranges(paths, [0] * len(paths), list(sizes.values()), on_error="raise")
+            contents = self.ranges(names, [0] * len(names), list(sizes.values()))
         values: list[Json | None] = []
         for content in contents:
             try:
@@ -136,6 +134,11 @@ class Store:
                 value = None
             values.append(value if isinstance(value, dict) else None)
         return values
+
+    def ranges(self, names: Sequence[str], begins: Sequence[int], ends: Sequence[int]) -> list[bytes]:
+        """Bytes begin..end-1 of each file, fewer at its end; of an object store side by side."""
+        with reaching(self.display(names[0])):
+            return list(self.fs.cat_ranges([self.path(name) for name in names], begins, ends, on_error="raise"))
 
     def local_copy(self, name: str) -> Path:
         """A local path with the file's content: the file itself, or a copy in this user's cache folder."""

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,10 +46,10 @@ class S3(NamedTuple):
     environment: dict[str, str]
     url: str
 
-    def objects(self, prefix: str) -> dict[str, bytes]:
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket="jobs", Prefix=f"{prefix}/")
+    def objects(self, prefix: str, bucket: str = "jobs") -> dict[str, bytes]:
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/")
         keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
-        read = {key: self.client.get_object(Bucket="jobs", Key=key)["Body"].read() for key in keys}
+        read = {key: self.client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys}
         return {key.removeprefix(f"{prefix}/"): content for key, content in read.items()}
 
     def digests(self, prefix: str) -> dict[str, str]:
@@ -151,11 +152,43 @@ def test_all_verbs_with_workers_through_a_worse_network_leave_the_bytes_of_a_goo
             cli("index", store, "--k", K, "--engine", "partition", "--workers", 0, env=env)
             cli("export", store, "--workers", 0, env=env)
             cli("export", store, "--layout", "clustered", "--shard-size", 16, "--chunk", 4, "--workers", 2, env=env)
-            assert cli("embed", store, env=env).stderr.count("up to date") == 5
+            assert cli("embed", store, env=env).stderr.count("up to date") == 6
             assert "no problems" in cli("verify", store, env=env).stdout
     logger.info("%d requests %s, faults %s", sum(proxy.requests.values()), dict(proxy.requests), dict(proxy.faults))
     assert s3.digests("worse") == s3.digests("good")
     seen(proxy, 200)
+
+
+class Counting(S3Proxy):
+    """Counts the requests for each object's content."""
+
+    def fault(self, method: str, path: str) -> str | None:
+        kind = super().fault(method, path)
+        if method == "GET":
+            self.requests[path] += 1
+        return kind
+
+
+@pytest.mark.slow
+def test_clustered_tars_cost_few_requests_and_have_the_bytes_that_they_have_on_disk(
+    s3: S3, built: Path, recipe: Path, cli: Cli, tmp_path: Path
+) -> None:
+    layout = ("--layout", "clustered", "--shard-size", 6, "--chunk", 2, "--workers", 0)
+    shutil.copytree(built, tmp_path / "store")
+    cli("export", tmp_path / "store", *layout)
+    cli("run", recipe, "s3://jobs/moved", "--workers", 0, env=s3.environment)
+    with Counting(s3.url) as proxy:
+        cli("export", "s3://jobs/moved", *layout, env=proxy.environment(s3.environment))
+    found, local = s3.objects("moved"), tmp_path / "store/clustered"
+    assert not [name for name in found if name.startswith("_work")]
+    assert len(list(local.glob("*.tar"))) == TARS * SAMPLES // 6
+    for path in local.iterdir():
+        assert found[f"clustered/{path.name}"] == path.read_bytes()
+    for number in range(TARS):
+        assert proxy.requests[f"/jobs/tars/part-{number:04d}.tar"] == 1, "its samples lie behind each other"
+        moved = [proxy.requests[f"/jobs/moved/_work_clustered/{number:05d}.{kind}"] for kind in ("rows", "moved")]
+        assert sum(moved) <= 3 * TARS * SAMPLES // 6, "three for each new tar"
+        assert moved[1] > 0
 
 
 LOADER = """

@@ -21,7 +21,7 @@ IMPORTS = {
     "download": "img2dataset",
     **dict.fromkeys(("encode", "fidelity"), "torch transformers"),
     **dict.fromkeys(("prepare", "codes", "moments", "join", "merge", "search"), "torch numba"),
-    **dict.fromkeys(("export", "inline", "columns", "cluster"), "torch"),
+    **dict.fromkeys(("export", "inline", "columns", "scatter"), "torch"),
 }
 """What a worker imports for a stage, and then has for all after it; of `WORKER_BYTES`."""
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from graphbuild.export.clustered import RUN_SAMPLES, RUNS
 from graphbuild.graph.certify import SLICE_NODES
 from graphbuild.graph.sketch import BYTES as SKETCH_BYTES
 from graphbuild.job.plan.encoder_facts import MINILM
@@ -284,22 +285,22 @@ def export_costs(case: Case) -> dict[str, Cost]:
     job, config, rates, shards = case.job, case.recipe.export, case.rates, case.job.shards
     carried = {"int8": job.d + 4, "float16": 2 * job.d, "sketch:64": 64, "none": 0}[config.embeddings]
     row = carried + 6.0 * job.k + 40 + job.characters * 0.8  # of a sidecar: 6 bytes a neighbour; key, caption, places
-    rows, edges, moved = job.samples * row, 1.0 * job.nodes * job.k, job.samples * (job.characters + 300.0)
-    tars, clustered = job.tar_bytes + rows, math.ceil(job.samples / config.shard_size)
-    copying = job.samples * (rates.tar_sample + row * rates.export_byte) + tars * rates.hash_byte
+    rows, edges, tars = job.samples * row, 1.0 * job.nodes * job.k, job.tar_bytes + job.samples * row
+    copying, hashing = job.samples * (rates.tar_sample + row * rates.export_byte), tars * rates.hash_byte
     sidecar_held, lists = case.shard_rows * (4 * row + 16.0 * job.d), job.nodes * (2.0 * job.d + 6.0 * job.k)
-
-    def copied(tasks: int) -> Cost:
-        return Cost(tasks, copying / tasks, job.tar_bytes, tars, 4 * job.samples / tasks * (row + 500))
+    # Clustered: every byte is moved twice, in runs of old tars into scratch, and from there into new tars.
+    run = max(min(job.samples / RUNS, RUN_SAMPLES), case.shard_rows)
+    runs, tasks = math.ceil(job.samples / run), math.ceil(job.samples / config.shard_size)
+    scattering, clustering = (copying + hashing) / runs, (rows * rates.export_byte + 2 * hashing) / tasks
 
     return {
         "export": Cost(shards, rows / shards * rates.export_byte, rows, rows, sidecar_held, lists),
-        "inline": copied(shards),
+        "inline": Cost(shards, (copying + hashing) / shards, job.tar_bytes, tars, 4 * case.shard_rows * (row + 500)),
         "columns": Cost(shards, rows / shards * rates.export_byte, rows, rows, sidecar_held, lists),
         # one task orders all samples, 40 bytes each, and reads the lists at random
         "arrange": Cost(1, 2 * edges * rates.merge_entry, 6 * edges, 8.0 * job.samples, 40.0 * job.samples),
-        "scatter": Cost(shards, case.shard_rows * rates.assign_row, moved, moved, moved / shards),
-        "cluster": copied(clustered),
+        "scatter": Cost(runs, scattering, tars, tars, 2 * run * (row + 500) + sidecar_held, lists),
+        "cluster": Cost(tasks, clustering, tars, tars, 4 * job.samples / tasks * (row + 500)),
     }
 
 
