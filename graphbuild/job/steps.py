@@ -22,7 +22,7 @@ from graphbuild.export import clustered, columns, inline, sidecars
 from graphbuild.graph import certify, index
 from graphbuild.graph.lists import derived
 from graphbuild.machine.versions import version_of
-from graphbuild.nodes import encode, fidelity, number, scan, vectors
+from graphbuild.nodes import distinct, encode, fidelity, number, scan, vectors
 from graphbuild.recipe import Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import Stage, Task, records, state_path, write_manifest
@@ -74,7 +74,11 @@ STEPS = (
     Step(pack.STAGE,        "pack",     "images",                        "shards/#.tar rejected/pack/#.parquet"),
     Step(scan.STAGE,        "embed",    "tars | list | shards/#.tar",    "_state/scan/#.parquet"
                                                                          " rejected/scan/#.parquet"),
-    Step(number.NUMBER,     "embed",    "_state/scan/",                  "_state/number/ rejected/number/#.parquet"),
+    Step(distinct.SPLITTING, "embed",   "_state/scan/",                  "_work_number/split/"),
+    Step(distinct.UNIQUES,  "embed",    "_work_number/split/",           "_work_number/unique/"),
+    Step(distinct.MARKING,  "embed",    "_work_number/split/ _work_number/unique/", "_work_number/mark/"),
+    Step(number.NUMBER,     "embed",    "_state/scan/ _work_number/mark/",
+                                                                         "_state/number/ rejected/number/#.parquet"),
     Step(number.NEW_TEXTS,  "embed",    "_state/scan/ _state/number/",   ""),
     Step(encode.STAGE,      "embed",    "_state/scan/ _state/texts/",    "nodes/#.npy"),
     Step(number.ASSIGN,     "embed",    "_state/scan/ _state/encode/",   "samples/#.parquet nodes/#.parquet"

@@ -23,10 +23,11 @@ from graphbuild.knn.faiss_index import TASK_NODES as FAISS_TASK_NODES
 from graphbuild.knn.leaders import FLAT_GROUPS, GROUP_LEADERS, NODES_PER_LEADER, PROBED_GROUPS, leader_count
 from graphbuild.knn.partition import FANS, MISSING_AFTER_REFINEMENT
 from graphbuild.knn.sample import SAMPLE
+from graphbuild.nodes.distinct import GROUP, STORE_BYTES, TASK_BYTES
 from graphbuild.nodes.encode import STAGE as ENCODE
 from graphbuild.nodes.encoder.model import CPU_TOKENS, GPU_TOKENS
 from graphbuild.nodes.fidelity import SAMPLE as FIDELITY_TEXTS
-from graphbuild.recipe import Index, Recipe
+from graphbuild.recipe import BESIDE, Index, Recipe
 from graphbuild.sources.parts import BATCH_BYTES
 
 CHUNK_ROWS = 100_000  # of a list that are read at a time
@@ -153,13 +154,33 @@ def embed_costs(case: Case) -> dict[str, Cost]:
     vectors = 2.0 * job.d * job.nodes + 30 * job.nodes
     return {
         "scan": scan,
-        # one task over the 128-bit hashes of all samples: 150 bytes each (graphbuild.nodes.number)
-        "number": Cost(1, job.samples * rates.number_row, 2 * hashes, hashes + 8.0 * job.nodes, 150.0 * job.samples),
+        **_numbering(case),
         "assign": Cost(job.shards, rows * rates.assign_row, scanned, texts, rows * (6 * job.characters + 600), hashes),
         "encode": _encode(case),
         # by sentence-transformers in float32, in one task, on a core or a GPU's core
         "fidelity": Cost(1, 0.0 if on_gpu else checked, on_gpu=on_gpu),
         "vectors": Cost(job.shards, rows * rates.vector_row * case.width, job.list_bytes, vectors, rows * job.d * 20.0),
+    }
+
+
+def _numbering(case: Case) -> dict[str, Cost]:
+    """Over the 128-bit hashes of all captions: one task, or one a group and partition (graphbuild.nodes.distinct). The
+    shares of the time are as measured."""
+    job, row, beside = case.job, case.rates.number_row, case.recipe.embed.source == BESIDE
+    captions = max(job.samples, job.nodes)
+    groups = 1 if beside else math.ceil(captions / GROUP)
+    size, bits, numbers = captions / groups, captions / 8, 8.0 * (captions + job.nodes)
+    held = TASK_BYTES * size
+    if groups == 1:  # with vectors beside tars over all keys
+        return {"number": Cost(1, captions * row, 2 * numbers, numbers, 150.0 * captions if beside else held)}
+    split, unique = 40.0 * captions, 16.0 * captions
+    return {
+        "split": Cost(groups, size * row, 16.0 * captions, split, held),
+        "unique": Cost(groups, 0.7 * size * row, split, unique, held),
+        "mark": Cost(groups, 0.1 * size * row, split + unique, numbers + bits, held),
+        "number": Cost(
+            groups, 0.07 * size * row, numbers + groups * bits, numbers, 0.7 * held + STORE_BYTES * captions
+        ),
     }
 
 
