@@ -67,7 +67,8 @@ class Step:
 # fmt: off
 STEPS = (
     #    stage              verb        reads                            owns
-    Step(download.URLS,     "download", "list",                          "_state/urls/#.parquet"
+    Step(download.COUNT,    "download", "",                              ""),  # of the list, which is urls' source
+    Step(download.URLS,     "download", "list | _state/count/",          "_state/urls/#.parquet"
                                                                          " rejected/urls/#.parquet"),
     Step(download.DOWNLOAD, "download", "_state/urls/",                  "shards/#.tar shards/#.parquet"
                                                                          " shards/#_stats.json"),
@@ -199,12 +200,13 @@ def run_verb(verb: str, recipe: Recipe, store: Store, runner: Runner, *, force: 
     refuse_mixed(steps[0], store)
     for step in steps:
         step.stage.check(recipe)
-    replaced = replaced_by(steps[0], steps[0].stage.plan(recipe, store), store, force=force)
+    first = next((step for step in steps if step.reads_outside), steps[0])
+    replaced = replaced_by(first, first.stage.plan(recipe, store), store, force=force)
     store.check_writable()
     if store.is_local:
         remove_leftovers(store.root)
     for step in steps:
-        if step.reads_outside and step is not steps[0]:
+        if step.reads_outside and step is not first:
             replaced = replaced_by(step, step.stage.plan(recipe, store), store, force=force)
         while replaced:  # the source's own records last: they tell a removal that was cut short
             remove_step(replaced.pop(), store)
@@ -244,7 +246,7 @@ def run_step(
     scratch = [other for other in STEPS if other.stage.scratch and served(other)[-1] is step]
     for other in scratch:
         remove_step(other, store)
-    for folder in {other.owns.partition("/")[0] for other in scratch}:
+    for folder in {other.owns.partition("/")[0] for other in scratch if other.owns}:
         store.remove_folder(folder)
 
 

@@ -113,7 +113,7 @@ def number_nodes(hashes: Array, there: Array) -> tuple[Array, Array]:
 def numbered(store: Store) -> dict[str, tuple[Json, Json]]:
     """Shard -> its facts of stage number, and where its group lies: the beginning of its files' names, and the first
     caption and node in them."""
-    found = {}
+    found: dict[str, tuple[Json, Json]] = {}
     for record in require(store, "number", "embed"):
         of, facts = "" if record["task"] == "all" else f"{record['task']}.", record["facts"]
         group = {"of": of, **{first: facts.get(first, 0) for first in ("first_text", "first_node")}}

@@ -7,6 +7,7 @@ computed, never measured: operations / published peak + bytes / published bandwi
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,8 +30,10 @@ from graphbuild.nodes.encoder.model import CPU_TOKENS, GPU_TOKENS
 from graphbuild.nodes.fidelity import SAMPLE as FIDELITY_TEXTS
 from graphbuild.recipe import BESIDE, Index, Recipe
 from graphbuild.sources.parts import BATCH_BYTES
+from graphbuild.sources.pieces import PIECE_BYTES
 
 CHUNK_ROWS = 100_000  # of a list that are read at a time
+LINES = re.compile(r"\.(parquet|jsonl|tsv)$", re.IGNORECASE)  # lists that are read in pieces
 FETCH_SECONDS = 1.2  # of a URL, dead ones too: img2dataset's page on CC3M has 850/s with 16 x 64 requests in flight
 ORIGINAL_BYTES = 290_000  # of a web image: the same page, at 2 Gbit/s
 PADDING = 1.05  # rows that a packed batch computes beside the tokens it has (benchmarks/embed.py: 4.7%)
@@ -122,10 +125,13 @@ def download_costs(case: Case) -> dict[str, Cost]:
     seconds = max(rows * FETCH_SECONDS / config.threads, rows * job.success * rates.image)
     network = job.samples * ORIGINAL_BYTES
     held = 2 * config.threads * ORIGINAL_BYTES + 60e6 + rows * 3_000
+    pieces = math.ceil(job.list_bytes / PIECE_BYTES) if LINES.search(config.urls or "") else 1
+    listing = job.rows * rates.list_row / pieces
     tasks, written = math.ceil(job.rows / config.shard_size), job.tar_bytes + job.list_bytes * 0.8
     least_seconds = network / (machine.network * machine.nodes)
     return {
-        "urls": Cost(1, job.rows * rates.list_row, job.list_bytes, job.list_bytes * 0.6, arrow),
+        **({"count": Cost(pieces, listing, job.list_bytes, 0.0, arrow)} if pieces > 1 else {}),
+        "urls": Cost(pieces, listing, job.list_bytes, job.list_bytes * 0.6, arrow),
         "download": Cost(tasks, seconds, network, written, held, least_seconds=least_seconds),
     }
 
