@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from graphbuild.runner.stage import Task, records
-from graphbuild.sources.tables import Chunk, TableSpec, can_be_cut, placed, read_piece
+from graphbuild.sources.tables import Chunk, TableSpec
+from graphbuild.sources.tables.reader import can_be_cut, placed, read_piece
 from graphbuild.store.layout import shard_name
 from graphbuild.store.store import Json, Store
 

@@ -18,7 +18,8 @@ from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import records
 from graphbuild.sources import pieces
 from graphbuild.sources.download import COUNT, URLS
-from graphbuild.sources.tables import TableSpec, can_be_cut, read_piece
+from graphbuild.sources.tables import TableSpec
+from graphbuild.sources.tables.reader import can_be_cut, read_piece
 from graphbuild.store.store import Store, Writer
 
 ROWS, SHARD = 20_000, 1_700

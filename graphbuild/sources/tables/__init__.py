@@ -5,16 +5,7 @@ guessed: "007", "NA" and "null" stay text. One pass; memory is one chunk (`chunk
 whichever comes first) and, for parquet, the pages being decoded. `read_chunks` describes the dialects.
 """
 
-from graphbuild.sources.tables.reader import (
-    ENDING,
-    can_be_cut,
-    placed,
-    read_chunks,
-    read_parts,
-    read_piece,
-    unpacked,
-    with_place,
-)
+from graphbuild.sources.tables.reader import ENDING, read_chunks, read_parts, unpacked, with_place
 from graphbuild.sources.tables.spec import CAPTION_ROLES, FIELD_ROLE, PRESETS, WEIGHTS_ROLE, Chunk, TableSpec
 from graphbuild.sources.tables.text import MAX_ROW_BYTES
 
@@ -27,11 +18,8 @@ __all__ = [
     "WEIGHTS_ROLE",
     "Chunk",
     "TableSpec",
-    "can_be_cut",
-    "placed",
     "read_chunks",
     "read_parts",
-    "read_piece",
     "unpacked",
     "with_place",
 ]
