@@ -48,8 +48,8 @@ BITS = "_work_number/mark/{}.bits.npy"  # uint64 [n // 64 + 1]: bit i % 64 of wo
 
 
 def first_appearances(hashes: Array, there: Array) -> tuple[Array, Array]:
-    """Of hashes uint64 [n, 2] the row in which that of each row appears first, int64 [n], NO_NODE for zeros; and of each
-    that is first, how many rows that are there (bool [n], or how often each counts) have its hash, int64 [m]."""
+    """Of hashes uint64 [n, 2] the row in which that of each row appears first, int64 [n], NO_NODE for zeros; and in how
+    many rows that of each first one is, int64 [m]. there: how often each row counts, [n], or whether it does."""
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # equal ones stay in their order, zeros come first
     in_order = hashes[order]
     is_new = np.ones(len(order), bool)
@@ -127,8 +127,8 @@ def scanned(store: Store) -> list[Json]:
 
 
 def groups_of(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
-    """What each task of stage number is made of, in order of row: scans, path -> sha256, and GONE, if any are. One group
-    also where vectors lie beside tars, and of a store that one task has numbered before."""
+    """What each task of stage number is made of, in order of row: scans, path -> sha256, and GONE, if any are. One task
+    does all also with vectors beside tars, and where it has done so before."""
     done, gone = scanned(store), store.manifest().get(GONE, [])
     scans = outputs(done, "_state/scan/")
     if recipe.embed.source == BESIDE:

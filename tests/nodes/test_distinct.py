@@ -54,10 +54,10 @@ def write_tars(folder: Path, count: int) -> list[list[str | None]]:
     return captions
 
 
-def embed(store: Path, tars: Path, encoder: str, workers: int = 0, **options: str) -> None:
+def embed(store: Path, tars: Path, encoder: str, workers: int = 0, force: bool = False, **options: str) -> None:
     recipe = Recipe(embed=Embed(shards=f"{tars}/*.tar", encoder=encoder, **options), index=Index(k=2))
     with Runner(workers=workers) as runner:
-        run_verb("embed", recipe, Store(str(store)), runner)
+        run_verb("embed", recipe, Store(str(store)), runner, force=force)
 
 
 def numbered(store: Path) -> dict[str, object]:
@@ -69,7 +69,8 @@ def numbered(store: Path) -> dict[str, object]:
 def told(store: Path) -> dict[str, object]:
     """All that a store holds but the files and records of stage number and the manifest, which names their tasks."""
     parts = ("_state/number/", "manifest.json")
-    return {name: value for name, value in content(store).items() if not name.startswith(parts)}
+    found = {name: value for name, value in content(store).items() if not name.startswith(parts)}
+    return {name: value for name, value in found.items() if not name.endswith(".gone.json")}  # whose seconds differ
 
 
 def expected(captions: list[list[str | None]]) -> list[int | None]:
@@ -180,6 +181,27 @@ def test_tars_added_keep_old_numbers_whether_one_task_made_them_or_many(
         embed(tmp_path / f"anew{count}", tmp_path / "tars", encoder)
         assert content(tmp_path / "store") == content(tmp_path / f"anew{count}")
         old = expected(captions)
+
+
+def test_captions_of_tars_that_are_gone_count_for_no_node(
+    tmp_path: Path, encoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captions = write_tars(tmp_path / "tars", len(SIZES))
+    for captions_a_group in (1_000, 10):
+        monkeypatch.setattr(distinct, "GROUP", captions_a_group)
+        embed(tmp_path / f"of {captions_a_group}", tmp_path / "tars", encoder)
+    for tar in (0, 4, 8):
+        (tmp_path / f"tars/{tar:02}.tar").unlink()
+    for captions_a_group in (1_000, 10):
+        monkeypatch.setattr(distinct, "GROUP", captions_a_group)
+        embed(tmp_path / f"of {captions_a_group}", tmp_path / "tars", encoder, force=True)
+    there = [text for tar, own in enumerate(captions) for text in own if tar not in (0, 4, 8) and text]
+    texts, counts = (column(tmp_path / "of 10", "nodes", name) for name in ("text", "samples"))
+    assert counts == [there.count(text) for text in texts]
+    assert 0 in counts
+    assert len(records(Store(str(tmp_path / "of 10")), "number")) > 5
+    assert told(tmp_path / "of 10") == told(tmp_path / "of 1000")
+    assert numbered(tmp_path / "of 10") == numbered(tmp_path / "of 1000")
 
 
 def test_a_store_that_one_task_numbered_stays_as_it_is(
