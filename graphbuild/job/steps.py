@@ -22,7 +22,7 @@ from graphbuild.export import clustered, columns, inline, sidecars
 from graphbuild.graph import certify, index
 from graphbuild.graph.lists import derived
 from graphbuild.machine.versions import version_of
-from graphbuild.nodes import encode, fidelity, number, scan, vectors
+from graphbuild.nodes import distinct, encode, fidelity, number, scan, vectors
 from graphbuild.recipe import Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import Stage, Task, records, state_path, write_manifest
@@ -67,14 +67,19 @@ class Step:
 # fmt: off
 STEPS = (
     #    stage              verb        reads                            owns
-    Step(download.URLS,     "download", "list",                          "_state/urls/#.parquet"
+    Step(download.COUNT,    "download", "",                              ""),  # of the list, which is urls' source
+    Step(download.URLS,     "download", "list | _state/count/",          "_state/urls/#.parquet"
                                                                          " rejected/urls/#.parquet"),
     Step(download.DOWNLOAD, "download", "_state/urls/",                  "shards/#.tar shards/#.parquet"
                                                                          " shards/#_stats.json"),
     Step(pack.STAGE,        "pack",     "images",                        "shards/#.tar rejected/pack/#.parquet"),
     Step(scan.STAGE,        "embed",    "tars | list | shards/#.tar",    "_state/scan/#.parquet"
                                                                          " rejected/scan/#.parquet"),
-    Step(number.NUMBER,     "embed",    "_state/scan/",                  "_state/number/ rejected/number/#.parquet"),
+    Step(distinct.SPLITTING, "embed",   "_state/scan/",                  "_work_number/split/"),
+    Step(distinct.UNIQUES,  "embed",    "_work_number/split/",           "_work_number/unique/"),
+    Step(distinct.MARKING,  "embed",    "_work_number/split/ _work_number/unique/", "_work_number/mark/"),
+    Step(number.NUMBER,     "embed",    "_state/scan/ _work_number/mark/",
+                                                                         "_state/number/ rejected/number/#.parquet"),
     Step(number.NEW_TEXTS,  "embed",    "_state/scan/ _state/number/",   ""),
     Step(encode.STAGE,      "embed",    "_state/scan/ _state/texts/",    "nodes/#.npy"),
     Step(number.ASSIGN,     "embed",    "_state/scan/ _state/encode/",   "samples/#.parquet nodes/#.parquet"
@@ -196,12 +201,13 @@ def run_verb(verb: str, recipe: Recipe, store: Store, runner: Runner, *, force: 
     refuse_mixed(steps[0], store)
     for step in steps:
         step.stage.check(recipe)
-    replaced = replaced_by(steps[0], steps[0].stage.plan(recipe, store), store, force=force)
+    first = next((step for step in steps if step.reads_outside), steps[0])
+    replaced = replaced_by(first, first.stage.plan(recipe, store), store, force=force)
     store.check_writable()
     if store.is_local:
         remove_leftovers(store.root)
     for step in steps:
-        if step.reads_outside and step is not steps[0]:
+        if step.reads_outside and step is not first:
             replaced = replaced_by(step, step.stage.plan(recipe, store), store, force=force)
         while replaced:  # the source's own records last: they tell a removal that was cut short
             remove_step(replaced.pop(), store)
@@ -241,7 +247,7 @@ def run_step(
     scratch = [other for other in STEPS if other.stage.scratch and served(other)[-1] is step]
     for other in scratch:
         remove_step(other, store)
-    for folder in {other.owns.partition("/")[0] for other in scratch}:
+    for folder in {other.owns.partition("/")[0] for other in scratch if other.owns}:
         store.remove_folder(folder)
 
 

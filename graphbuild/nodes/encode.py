@@ -20,7 +20,7 @@ import numpy as np
 from graphbuild.errors import InputError, StageError
 from graphbuild.nodes import beside, matrix
 from graphbuild.nodes.encoder import find_encoder, open_model, prompt_of
-from graphbuild.nodes.number import new_texts
+from graphbuild.nodes.number import new_texts, numbered
 from graphbuild.nodes.samples import READY
 from graphbuild.recipe import BESIDE, Recipe
 from graphbuild.runner.stage import Stage, Task, digest, outputs, records, total_counts
@@ -48,7 +48,6 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
         settings["prompt"] = prompt_of(embed)
         hints["trusted"] = embed.trust_remote_code
         inputs = {}
-    (numbering,) = require(store, "number", "embed")
     told = records(store, "texts") or records(store, "assign")
     return [
         Task(
@@ -59,14 +58,14 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
             built={"texts": told[name]["facts"]["texts_sha256"]},
             hints={**hints, "shard": shard},
         )
-        for name, shard in sorted(numbering["facts"]["shards"].items(), key=lambda item: by_number(item[0]))
+        for name, shard in sorted(numbered(store).items(), key=lambda item: by_number(item[0]))
     ]
 
 
 def run(task: Task, store: Store, writer: Writer) -> Json:
     if "encoder" not in task.settings:
         return beside.read(task, store, writer)
-    texts = new_texts(store, task.name, task.hints["shard"])
+    texts = new_texts(store, task.name, *task.hints["shard"])
     if "classes" in task.hints:
         vectors, told = matrix.vectors(task.hints["encoder"], task.hints["classes"], texts)
         writer.array(VECTORS.format(task.name), vectors)
@@ -102,8 +101,8 @@ def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
         if not total_counts(done)["embeddings"]:
             why = next((fact["why"][0] for fact in facts if fact["why"]), "there is no sample")
             raise InputError(f"no sample of {store.url} has a vector that can be used: {why}", "mend the vectors")
-        (numbered,) = require(store, "number", "embed")
-        entry = {"encoder": READY, "weights_sha256": None, "joined": numbered["settings"]["joined"]}
+        (record,) = require(store, "number", "embed")
+        entry = {"encoder": READY, "weights_sha256": None, "joined": record["settings"]["joined"]}
         return embeddings_entry([record for record in done if record["facts"]["d"]], entry)
     if without == total_counts(done)["embeddings"] + without:
         raise StageError(

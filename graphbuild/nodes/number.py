@@ -1,12 +1,13 @@
 """Stages number, texts and assign: samples get their rows, distinct texts their node ids.
 
 Node ids follow the first appearance of a text in row order, so a shard's new nodes are consecutive, ids do not depend
-on worker count, and shards added later never renumber. `number` is one task over the 128-bit hashes alone (memory:
-about 150 bytes a sample). `texts` tells by a digest which texts are new in a shard; then they are encoded. With vectors
-beside tars (graphbuild.nodes.join) each sample that has one is a node in place of its text. `assign`
-leaves out the texts of which the encoder has made no vector, closes the gaps that these leave in the ids, and writes
-samples/<shard>.parquet, nodes/<shard>.parquet and, for the samples of such texts, rejected/assign/<shard>.parquet.
-Tars that are gone keep their rows and nodes; their samples have no node any more, and count for none.
+on worker count, and shards added later never renumber. `number` reads the 128-bit hashes alone, in one task, or beyond
+16 million captions in tasks of as many (graphbuild.nodes.distinct, which tells their memory). `texts` tells by a digest
+which texts are new in a shard; then they are encoded. With vectors beside tars (graphbuild.nodes.join) each sample that
+has one is a node in place of its text. `assign` leaves out the texts of which the encoder has made no vector, closes
+the gaps that these leave in the ids, and writes samples/<shard>.parquet, nodes/<shard>.parquet and, for the samples of
+such texts, rejected/assign/<shard>.parquet. Tars that are gone keep their rows and nodes; their samples have no node
+any more, and count for none.
 Two different texts with one hash would become one node: at 1e9 texts the chance is 1.5e-21.
 """
 
@@ -15,97 +16,109 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 
 from graphbuild.errors import InputError
-from graphbuild.nodes import join
-from graphbuild.nodes.samples import COLUMNS, MORE, MORE_TYPE, NO_NODE, write_rejected
+from graphbuild.nodes import distinct, join
+from graphbuild.nodes.distinct import GONE, scanned
+from graphbuild.nodes.samples import COLUMNS, MORE, MORE_TYPE, NO_NODE, sample_places, write_rejected
 from graphbuild.recipe import BESIDE, Recipe
 from graphbuild.runner.stage import Stage, Task, digest, outputs, records, summed
 from graphbuild.runner.state import require
-from graphbuild.store.layout import NODE_COUNTS, ROW_NODES, SAMPLES, SCANNED, TEXTS, by_number
-from graphbuild.store.remote import READERS
+from graphbuild.store.layout import NODE_COUNTS, ROW_NODES, SAMPLES, SCANNED, TEXTS, by_number, shard_name
 from graphbuild.store.shards import PLACES, Shard, is_whole, write_shards
 from graphbuild.store.store import Json, Store, Writer
 
+Array = np.ndarray[Any, Any]
 NO_VECTOR = "the encoder gives no vector"
-GONE = "gone"  # among what a numbering or an assignment is made of: the shards, or whether it is one, of a tar that is
 
 
 def plan_number(recipe: Recipe, store: Store) -> list[Task]:
-    scans = outputs(scanned(store), "_state/scan/")
+    groups = distinct.groups_of(recipe, store)
     if recipe.embed.source == BESIDE:
-        return [join.numbering(recipe.embed, store, scans)]
-    gone = store.manifest().get("gone")
-    return [Task(stage="number", name="all", built=scans | ({GONE: gone} if gone else {}))]
-
-
-def scanned(store: Store) -> list[Json]:
-    """The records of the scans of all tars that have rows, also of those that are gone."""
-    there = {record["task"]: record for record in require(store, "scan", "embed")}
-    found = records(store, "scan", "gone") | there
-    return [found[name] for name in sorted(found, key=by_number)]
+        return [join.numbering(recipe.embed, store, groups[0])]
+    if len(groups) == 1:
+        return [Task(stage="number", name="all", built=groups[0])]
+    split, of_all = records(store, "split"), digest(groups)  # no records once all is numbered: no hint is needed then
+    tasks, before = [], [0, 0]
+    for name, group in zip(map(shard_name, range(len(groups))), groups, strict=True):
+        sizes = split[name]["facts"]["shards"] if name in split else {}
+        hints = {"groups": len(groups), "sizes": sizes, "before": before}
+        tasks.append(Task(stage="number", name=name, built={**group, "groups": of_all}, hints=hints))
+        before = [sum(one) for one in zip(before, *sizes.values(), strict=True)]
+    return tasks
 
 
 def run_number(task: Task, store: Store, writer: Writer) -> Json:
-    paths = [path for path in task.built if path != GONE]
+    paths = [path for path in task.built if path not in (GONE, "groups")]
     names, gone = [Path(path).stem for path in paths], set(task.built.get(GONE, []))
-    # the third where samples have several captions; the key is for vectors beside tars
-    columns = ["key"] if task.settings else ["hash_high", "hash_low", "sample"]
-    with ThreadPoolExecutor(READERS) as pool:
-        tables = list(pool.map(lambda path: store.table(path, columns), paths))
-    sizes = [table.num_rows for table in tables]
-    samples = [sample_places(table)[-1:].sum() + bool(len(table)) for table in tables]
     found: Json = {}
-    if task.settings:
-        at, found = join.match(task, store, writer, tables)
+    of, first_row, first_text, first_node = "", 0, 0, 0
+    if "groups" in task.hints:
+        of, (first_row, first_text) = f"{task.name}.", task.hints["before"]
+        sizes = [task.hints["sizes"][name] for name in names]
+        bits = [store.array(distinct.BITS.format(shard_name(number))) for number in range(task.hints["groups"])]
+        nodes, ends = distinct.nodes_of(store.array(distinct.FIRSTS.format(task.name)), bits)
+        counts, first_node, total = store.array(distinct.COUNTS.format(task.name)), ends[int(task.name)], ends[-1]
+        found = {"first_text": first_text, "first_node": first_node}
+    elif task.settings:
+        keys = distinct.side_by_side(lambda path: store.table(path, ["key"]), paths)
+        sizes = [[len(table), len(table)] for table in keys]
+        at, found = join.match(task, store, writer, keys)
         nodes = np.where(at >= 0, np.cumsum(at >= 0) - 1, NO_NODE)
-        counts = np.ones(int((at >= 0).sum()), np.int64)
+        total = int((at >= 0).sum())
+        counts = np.ones(total, np.int64)
     else:
-        hashed = pa.concat_tables([table.select(["hash_high", "hash_low"]) for table in tables])
-        nodes, counts = number_nodes(pl.from_arrow(hashed))  # type: ignore[arg-type]
-        there = nodes[np.repeat([name not in gone for name in names], sizes)]
-        counts = np.bincount(there[there >= 0], minlength=len(counts)).astype(np.int64) if gone else counts
-    if not counts.any():
-        fix = "see rejected/scan/ for the reasons" if sum(sizes) else "give tars that hold samples: these hold none"
+        hashes, sizes, there = distinct.read_hashes(store, paths, gone)
+        nodes, counts = number_nodes(hashes, there)
+        total = int(counts.sum())
+    if not total:
+        fix = "see rejected/scan/ for the reasons" if len(nodes) else "give tars that hold samples: these hold none"
         raise InputError(f"no sample of {store.url} has a caption", fix)
-    writer.array(ROW_NODES, nodes)
-    writer.array(NODE_COUNTS, counts)
+    writer.array(ROW_NODES.format(of), nodes)
+    writer.array(NODE_COUNTS.format(of), counts)
     shards: dict[str, Json] = {}
-    first_row = first_node = first_text = 0
-    for name, size, held in zip(names, sizes, map(int, samples), strict=True):
-        mine = nodes[first_text : first_text + size]
-        new = max(int(mine.max(initial=NO_NODE)) + 1 - first_node, 0)
-        counted = counts[first_node : first_node + new]
-        places: Json = dict(zip(PLACES, (first_row, held, first_node, new), strict=True))
-        if (first_text, size) != (first_row, held):
-            places |= {"first_text": first_text, "texts": size}
+    rows, texts, new_nodes = first_row, first_text, first_node  # before a shard
+    for name, (held, size) in zip(names, sizes, strict=True):
+        place = texts - first_text
+        mine = nodes[place : place + size]
+        new = max(int(mine.max(initial=NO_NODE)) + 1 - new_nodes, 0)
+        counted = counts[new_nodes - first_node : new_nodes - first_node + new]
+        places: Json = dict(zip(PLACES, (rows, held, new_nodes, new), strict=True))
+        if (texts, size) != (rows, held):
+            places |= {"first_text": texts, "texts": size}
         if name in gone:
             places[GONE] = True
         if task.settings:
-            places["vectors"] = join.told(task, found, at[first_text : first_text + size])
+            places["vectors"] = join.told(task, found, at[place : place + size])
         shards[name] = {**places, "sha256": hashlib.sha256(mine.tobytes() + counted.tobytes()).hexdigest()}
-        first_row += held
-        first_node += new
-        first_text += size
-    counted = {"samples": first_row, "nodes": first_node} | found.pop("counts", {})
-    return {"counts": counted, "shards": shards, **found}
+        rows += held
+        texts += size
+        new_nodes += new
+    numbered = {"samples": rows - first_row, "nodes": new_nodes - first_node} | found.pop("counts", {})
+    return {"counts": numbered, "shards": shards, **found}
 
 
-def number_nodes(hashes: pl.DataFrame) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Node of each caption by first appearance of its hash, int64 [N] (NO_NODE for hash 0), and captions a node [M]."""
-    key = ["hash_high", "hash_low"]
-    present = (pl.col("hash_high") != 0) | (pl.col("hash_low") != 0)
-    distinct = hashes.filter(present).unique(key, keep="first", maintain_order=True).with_row_index("node")
-    joined = hashes.join(distinct, on=key, how="left", maintain_order="left")
-    nodes = joined["node"].cast(pl.Int64).fill_null(NO_NODE).to_numpy()
-    return nodes, np.bincount(nodes[nodes >= 0], minlength=distinct.height).astype(np.int64)
+def number_nodes(hashes: Array, there: Array) -> tuple[Array, Array]:
+    """Node of each caption by first appearance of its hash, int64 [N] (NO_NODE for hash 0), and captions a node [M], of
+    those that are there. hashes: uint64 [N, 2]. there: bool [N]."""
+    firsts, counts = distinct.first_appearances(hashes, there)
+    return distinct.nodes_of(firsts, [distinct.as_bits(distinct.are_first(firsts))])[0], counts
+
+
+def numbered(store: Store) -> dict[str, tuple[Json, Json]]:
+    """Shard -> its facts of stage number, and where its group lies: the beginning of its files' names, and the first
+    caption and node in them."""
+    found: dict[str, tuple[Json, Json]] = {}
+    for record in require(store, "number", "embed"):
+        of, facts = "" if record["task"] == "all" else f"{record['task']}.", record["facts"]
+        group = {"of": of, **{first: facts.get(first, 0) for first in ("first_text", "first_node")}}
+        found |= {name: (shard, group) for name, shard in facts["shards"].items()}
+    return found
 
 
 def plan_texts(recipe: Recipe, store: Store) -> list[Task]:
@@ -114,50 +127,47 @@ def plan_texts(recipe: Recipe, store: Store) -> list[Task]:
     if recipe.embed.source == BESIDE:
         return []
     scans = _scans(store)
-    (numbering,) = require(store, "number", "embed")
     told = {name: record["built"]["scan"] for name, record in records(store, "assign").items()}
     if told.items() >= scans.items() and not records(store, "texts"):
         return []
-    shards = numbering["facts"]["shards"]
-    return [Task(stage="texts", name=name, built={**shards[name], "scan": sha}) for name, sha in scans.items()]
+    shards = numbered(store)
+    return [
+        Task(stage="texts", name=name, built={**shards[name][0], "scan": sha}, hints={"group": shards[name][1]})
+        for name, sha in scans.items()
+    ]
 
 
 def run_texts(task: Task, store: Store, writer: Writer) -> Json:
-    texts = new_texts(store, task.name, task.built)
+    texts = new_texts(store, task.name, task.built, task.hints["group"])
     return {"counts": {"texts": len(texts)}, "texts_sha256": digest(texts)}
 
 
-def new_texts(store: Store, name: str, shard: Mapping[str, Any]) -> list[str]:
-    """The texts that appear in a shard first, in order of node; shard: its facts of stage number."""
+def new_texts(store: Store, name: str, shard: Mapping[str, Any], group: Mapping[str, Any]) -> list[str]:
+    """The texts that appear in a shard first, in order of node; shard and group: as `numbered` tells."""
     scan = store.table(SCANNED.format(name), ["text"])
-    nodes = _nodes(store, shard)
+    nodes = _nodes(store, shard, group)
     return list(scan["text"].filter(_first_rows(nodes, shard["first_node"])).to_pylist())
 
 
-def _nodes(store: Store, shard: Mapping[str, Any]) -> np.ndarray[Any, Any]:
-    """The nodes of a shard's captions, int64 [n]; shard: its facts of stage number."""
-    first = shard.get("first_text", shard["first_row"])
-    return store.rows(ROW_NODES, first, first + shard.get("texts", shard["samples"]))
+def _nodes(store: Store, shard: Mapping[str, Any], group: Mapping[str, Any]) -> Array:
+    """The nodes of a shard's captions, int64 [n]; shard and group: as `numbered` tells."""
+    first = shard.get("first_text", shard["first_row"]) - group["first_text"]
+    return store.rows(ROW_NODES.format(group["of"]), first, first + shard.get("texts", shard["samples"]))
 
 
-def sample_places(scan: pa.Table) -> np.ndarray[Any, Any]:
-    """The place in its shard of the sample of each caption [n] of a table of scan."""
-    return scan["sample"].to_numpy() if "sample" in scan.column_names else np.arange(len(scan))
-
-
-def _first_rows(nodes: np.ndarray[Any, Any], first_node: int) -> pa.Array:
+def _first_rows(nodes: Array, first_node: int) -> pa.Array:
     """bool [n]: the rows in which a node from first_node on appears first, of the nodes of a shard's rows [n]."""
     highest = np.maximum.accumulate(np.concatenate([[first_node - 1], nodes]))
     return pa.array(nodes > highest[:-1])
 
 
 def plan_assign(recipe: Recipe, store: Store) -> list[Task]:
-    (numbering,) = require(store, "number", "embed")
+    shards = numbered(store)
     encoded = {record["task"]: record["facts"] for record in require(store, "encode", "embed")}
     gone: list[int] = []  # nodes, as stage number has them, without a vector
     tasks, told = [], ""
     for name, sha in _scans(store).items():
-        shard = numbering["facts"]["shards"][name]
+        shard, group = shards[name]
         own = [shard["first_node"] + place for place in encoded[name].get("without", [])]
         why = encoded[name].get("why")  # of vectors beside tars alone
         built = {**shard, "scan": sha}
@@ -166,7 +176,7 @@ def plan_assign(recipe: Recipe, store: Store) -> list[Task]:
             gone += own
             told = digest([told, own, *([why] if why else [])])
             built |= {**left, "without": told}
-        hints = {"first_node": shard["first_node"], "nodes": shard["nodes"], "without": gone}
+        hints = {"first_node": shard["first_node"], "nodes": shard["nodes"], "without": gone, "group": group}
         hints |= {} if why is None else {"why": dict(zip(own, why, strict=True))}
         tasks.append(Task(stage="assign", name=name, built=built, hints=hints))
     return tasks
@@ -180,15 +190,17 @@ def _scans(store: Store) -> dict[str, str]:
 
 def run_assign(task: Task, store: Store, writer: Writer) -> Json:
     first, count, first_node, new = (task.built[place] for place in PLACES)
-    begin, numbered, gone = task.hints["first_node"], task.hints["nodes"], np.array(task.hints["without"], np.int64)
-    found = _nodes(store, task.built)
+    begin, ids, gone = task.hints["first_node"], task.hints["nodes"], np.array(task.hints["without"], np.int64)
+    group = task.hints["group"]
+    found = _nodes(store, task.built, group)
     without = np.isin(found, gone)
     nodes = np.where(without | bool(task.built.get(GONE)), NO_NODE, found - np.searchsorted(gone, found))
     scan = store.table(SCANNED.format(task.name))
     writer.table(SAMPLES.format(task.name), _samples(scan, nodes, first))
     texts = scan["text"].filter(_first_rows(found, begin))
-    kept = ~np.isin(np.arange(begin, begin + numbered), gone)
-    counts = store.rows(NODE_COUNTS, begin, begin + numbered)[kept]
+    kept = ~np.isin(np.arange(begin, begin + ids), gone)
+    first_count = begin - group["first_node"]
+    counts = store.rows(NODE_COUNTS.format(group["of"]), first_count, first_count + ids)[kept]
     table = pa.table({"node": np.arange(first_node, first_node + new), "text": texts.filter(kept), "samples": counts})
     writer.table(TEXTS.format(task.name), table)
     counted = {"samples": count, "nodes": new, **({"gone_nodes": lost} if (lost := int((counts == 0).sum())) else {})}
@@ -207,7 +219,7 @@ def run_assign(task: Task, store: Store, writer: Writer) -> Json:
     return {**facts, "counts": {**counted, "rejected": len(lost)}, "reasons": dict(Counter(reasons))}
 
 
-def _samples(scan: pa.Table, nodes: np.ndarray[Any, Any], first_row: int) -> pa.Table:
+def _samples(scan: pa.Table, nodes: Array, first_row: int) -> pa.Table:
     """The table of samples/: a row a sample, with its first caption that has a node, and in MORE what others have one.
 
     Weights are of the captions with a node, and sum to 1. Where none has a positive one, the first has all.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from graphbuild.store import layout
@@ -36,6 +37,11 @@ COLUMNS = ["row", "key", "node", "caption", "image_offset", "image_size", "membe
 MORE = "more_captions"
 MORE_TYPE = pa.list_(pa.struct([("caption", pa.string()), ("node", pa.int64()), ("weight", pa.float32())]))
 """Of samples/, where a sample has several captions: those behind the first, whose weight is in the column `weight`."""
+
+
+def sample_places(scan: pa.Table) -> np.ndarray[Any, Any]:
+    """The place in its shard of the sample of each caption [n] of a table of scan."""
+    return scan["sample"].to_numpy() if "sample" in scan.column_names else np.arange(len(scan))
 
 
 def write_rejected(stage: str, shard: str, rejected: Sequence[tuple[Any, ...]], writer: Writer) -> None:

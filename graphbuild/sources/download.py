@@ -29,6 +29,7 @@ from graphbuild.runner.state import require
 from graphbuild.sources import fetched
 from graphbuild.sources.again import cut_retry
 from graphbuild.sources.paths import known_first, named_files, part_inputs, parts_of
+from graphbuild.sources.pieces import PIECE_CHUNKS, count, piece_tasks, pieces_of, read_shards
 from graphbuild.sources.tables import ENDING, TableSpec, read_parts
 from graphbuild.sources.tables.plain import plain_table
 from graphbuild.store import layout
@@ -66,13 +67,38 @@ def plan_urls(recipe: Recipe, store: Store) -> list[Task]:
     parts = list_parts("urls", config.urls, "URLS", done.get("list"))
     inputs = part_inputs("urls", parts.values())
     whole = Task(stage="urls", name="list", settings=settings, inputs=inputs, hints={"urls": list(parts)})
-    if len(done) > 1 and "list" in done and len(inputs) > len(done["list"]["inputs"]):
+    again = any(not name.startswith(whole.name) for name in done)
+    if again and "list" in done and len(inputs) > len(done["list"]["inputs"]):
         new = len(inputs) - len(done["list"]["inputs"])
         raise ConfigError(
             f"{store.url}: URLs were tried again, and {new:,} files are new in its list",
             "download the new files into another store",
         )
-    return [whole, *retries(whole, store)]
+    pieces = pieces_of(whole, _spec(whole), parts, done.get("list"))
+    return [*(piece_tasks(whole, pieces, store) if pieces else [whole]), *retries(whole, store)]
+
+
+def plan_count(recipe: Recipe, store: Store) -> list[Task]:
+    whole = plan_urls(recipe, store)[0]
+    return [
+        Task(
+            stage="count",
+            name=shard_name(number),
+            settings=whole.settings,
+            built={"list": whole.fingerprint, "piece": piece},
+            hints={"urls": whole.hints["urls"]},
+        )
+        for number, piece in enumerate(whole.hints.get("pieces", []))
+    ]
+
+
+def run_count(task: Task, store: Store, writer: Writer) -> Json:
+    return count(task, _spec(task))
+
+
+def _spec(task: Task) -> TableSpec:
+    columns = {"url": task.settings["url_column"], "caption": task.settings["caption_column"]}
+    return TableSpec(path=task.hints["urls"][0], preset=task.settings["preset"], columns=columns)
 
 
 def list_parts(what: str, pattern: str, option: str, done: Json | None) -> dict[str, str]:
@@ -88,7 +114,7 @@ def list_parts(what: str, pattern: str, option: str, done: Json | None) -> dict[
 
 def retries(whole: Task, store: Store) -> list[Task]:
     """The lists of URLs tried again (`graphbuild.job.retry`) that were cut from this list of URLs."""
-    found = [record for name, record in records(store, "urls").items() if name != whole.name]
+    found = [record for name, record in records(store, "urls").items() if not name.startswith(whole.name)]
     return [
         Task(stage="urls", name=record["task"], settings=record["settings"], built=record["built"])
         for record in found
@@ -97,14 +123,13 @@ def retries(whole: Task, store: Store) -> list[Task]:
 
 
 def run_urls(task: Task, store: Store, writer: Writer) -> Json:
-    if task.name != "list":
+    if not task.name.startswith("list"):
         return cut_retry(task, store, writer)
-    settings = task.settings
-    columns = {"url": settings["url_column"], "caption": settings["caption_column"]}
-    urls = task.hints["urls"]
-    spec = TableSpec(path=urls[0], preset=settings["preset"], columns=columns)
+    settings, hints, urls = task.settings, task.hints, task.hints["urls"]
+    spec, pieces = _spec(task), task.hints.get("pieces", [])
+    chunks = read_shards(spec, hints) if pieces else read_parts(spec, urls, keep_others=True)
     waiting: list[pa.Table] = []
-    shards = rejected = rows = 0
+    shards, rejected, rows = hints.get("shards", 0), 0, 0
 
     def cut(size: int) -> None:
         nonlocal waiting, shards
@@ -114,7 +139,7 @@ def run_urls(task: Task, store: Store, writer: Writer) -> Json:
         shards += 1
 
     before = 0
-    for number, (part, _, chunk) in enumerate(read_parts(spec, urls, keep_others=True)):
+    for number, (part, _, chunk) in enumerate(chunks, hints.get("number", 0) * PIECE_CHUNKS):
         if part != before:  # no shard is of two files: one that is added changes none
             if sum(map(len, waiting)) > 0:
                 cut(settings["shard_size"])
@@ -129,9 +154,9 @@ def run_urls(task: Task, store: Store, writer: Writer) -> Json:
             cut(settings["shard_size"])
     if sum(map(len, waiting)):
         cut(settings["shard_size"])
-    if rows == 0:
+    if hints.get("total", rows) == 0:
         raise InputError(f"{urls[0]}: no row has a URL ({rejected} rejected)", "check --url-column and --preset")
-    return {"counts": {"urls": rows, "rejected": rejected}}
+    return {"counts": {"urls": rows, "rejected": rejected}, **({"pieces": pieces} if task.inputs and pieces else {})}
 
 
 def plan_download(recipe: Recipe, store: Store) -> list[Task]:
@@ -307,6 +332,7 @@ def _check_installed() -> None:
         raise ConfigError("downloading needs img2dataset, which is not installed", "pip install 'graphbuild[download]'")
 
 
+COUNT = Stage(name="count", title="rows", plan=plan_count, run=run_count, scratch=True)
 URLS = Stage(name="urls", title="URL list", plan=plan_urls, run=run_urls)
 DOWNLOAD = Stage(
     name="download",

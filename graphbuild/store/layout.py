@@ -10,8 +10,8 @@ REJECTED = "rejected/{}"  # of a stage: what it turned away, with why
 
 URLS = "_state/urls/{}.parquet"
 SCANNED = "_state/scan/{}.parquet"
-ROW_NODES = "_state/number/nodes.npy"
-NODE_COUNTS = "_state/number/counts.npy"
+ROW_NODES = "_state/number/{}nodes.npy"  # of all captions, or of a group's: "00000."
+NODE_COUNTS = "_state/number/{}counts.npy"
 VECTOR_PLACES = "_state/number/places.npy"
 SAMPLES = "samples/{}.parquet"
 TEXTS = "nodes/{}.parquet"

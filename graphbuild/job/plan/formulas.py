@@ -7,6 +7,7 @@ computed, never measured: operations / published peak + bytes / published bandwi
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,13 +25,16 @@ from graphbuild.knn.faiss_index import TASK_NODES as FAISS_TASK_NODES
 from graphbuild.knn.leaders import FLAT_GROUPS, GROUP_LEADERS, NODES_PER_LEADER, PROBED_GROUPS, leader_count
 from graphbuild.knn.partition import FANS, MISSING_AFTER_REFINEMENT
 from graphbuild.knn.sample import SAMPLE
+from graphbuild.nodes.distinct import GROUP, STORE_BYTES, TASK_BYTES
 from graphbuild.nodes.encode import STAGE as ENCODE
 from graphbuild.nodes.encoder.model import CPU_TOKENS, GPU_TOKENS
 from graphbuild.nodes.fidelity import SAMPLE as FIDELITY_TEXTS
-from graphbuild.recipe import Index, Recipe
+from graphbuild.recipe import BESIDE, Index, Recipe
 from graphbuild.sources.parts import BATCH_BYTES
+from graphbuild.sources.pieces import PIECE_BYTES
 
 CHUNK_ROWS = 100_000  # of a list that are read at a time
+LINES = re.compile(r"\.(parquet|jsonl|tsv)$", re.IGNORECASE)  # lists that are read in pieces
 FETCH_SECONDS = 1.2  # of a URL, dead ones too: img2dataset's page on CC3M has 850/s with 16 x 64 requests in flight
 ORIGINAL_BYTES = 290_000  # of a web image: the same page, at 2 Gbit/s
 PADDING = 1.05  # rows that a packed batch computes beside the tokens it has (benchmarks/embed.py: 4.7%)
@@ -122,10 +126,13 @@ def download_costs(case: Case) -> dict[str, Cost]:
     seconds = max(rows * FETCH_SECONDS / config.threads, rows * job.success * rates.image)
     network = job.samples * ORIGINAL_BYTES
     held = 2 * config.threads * ORIGINAL_BYTES + 60e6 + rows * 3_000
+    pieces = math.ceil(job.list_bytes / PIECE_BYTES) if LINES.search(config.urls or "") else 1
+    listing = job.rows * rates.list_row / pieces
     tasks, written = math.ceil(job.rows / config.shard_size), job.tar_bytes + job.list_bytes * 0.8
     least_seconds = network / (machine.network * machine.nodes)
     return {
-        "urls": Cost(1, job.rows * rates.list_row, job.list_bytes, job.list_bytes * 0.6, arrow),
+        **({"count": Cost(pieces, listing, job.list_bytes, 0.0, arrow)} if pieces > 1 else {}),
+        "urls": Cost(pieces, listing, job.list_bytes, job.list_bytes * 0.6, arrow),
         "download": Cost(tasks, seconds, network, written, held, least_seconds=least_seconds),
     }
 
@@ -154,13 +161,33 @@ def embed_costs(case: Case) -> dict[str, Cost]:
     vectors = 2.0 * job.d * job.nodes + 30 * job.nodes
     return {
         "scan": scan,
-        # one task over the 128-bit hashes of all samples: 150 bytes each (graphbuild.nodes.number)
-        "number": Cost(1, job.samples * rates.number_row, 2 * hashes, hashes + 8.0 * job.nodes, 150.0 * job.samples),
+        **_numbering(case),
         "assign": Cost(job.shards, rows * rates.assign_row, scanned, texts, rows * (6 * job.characters + 600), hashes),
         "encode": _encode(case),
         # by sentence-transformers in float32, in one task, on a core or a GPU's core
         "fidelity": Cost(1, 0.0 if on_gpu else checked, on_gpu=on_gpu),
         "vectors": Cost(job.shards, rows * rates.vector_row * case.width, job.list_bytes, vectors, rows * job.d * 20.0),
+    }
+
+
+def _numbering(case: Case) -> dict[str, Cost]:
+    """Over the 128-bit hashes of all captions: one task, or one a group and partition (graphbuild.nodes.distinct). The
+    shares of the time are as measured."""
+    job, row, beside = case.job, case.rates.number_row, case.recipe.embed.source == BESIDE
+    captions = max(job.samples, job.nodes)
+    groups = 1 if beside else math.ceil(captions / GROUP)
+    size, bits, numbers = captions / groups, captions / 8, 8.0 * (captions + job.nodes)
+    held = TASK_BYTES * size
+    if groups == 1:  # with vectors beside tars over all keys
+        return {"number": Cost(1, captions * row, 2 * numbers, numbers, 150.0 * captions if beside else held)}
+    split, unique = 40.0 * captions, 16.0 * captions
+    return {
+        "split": Cost(groups, size * row, 16.0 * captions, split, held),
+        "unique": Cost(groups, 0.7 * size * row, split, unique, held),
+        "mark": Cost(groups, 0.1 * size * row, split + unique, numbers + bits, held),
+        "number": Cost(
+            groups, 0.07 * size * row, numbers + groups * bits, numbers, 0.7 * held + STORE_BYTES * captions
+        ),
     }
 
 

@@ -34,7 +34,7 @@ def delimited_table(
         _check_preset(spec.path, spec.preset, chomp(head[0]).decode(errors="replace").split("\t"))
         return select(spec, names, keep_others), len(names), _literal_records(chain(head, lines))
     delimiter = b"," if is_csv else b"\t"
-    quoted = is_csv or _is_quoted_tsv(head)
+    quoted = is_csv or is_quoted_tsv(head)
     all_lines = chain(head, lines)
     records = _quoted_records(all_lines, delimiter) if quoted else _literal_records(all_lines)
     raw, header = next(records)
@@ -66,7 +66,7 @@ def _check_preset(path: str, preset: str, first: list[str]) -> None:
             raise InputError(f"{path}: row 0 has its URL where {preset} has captions", f"use --preset {other}")
 
 
-def _is_quoted_tsv(head: list[bytes]) -> bool:
+def is_quoted_tsv(head: list[bytes]) -> bool:
     """Whether a writer's quoting, not its text, put the quotes into a headed TSV's first lines."""
     text = b"".join(head)
     if b'"' not in text:

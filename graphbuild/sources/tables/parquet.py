@@ -34,8 +34,10 @@ from graphbuild.sources.tables.spec import (
 _BATCH_ROWS = 1_000
 
 
-def parquet_chunks(spec: TableSpec, file: Any, keep_others: bool, chunk_rows: int) -> Iterator[Chunk]:
-    """The chunks of a parquet file.
+def parquet_chunks(
+    spec: TableSpec, file: Any, keep_others: bool, chunk_rows: int, part: int = 0, parts: int = 1
+) -> Iterator[Chunk]:
+    """The chunks of a parquet file, or of a part of its row groups, one of `parts` equal ones.
 
     Raises:
         InputError: the file is damaged; a column is missing, ambiguous or not text.
@@ -51,11 +53,14 @@ def parquet_chunks(spec: TableSpec, file: Any, keep_others: bool, chunk_rows: in
                 raise wrong_type(spec.path, role, column, str(schema.field(index).type))
         wanted = None if keep_others else list(dict.fromkeys(spec.columns.values()))
         others = selected[len(spec.columns) :]
-        batches = parquet.iter_batches(min(chunk_rows, _BATCH_ROWS), columns=wanted, use_threads=False)
+        count = parquet.num_row_groups
+        groups = range(count * part // parts, count * (part + 1) // parts)
+        options = {"columns": wanted, "row_groups": groups, "use_threads": False}
+        batches = parquet.iter_batches(min(chunk_rows, _BATCH_ROWS), **options)
         for batch in _merge(batches, chunk_rows):
             yield _parquet_chunk(spec, batch, others, position)
             position += batch.num_rows
-        if position != parquet.metadata.num_rows:
+        if parts == 1 and position != parquet.metadata.num_rows:
             raise pa.ArrowInvalid(f"its footer promises {parquet.metadata.num_rows:,} rows")
     except (pa.ArrowException, OSError, ValueError) as error:
         cause = f"{spec.path}: not parquet, truncated or damaged (read up to row {position:,}): {error}"

@@ -10,18 +10,18 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from graphbuild.errors import InputError, public
-from graphbuild.sources.tables.delimited import delimited_table
+from graphbuild.sources.tables.delimited import delimited_table, is_quoted_tsv
 from graphbuild.sources.tables.jsonl import json_table
 from graphbuild.sources.tables.parquet import parquet_chunks
 from graphbuild.sources.tables.spec import Chunk, TableSpec
-from graphbuild.sources.tables.text import read_head, read_lines, text_chunks
+from graphbuild.sources.tables.text import Span, line_begin, read_head, read_lines, text_chunks
 from graphbuild.store.remote import file_system, reaching
 
 ENDING = re.compile(r"\.(parquet|csv|tsv|jsonl)(\.gz|\.zst)?$", re.IGNORECASE)
@@ -81,13 +81,36 @@ def read_parts(
         read = _chunks if len(paths) > 1 else _some_chunks
         for chunk in read(one, keep_others, chunk_rows):
             rows += len(chunk.rows) + len(chunk.rejected)
-            rejected = _moved(chunk.rejected, begin)
-            if len(paths) > 1 and len(rejected):
-                told = zip(rejected["reason"].to_pylist(), chunk.rejected["position"].to_pylist(), strict=True)
-                reasons = pa.array([with_place(reason, path, row) for reason, row in told], pa.string())
-                rejected = rejected.set_column(rejected.column_names.index("reason"), "reason", reasons)
-            yield part, begin, Chunk(_moved(chunk.rows, begin), rejected)
+            yield part, begin, placed(chunk, begin, path if len(paths) > 1 else "")
         begin += rows
+
+
+def placed(chunk: Chunk, begin: int, path: str = "") -> Chunk:
+    """A chunk so many rows behind; path: of its file, where reasons tell the row there."""
+    rejected = _moved(chunk.rejected, begin)
+    if path and len(rejected):
+        told = zip(rejected["reason"].to_pylist(), chunk.rejected["position"].to_pylist(), strict=True)
+        reasons = pa.array([with_place(reason, path, row) for reason, row in told], pa.string())
+        rejected = rejected.set_column(rejected.column_names.index("reason"), "reason", reasons)
+    return Chunk(_moved(chunk.rows, begin), rejected)
+
+
+def can_be_cut(spec: TableSpec) -> bool:
+    """Whether `read_piece` can take parts of a file: not where a quoted field may hold lines, nor of packed text."""
+    if spec.name.endswith(".tsv") and not spec.preset:
+        with reaching(spec.path), _open(spec.path) as file:
+            return not is_quoted_tsv(read_head(spec.path, read_lines(spec.path, file)))
+    return spec.name.endswith((".parquet", ".jsonl", ".tsv"))
+
+
+def read_piece(spec: TableSpec, part: int, parts: int, *, keep_others: bool) -> Iterator[Chunk]:
+    """The rows that begin in a part of a file, one of `parts` equal ones, as `read_chunks` has them but for positions,
+    which are those in the part: row groups of parquet, lines of other formats. Unless there is one part, `can_be_cut`.
+
+    Raises:
+        InputError: as `read_chunks`.
+    """
+    return _chunks(spec, keep_others, 100_000, part, parts)
 
 
 def with_place(reason: str, path: str, row: int) -> str:
@@ -107,7 +130,7 @@ def unpacked(name: str, file: Any) -> Any:
     return gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file
 
 
-def _chunks(spec: TableSpec, keep_others: bool, chunk_rows: int) -> Iterator[Chunk]:
+def _chunks(spec: TableSpec, keep_others: bool, chunk_rows: int, part: int = 0, parts: int = 1) -> Iterator[Chunk]:
     with reaching(spec.path), _open(spec.path) as file:
         suffix = spec.name.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
         if suffix not in ("parquet", "csv", "tsv", "jsonl") or spec.name.endswith((".parquet.gz", ".parquet.zst")):
@@ -117,13 +140,19 @@ def _chunks(spec: TableSpec, keep_others: bool, chunk_rows: int) -> Iterator[Chu
             cause = f"{spec.path} is no TSV, but --preset {spec.preset} means a headerless TSV"
             raise InputError(cause, "drop --preset and name the columns")
         if suffix == "parquet":
-            yield from parquet_chunks(spec, file, keep_others, chunk_rows)
+            yield from parquet_chunks(spec, file, keep_others, chunk_rows, part, parts)
             return
-        lines = read_lines(spec.path, unpacked(spec.name, file))
+        begin, end = (line_begin(file, part + more, parts) for more in (0, 1)) if parts > 1 else (0, 0)
+        lines = read_lines(spec.path, Span(file, 0, end) if end else unpacked(spec.name, file))
         head = read_head(spec.path, lines)
+        if begin:  # the columns are known from the first lines of the file, which are not of this part
+            lines = read_lines(spec.path, Span(file, begin, end))
         if head:
             read = json_table if suffix == "jsonl" else partial(delimited_table, is_csv=suffix == "csv")
-            yield from text_chunks(spec, *read(spec, head, lines, keep_others), chunk_rows)
+            selected, width, records = read(spec, head, lines, keep_others)
+            has_names = suffix == "tsv" and not spec.preset
+            records = islice(records, len(head) - has_names, None) if begin else records
+            yield from text_chunks(spec, selected, width, records, chunk_rows)
 
 
 def _open(path: str) -> Any:

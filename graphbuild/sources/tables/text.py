@@ -50,6 +50,33 @@ class _Raw(io.RawIOBase):
         return len(data)
 
 
+class Span:
+    """The bytes begin..end-1 of a file, as one to read."""
+
+    def __init__(self, file: Any, begin: int, end: int) -> None:
+        file.seek(begin)
+        self._file, self._left = file, end - begin
+
+    def read(self, size: int) -> bytes:
+        data: bytes = self._file.read(min(size, self._left))
+        self._left -= len(data)
+        return data
+
+
+def line_begin(file: Any, part: int, parts: int) -> int:
+    """Where the first line begins that begins in a part of a file, one of `parts` equal ones, or later: its end."""
+    size = file.seek(0, io.SEEK_END)
+    place = size * part // parts - 1
+    if place < 0:
+        return 0
+    file.seek(place)  # a line that begins at the part's first byte is its own
+    while place < size and (data := file.read(_READ_BYTES)):
+        if (found := data.find(b"\n")) >= 0:
+            return int(place + found + 1)
+        place += len(data)
+    return int(size)
+
+
 def read_lines(path: str, file: Any) -> Iterator[bytes]:
     """The lines with their ends. Of a line over MAX_ROW_BYTES only the beginning, which is still over it."""
     stream = io.BufferedReader(_Raw(file), _READ_BYTES)

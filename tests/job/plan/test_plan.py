@@ -160,7 +160,29 @@ def test_what_will_hurt_is_said_with_what_to_do(
     for most, too_many in ((200_000, False), (40_000, True)):
         mapped.MOST.write_text(f"{most}\n")
         assert ("on every node" in words(made_up, cc3m, "cores=2", rows=100_000_000)) == too_many
-    assert "numbering takes" in words(made_up, cc3m, "cores=2,memory=16", rows=400_000_000)
+
+
+def test_a_long_list_is_read_in_pieces_unless_its_format_cannot_be_cut(made_up: Rates) -> None:
+    cc3m = read_recipe(str(PIPELINES / "cc3m.yaml"))
+    bytes_a_row = job_of("run", cc3m, None, 1_000_000).list_bytes / 1e6
+    costs = on("cores=16", cc3m, made_up, rows=400_000_000)
+    assert costs["urls"].tasks == costs["count"].tasks == -(-4e8 * bytes_a_row // 2**30)
+    assert costs["urls"].core_seconds * costs["urls"].tasks == pytest.approx(4e8 * made_up.list_row)
+    assert "count" not in on("cores=16", cc3m, made_up, rows=1_000_000)
+    as_csv = cc3m.model_copy(update={"download": cc3m.download.model_copy(update={"urls": "no.csv", "preset": None})})
+    assert on("cores=16", as_csv, made_up, rows=400_000_000)["urls"].tasks == 1
+
+
+@pytest.mark.parametrize("samples", [10_000_000, 258_000_000, 1_000_000_000])
+def test_no_task_of_numbering_takes_more_than_2_gb(made_up: Rates, samples: int) -> None:
+    cc3m = read_recipe(str(PIPELINES / "cc3m.yaml"))
+    job = replace(job_of("run", cc3m, None, samples), samples=samples, nodes=samples)
+    ((_, found),) = cases(job, cc3m, made_up, [machine.parse("cores=16")])
+    costs = {cost.name: cost for cost in found if cost.name in ("split", "unique", "mark", "number")}
+    assert max(cost.ram for cost in costs.values()) < 2e9
+    tasks = -(-samples // 16_000_000)
+    names = ["number"] if samples < 16_000_000 else ["split", "unique", "mark", "number"]
+    assert {name: cost.tasks for name, cost in costs.items()} == dict.fromkeys(names, tasks)
 
 
 def test_a_list_is_looked_at_not_read(tmp_path: Path) -> None:
