@@ -42,7 +42,8 @@ StoreArg = Annotated[
 ]
 RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, see pipelines/", show_default=False)]
 Workers = Annotated[
-    int | None, option("worker processes; 0: none, in this process  [default: one a CPU or GPU]", min=0)
+    int | None,
+    option("worker processes, at most; 0: this one alone  [default: one a CPU or GPU; small jobs: 0]", min=0),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="only tell what it would take")]
 

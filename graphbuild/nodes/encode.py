@@ -12,7 +12,7 @@ vectors beside tars are each sample's own (graphbuild.nodes.beside).
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import numpy as np
 from graphbuild.errors import InputError, StageError
 from graphbuild.nodes import beside, matrix
 from graphbuild.nodes.encoder import find_encoder, open_model, prompt_of
+from graphbuild.nodes.encoder.model import may_be_packed
 from graphbuild.nodes.number import new_texts, numbered
 from graphbuild.nodes.samples import READY
 from graphbuild.recipe import BESIDE, Recipe
@@ -78,7 +79,8 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
             "install the same model on every node",
         )
     model = open_model(encoder, task.hints["device"], settings["precision"], settings["prompt"], settings["dim"])
-    found = model.encode(texts or ["-"])  # a shard all of whose texts appeared before has a file of no rows
+    some = texts or ["-"]  # a shard all of whose texts appeared before has a file of no rows
+    found = model.encode(some, task.hints["threads"])
     vectors = found.vectors[: len(texts)]
     without = np.isnan(vectors).any(axis=1)
     writer.array(VECTORS.format(task.name), vectors[~without])
@@ -160,6 +162,15 @@ def check(recipe: Recipe) -> None:
         prompt_of(recipe.embed)
 
 
+def in_process(tasks: Sequence[Task]) -> bool:
+    """Whether threads compute them as fast as processes: one task, or those of a packed model or of none."""
+    first = tasks[0]
+    if len(tasks) == 1 or "trusted" not in first.hints:
+        return True
+    encoder = find_encoder(first.hints["encoder"], trusted=first.hints["trusted"])
+    return first.settings["precision"] != "int8" and may_be_packed(encoder)
+
+
 STAGE = Stage(
     name="encode",
     title="encoding",
@@ -170,4 +181,5 @@ STAGE = Stage(
     check=check,
     on_device=True,
     sharing=2,
+    in_process=in_process,
 )

@@ -7,35 +7,36 @@ another; a task that raises is recorded and the others go on.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
-import socket
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from graphbuild.errors import ConfigError, GraphbuildError, InputError, StageError
-from graphbuild.machine.gpus import gpu_here
+from graphbuild.machine.gpus import cores_here, gpu_here
 from graphbuild.recipe import Recipe
+from graphbuild.runner.connection import connect
 from graphbuild.runner.progress import Metrics, Progress
+from graphbuild.runner.small import is_small
 from graphbuild.runner.stage import Stage, Task, digest, records, state_path, write_manifest
 from graphbuild.runner.state import invalidate, pending, write_recipe
-from graphbuild.runner.workers import ATTEMPTS, Failure, Pool, attempt, record_failure
+from graphbuild.runner.workers import ATTEMPTS, Failure, Pool, attempt, is_to_blame, record_failure
 from graphbuild.store.store import Json, Store
 
 logger = logging.getLogger(__name__)
+LOOK_SECONDS = 5.0  # between looks at which nodes the cluster has
 
 
 class Runner:
     """Executes stages on a pool of workers; a context manager that starts Ray only when there is work to do.
 
-    workers: processes; 0 runs in this one, None takes a worker a CPU (or a GPU, for stages on a device). address: a
-    Ray cluster's, default that of the environment (RAY_ADDRESS), else a Ray of its own on this machine.
+    workers: processes, at most; 0 runs in this one, None takes a worker a CPU (or a GPU, for stages on a device), and
+    none for what is small (small.py), unless a Ray runs. address: a Ray cluster's, default that of the environment
+    (RAY_ADDRESS), else a Ray of its own on this machine.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Runner:
         self.address = address or os.environ.get("RAY_ADDRESS")
         self.progress = progress or Progress()
         self.seconds: dict[str, float] = {}  # by stage, wall time of the last run
-        self._started_ray = self._in_ray = False
+        self._started_ray = self._in_ray = self._said_small = False
         self._metrics: Metrics | None = None
         self._pools: dict[float, Pool] = {}  # by a worker's share of a GPU
 
@@ -132,38 +133,54 @@ class Runner:
         return entry
 
     def _results(self, stage: Stage, tasks: Sequence[Task], store: Store) -> Iterator[tuple[Task, Json | Failure]]:
-        if self.workers == 0:
+        if self._is_here(stage, tasks, store):
             gpu = self._on_gpus(stage, tasks[0])
             self.progress.running(1)
             for task in tasks:
-                result = attempt(stage, _placed(task, gpu=gpu), store)
+                result = attempt(stage, _placed(task, gpu=gpu, threads=cores_here()), store)
                 yield task, result
                 if isinstance(result, Failure) and result.storage:
                     return
         else:
             yield from self._ray_results(stage, tasks, store)
 
+    def _is_here(self, stage: Stage, tasks: Sequence[Task], store: Store) -> bool:
+        """Whether these tasks run in this process: as asked, or as they are small and no Ray is there."""
+        if self.workers is not None or self.address:
+            return self.workers == 0
+        ray = sys.modules.get("ray")
+        here = not (ray and ray.is_initialized()) and is_small(stage, tasks, store)
+        if here and not self._said_small:
+            self._said_small = True
+            logger.info("%-9s none: so small a job runs in this process, unless --workers asks for others", "workers")
+        return here
+
     def _ray_results(self, stage: Stage, tasks: Sequence[Task], store: Store) -> Iterator[tuple[Task, Json | Failure]]:
         ray = self.start_ray()
         resources = ray.cluster_resources()
         gpu = self._on_gpus(stage, tasks[0], resources)
-        slots = int(resources["GPU"]) * stage.sharing if gpu else int(resources.get("CPU", 1))
-        count = slots if self.workers is None else min(self.workers, slots) if gpu else self.workers
         pool = self._pool(1 / stage.sharing if gpu else 0)
-        queue = [(task, 1) for task in reversed(tasks)]
-        running: dict[Any, tuple[Task, int, Any]] = {}
+        queue: list[tuple[Task, tuple[str, ...]]] = [(task, ()) for task in reversed(tasks)]
+        running: dict[Any, tuple[Task, tuple[str, ...], Any, str]] = {}
+        looked = time.monotonic()
         while queue or running:
             while queue and pool.idle:
-                (task, tries), worker = queue.pop(), pool.idle.pop()
-                running[worker.attempt.remote(stage, _placed(task, gpu=gpu), store)] = (task, tries, worker)
-            pool.start(min(count - len(running), len(queue)))
+                (task, deaths), (worker, node) = queue.pop(), pool.idle.pop()
+                answer = worker.attempt.remote(stage, _placed(task, gpu=gpu), store)
+                running[answer] = (task, deaths, worker, node)
+            if time.monotonic() >= looked + LOOK_SECONDS:  # nodes come and go
+                resources, looked = ray.cluster_resources(), time.monotonic()
+            pool.start(min(self._slots(resources, stage.sharing if gpu else 0) - len(running), len(queue)))
             self.progress.running(len(running))
             self._show(store)
-            ready, _ = ray.wait([*running, *(pool.starting if queue else ())], num_returns=1)
+            waiting = [*running, *(pool.starting if queue else ())]
+            ready, _ = ray.wait(waiting, num_returns=1, timeout=LOOK_SECONDS if queue else None)
+            if not ready:
+                continue
             if ready[0] not in running:
                 pool.arrived(ready[0])
                 continue
-            task, tries, worker = running.pop(ready[0])
+            task, deaths, worker, node = running.pop(ready[0])
             try:
                 result = ray.get(ready[0])
             except ray.exceptions.RayTaskError as error:  # `attempt` raises nothing: the worker cannot load the task
@@ -172,28 +189,33 @@ class Runner:
                 record_failure(store, task, result)
             except ray.exceptions.RayError as error:
                 pool.dismiss()  # with a node, more than one is gone
-                if tries < ATTEMPTS:
-                    logger.warning(
-                        "%s %s: its worker died (%s); trying again",
-                        stage.name,
-                        task.title,
-                        type(error).__name__,
-                    )
-                    queue.append((task, tries + 1))
+                deaths, name = (*deaths, node), type(error).__name__
+                alone = self._started_ray and not self.address  # on a Ray of one node
+                if len(deaths) < ATTEMPTS or not (alone or is_to_blame(deaths)):
+                    logger.warning("%s %s: its worker died (%s); trying again", stage.name, task.title, name)
+                    queue.append((task, deaths))
                     self.progress.again()
                     continue
                 result = Failure(
-                    f"its worker died {ATTEMPTS} times ({type(error).__name__}: {str(error).splitlines()[0]})",
+                    f"its worker died {len(deaths)} times ({name}: {str(error).splitlines()[0]})",
                     "most often memory ran out: use fewer --workers or a smaller shard_size, then rerun",
                     str(error),
                     1,
                 )
                 record_failure(store, task, result)
             else:
-                pool.idle.append(worker)
+                pool.idle.append((worker, node))
                 if isinstance(result, Failure) and result.storage:
                     queue.clear()
             yield task, result
+
+    def _slots(self, resources: Mapping[str, float], to_gpu: int) -> int:
+        """Tasks at a time, where the cluster has these resources now; one even where it has none yet, as none asks for
+        more then. Without GPUs as many as `workers` says: those that wait for a CPU make an autoscaler add nodes."""
+        there = int(resources.get("GPU", 0)) * to_gpu if to_gpu else int(resources.get("CPU", 0))
+        if self.workers is not None:
+            there = min(self.workers, there) if to_gpu else self.workers
+        return max(there, 1)
 
     def _on_gpus(self, stage: Stage, task: Task, resources: Mapping[str, float] | None = None) -> bool:
         """Whether a stage's tasks run on GPUs, where Ray has these resources; ConfigError where they cannot but must.
@@ -228,71 +250,9 @@ class Runner:
     def start_ray(self) -> Any:
         """The module ray, connected to the cluster at `address`, or to one of its own that ends with this runner."""
         self._in_ray = True
-        with _ray_environment(starts=not self.address):
-            import ray
-
-            if not ray.is_initialized():
-                self._init(ray)
+        ray, is_new = connect(self.address, self.workers)
+        self._started_ray |= is_new
         return ray
-
-    def _init(self, ray: Any) -> None:
-        if self.address:
-            check_address(self.address)
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if self.address:
-            options["address"] = self.address
-        else:  # tasks exchange file names: Ray's object store may be small
-            options.update(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=200 * 2**20,
-                num_cpus=self.workers,
-            )
-        try:
-            ray.init(**options)
-        except (OSError, ValueError, RuntimeError) as error:
-            if self.address:
-                cause = f"cannot reach Ray at {self.address} ({error})"
-                fix = "check --address and the cluster's token (`ray status`)"
-            else:
-                cause = f"cannot start Ray on this machine ({error})"
-                fix = f"see that {tempfile.gettempdir()} has room and can be written to, or set TMPDIR to a short path"
-            raise ConfigError(cause, f"{fix}, or use --workers 0 to run in this process") from error
-        self._started_ray = True
-
-
-@contextlib.contextmanager
-def _ray_environment(*, starts: bool) -> Iterator[None]:
-    """What Ray, its workers too, read from the environment when it is imported and started, for this while alone.
-
-    starts: a cluster of its own, which asks for a token. Ray sets that itself where it was imported before.
-    """
-    wanted = {"RAY_AUTH_MODE": "token", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    before = {name: os.environ.get(name) for name in wanted}
-    if starts and "ray" not in sys.modules:
-        os.environ.update({name: value for name, value in wanted.items() if before[name] is None})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def check_address(address: str) -> None:
-    """Raise ConfigError within seconds when nothing listens at HOST:PORT or ray://HOST:PORT; Ray waits for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdecimal():
-        return  # `auto` and other forms are Ray's to resolve
-    try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except OSError as error:
-        raise ConfigError(
-            f"--address {address}: nothing answers there ({error})",
-            "check it with `ray status` on the cluster's head node",
-        ) from None
 
 
 def failed(stage: Stage, failures: Mapping[str, Failure], store: Store) -> GraphbuildError:
@@ -306,6 +266,6 @@ def failed(stage: Stage, failures: Mapping[str, Failure], store: Store) -> Graph
     return kind(cause, "; ".join(fixes[:3]) + f" (details: {store.display(state_path(stage.name, '*', 'failed'))})")
 
 
-def _placed(task: Task, *, gpu: bool) -> Task:
+def _placed(task: Task, *, gpu: bool, threads: int = 1) -> Task:
     device = "cuda" if gpu and task.hints.get("device") != "cpu" else "cpu"
-    return dataclasses.replace(task, hints={**task.hints, "device": device})
+    return dataclasses.replace(task, hints={**task.hints, "device": device, "threads": threads})

@@ -79,7 +79,8 @@ class Stage:
     its first task: what was chosen, and what it will take. keeps: of the record of a finished task whose input is gone,
     whether what it made stays, for others have numbers that follow from it: with --force it then has the state `gone`.
     on_device: a GPU serves it, if there is one. sharing: workers to a GPU: one computes while another reads, prepares
-    or writes.
+    or writes. in_process: whether these tasks may run in the command's own process where the job is small: not where
+    they wait long, may crash, or gain by many processes.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Stage:
     keeps: Callable[[Json], bool] = lambda record: False
     on_device: bool = False
     sharing: int = 1
+    in_process: Callable[[Sequence[Task]], bool] = lambda tasks: True
     note: Callable[[Recipe, Store], str] | None = None
 
 

@@ -38,10 +38,15 @@ def pending(
     if (changed or gone_inputs) and not force:
         lines = sorted({line for name in changed for line in other[name]})
         now = {named_file(new): new for task in tasks for new in task.inputs.values()}
-        before = {named_file(old): (kind, old) for name in gone_inputs for kind, old in done[name]["inputs"].items()}
-        lines += [f"{kind}: {old} -> {now[file]}" for file, (kind, old) in before.items() if file in now]
+        before = {
+            named_file(old): (kind, old)
+            for name in gone_inputs
+            for kind, old in done[name]["inputs"].items()
+            if now.get(named_file(old), old) != old
+        }
+        lines += [f"{kind}: {old} -> {now[file]}" for file, (kind, old) in before.items()]
         absent = [
-            name for name in gone_inputs if not any(named_file(old) in now for old in done[name]["inputs"].values())
+            name for name in gone_inputs if not any(named_file(old) in before for old in done[name]["inputs"].values())
         ]
         if absent:
             named = ", ".join(titled(name, done[name]["inputs"]) for name in absent[:5])

@@ -342,4 +342,5 @@ DOWNLOAD = Stage(
     finish=finish_download,
     entries=("download",),
     counts=fetched.counts,
+    in_process=lambda tasks: False,  # the web is slow, and may send what crashes a decoder
 )

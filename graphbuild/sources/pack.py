@@ -180,4 +180,12 @@ def packed_tars(store: Store) -> dict[str, str]:
     return outputs(require(store, "pack", "pack"), "shards/", ".tar")
 
 
-STAGE = Stage(name="pack", title="pack", plan=plan, run=run, finish=finish, entries=("pack",))
+STAGE = Stage(
+    name="pack",
+    title="pack",
+    plan=plan,
+    run=run,
+    finish=finish,
+    entries=("pack",),
+    in_process=lambda tasks: tasks[0].settings["image_size"] is None,  # else images are decoded, which takes long
+)

@@ -32,6 +32,7 @@ WriteTar = Callable[[Path, Iterable[tuple[str, bytes]]], None]
 logger = logging.getLogger(__name__)
 pytestmark = needs_proc
 TARS, SAMPLES = 12, 10
+CLUSTERED = ("--layout", "clustered", "--chunk", 4, "--shard-size", 20)
 DIED = re.compile(r"^(\w+) .+: its worker died", re.MULTILINE)
 
 
@@ -42,7 +43,7 @@ def recipe(pictures: list[Picture], write_tar: WriteTar, tmp_path_factory: pytes
         some = list(enumerate(pictures))[number * SAMPLES : (number + 1) * SAMPLES]
         write_tar(folder / f"part-{number:04d}.tar", members(some))
     path = folder / "recipe.yaml"
-    path.write_text(f"embed:\n  shards: {folder}/part-*.tar\nindex:\n  k: 5\nexport:\n  chunk: 4\n  shard_size: 20\n")
+    path.write_text(f"embed:\n  shards: {folder}/part-*.tar\nindex:\n  k: 5\n")
     return path
 
 
@@ -59,7 +60,7 @@ def clustered(built: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -
     """That, and its tars in neighbour order."""
     store = tmp_path_factory.mktemp("clustered") / "store"
     shutil.copytree(built, store)
-    cli("export", store, "--layout", "clustered", "--workers", 0)
+    cli("export", store, *CLUSTERED, "--workers", 0)
     return store
 
 
@@ -140,7 +141,7 @@ def test_a_node_lost_in_any_stage_costs_nothing_but_time(
     for attempt in range(5):  # a stage of milliseconds may be over before a worker is caught in it
         store, log = tmp_path / f"store-{attempt}", tmp_path / f"log-{attempt}"
         with ray_nodes(environment, [1, 1, 1]) as nodes:
-            for arguments in (["run", recipe, store], ["export", store, "--layout", "clustered"]):
+            for arguments in (["run", recipe, store], ["export", store, *CLUSTERED]):
                 begin = time.monotonic()
                 process = start(nodes, log, *arguments)
                 seen: list[set[str]] = []

@@ -93,11 +93,13 @@ def copy(built: Path, tmp_path: Path) -> Path:
 # ---- the same bytes
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [None, *(pytest.param(few, marks=pytest.mark.slow) for few in (0, 1))])
 def test_any_number_of_workers_writes_the_same_bytes(
-    workers: int, built: Path, recipe: Path, cli: Cli, tmp_path: Path
+    workers: int | None, built: Path, recipe: Path, cli: Cli, tmp_path: Path
 ) -> None:
-    cli("run", recipe, tmp_path / "store", "--workers", workers)
+    """None: as many as so small a job wants, which is none."""
+    said = cli("run", recipe, tmp_path / "store", *(() if workers is None else ("--workers", workers))).stderr
+    assert ("so small a job runs in this process" in said) == (workers is None)
     assert digests(tmp_path / "store") == digests(built)
 
 
@@ -141,7 +143,8 @@ def test_a_cluster_of_two_nodes_writes_the_same_bytes(
 ) -> None:
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": hashlib.sha256(os.urandom(32)).hexdigest()}
     with two_node_cluster({**environment, **token}) as address:
-        cli("run", recipe, tmp_path / "store", "--address", address, env=token)
+        said = cli("run", recipe, tmp_path / "store", "--address", address, env=token).stderr
+    assert "in this process" not in said
     assert digests(tmp_path / "store") == digests(built)
 
 

@@ -160,6 +160,22 @@ def test_a_task_that_kills_every_worker_fails_alone(store: Store, on_ray: Runner
     assert set(records(store, "search")) == {"00000", "00001", "00002"}
 
 
+def say_where(task: Task, store: Store, writer: Writer) -> Json:
+    return {**write(task, store, writer), "process": os.getpid(), "threads": task.hints["threads"]}
+
+
+@pytest.mark.usefixtures("on_ray")
+def test_a_ray_that_runs_does_small_stages_too_a_thread_each(store: Store) -> None:
+    def small(recipe: Recipe, store: Store) -> list[Task]:
+        return [dataclasses.replace(task, inputs={"x": "a.tar, 10 bytes, 1.0"}) for task in plan(recipe, store)]
+
+    with Runner() as runner:
+        runner.run(dataclasses.replace(stage(say_where), plan=small), Recipe(), store)
+    facts = [record["facts"] for record in records(store, "search").values()]
+    assert os.getpid() not in [each["process"] for each in facts]
+    assert [each["threads"] for each in facts] == [1] * 4
+
+
 def on_cuda(recipe: Recipe, store: Store) -> list[Task]:
     return [dataclasses.replace(task, hints={"device": "cuda"}) for task in stage(write).plan(recipe, store)]
 

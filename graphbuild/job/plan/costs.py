@@ -15,6 +15,7 @@ from dataclasses import replace
 from graphbuild.job.plan.formulas import FORMULAS, Case, Cost
 from graphbuild.job.plan.rates import WORKER_BYTES
 from graphbuild.job.steps import Step
+from graphbuild.runner.small import BYTES, SAMPLES
 
 KEPT_BYTES = 200e6  # of earlier stages' small arrays, that a worker does not give back; large ones it does
 IMPORTS = {
@@ -33,6 +34,8 @@ def costs(case: Case, steps: Sequence[Step]) -> list[Cost]:
     found: list[Cost] = []
     imported: set[str] = {"python"}
     kept = mapped = 0.0
+    job, begun = case.job, False
+    small = case.machine.own and case.machine.workers is None and max(job.rows, job.samples, job.nodes) <= SAMPLES
     for step in steps:
         cost = replace(by_verb[step.verb][step.name], name=step.name, title=step.stage.title)
         same_device = case.machine.own or not step.stage.on_device  # else those seconds may be a GPU's, or not
@@ -40,8 +43,11 @@ def costs(case: Case, steps: Sequence[Step]) -> list[Cost]:
             cost = _as_finished(cost, case, step)
         new = set(IMPORTS.get(step.name, "").split()) - imported
         loading = sum(getattr(case.rates, f"load_{part}", 0.0) for part in new)
-        cost = _timed(cost, case, loading + (0.0 if found else case.rates.start))
+        read = job.list_bytes + job.tar_bytes if step.reads_outside else 0.0
+        here = small and step.name != "download" and read <= BYTES
+        cost = _timed(cost, case, loading + (0.0 if here or begun else case.rates.start))
         if cost.tasks:
+            begun |= not here
             imported |= new
             mapped = max(mapped, cost.mapped)
         weights = 1.5 * case.job.encoder.bytes if "transformers" in imported else 0.0

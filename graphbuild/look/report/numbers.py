@@ -215,8 +215,11 @@ def edge_numbers(graph: SampleGraph, catalog: Catalog) -> Json:
     _, similarities = graph.neighbors(nodes)
     pairs = living[rng.integers(0, total, (PAIRS, 2))]
     pairs = pairs[pairs[:, 0] != pairs[:, 1]]
-    parts = np.array_split(pairs, max(len(pairs) // 10_000, 1))
-    products = [(graph.embeddings(part[:, 0]) * graph.embeddings(part[:, 1])).sum(axis=1) for part in parts]
+    products = []
+    for part in np.array_split(pairs, max(len(pairs) // 10_000, 1)):
+        drawn, at = np.unique(part, return_inverse=True)  # a small store has each of them many times
+        vectors, at = graph.embeddings(drawn), at.reshape(part.shape)
+        products.append((vectors[at[:, 0]] * vectors[at[:, 1]]).sum(axis=1))
     random = np.clip(np.concatenate(products), -1, 1)
     hubs = np.lexsort((living, -indegree))[:SHOWN]
     deviation = float(indegree.std())

@@ -39,8 +39,8 @@ class Int8:
         _round_weights(model)
         self.request = _core().compile_model(model, "CPU", settings).create_infer_request()
 
-    def pooled(self, tokens: Tokens) -> tuple[Tensor, int]:
-        """Pooled token vectors, float32 [n, d]; and the tokens computed for them: none is padding."""
+    def pooled(self, tokens: Tokens, threads: int = 1) -> tuple[Tensor, int]:
+        """Pooled token vectors, float32 [n, d]; and the tokens computed for them: none is padding. On one thread."""
         parts, order = [], []
         for chosen in equal_batches(tokens.lengths, BATCH_TOKENS):
             ids = tokens.ids[tokens.starts[chosen, None] + np.arange(tokens.lengths[chosen[0]])]

@@ -14,7 +14,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,8 +67,7 @@ class Model:
     @property
     def whole(self) -> SentenceTransformer:
         """The sentence-transformers model: in float32 where its copy runs packed, else as it runs."""
-        may_be_packed = _model_type(self.encoder.folder) in FAMILIES
-        return _load(self.encoder, self.device, "float32" if may_be_packed else self.precision)
+        return _load(self.encoder, self.device, "float32" if may_be_packed(self.encoder) else self.precision)
 
     @property
     def is_static(self) -> bool:
@@ -80,8 +78,9 @@ class Model:
     def max_tokens(self) -> int | None:
         return None if self.is_static else self.whole.max_seq_length
 
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        """Unit-norm vectors of texts, in order. ConfigError when dim > d."""
+    def encode(self, texts: Sequence[str], threads: int = 1) -> Encoded:
+        """Unit-norm vectors of texts, in order, the same on any number of threads, which a packed model on a CPU takes.
+        ConfigError when dim > d."""
         prompted = [self._prompt() + text for text in texts]
         tokenizer = self.whole.tokenizer
         with torch_threads(1), attention_of_any_shape():
@@ -93,7 +92,7 @@ class Model:
             if packed is None:
                 vectors, computed = self._encode_whole(prompted, tokens.lengths)
             else:
-                pooled, computed = packed.pooled(tokens)
+                pooled, computed = packed.pooled(tokens, threads)
                 vectors = self._finished(_after_pooling(self.whole, pooled))
         return Encoded(_half(vectors), len(tokens.ids), computed, tokens.truncated)
 
@@ -225,7 +224,7 @@ def _packed(encoder: Encoder, device: str, precision: str) -> Packed | Int8 | No
     from graphbuild.nodes.encoder.int8 import Int8
     from graphbuild.nodes.encoder.packed import Packed
 
-    if _model_type(encoder.folder) not in FAMILIES:
+    if not may_be_packed(encoder):
         return None
     whole = _load(encoder, device, "float32")
     if not hasattr(whole.tokenizer, "backend_tokenizer"):
@@ -273,13 +272,12 @@ def _is_as_packed(whole: SentenceTransformer, transformer: Any, pooling: str) ->
     return found.shape == own.shape and torch.allclose(found, own, rtol=0, atol=least, equal_nan=True)
 
 
-def _model_type(folder: Path) -> str | None:
-    """What config.json calls the architecture; it lies in the folder itself or in that of the first module."""
-    for path in (folder / "config.json", folder / "0_Transformer" / "config.json"):
+def may_be_packed(encoder: Encoder) -> bool:
+    """By what config.json calls the architecture; it lies in the folder itself or in that of the first module."""
+    for path in (encoder.folder / "config.json", encoder.folder / "0_Transformer" / "config.json"):
         if path.is_file():
-            found: str | None = json.loads(path.read_bytes()).get("model_type")
-            return found
-    return None
+            return json.loads(path.read_bytes()).get("model_type") in FAMILIES
+    return False
 
 
 def _after_pooling(whole: SentenceTransformer, pooled: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ Cost: 2 x (weights of the layers) FLOP a token, and attention.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -47,29 +48,37 @@ class Packed:
         self.position_bias: Callable[[Tensor], Tensor] | None = getattr(encoder, "compute_position_bias", None)
         self.biases: dict[int, Tensor] = {}
 
-    @torch.inference_mode()
-    def pooled(self, tokens: Tokens) -> tuple[Tensor, int]:
-        """Pooled token vectors, float32 [n, d], on the model's device; and the rows computed for them."""
+    def pooled(self, tokens: Tokens, threads: int = 1) -> tuple[Tensor, int]:
+        """Pooled token vectors, float32 [n, d], on the model's device; and the rows computed for them.
+
+        threads: of a CPU, each of which computes batches of its own, and all of such a batch.
+        """
         out = torch.empty(len(tokens.lengths), self.words.shape[1], device=self.device)
-        starts, computed = tokens.starts, 0
-        for chosen in batches(tokens.lengths, self.rows):
-            lengths = tokens.lengths[chosen]
-            total = int(lengths.sum())
-            computed += max(self.rows, total)
-            runs = _runs(lengths)
-            ids = np.zeros(max(self.rows, total), dtype=np.int64)
-            places = np.zeros_like(ids)
-            offsets = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-            ids[:total] = tokens.ids[np.repeat(starts[chosen], lengths) + offsets]
-            places[:total] = self.first_position + offsets
-            hidden = self._forward(
-                torch.from_numpy(ids).to(self.device), torch.from_numpy(places).to(self.device), runs
-            )
-            parts = [
-                pool(hidden[at : at + count * size].view(count, size, -1), self.pooling) for at, count, size in runs
-            ]
-            out[torch.from_numpy(chosen).to(self.device)] = torch.cat(parts)
+        threads = threads if self.device.type == "cpu" else 1
+
+        def fill(chosen: Ints) -> int:
+            with torch.inference_mode():  # which holds for one thread
+                found, computed = self._batch(tokens, chosen)
+                out[torch.from_numpy(chosen).to(self.device)] = found
+            return computed
+
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as others:
+            computed = sum((others.map if threads > 1 else map)(fill, batches(tokens.lengths, self.rows)))
         return out, computed
+
+    def _batch(self, tokens: Tokens, chosen: Ints) -> tuple[Tensor, int]:
+        """Pooled vectors of those texts, and the rows computed."""
+        lengths = tokens.lengths[chosen]
+        total = int(lengths.sum())
+        runs = _runs(lengths)
+        ids = np.zeros(max(self.rows, total), dtype=np.int64)
+        places = np.zeros_like(ids)
+        offsets = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        ids[:total] = tokens.ids[np.repeat(tokens.starts[chosen], lengths) + offsets]
+        places[:total] = self.first_position + offsets
+        hidden = self._forward(torch.from_numpy(ids).to(self.device), torch.from_numpy(places).to(self.device), runs)
+        parts = [pool(hidden[at : at + count * size].view(count, size, -1), self.pooling) for at, count, size in runs]
+        return torch.cat(parts), len(ids)
 
     def _forward(self, ids: Tensor, places: Tensor, runs: list[tuple[int, int, int]]) -> Tensor:
         hidden = _normalized(self.words[ids].float() + self.positions[places].float(), self.norm).to(self.dtype)

@@ -28,7 +28,7 @@ from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from graphbuild.errors import ConfigError
 from graphbuild.nodes.encoder import DEFAULT_ENCODER, Model, find_encoder, open_model, packed
-from graphbuild.nodes.encoder.model import _packed, fastest_precision
+from graphbuild.nodes.encoder.model import CPU_TOKENS, _packed, fastest_precision
 from graphbuild.nodes.encoder.packed import Packed
 from graphbuild.nodes.encoder.tokens import batches, equal_batches, tokenize
 from graphbuild.nodes.fidelity import cosine
@@ -265,6 +265,16 @@ def test_a_text_has_the_same_bytes_in_any_batch(two_layers, precision):
         chosen = random.permutation(len(texts))[:count]
         alone = model.encode([texts[at] for at in chosen]).vectors
         np.testing.assert_array_equal(alone.view(np.uint16), together[chosen].view(np.uint16))
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_any_number_of_threads_gives_the_same_bytes(tmp_path, family):
+    texts = captions(300, longest=50)  # several batches
+    model = open_model(find_encoder(str(saved(tmp_path, family, "mean"))), "cpu", "float32")
+    one, three = model.encode(texts), model.encode(texts, threads=3)
+    np.testing.assert_array_equal(three.vectors.view(np.uint16), one.vectors.view(np.uint16))
+    assert (three.tokens, three.computed) == (one.tokens, one.computed)
+    assert one.computed >= 3 * CPU_TOKENS
 
 
 def test_less_than_a_twentieth_of_the_rows_computed_is_empty(tmp_path):
