@@ -25,7 +25,7 @@ from graphbuild.runner.state import require
 from graphbuild.sources.tars import tar_stem
 from graphbuild.store.layout import BACKGROUND, BASIS, NEIGHBORS, SAMPLES, SIDECAR, SIMILARITIES, SKETCH, VECTORS
 from graphbuild.store.sharded import Array, node_array
-from graphbuild.store.shards import Shard, present_shards, shards_of
+from graphbuild.store.shards import Shard, node_count, present_shards, shards_of
 from graphbuild.store.store import Json, Store, Writer
 
 SIZES = "shards/sizes.json"
@@ -123,6 +123,7 @@ def sidecar_table(
         chunk=chunk,
         sketch_steps=sketch.steps(store.array(BASIS)).tolist() if embeddings == "sketch:64" else None,
         image_member=image_member,
+        nodes=node_count(manifest),
     )
     plural = MORE in samples.column_names
     schema = sidecar_schema(header.d, header.k, embeddings, plural=plural)

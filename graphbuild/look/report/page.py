@@ -68,7 +68,19 @@ def render(found: Json, images: list[Json] | None = None) -> str:
 
 
 def _every_part(found: Json) -> Json:
-    parts = ("embeddings", "fidelity", "graph", "recall", "duplicates", "hosts", "edges", "mass", "targets", "batches")
+    parts = (
+        "embeddings",
+        "fidelity",
+        "graph",
+        "recall",
+        "duplicates",
+        "hosts",
+        "edges",
+        "mass",
+        "targets",
+        "two_views",
+        "batches",
+    )
     return {"matches": [], **dict.fromkeys(parts), **found}
 
 

@@ -1,0 +1,121 @@
+"""Targets that mean the same at every batch size: each anchor's temperature at which its other view keeps a share.
+
+Beside the other view's mass 1 the other images of a random batch of B have, in expectation,
+
+    slots (B - 1) / (M - 1) * (sum over the k stored g of exp((g - 1) / tau_s) + sum outside of exp((G - 1) / tau_s)).
+
+Outside the list the graph stores mean and deviation of G. Its distribution is taken for a shifted lognormal one,
+mirrored where the longer tail lies below, with the mean and deviation of all M - 1 similarities and their k-th largest
+where the list ends: three stored facts for three parameters. The logarithm of that mass is convex in 1 / tau_s, so
+Newton's steps from 0 come near from one side. How far the shares then are from what was asked: docs/training.md.
+
+Costs ROUNDS exponentials of [B, k + POINTS] values, on the tensors' device, no communication and no wait of the host.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphbuild.errors import ConfigError
+
+TauS = float | Literal["calibrated"]
+OTHER_VIEW = 0.6  # share of the target, by default
+LEAST, MOST = 0.01, 100.0  # of a calibrated temperature
+ROUNDS = 6
+LOWEST = -5.0  # deviations below the median at which integration begins
+POINTS = 24
+SHAPES = np.linspace(-1.5, 1.0, 101)  # deviations of the logarithm; below 0 mirrored
+
+
+@torch.no_grad()
+def calibrated(
+    similarities: Tensor, background: Tensor, node_count: Tensor | int, *, images: int, other_view: float, slots: float
+) -> tuple[Tensor, Tensor]:
+    """Of each anchor the target's temperature, and what stands for a similarity outside its list; [B, 1] both.
+
+    An anchor to which so many nodes are equal that its other view cannot keep the share has LEAST.
+
+    Args:
+        similarities: float [B, k], to the neighbours, descending.
+        background: float [B, 2], mean and deviation of the similarity to all other nodes.
+        node_count: M, of the graph; or int64 [B], all the same.
+        images: of the joint batch, over all ranks.
+        other_view: share in (0, 1) of the target beside the view itself that the other view, or the own text of an
+            image, keeps in the mean over random batches.
+        slots: those of another image in the target for each of the own: V / (V - 1) with V views, 1 with texts.
+
+    Raises:
+        ConfigError: so small a share that even equal similarities leave more of so few images.
+    """
+    others = slots * (images - 1)
+    if images > 1 and (1 + others) * other_view <= 1:
+        raise ConfigError(
+            f"other_view = {other_view} in a batch of {images} images: equal parts are {1 / (1 + others):.3f}",
+            "ask for a larger share, or use a larger batch",
+        )
+    near = similarities.to(torch.promote_types(similarities.dtype, torch.float32))
+    count = torch.as_tensor(node_count, device=near.device).reshape(-1, 1).to(near) - 1
+    outside, weights = _outside(near, background.to(near), count)
+    rest = (1 - near.shape[1] / count).clamp_min(0)
+    gaps = (1 - torch.cat([near, outside], dim=1)).clamp_min_(0)
+    masses = others * torch.cat([(1 / count).expand_as(near), rest * weights.expand_as(outside)], dim=1)
+    log_odds, tiny = np.log(1 / other_view - 1), torch.finfo(near.dtype).tiny
+    inverse = near.new_zeros(len(near), 1)
+    for _ in range(ROUNDS):
+        terms = masses * torch.exp(-inverse * gaps)
+        mass = terms.sum(dim=1, keepdim=True).clamp_min_(tiny)
+        slope = (terms * gaps).sum(dim=1, keepdim=True).div_(mass).clamp_min_(1e-6)
+        inverse = (inverse + (mass.log() - log_odds) / slope).clamp_(1 / MOST, 1 / LEAST)
+    mean = (weights * torch.exp(-inverse * (1 - outside))).sum(dim=1, keepdim=True)
+    return 1 / inverse, (1 + mean.clamp_min_(tiny).log_() / inverse).clamp_(max=1)
+
+
+def _outside(near: Tensor, background: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Similarities [B, POINTS] that stand for those outside the lists, and weights, [B, POINTS] or [1, POINTS]."""
+    grid, points, weights = _constants(near.device, near.dtype)
+    mean, deviation = background.split(1, dim=1)
+    listed = near.shape[1] / count
+    mean_of_all = mean + listed * (near.mean(dim=1, keepdim=True) - mean)
+    square = deviation**2 + mean**2
+    square = square + listed * (near.square().mean(dim=1, keepdim=True) - square)
+    deviation_of_all = (square - mean_of_all**2).clamp_min(1e-12).sqrt()
+    # Where the list ends: what a standard normal and the anchor's own similarities exceed as often.
+    end = -torch.special.ndtri(((near.shape[1] + 0.5) / count).clamp(max=0.5))
+    ends = _lognormal(grid, end).cummax(dim=1).values.expand(len(near), -1).contiguous()
+    wanted = (near[:, -1:] - mean_of_all) / deviation_of_all
+    place = torch.searchsorted(ends, wanted.contiguous()).clamp_(1, len(grid) - 1)
+    low, high = ends.gather(1, place - 1), ends.gather(1, place)
+    between = ((wanted - low) / (high - low).clamp_min(1e-6)).clamp_(0, 1)
+    shape = grid[place - 1] + between * (grid[1] - grid[0])
+    normal = LOWEST + (end - LOWEST) / 2 * (points + 1)
+    weights = weights * torch.exp(-(normal**2) / 2)
+    outside = mean_of_all + deviation_of_all * _lognormal(shape, normal)
+    return torch.minimum(outside, near[:, -1:]), weights / weights.sum(dim=1, keepdim=True)
+
+
+@cache
+def _constants(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """SHAPES, and points in [-1, 1] with their weights (Gauss and Legendre); copied to a device once."""
+    values = (SHAPES, *np.polynomial.legendre.leggauss(POINTS))
+    return tuple(torch.from_numpy(one).to(device, dtype) for one in values)
+
+
+def _lognormal(shape: Tensor, normal: Tensor) -> Tensor:
+    """Of a standard normal value the equally frequent one of a lognormal variable, of mean 0 and deviation 1."""
+    sign, width = torch.where(shape < 0, -1.0, 1.0), shape.abs().clamp_min(1e-3)
+    spread = (torch.expm1(width**2) * torch.exp(width**2)).sqrt()
+    return sign * (torch.expm1(sign * width * normal) - torch.expm1(width**2 / 2)) / spread
+
+
+def check_tau_s(tau_s: TauS, other_view: float) -> None:
+    """Raise ConfigError unless a temperature is above 0 and finite, or calibrated to a share within (0, 1)."""
+    if tau_s == "calibrated":
+        if not 0 < other_view < 1:
+            raise ConfigError(f"other_view = {other_view}", "set other_view between 0 and 1: a share of the target")
+    elif isinstance(tau_s, str) or not 0 < tau_s < float("inf"):
+        raise ConfigError(f"tau_s = {tau_s!r}", 'set tau_s above 0, or "calibrated"')
