@@ -1,7 +1,7 @@
 """Shares of the other view asked for and got with tau_s="calibrated", by batch size; and what the calibration costs.
 
-Got: mean and deviation over anchors of the share in X-Sample's target (two views), each anchor's a mean over --batches
-random batches of a store's nodes, softmax in float64 of the similarities that the batch is given. Dense: of embeddings;
+Got: mean and deviation over anchors of the share in X-Sample's target (two views), each anchor's a mean over random
+batches of a store's nodes, softmax in float64 of the similarities that the batch is given. Dense: of embeddings;
 sketch and edges: stored lists completed. Neighbours: batches of random anchors with 7 of their nearest each, at the
 temperature of random ones. Beside it what tau_s = 0.1 gives, and of what other images get, the part at G < 0.3.
 Cost: seconds of the calibration beside those of a training step of 1,024 images, two views, on this machine.
@@ -25,7 +25,8 @@ from graphbuild.torch import BatchEdges, Targets, XSampleLoss
 from graphbuild.torch.calibration import calibrated
 
 SIZES = (64, 256, 1_024, 4_096, 8_192)
-ANCHORS = 256  # of a batch
+ANCHORS = 256
+SPREAD = 16_384  # images in all batches of a size, or four batches
 PIXELS, STEP = 64, 1_024
 
 
@@ -34,21 +35,19 @@ def stored(graph: SampleGraph, nodes: np.ndarray, sketch: bool = False) -> Batch
     return BatchEdges(*map(torch.from_numpy, fields), node_count=len(graph))
 
 
-def shares(values: np.ndarray, tau: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of anchors 0..A-1 of similarities [A, B]: the other view's share, the perplexity, the part at G < 0.3."""
+def shares(values: np.ndarray, tau: np.ndarray) -> np.ndarray:
+    """Of anchors, by their similarities [A, B - 1] to the other images: the other view's share, the perplexity, and the
+    part at G < 0.3; [3, A]."""
     others = values.astype(np.float64)
-    np.fill_diagonal(others, -np.inf)
     masses = np.exp((others - 1) / tau)
     share = 1 / (1 + 2 * masses.sum(axis=1))
     each = masses * share[:, None]
     entropy = -share * np.log(share) - 2 * (each * np.log(np.maximum(each, 1e-300))).sum(axis=1)
     low = (masses * (others < 0.3)).sum(axis=1) / masses.sum(axis=1)
-    return share, np.exp(entropy), low
+    return np.stack([share, np.exp(entropy), low])
 
 
-def batch_of(graph: SampleGraph, size: int, random: np.random.Generator, neighbors: bool) -> np.ndarray:
-    if not neighbors:
-        return random.choice(len(graph), size, replace=False)
+def neighbor_batch(graph: SampleGraph, size: int, random: np.random.Generator) -> np.ndarray:
     chosen: dict[int, None] = {}
     while len(chosen) < size:
         anchor = int(random.integers(len(graph)))
@@ -56,43 +55,38 @@ def batch_of(graph: SampleGraph, size: int, random: np.random.Generator, neighbo
     return np.array(list(chosen)[:size])
 
 
-def row(graph: SampleGraph, size: int, batches: int, asked: float) -> list[str]:
+def row(graph: SampleGraph, size: int, asked: float) -> list[str]:
     random = np.random.default_rng(size)
     found: dict[str, list[np.ndarray]] = {}
+    anchors = np.sort(random.choice(len(graph), ANCHORS, replace=False))
+    rest = np.setdiff1d(np.arange(len(graph)), anchors)
 
-    def note(name: str, *values: np.ndarray) -> None:
-        found.setdefault(name, []).append(np.stack(values))
+    def temperatures(nodes: np.ndarray) -> np.ndarray:
+        return calibrated(stored(graph, nodes), images=size, other_view=asked, slots=2)[0].double().numpy()
 
-    anchors = np.sort(random.choice(len(graph), min(ANCHORS, size // 2), replace=False))
-    for kind in ("random", "neighbors"):
-        for _ in range(batches):
-            nodes = batch_of(graph, size, random, kind == "neighbors")
-            if kind == "random":  # the same anchors in each batch
-                nodes = np.concatenate([anchors, np.setdiff1d(nodes, anchors)[: size - len(anchors)]])
-            few = slice(len(anchors))
-            vectors = graph.embeddings(nodes)
-            dense = vectors[few] @ vectors.T
-            edges = stored(graph, nodes)
-            tau, _ = calibrated(
-                edges.similarities[few], edges.background[few], len(graph), images=size, other_view=asked, slots=2
-            )
-            tau = tau.double().numpy()
-            note(kind, *shares(dense, tau))
-            if kind == "neighbors":
-                continue
-            note("fixed", *shares(dense, np.full((len(anchors), 1), 0.1)))
-            for name in ("sketch", "edges"):
-                targets = Targets(edges=stored(graph, nodes, sketch=name == "sketch"))
-                given, _ = targets.tempered("calibrated", asked, size, 2)
-                note(name, *shares(given.block()[few].numpy(), tau))
-    share = {name: np.mean([one[0] for one in all_], axis=0) for name, all_ in found.items()}
-    spread = {name: np.mean([one[1:] for one in all_], axis=(0, 2)) for name, all_ in found.items()}
+    tau, queries = temperatures(anchors), graph.embeddings(anchors)
+    for _ in range(max(4, SPREAD // size)):
+        nodes = np.concatenate([anchors, random.choice(rest, size - 1, replace=False)])
+        dense = queries @ graph.embeddings(nodes[ANCHORS:]).T
+        found.setdefault("dense", []).append(shares(dense, tau))
+        found.setdefault("fixed", []).append(shares(dense, np.full((ANCHORS, 1), 0.1)))
+        for name in ("sketch", "edges"):
+            targets = Targets(edges=stored(graph, nodes, sketch=name == "sketch"))
+            given, _ = targets.tempered("calibrated", asked, size, 2)
+            found.setdefault(name, []).append(shares(given.block()[:ANCHORS, ANCHORS:].numpy(), tau))
+        near = neighbor_batch(graph, size, random)
+        few = slice(min(ANCHORS, size))
+        vectors = graph.embeddings(near)
+        similar = vectors[few] @ vectors.T
+        np.fill_diagonal(similar, -np.inf)
+        found.setdefault("neighbours", []).append(shares(similar, temperatures(near[few])).mean(axis=1, keepdims=True))
+    mean = {name: np.mean(values, axis=0) for name, values in found.items()}
     return [
         f"{size:,}",
-        f"{share['fixed'].mean():.3f} ± {share['fixed'].std():.3f}",
-        *(f"{share[name].mean():.3f} ± {share[name].std():.3f}" for name in ("random", "sketch", "edges", "neighbors")),
-        f"{spread['random'][0]:.1f}",
-        f"{spread['random'][1]:.0%}, {spread['fixed'][1]:.0%}",
+        *(f"{mean[name][0].mean():.3f} ± {mean[name][0].std():.3f}" for name in ("fixed", "dense", "sketch", "edges")),
+        f"{mean['neighbours'][0].mean():.2f}",
+        f"{mean['dense'][1].mean():.1f}",
+        f"{mean['dense'][2].mean():.0%}, {mean['fixed'][2].mean():.0%}",
     ]
 
 
@@ -131,7 +125,6 @@ def cost(graph: SampleGraph) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stores", nargs="+")
-    parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--other-view", type=float, nargs="+", default=[0.6])
     options = parser.parse_args()
     names = ("B", "tau_s = 0.1", "dense", "sketch", "edges", "neighbours", "perplexity", "at G < 0.3: now, tau_s = 0.1")
@@ -142,7 +135,7 @@ def main() -> None:
             print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
             for size in SIZES:
                 if 2 * size <= len(graph):
-                    print(f"| {' | '.join(row(graph, size, options.batches, asked))} |", flush=True)
+                    print(f"| {' | '.join(row(graph, size, asked))} |", flush=True)
     cost(graph)
 
 

@@ -123,7 +123,7 @@ def sidecar_table(
         chunk=chunk,
         sketch_steps=sketch.steps(store.array(BASIS)).tolist() if embeddings == "sketch:64" else None,
         image_member=image_member,
-        nodes=node_count(manifest),
+        node_count=node_count(manifest),
     )
     plural = MORE in samples.column_names
     schema = sidecar_schema(header.d, header.k, embeddings, plural=plural)

@@ -14,14 +14,14 @@ Costs ROUNDS exponentials of [B, k + POINTS] values, on the tensors' device, no 
 
 from __future__ import annotations
 
-from functools import cache
+import math
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from graphbuild.errors import ConfigError
+from graphbuild.torch.batch_edges import BatchEdges
 
 TauS = float | Literal["calibrated"]
 OTHER_VIEW = 0.6  # share of the target, by default
@@ -29,21 +29,17 @@ LEAST, MOST = 0.01, 100.0  # of a calibrated temperature
 ROUNDS = 6
 LOWEST = -5.0  # deviations below the median at which integration begins
 POINTS = 24
-SHAPES = np.linspace(-1.5, 1.0, 101)  # deviations of the logarithm; below 0 mirrored
+SHAPES = -1.5, 1.0, 101  # deviations of the logarithm that are tried, and how many; below 0 mirrored
 
 
 @torch.no_grad()
-def calibrated(
-    similarities: Tensor, background: Tensor, node_count: Tensor | int, *, images: int, other_view: float, slots: float
-) -> tuple[Tensor, Tensor]:
+def calibrated(stored: BatchEdges, *, images: int, other_view: float, slots: float) -> tuple[Tensor, Tensor]:
     """Of each anchor the target's temperature, and what stands for a similarity outside its list; [B, 1] both.
 
     An anchor to which so many nodes are equal that its other view cannot keep the share has LEAST.
 
     Args:
-        similarities: float [B, k], to the neighbours, descending.
-        background: float [B, 2], mean and deviation of the similarity to all other nodes.
-        node_count: M, of the graph; or int64 [B], all the same.
+        stored: of the B anchors, with its node_count.
         images: of the joint batch, over all ranks.
         other_view: share in (0, 1) of the target beside the view itself that the other view, or the own text of an
             image, keeps in the mean over random batches.
@@ -58,13 +54,13 @@ def calibrated(
             f"other_view = {other_view} in a batch of {images} images: equal parts are {1 / (1 + others):.3f}",
             "ask for a larger share, or use a larger batch",
         )
-    near = similarities.to(torch.promote_types(similarities.dtype, torch.float32))
-    count = torch.as_tensor(node_count, device=near.device).reshape(-1, 1).to(near) - 1
-    outside, weights = _outside(near, background.to(near), count)
+    near = stored.similarities.to(torch.promote_types(stored.similarities.dtype, torch.float32))
+    count = torch.as_tensor(stored.node_count, device=near.device).reshape(-1, 1).to(near) - 1
+    outside, weights = _outside(near, stored.background.to(near), count)
     rest = (1 - near.shape[1] / count).clamp_min(0)
     gaps = (1 - torch.cat([near, outside], dim=1)).clamp_min_(0)
     masses = others * torch.cat([(1 / count).expand_as(near), rest * weights.expand_as(outside)], dim=1)
-    log_odds, tiny = np.log(1 / other_view - 1), torch.finfo(near.dtype).tiny
+    log_odds, tiny = math.log(1 / other_view - 1), torch.finfo(near.dtype).tiny
     inverse = near.new_zeros(len(near), 1)
     for _ in range(ROUNDS):
         terms = masses * torch.exp(-inverse * gaps)
@@ -77,7 +73,7 @@ def calibrated(
 
 def _outside(near: Tensor, background: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Similarities [B, POINTS] that stand for those outside the lists, and weights, [B, POINTS] or [1, POINTS]."""
-    grid, points, weights = _constants(near.device, near.dtype)
+    grid = torch.linspace(*SHAPES, device=near.device, dtype=near.dtype)
     mean, deviation = background.split(1, dim=1)
     listed = near.shape[1] / count
     mean_of_all = mean + listed * (near.mean(dim=1, keepdim=True) - mean)
@@ -92,17 +88,11 @@ def _outside(near: Tensor, background: Tensor, count: Tensor) -> tuple[Tensor, T
     low, high = ends.gather(1, place - 1), ends.gather(1, place)
     between = ((wanted - low) / (high - low).clamp_min(1e-6)).clamp_(0, 1)
     shape = grid[place - 1] + between * (grid[1] - grid[0])
-    normal = LOWEST + (end - LOWEST) / 2 * (points + 1)
-    weights = weights * torch.exp(-(normal**2) / 2)
+    steps = torch.arange(0.5, POINTS, device=near.device, dtype=near.dtype) / POINTS  # the middles of as many parts
+    normal = LOWEST + (end - LOWEST) * steps
+    weights = torch.exp(-(normal**2) / 2)
     outside = mean_of_all + deviation_of_all * _lognormal(shape, normal)
     return torch.minimum(outside, near[:, -1:]), weights / weights.sum(dim=1, keepdim=True)
-
-
-@cache
-def _constants(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """SHAPES, and points in [-1, 1] with their weights (Gauss and Legendre); copied to a device once."""
-    values = (SHAPES, *np.polynomial.legendre.leggauss(POINTS))
-    return tuple(torch.from_numpy(one).to(device, dtype) for one in values)
 
 
 def _lognormal(shape: Tensor, normal: Tensor) -> Tensor:

@@ -93,8 +93,8 @@ def as_in_batch(stored: Mapping[str, NDArray[Any]], header: SidecarHeader) -> di
     """GRAPH_FIELDS as a batch holds them, of rows [B] of a sidecar's columns; those that it lacks are left out."""
     types = {"neighbors": np.int64, "similarities": np.float32, "background": np.float32}
     fields = {name: stored[name].astype(kind) for name, kind in types.items()}
-    if header.nodes is not None:
-        fields["node_count"] = np.full(len(fields["background"]), header.nodes)
+    if header.node_count is not None:
+        fields["node_count"] = np.full(len(fields["background"]), header.node_count)
     if "embedding" in stored:
         fields["embedding"] = unit_rows(stored["embedding"])
     if "sketch" in stored:

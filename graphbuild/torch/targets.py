@@ -150,7 +150,7 @@ class Targets:
         return block
 
     def tempered(self, tau_s: TauS, other_view: float, images: int, slots: float) -> tuple[Targets, float | Tensor]:
-        """The temperature, a number or where it is calibrated that of each row [B, 1], and the targets at it.
+        """These targets at a temperature, and that: a number, or where it is calibrated that of each row, [B, 1].
 
         images: of the joint batch. slots: as for `calibrated`.
 
@@ -159,23 +159,16 @@ class Targets:
         """
         if not isinstance(tau_s, str):
             return self, tau_s
-        if self.keep_diagonal:
-            raise ConfigError('tau_s = "calibrated" with keep_diagonal', "give a number, or leave the diagonal at 1")
         stored = self.edges or self.calibration
-        if stored is None or stored.node_count is None:
+        if stored is None or stored.node_count is None or self.keep_diagonal:
             raise ConfigError(
-                'tau_s = "calibrated", and the targets have no calibration, or none with a node_count',
+                'tau_s = "calibrated", and the targets have no calibration with a node_count, or keep their diagonal',
                 "pass Targets.from_batch(batch) of a batch with node_count: GraphDataset(graph=...) gives it, and"
                 " sidecars do once older *.graph.parquet are deleted and `graphbuild export` has run; not with"
                 ' captions="mean"',
             )
-        temperatures, absent = calibrated(
-            *(stored.similarities, stored.background, stored.node_count),
-            images=images,
-            other_view=other_view,
-            slots=slots,
-        )
-        edges = None if self.edges is None else replace(self.edges, absent=absent[:, 0])
+        temperatures, absent = calibrated(stored, images=images, other_view=other_view, slots=slots)
+        edges = self.edges and replace(self.edges, absent=absent[:, 0])
         return replace(self, edges=edges), temperatures
 
     def priors(self, ranks: Ranks = ALONE) -> Tensor:

@@ -68,20 +68,8 @@ def render(found: Json, images: list[Json] | None = None) -> str:
 
 
 def _every_part(found: Json) -> Json:
-    parts = (
-        "embeddings",
-        "fidelity",
-        "graph",
-        "recall",
-        "duplicates",
-        "hosts",
-        "edges",
-        "mass",
-        "targets",
-        "two_views",
-        "batches",
-    )
-    return {"matches": [], **dict.fromkeys(parts), **found}
+    parts = ("embeddings", "fidelity", "graph", "recall", "duplicates", "hosts", "edges", "mass", "targets", "batches")
+    return {"matches": [], "two_views": [], **dict.fromkeys(parts), **found}
 
 
 def _hashed(script: str) -> str:

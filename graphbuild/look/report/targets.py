@@ -13,6 +13,7 @@ import torch
 from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.store.sharded import Array
 from graphbuild.store.store import Json
+from graphbuild.torch.batch_edges import BatchEdges
 from graphbuild.torch.calibration import calibrated
 
 TAU_S = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
@@ -86,12 +87,13 @@ def two_views(graph: SampleGraph, batch: int) -> list[Json]:
     vectors, anchors = graph.embeddings(nodes), nodes[:ANCHORS]
     others = (vectors[:ANCHORS] @ vectors.T).astype(np.float64)
     np.fill_diagonal(others, -np.inf)
-    stored = [torch.from_numpy(values) for values in (graph.neighbors(anchors)[1], graph.background(anchors))]
+    fields = map(torch.from_numpy, (anchors, *graph.neighbors(anchors), graph.background(anchors)))
+    stored = BatchEdges(*fields, node_count=len(graph))
     rows: list[Json] = []
     for asked in (None, *ASKED):
         tau = np.full((len(anchors), 1), 0.1)
         if asked is not None:
-            tau = calibrated(*stored, len(graph), images=batch, other_view=asked, slots=2)[0].double().numpy()
+            tau = calibrated(stored, images=batch, other_view=asked, slots=2)[0].double().numpy()
         each = np.exp((others - 1) / tau)
         share = 1 / (1 + 2 * each.sum(axis=1))
         each *= share[:, None]
