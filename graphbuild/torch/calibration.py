@@ -28,7 +28,7 @@ OTHER_VIEW = 0.6  # share of the target, by default
 LEAST, MOST = 0.01, 100.0  # of a calibrated temperature
 ROUNDS = 6
 LOWEST = -5.0  # deviations below the median at which integration begins
-POINTS = 24
+POINTS = 48
 SHAPES = -1.5, 1.0, 101  # deviations of the logarithm that are tried, and how many; below 0 mirrored
 
 
