@@ -29,24 +29,17 @@ LEAST, MOST = 0.01, 100.0  # of a calibrated temperature
 ROUNDS = 6
 LOWEST = -5.0  # deviations below the median at which integration begins
 POINTS = 48
-SHAPES = -1.5, 1.0, 101  # deviations of the logarithm that are tried, and how many; below 0 mirrored
+SHAPES = -1.5, 1.0, 501  # deviations of the logarithm that are tried, and how many; below 0 mirrored
 
 
 @torch.no_grad()
 def calibrated(stored: BatchEdges, *, images: int, other_view: float, slots: float) -> tuple[Tensor, Tensor]:
     """Of each anchor the target's temperature, and what stands for a similarity outside its list; [B, 1] both.
 
-    An anchor to which so many nodes are equal that its other view cannot keep the share has LEAST.
-
-    Args:
-        stored: of the B anchors, with its node_count.
-        images: of the joint batch, over all ranks.
-        other_view: share in (0, 1) of the target beside the view itself that the other view, or the own text of an
-            image, keeps in the mean over random batches.
-        slots: those of another image in the target for each of the own: V / (V - 1) with V views, 1 with texts.
-
-    Raises:
-        ConfigError: so small a share that even equal similarities leave more of so few images.
+    stored: of the B anchors, with node_count. images: of the joint batch, over all ranks. other_view: share in (0, 1)
+    of the target beside the view itself. slots: those of another image in the target for each of the own: V / (V - 1)
+    with V views, 1 with texts. An anchor with so many equals that the share cannot be kept has LEAST. ConfigError: so
+    small a share that even equal similarities leave more of so few images.
     """
     others = slots * (images - 1)
     if images > 1 and (1 + others) * other_view <= 1:
@@ -55,9 +48,9 @@ def calibrated(stored: BatchEdges, *, images: int, other_view: float, slots: flo
             "ask for a larger share, or use a larger batch",
         )
     near = stored.similarities.to(torch.promote_types(stored.similarities.dtype, torch.float32))
-    count = torch.as_tensor(stored.node_count, device=near.device).reshape(-1, 1).to(near) - 1
+    count = torch.as_tensor(stored.node_count, device=near.device).reshape(-1, 1)[:1].to(near) - 1
     outside, weights = _outside(near, stored.background.to(near), count)
-    rest = (1 - near.shape[1] / count).clamp_min(0)
+    rest = (1 - near.shape[1] / count).clamp_min(0)  # of all nodes are outside
     gaps = (1 - torch.cat([near, outside], dim=1)).clamp_min_(0)
     masses = others * torch.cat([(1 / count).expand_as(near), rest * weights.expand_as(outside)], dim=1)
     log_odds, tiny = math.log(1 / other_view - 1), torch.finfo(near.dtype).tiny
@@ -72,9 +65,9 @@ def calibrated(stored: BatchEdges, *, images: int, other_view: float, slots: flo
 
 
 def _outside(near: Tensor, background: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Similarities [B, POINTS] that stand for those outside the lists, and weights, [B, POINTS] or [1, POINTS]."""
+    """Similarities [B, POINTS] that stand for those outside the lists, and their weights [1, POINTS]."""
     grid = torch.linspace(*SHAPES, device=near.device, dtype=near.dtype)
-    mean, deviation = background.split(1, dim=1)
+    mean, deviation = background[:, :1], background[:, 1:]
     listed = near.shape[1] / count
     mean_of_all = mean + listed * (near.mean(dim=1, keepdim=True) - mean)
     square = deviation**2 + mean**2
@@ -82,12 +75,9 @@ def _outside(near: Tensor, background: Tensor, count: Tensor) -> tuple[Tensor, T
     deviation_of_all = (square - mean_of_all**2).clamp_min(1e-12).sqrt()
     # Where the list ends: what a standard normal and the anchor's own similarities exceed as often.
     end = -torch.special.ndtri(((near.shape[1] + 0.5) / count).clamp(max=0.5))
-    ends = _lognormal(grid, end).cummax(dim=1).values.expand(len(near), -1).contiguous()
+    ends = _lognormal(grid, end)[0].cummax(dim=0).values
     wanted = (near[:, -1:] - mean_of_all) / deviation_of_all
-    place = torch.searchsorted(ends, wanted.contiguous()).clamp_(1, len(grid) - 1)
-    low, high = ends.gather(1, place - 1), ends.gather(1, place)
-    between = ((wanted - low) / (high - low).clamp_min(1e-6)).clamp_(0, 1)
-    shape = grid[place - 1] + between * (grid[1] - grid[0])
+    shape = grid[torch.searchsorted(ends, wanted).clamp_(max=len(grid) - 1)]
     steps = torch.arange(0.5, POINTS, device=near.device, dtype=near.dtype) / POINTS  # the middles of as many parts
     normal = LOWEST + (end - LOWEST) * steps
     weights = torch.exp(-(normal**2) / 2)
@@ -107,5 +97,5 @@ def check_tau_s(tau_s: TauS, other_view: float) -> None:
     if tau_s == "calibrated":
         if not 0 < other_view < 1:
             raise ConfigError(f"other_view = {other_view}", "set other_view between 0 and 1: a share of the target")
-    elif isinstance(tau_s, str) or not 0 < tau_s < float("inf"):
+    elif not (isinstance(tau_s, float | int) and 0 < tau_s < float("inf")):
         raise ConfigError(f"tau_s = {tau_s!r}", 'set tau_s above 0, or "calibrated"')

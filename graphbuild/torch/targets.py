@@ -90,8 +90,8 @@ class Targets:
                 + ", ".join(STORED),
             )
         stored = {name: batch[name] for name in STORED}
-        given = {} if isinstance(tau_s, str) else {"tau_s": tau_s}
-        edges = BatchEdges(**stored, sketch=batch.get("sketch"), node_count=batch.get("node_count"), **given)
+        stored |= {name: batch.get(name) for name in ("sketch", "node_count")}
+        edges = BatchEdges(**stored, tau_s=0.1 if isinstance(tau_s, str) else tau_s)
         return cls(embeddings=batch["embedding"], calibration=edges) if "embedding" in batch else cls(edges=edges)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -151,12 +151,7 @@ class Targets:
 
     def tempered(self, tau_s: TauS, other_view: float, images: int, slots: float) -> tuple[Targets, float | Tensor]:
         """These targets at a temperature, and that: a number, or where it is calibrated that of each row, [B, 1].
-
-        images: of the joint batch. slots: as for `calibrated`.
-
-        Raises:
-            ConfigError: tau_s is "calibrated" and there is no calibration, or the block's own diagonal is kept.
-        """
+        images, slots: as for `calibrated`. ConfigError: there is no calibration for it, or the own diagonal is kept."""
         if not isinstance(tau_s, str):
             return self, tau_s
         stored = self.edges or self.calibration
@@ -198,22 +193,19 @@ def similarity_targets(
 
     Args:
         embeddings: [B, d], any float type or int8; only directions count.
-        tau_s: temperature of the target, above 0; or "calibrated": for each anchor the one at which, in the mean over
-            random batches of this size, `other_view` of its target's mass stays with its other views. keep_self does
-            not change that temperature.
+        tau_s: temperature of the target, above 0; or "calibrated": for each anchor the one at which its other views
+            keep `other_view` of its target beside the self slot, in the mean over random batches of this size.
         views: V, views of each image.
         similarities: [B, B], given instead of embeddings, such as torch.from_numpy(values), values the first of
             `SampleGraph.block`'s two results. The diagonal is not read.
         keep_self: leave the self slot in, at G_ii = 1, as some public code does; it takes mass from the other view.
-        other_view, calibration: the share, and what the graph stores of the images, for tau_s="calibrated": see
-            `Targets`.
+        other_view, calibration: that share, and what the graph stores of the images, as for `Targets`.
 
     Returns:
         [V B, V B] float32 (float64 for float64 input), rows sum to 1, detached, on the input's device.
 
     Raises:
-        ConfigError: tau_s, other_view or views out of range, no calibration where it is asked for, or not exactly one
-            of embeddings and similarities.
+        ConfigError: a number out of range, no calibration, or not exactly one of embeddings and similarities.
         InputError: a wrong shape or dtype, a zero or non-finite embedding, a non-finite similarity.
     """
     check_tau_s(tau_s, other_view)

@@ -87,8 +87,9 @@ def two_views(graph: SampleGraph, batch: int) -> list[Json]:
     vectors, anchors = graph.embeddings(nodes), nodes[:ANCHORS]
     others = (vectors[:ANCHORS] @ vectors.T).astype(np.float64)
     np.fill_diagonal(others, -np.inf)
-    fields = map(torch.from_numpy, (anchors, *graph.neighbors(anchors), graph.background(anchors)))
-    stored = BatchEdges(*fields, node_count=len(graph))
+    fields = (anchors, *graph.neighbors(anchors), graph.background(anchors))
+    node, neighbors, similarities, background = map(torch.from_numpy, fields)
+    stored = BatchEdges(node, neighbors, similarities, background, node_count=len(graph))
     rows: list[Json] = []
     for asked in (None, *ASKED):
         tau = np.full((len(anchors), 1), 0.1)
@@ -98,12 +99,11 @@ def two_views(graph: SampleGraph, batch: int) -> list[Json]:
         share = 1 / (1 + 2 * each.sum(axis=1))
         each *= share[:, None]
         entropy = -share * np.log(share) - 2 * (each * np.log(np.maximum(each, 1e-300))).sum(axis=1)
-        low = float((each * (others < LOW)).sum() / each.sum())
-        found = {"tau_s": np.median(tau), "share": share.mean(), "deviation": share.std(), "low": low}
-        found["perplexity"] = np.exp(entropy).mean()
-        good = asked is not None and low <= 0.5 and not any(row["recommended"] for row in rows)
-        values = {name: float(value) for name, value in found.items()}
-        rows.append({"batch": batch, "asked": asked, **values, "recommended": good})
+        low = (each * (others < LOW)).sum() / each.sum()
+        good = bool(asked is not None and low <= 0.5 and not any(row["recommended"] for row in rows))
+        names = ("tau_s", "share", "deviation", "perplexity", "low")
+        values = map(float, (np.median(tau), share.mean(), share.std(), np.exp(entropy).mean(), low))
+        rows.append({"batch": batch, "asked": asked, "recommended": good, **dict(zip(names, values, strict=True))})
     return rows
 
 
