@@ -32,7 +32,8 @@ from graphbuild.store.checksum import file_sha256
 from graphbuild.store.remote import READERS
 from graphbuild.store.shards import present_shards
 from graphbuild.store.store import Store
-from graphbuild.torch import BatchEdges, CLIPLoss, GraphDataset, NeighborBatchSampler, SigLIPLoss, Targets
+from graphbuild.torch import CLIPLoss, GraphDataset, NeighborBatchSampler, SigLIPLoss, Targets
+from graphbuild.torch.calibration import OTHER_VIEW
 from graphbuild.torch.gather import Ranks
 from graphbuild.torch.loader import GraphWebDataset
 from graphbuild.torch.shards import Shard, check_tar_size, find_shards
@@ -82,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--graph", metavar="STORE")
     parser.add_argument("--graph-targets", choices=["dense", "edges", "mask", "positives", "hard"], default="dense")
-    parser.add_argument("--graph-tau-s", type=float, default=0.1)
+    parser.add_argument("--graph-tau-s", type=lambda text: text if text == "calibrated" else float(text), default=0.1)
+    parser.add_argument("--graph-other-view", type=float, default=OTHER_VIEW)
     parser.add_argument("--graph-threshold", type=float)
     parser.add_argument("--graph-batches", choices=["random", "window", "walk"], default="random")
     parser.add_argument("--graph-captions", choices=["first", "draw"], default="first")
@@ -93,9 +95,10 @@ def _parser() -> argparse.ArgumentParser:
 class GraphLoss(nn.Module):
     """In the place of open_clip's ClipLoss or SigLipLoss: the same logits, by its own flags, with the graph's targets.
 
-    dense: `CLIPLoss` at --graph-tau-s, or `SigLIPLoss` from --graph-threshold on. edges: the same, from the graph's
-    lists. mask: one-hot, without pairs of similarity --graph-threshold or more; positives: these are positives too;
-    hard: these are hard negatives, with HELIP's margin loss (not with --siglip).
+    dense: `CLIPLoss` at --graph-tau-s, which may be calibrated to --graph-other-view, or `SigLIPLoss` from
+    --graph-threshold on. edges: the same, from the graph's lists. mask: one-hot, without pairs of similarity
+    --graph-threshold or more; positives: these are positives too; hard: these are hard negatives, with HELIP's margin
+    loss (not with --siglip).
     """
 
     def __init__(self, stock: nn.Module, batches: _Batches, options: argparse.Namespace, *, siglip: bool) -> None:
@@ -109,7 +112,7 @@ class GraphLoss(nn.Module):
         elif least is None:
             least = ALIKE if name in ("threshold", "hard") else FALSE_NEGATIVE
         self.siglip = SigLIPLoss(**{name: least}) if siglip else None
-        self.clip = CLIPLoss(**({} if siglip else {name: least}))
+        self.clip = CLIPLoss(**({} if siglip else {name: least}), other_view=options.graph_other_view)
 
     def forward(
         self,
@@ -131,13 +134,16 @@ class GraphLoss(nn.Module):
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _clip(self, logits: tuple[Tensor, Tensor], targets: Targets, scale: Tensor) -> Tensor:
-        ranks = Ranks.of_process_group()
-        block = targets.block(ranks)
+        ranks, clip = Ranks.of_process_group(), self.clip
+        tau_s: float | Tensor = 1.0
+        if clip.tau_s is not None:
+            targets, tau_s = targets.tempered(clip.tau_s, clip.other_view, logits[0].shape[1], slots=1)
+        block = targets.block(ranks).div_(tau_s)
         first = ranks.rank * len(block)
         if len(logits[0]) > len(block):  # without --local-loss each rank has all rows
             block, first = ranks.concatenate(block), 0
         pairs = self_columns(len(block), block.shape[1], first, 1, block.device)
-        return self.clip.of_logits(iter(logits), pairs, block, scale)
+        return clip.of_logits(iter(logits), pairs, block, scale)
 
 
 class _Batches:
@@ -228,11 +234,9 @@ class _Batches:
                 f"open_clip's loss has {samples} pairs, of batches with {len(joined['node'])}",
                 f"use open_clip_torch {VERSIONS}",
             )
-        kind, tau_s = self._options.graph_targets, self._options.graph_tau_s
-        if kind != "edges" and ("embedding" in joined or kind == "dense"):
-            return Targets(embeddings=joined["embedding"])
-        names = ("node", "neighbors", "similarities", "background")
-        return Targets(edges=BatchEdges(**{name: joined[name] for name in names}, tau_s=tau_s))
+        left_out = ("sketch", "embedding") if self._options.graph_targets == "edges" else ("sketch",)
+        fields = {name: value for name, value in joined.items() if name not in left_out}
+        return Targets.from_batch(fields, self._options.graph_tau_s)
 
 
 def _with_text(batch: dict[str, Any], tokenizer: Callable[[list[str]], Tensor]) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "samples": (0, math.inf),
     "random_share": (0, 1),
     "view_weight": (0, math.inf),
+    "other_view": (0, 1),
     "width": (
         8,
         math.inf,
@@ -75,6 +76,9 @@ class Config:
     view_weight: Annotated[float, "adds so much of SimCLR's loss, of a head of its own, to the method's"] = 0.0
     tau: Annotated[float, "temperature of the model; where the learned one of clip starts"] = 0.1
     tau_s: Annotated[float, "temperature of the target"] = 0.1
+    other_view: Annotated[
+        float, "calibrates tau_s: the share of its target that a view's other one, or the own caption, keeps; 0: tau_s"
+    ] = 0.0
     text: Annotated[
         Literal["projection", "tower"],
         "text side of clip: a projection of the caption's frozen embedding, or a small transformer on its words",
@@ -137,6 +141,12 @@ class Config:
             (self.samples == 0, "samples = 0", "use a share in (0, 1], or a number of samples"),
             (self.area_min == 0, "area_min = 0", "use a share of the image in (0, 1]"),
             (self.full_crops and self.cache, "full_crops with a cache of shrunk images", "pass --no-cache --workers"),
+            (self.other_view == 1, "other_view = 1", "use a share of the target in (0, 1), or method simclr or clip"),
+            (
+                self.other_view > 0 and not self.reads_similarities,
+                f"other_view with method {self.method!r} and targets {self.targets!r}",
+                "it calibrates similarities: use method xsample or clip_soft with targets from embeddings or edges",
+            ),
             (self.warm_up == 1, "warm_up = 1", "use a share of the training in [0, 1)"),
             (math.isinf(self.learning_rate), "learning_rate = inf", "use a number"),
             (

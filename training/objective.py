@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from graphbuild import SampleGraph
 from graphbuild.torch import BatchEdges, CLIPLoss, NTXentLoss, SupConLoss, Targets, XSampleLoss
+from graphbuild.torch.joint import PairLoss
 
 PERMUTATION_SEED = 0
 
@@ -29,18 +31,21 @@ class Objective(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.loss: nn.Module
+        self.loss: PairLoss
+        soft: dict[str, Any] = {"tau_s": config.tau_s}
+        if config.other_view:
+            soft = {"tau_s": "calibrated", "other_view": config.other_view}
         match config.method:
             case "simclr":
                 self.loss = NTXentLoss(config.tau)
             case "supcon":
                 self.loss = SupConLoss(config.tau)
             case "xsample":
-                self.loss = XSampleLoss(config.tau, config.tau_s)
+                self.loss = XSampleLoss(config.tau, **soft)
             case "clip":
                 self.loss = CLIPLoss(config.tau, learnable=True)
             case "clip_soft":
-                self.loss = CLIPLoss(config.tau, config.tau_s, learnable=True)
+                self.loss = CLIPLoss(config.tau, **soft, learnable=True)
         self.reads_texts, self.view_weight = config.reads_texts, config.view_weight
         self.of_views = NTXentLoss(config.tau)
 
@@ -56,6 +61,12 @@ class Objective(nn.Module):
         """The temperature, where it is learned."""
         scale = getattr(self.loss, "log_scale", None)
         return {} if scale is None else {"tau": math.exp(-scale.item())}
+
+    def target_facts(self, like: Tensor) -> dict[str, Tensor]:
+        """Of this rank's last targets, means over its views: the share of the other view, or of the own caption, and
+        the perplexity. Both are 1 where targets are one-hot."""
+        one = torch.ones_like(like)
+        return {"other_view": one, "perplexity": one, **self.loss.target_facts}
 
 
 class GraphReader:
@@ -80,11 +91,13 @@ class GraphReader:
         if config.method == "supcon" or config.targets == "labels":
             return Targets(labels=batch["node"])
         nodes = self.graph_nodes(batch["node"].numpy())
-        if config.targets == "dense":
-            return Targets(embeddings=torch.from_numpy(graph.embeddings(nodes)))
+        dense = torch.from_numpy(graph.embeddings(nodes)) if config.targets == "dense" else None
+        if dense is not None and not config.other_view:
+            return Targets(embeddings=dense)
         stored = map(torch.from_numpy, (nodes, *graph.neighbors(nodes), graph.background(nodes)))
         sketch = torch.from_numpy(graph.sketches(nodes)) if config.targets == "sketch" else None
-        return Targets(edges=BatchEdges(*stored, sketch, config.tau_s))
+        edges = BatchEdges(*stored, sketch, config.tau_s, len(graph))
+        return Targets(edges=edges) if dense is None else Targets(embeddings=dense, calibration=edges)
 
     def texts(self, batch: Batch) -> tuple[Tensor, ...]:
         """The input [B, ...] of the text side, of each image's own caption, also in the control; none without one."""

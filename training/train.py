@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -102,10 +102,10 @@ def train(config: Config, run_dir: Path, place: Place) -> nn.Module:
             inputs = [*two_views(batch, config, place, epoch, step), *texts]
             seed = seed_of(config, epoch, step, 1 + place.rank)
             loss, norm = update(replica, objective, optimizer, scaler, inputs, targets, config, place, seed)
-            loss_of_all, ending = over_all_ranks(loss, place)
+            loss_of_all, facts, ending = over_all_ranks(loss, objective.target_facts(loss), place)
             losses.append(loss_of_all)
             if metrics:
-                told = {"loss": losses[-1], "learning_rate": rate, **objective.learned()}
+                told = {"loss": losses[-1], "learning_rate": rate, **facts, **objective.learned()}
                 told |= {"gradient_norm": norm} if math.isfinite(norm) else {}
                 told |= {"loss_scale": scaler.get_scale()} if scaler.is_enabled() else {}
                 metrics.write(number, epoch=epoch, step=step, **told)
@@ -214,13 +214,14 @@ def begin_alike(place: Place, **facts: object) -> None:
             )
 
 
-def over_all_ranks(loss: Tensor, place: Place) -> tuple[float, bool]:
-    """The loss of the joint batch, and whether a rank has been asked to end."""
-    told = torch.stack([loss, torch.full_like(loss, ASKED_TO_END.is_set())])
+def over_all_ranks(loss: Tensor, facts: Mapping[str, Tensor], place: Place) -> tuple[float, dict[str, float], bool]:
+    """The loss and the facts of the joint batch, and whether a rank has been asked to end."""
+    told = torch.stack([torch.full_like(loss, ASKED_TO_END.is_set()), loss, *facts.values()])
     if place.ranks > 1:
         dist.all_reduce(told)
-    total, ending = told.cpu().tolist()
-    return total / place.ranks, ending > 0
+    ending, *sums = told.cpu().tolist()
+    mean, *others = (total / place.ranks for total in sums)
+    return mean, dict(zip(facts, others, strict=True)), ending > 0
 
 
 class Clock:

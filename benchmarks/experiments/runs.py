@@ -76,15 +76,25 @@ def trained(
         name.replace("_", " "): sum(line[name] for line in epochs) / len(epochs)
         for name in ("images_per_second", "share_waiting_for_data")
     }
-    return config, model, {"loss": epochs[-1]["mean_loss"], **means, **edges_of(config)}, before
+    steps = [line for line in lines_of(folder) if "step" in line]
+    targets = {
+        f"target's {name.replace('_', ' ')}": sum(line[name] for line in steps) / len(steps)
+        for name in ("other_view", "perplexity")
+        if name in steps[-1]
+    }
+    return config, model, {"loss": epochs[-1]["mean_loss"], **means, **targets, **edges_of(config)}, before
+
+
+def lines_of(folder: Path) -> list[dict[str, float]]:
+    path = folder / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]  # a crash may have cut the last line
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def epochs_of(folder: Path) -> list[dict[str, float]]:
     """The lines of the finished epochs of a run, with their seconds."""
-    path = folder / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]  # a crash may have cut the last line
-    lines = [json.loads(line) for line in whole.splitlines()]
+    lines = lines_of(folder)
     steps = Counter(line["epoch"] for line in lines if "step" in line)
     return [
         {**line, "seconds": line["seconds_per_step"] * steps[line["epoch"]]} for line in lines if "mean_loss" in line

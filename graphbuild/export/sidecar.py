@@ -53,7 +53,7 @@ class SidecarHeader(BaseModel):
     to; tar: None where the samples did not come from a tar; rows: samples in the shard. chunk: in a tar of the
     clustered layout, how many samples behind each other are neighbours and are shuffled as one. sketch_steps: what a
     code of 1 is worth in each coordinate of a sketch (`graphbuild.graph.sketch.unpack`). image_member: the extension of
-    the member that is a sample's image, None: `graphbuild.sources.tars.image_extension` says.
+    the member that is a sample's image, None: `graphbuild.sources.tars.image_extension` says. node_count: of the graph.
     """
 
     model_config = ConfigDict(frozen=True, strict=True)
@@ -69,10 +69,12 @@ class SidecarHeader(BaseModel):
     chunk: int | None = None
     sketch_steps: list[float] | None = None
     image_member: str | None = None
+    node_count: int | None = None
 
     def metadata(self) -> dict[bytes, bytes]:
         """The schema metadata to write: `sidecar_schema(...).with_metadata(header.metadata())`."""
-        facts = self.model_dump(mode="json", exclude={"image_member"} if self.image_member is None else None)
+        absent = {name for name in ("image_member", "node_count") if getattr(self, name) is None}
+        facts = self.model_dump(mode="json", exclude=absent)
         return {METADATA_KEY: json.dumps(sealed(facts)).encode()}
 
 

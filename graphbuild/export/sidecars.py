@@ -18,6 +18,7 @@ from graphbuild.export.sidecar import SidecarHeader, TarIdentity, sidecar_schema
 from graphbuild.graph import sketch
 from graphbuild.graph.certify import require_graph
 from graphbuild.graph.select.selection import decided_by, selection_of
+from graphbuild.graph.tasks import living_nodes
 from graphbuild.nodes.samples import MORE
 from graphbuild.recipe import EmbeddingKind, Recipe
 from graphbuild.runner.stage import Stage, Task, outputs
@@ -118,6 +119,7 @@ def titled(rows: pa.Table, store: Store, manifest: Json, embeddings: EmbeddingKi
         graph=manifest["graph"]["fingerprint"],
         rows=len(rows),
         sketch_steps=sketch.steps(store.array(BASIS)).tolist() if embeddings == "sketch:64" else None,
+        node_count=living_nodes(manifest),
         **more,
     )
     schema = sidecar_schema(header.d, header.k, embeddings, plural=MORE in rows.column_names)

@@ -29,6 +29,8 @@ class BatchEdges:
         sketch: float [B, b], taken instead of background; products of two approximate similarities.
         tau_s: the target's temperature. An absent edge without sketches counts as mean + deviation^2 / (2 tau_s), the
             value whose exponential is the mean exponential of normally distributed similarities.
+        node_count: M, the nodes of the graph; or int64 [B], all the same. Needed where the temperature is calibrated.
+        absent: float [B], what an absent edge then counts as.
 
     Raises:
         InputError: what is no Tensor, or a wrong shape.
@@ -40,6 +42,8 @@ class BatchEdges:
     background: Tensor
     sketch: Tensor | None = None
     tau_s: float = 0.1
+    node_count: Tensor | int | None = None
+    absent: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("node", "neighbors", "similarities", "background", "sketch"):
@@ -88,6 +92,8 @@ class BatchEdges:
         if self.sketch is not None:
             sketch = self.sketch.float()
             values = (sketch @ ranks.concatenate(sketch).T).clamp_(-1, 1)
+        elif self.absent is not None:
+            values = self.absent.float()[:, None]
         else:
             mean, deviation = self.background.float().unbind(dim=1)
             values = (mean + deviation**2 / (2 * self.tau_s)).clamp(max=1)[:, None]

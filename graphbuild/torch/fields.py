@@ -1,7 +1,8 @@
 """What the graph says of nodes, as a batch holds it: from a store's memory-mapped arrays, or from sidecars in memory.
 
-Both give, for nodes int64 [B]: neighbors int64 [B, k]; similarities float32 [B, k]; background float32 [B, 2]; and
-embedding float32 [B, d], unit norm, or sketch float32 [B, b].
+Both give, for nodes int64 [B]: neighbors int64 [B, k]; similarities float32 [B, k]; background float32 [B, 2];
+node_count int64 [B], the graph's, which sidecars of older versions do not know; and embedding float32 [B, d], of unit
+norm, or sketch float32 [B, b].
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from graphbuild.graph.sample_graph import SampleGraph
 
 Nodes = NDArray[np.int64]
-GRAPH_FIELDS = ("embedding", "sketch", "neighbors", "similarities", "background")
+GRAPH_FIELDS = ("embedding", "sketch", "neighbors", "similarities", "background", "node_count")
 
 
 class StoreFields:
@@ -49,6 +50,7 @@ class StoreFields:
             "similarities": similarities,
             "background": self._graph.background(nodes),
             "embedding": self._graph.embeddings(nodes),
+            "node_count": np.full(len(nodes), len(self._graph) - int(self._graph.gone.sum())),
         }
 
 
@@ -91,6 +93,8 @@ def as_in_batch(stored: Mapping[str, NDArray[Any]], header: SidecarHeader) -> di
     """GRAPH_FIELDS as a batch holds them, of rows [B] of a sidecar's columns; those that it lacks are left out."""
     types = {"neighbors": np.int64, "similarities": np.float32, "background": np.float32}
     fields = {name: stored[name].astype(kind) for name, kind in types.items()}
+    if header.node_count is not None:
+        fields["node_count"] = np.full(len(fields["background"]), header.node_count)
     if "embedding" in stored:
         fields["embedding"] = unit_rows(stored["embedding"])
     if "sketch" in stored:

@@ -17,8 +17,9 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import softplus
 
 from graphbuild.errors import ConfigError
+from graphbuild.torch.calibration import OTHER_VIEW, TauS, check_tau_s
 from graphbuild.torch.joint import JointBatch, PairLoss, cross_entropy, row_normalised
-from graphbuild.torch.targets import check_temperature, softmax_
+from graphbuild.torch.targets import check_temperature, softmax_, target_facts
 
 MAX_CLIP_SCALE = 100.0
 
@@ -59,8 +60,8 @@ class CLIPLoss(_ClipLikeLoss):
 
     Args:
         tau: temperature of the model, where training starts if it is learnable.
-        tau_s: temperature of the soft target. At most one of it, mask, positive and hard; with none the loss is
-            one-hot, and no targets are read.
+        tau_s: temperature of the soft target, or "calibrated" as for `XSampleLoss`. At most one of it, mask, positive
+            and hard; with none the loss is one-hot, and no targets are read.
         learnable: learn the scale 1 / tau, kept at most 100 as CLIP does.
         gather, process_group: as for `XSampleLoss`.
         mask: similarity G_ij from which another pair is taken for a false negative and left out of both softmaxes.
@@ -70,15 +71,16 @@ class CLIPLoss(_ClipLikeLoss):
             loss of HELIP (Wang et al., arXiv 2305.05208), with which no other negative may come nearer than a hard one:
             the mean over the other negatives j of max(0, u_i.v_j - the least u_i.v_h of the hard ones h), in both
             directions. A row without hard negatives adds 0.
+        other_view: share in (0, 1) of the target that the own text keeps, for tau_s="calibrated".
 
     Raises:
-        ConfigError: a temperature that is not above 0, a similarity outside [-1, 1], or two of the four.
+        ConfigError: a temperature that is not above 0, a similarity or share out of range, or two of the four.
     """
 
     def __init__(
         self,
         tau: float = 0.07,
-        tau_s: float | None = None,
+        tau_s: TauS | None = None,
         learnable: bool = False,
         gather: bool = True,
         process_group: ProcessGroup | None = None,
@@ -86,16 +88,23 @@ class CLIPLoss(_ClipLikeLoss):
         mask: float | None = None,
         positive: float | None = None,
         hard: float | None = None,
+        other_view: float = OTHER_VIEW,
     ) -> None:
         super().__init__(tau, learnable, gather, process_group)
         if tau_s is not None:
-            check_temperature("tau_s", tau_s)
+            check_tau_s(tau_s, other_view)
         _check_kinds(tau_s=tau_s, mask=mask, positive=positive, hard=hard)
         self.tau_s, self.mask, self.positive, self.hard = tau_s, mask, positive, hard
+        self.other_view = other_view
 
     def of_batch(self, batch: JointBatch) -> Tensor:
-        reads = any(kind is not None for kind in (self.tau_s, self.mask, self.positive, self.hard))
-        block, scale = batch.similarities() if reads else None, self.scale(batch)
+        block = None
+        if self.tau_s is not None:
+            block, tau_s = batch.tempered(self.tau_s, self.other_view, slots=1)
+            block.div_(tau_s)
+        elif any(kind is not None for kind in (self.mask, self.positive, self.hard)):
+            block = batch.similarities()
+        scale = self.scale(batch)
         return self.of_logits(self.logits(batch, scale), batch.pair_columns(), block, scale)
 
     def of_logits(
@@ -103,8 +112,9 @@ class CLIPLoss(_ClipLikeLoss):
     ) -> Tensor:
         """The loss of logits that are computed elsewhere: [n, m] of images to texts, then of texts to images.
 
-        pairs: int64 [n], the column of each row's own pair. block: the targets' [n, m], which is changed in place; None
-        where no targets are read. scale: the cosines' in the logits, which the margin of `hard` needs.
+        pairs: int64 [n], the column of each row's own pair. block: the targets' [n, m], over tau_s where that is given,
+        which is changed in place; None where no targets are read. scale: the cosines' in the logits, which the margin
+        of `hard` needs.
         """
         if block is not None and self.hard is not None:
             hard = like_pairs(block, pairs, self.hard, own=False)
@@ -116,7 +126,9 @@ class CLIPLoss(_ClipLikeLoss):
         elif block is not None and self.positive is not None:
             weights = row_normalised(like_pairs(block, pairs, self.positive, own=True).to(block.dtype))
         elif block is not None and self.tau_s is not None:
-            weights = softmax_(block.div_(self.tau_s))
+            weights = softmax_(block)
+        if block is not None and self.mask is None:
+            self.target_facts = target_facts(weights, pairs)
         image_to_text = cross_entropy(weights, _without(dropped, next(logits)))
         return (image_to_text + cross_entropy(weights, _without(dropped, next(logits)))) / 2
 
@@ -138,13 +150,13 @@ def _without(dropped: Tensor | None, logits: Tensor) -> Tensor:
     return logits if dropped is None else logits.masked_fill(dropped, torch.finfo(logits.dtype).min / 2)
 
 
-def _check_kinds(**kinds: float | None) -> None:
+def _check_kinds(**kinds: TauS | None) -> None:
     """At most one kind of target, by name; mask, positive and hard are similarities."""
     given = {name: value for name, value in kinds.items() if value is not None}
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)} are given", "give one of them: each is a target of its own")
     for name, value in given.items():
-        if name in ("mask", "positive", "hard") and not -1 <= value <= 1:
+        if name in ("mask", "positive", "hard") and not (isinstance(value, float | int) and -1 <= value <= 1):
             raise ConfigError(f"{name} = {value}", f"set {name} in [-1, 1]: a similarity")
 
 

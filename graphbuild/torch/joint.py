@@ -17,7 +17,7 @@ stopped, the loss itself differs) is that rank's alone, and the others wait unti
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,12 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import log_softmax, nll_loss, normalize
 
 from graphbuild.errors import GraphbuildError, InputError
+from graphbuild.torch.calibration import TauS
 from graphbuild.torch.gather import Fact, Ranks
 from graphbuild.torch.targets import ALONE, Targets, check_temperature, compute_dtype, self_columns
 
 VIEWS = 2
-GATHERED = ("embeddings", "similarities", "labels", "class_priors", "node", "sketch")
+GATHERED = ("embeddings", "similarities", "labels", "class_priors", "node", "sketch", "calibration's background")
 FACTS = (
     *("batch size", "width of z", "dtype of z"),
     *(f"{fact} of {name}" for name in GATHERED for fact in ("width", "dtype")),
@@ -79,6 +80,11 @@ class JointBatch:
         """The targets' block [B, N], to be changed in place."""
         return self.targets.block(self.ranks).to(self.own.dtype)
 
+    def tempered(self, tau_s: TauS, other_view: float, slots: float) -> tuple[Tensor, float | Tensor]:
+        """The same at a temperature, and that: a number, or calibrated [B, 1]. slots: as for `calibrated`."""
+        targets, temperature = self.targets.tempered(tau_s, other_view, self.every.shape[1], slots)
+        return replace(self, targets=targets).similarities(), temperature
+
     def positive_slots(self, threshold: float) -> Tensor:
         """bool [2 B, 2 N]: views of images at least this similar, never the view itself."""
         positives = (self.similarities() >= threshold).repeat(VIEWS, VIEWS)
@@ -103,6 +109,7 @@ class PairLoss(nn.Module, ABC):
 
     def __init__(self, gather: bool, process_group: ProcessGroup | None = None) -> None:
         super().__init__()
+        self.target_facts: dict[str, Tensor] = {}  # of this rank's last targets, where they are soft: `target_facts`
         self.gather = gather
         self.process_group = process_group
 

@@ -85,8 +85,9 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
         Dicts: image uint8 [B, 3, P, P], a list of [3, H, W] without image_pixels, or the
         collated results of transform; caption and key: lists of B; row and node int64 [B]; embedding float32
         [B, d], unit norm (absent from a store exported without); neighbors int64 [B, k], node ids;
-        similarities float32 [B, k], descending; background float32 [B, 2], mean and deviation; and a list of
-        B for each name in extra.
+        similarities float32 [B, k], descending; background float32 [B, 2], mean and deviation; node_count int64 [B],
+        nodes of the whole graph (absent with sidecars of older versions, and with captions="mean"); and a list of B
+        for each name in extra.
 
     Raises:
         ConfigError: an option out of range, or a pattern that names no tar.
@@ -289,7 +290,7 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
         if self._captions == "draw":
             picked = drawn(rows, weights, offsets, seed=self._epochs.seed, epoch=epoch)
             places = [places[i] for i in picked.tolist()]
-        names = [name for name in ("node", *GRAPH_FIELDS) if getattr(places[0][0], name) is not None]
+        names = [name for name in ("node", *GRAPH_FIELDS) if getattr(places[0][0], name, None) is not None]
         stored = {name: np.stack([getattr(sidecar, name)[i] for sidecar, i in places]) for name in names}
         columns = {"node": stored["node"], **as_in_batch(stored, self.header)}
         captions = [sidecar.caption[i] for sidecar, i in places]

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from graphbuild.errors import ConfigError
+from graphbuild.torch.calibration import OTHER_VIEW, TauS, check_tau_s
 from graphbuild.torch.joint import VIEWS, JointBatch, TemperedLoss, cross_entropy, row_normalised
-from graphbuild.torch.targets import check_temperature, softmax_targets
+from graphbuild.torch.targets import softmax_targets, target_facts
 
 
 class XSampleLoss(TemperedLoss):
@@ -26,33 +27,38 @@ class XSampleLoss(TemperedLoss):
 
     Args:
         tau: temperature of the model.
-        tau_s: temperature of the target.
+        tau_s: temperature of the target; or "calibrated": for each anchor the one at which its other view keeps
+            `other_view` of its target, in the mean over random batches as large as the joint one.
         gather: compare with the views of all ranks, where a process group is initialised; all of them have to call
             the loss. A loss on one rank alone, as in a validation, needs gather=False.
         process_group: the ranks that train together, a torch.distributed group such as DDP has; all by default.
         keep_self: keep the self slot in both distributions, at similarity 1, as some public code does.
+        other_view: share in (0, 1) of the target beside the self slot.
 
     Raises:
-        ConfigError: a temperature that is not above 0.
+        ConfigError: a temperature that is not above 0, or a share out of range.
     """
 
     def __init__(
         self,
         tau: float = 0.1,
-        tau_s: float = 0.1,
+        tau_s: TauS = 0.1,
         gather: bool = True,
         keep_self: bool = False,
         process_group: ProcessGroup | None = None,
+        *,
+        other_view: float = OTHER_VIEW,
     ) -> None:
         super().__init__(tau, gather, process_group)
-        check_temperature("tau_s", tau_s)
-        self.tau_s = tau_s
+        check_tau_s(tau_s, other_view)
+        self.tau_s, self.other_view = tau_s, other_view
         self.keep_self = keep_self
 
     def of_batch(self, batch: JointBatch) -> Tensor:
-        soft = softmax_targets(
-            batch.similarities(), first=batch.first, tau_s=self.tau_s, views=VIEWS, keep_self=self.keep_self
-        )
+        block, tau_s = batch.tempered(self.tau_s, self.other_view, slots=VIEWS / (VIEWS - 1))
+        soft = softmax_targets(block, first=batch.first, tau_s=tau_s, views=VIEWS, keep_self=self.keep_self)
+        del block  # a quarter of a matrix less beside the product below
+        self.target_facts = target_facts(soft[: batch.images], batch.other_columns()[: batch.images])
         return cross_entropy(soft, batch.products().div_(self.tau), None if self.keep_self else batch.self_columns())
 
 
@@ -98,6 +104,7 @@ class SupConLoss(TemperedLoss):
 
     def of_batch(self, batch: JointBatch) -> Tensor:
         positives = row_normalised(batch.positive_slots(self.threshold).to(batch.own.dtype))
+        self.target_facts = target_facts(positives[: batch.images], batch.other_columns()[: batch.images])
         return cross_entropy(positives, batch.products().div_(self.tau), batch.self_columns())
 
 

@@ -2,7 +2,7 @@
 
 Whatever targets are given as, a loss reads them as one block: the similarities [B, N] of this rank's B images to all N
 of the joint batch. Float32 whatever the autocast state, no gradient; costs one [B, N] product, and the soft target one
-matrix of 4 (V B)(V N) bytes. How to choose tau_s: docs/training.md.
+matrix of 4 (V B)(V N) bytes. How to choose tau_s, or have it calibrated: docs/training.md.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.torch.batch_edges import BatchEdges
+from graphbuild.torch.calibration import OTHER_VIEW, TauS, calibrated, check_tau_s
 from graphbuild.torch.gather import Ranks
 
 SOURCES = ("embeddings", "similarities", "labels", "edges")
@@ -36,6 +37,8 @@ class Targets:
         labels: [B], any integer type, 0 or above: similarity is 1 between equal labels, 0 otherwise.
         edges: a `BatchEdges`: the graph's own lists, completed by sketches or background values.
         class_priors: [B] in [0, 1): the share of the samples that are of an anchor's class, for `DebiasedLoss`.
+        calibration: what losses with tau_s="calibrated" read beside embeddings or similarities: a `BatchEdges` with its
+            node_count. With edges it is these.
         keep_diagonal: read the block's own diagonal as the similarity of an image to its other view, or to its own
             text. By default that is 1, and the diagonal is not read.
 
@@ -49,6 +52,7 @@ class Targets:
     labels: Tensor | None = None
     edges: BatchEdges | None = None
     class_priors: Tensor | None = None
+    calibration: BatchEdges | None = None
     keep_diagonal: bool = False
 
     def __post_init__(self) -> None:
@@ -67,17 +71,18 @@ class Targets:
                 raise InputError(f"{name} are {tensor.dtype} {list(tensor.shape)}", f"pass one {kind} an image: [B]")
 
     @classmethod
-    def from_batch(cls, batch: Mapping[str, Any], tau_s: float = 0.1) -> Targets:
+    def from_batch(cls, batch: Mapping[str, Any], tau_s: TauS = 0.1) -> Targets:
         """The best that a loader's batch allows: embeddings; else edges and sketches; else edges and background.
 
-        tau_s: the target's temperature, by which background values stand for absent edges.
+        With its calibration where the batch has `node_count`. tau_s: the target's temperature, by which background
+        values stand for absent edges; calibrated ones go by the loss.
 
         Raises:
             InputError: fields are missing, or are no Tensors.
         """
-        if "embedding" in batch:
-            return cls(embeddings=batch["embedding"])
         missing = [name for name in STORED if name not in batch]
+        if missing and "embedding" in batch:
+            return cls(embeddings=batch["embedding"])
         if missing:
             raise InputError(
                 f"the batch has no embedding, and no {', '.join(missing)}",
@@ -85,12 +90,16 @@ class Targets:
                 + ", ".join(STORED),
             )
         stored = {name: batch[name] for name in STORED}
-        return cls(edges=BatchEdges(**stored, sketch=batch.get("sketch"), tau_s=tau_s))
+        stored |= {name: batch.get(name) for name in ("sketch", "node_count")}
+        edges = BatchEdges(**stored, tau_s=0.1 if isinstance(tau_s, str) else tau_s)
+        return cls(embeddings=batch["embedding"], calibration=edges) if "embedding" in batch else cls(edges=edges)
 
     def tensors(self) -> dict[str, Tensor]:
         """The given tensors by name."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         given = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+        stored = self.calibration.tensors() if self.calibration is not None else {}
+        given |= {f"calibration's {name}": value for name, value in stored.items()}
         return given | (self.edges.tensors() if self.edges is not None else {})
 
     def to(self, device: torch.device) -> Targets:
@@ -140,6 +149,23 @@ class Targets:
             _check_rows(finite, "images have NaN or infinity among their similarities", fix)
         return block
 
+    def tempered(self, tau_s: TauS, other_view: float, images: int, slots: float) -> tuple[Targets, float | Tensor]:
+        """These targets at a temperature, and that: a number, or where it is calibrated that of each row, [B, 1].
+        images, slots: as for `calibrated`. ConfigError: there is no calibration for it, or the own diagonal is kept."""
+        if not isinstance(tau_s, str):
+            return self, tau_s
+        stored = self.edges or self.calibration
+        if stored is None or stored.node_count is None or self.keep_diagonal:
+            raise ConfigError(
+                'tau_s = "calibrated", and the targets have no calibration with a node_count, or keep their diagonal',
+                "pass Targets.from_batch(batch) of a batch with node_count: GraphDataset(graph=...) gives it, and"
+                " sidecars do once older *.graph.parquet are deleted and `graphbuild export` has run; not with"
+                ' captions="mean"',
+            )
+        temperatures, absent = calibrated(stored, images=images, other_view=other_view, slots=slots)
+        edges = self.edges and replace(self.edges, absent=absent[:, 0])
+        return replace(self, edges=edges), temperatures
+
     def priors(self, ranks: Ranks = ALONE) -> Tensor:
         """class_priors [B], detached; ConfigError where there are none, InputError (on every rank) outside [0, 1)."""
         if self.class_priors is None:
@@ -152,10 +178,12 @@ class Targets:
 def similarity_targets(
     embeddings: Tensor | None = None,
     *,
-    tau_s: float,
+    tau_s: TauS,
     views: int = 2,
     similarities: Tensor | None = None,
     keep_self: bool = False,
+    other_view: float = OTHER_VIEW,
+    calibration: BatchEdges | None = None,
 ) -> Tensor:
     """The X-Sample target of a batch (Sobal et al., arXiv 2407.18134).
 
@@ -165,31 +193,36 @@ def similarity_targets(
 
     Args:
         embeddings: [B, d], any float type or int8; only directions count.
-        tau_s: temperature of the target, above 0.
+        tau_s: temperature of the target, above 0; or "calibrated": for each anchor the one at which its other views
+            keep `other_view` of its target beside the self slot, in the mean over random batches of this size.
         views: V, views of each image.
         similarities: [B, B], given instead of embeddings, such as torch.from_numpy(values), values the first of
             `SampleGraph.block`'s two results. The diagonal is not read.
         keep_self: leave the self slot in, at G_ii = 1, as some public code does; it takes mass from the other view.
+        other_view, calibration: that share, and what the graph stores of the images, as for `Targets`.
 
     Returns:
         [V B, V B] float32 (float64 for float64 input), rows sum to 1, detached, on the input's device.
 
     Raises:
-        ConfigError: tau_s or views out of range, or not exactly one of embeddings and similarities.
+        ConfigError: a number out of range, no calibration, or not exactly one of embeddings and similarities.
         InputError: a wrong shape or dtype, a zero or non-finite embedding, a non-finite similarity.
     """
-    check_temperature("tau_s", tau_s)
-    targets = Targets(embeddings=embeddings, similarities=similarities)
+    check_tau_s(tau_s, other_view)
+    targets = Targets(embeddings=embeddings, similarities=similarities, calibration=calibration)
     given = embeddings if embeddings is not None else similarities
     with torch.autocast(given.device.type if given is not None else "cpu", enabled=False):
-        return softmax_targets(targets.block(), first=0, tau_s=tau_s, views=views, keep_self=keep_self)
+        images = 1 if given is None else len(given)
+        targets, temperature = targets.tempered(tau_s, other_view, images, views / max(views - 1, 1))
+        return softmax_targets(targets.block(), first=0, tau_s=temperature, views=views, keep_self=keep_self)
 
 
-def softmax_targets(block: Tensor, *, first: int, tau_s: float, views: int, keep_self: bool = False) -> Tensor:
+def softmax_targets(block: Tensor, *, first: int, tau_s: float | Tensor, views: int, keep_self: bool = False) -> Tensor:
     """The rows of the soft target that belong to A anchors out of a joint batch of N images.
 
     Args:
-        block: [A, N] similarities; anchor a is image `first` + a.
+        block: [A, N] similarities, to be changed in place; anchor a is image `first` + a.
+        tau_s: one temperature, or [A, 1].
 
     Returns:
         [V A, V N], columns view-major over the joint batch, rows view-major over the anchors.
@@ -203,15 +236,26 @@ def softmax_targets(block: Tensor, *, first: int, tau_s: float, views: int, keep
             f"{views} view(s) of {images} image(s) leave an anchor nothing to find",
             "use two or more views, or a larger batch",
         )
-    logits = block.repeat(views, views).div_(tau_s)
+    logits = block.div_(tau_s).repeat(views, views)
     own = self_columns(anchors, images, first, views, logits.device)
-    return softmax_(logits.scatter_(1, own[:, None], 1 / tau_s if keep_self else -torch.inf))
+    kept = 1 / tau_s if keep_self else -torch.inf
+    if isinstance(kept, Tensor):
+        return softmax_(logits.scatter_(1, own[:, None], kept.to(logits).repeat(views, 1)))
+    return softmax_(logits.scatter_(1, own[:, None], kept))
 
 
 def softmax_(logits: Tensor) -> Tensor:
     """The softmax of rows [n, m], in place and so without gradient."""
     logits.sub_(logits.amax(dim=1, keepdim=True)).exp_()
     return logits.div_(logits.sum(dim=1, keepdim=True))
+
+
+@torch.no_grad()
+def target_facts(weights: Tensor, own: Tensor) -> dict[str, Tensor]:
+    """Of targets [n, m], means over the rows: the share of each row's own column [n], and the perplexity, the
+    exponential of the entropy. One pass over the targets."""
+    perplexity = torch.special.entr(weights).sum(dim=1).exp_().mean()
+    return {"other_view": weights.gather(1, own[:, None]).mean(), "perplexity": perplexity}
 
 
 def self_columns(anchors: int, images: int, first: int, views: int, device: torch.device) -> Tensor:
@@ -240,10 +284,10 @@ def _check_types(targets: Targets) -> None:
         value: Any = getattr(targets, field.name)
         if value is None or field.name == "keep_diagonal":
             continue
-        if field.name == "edges":
+        if field.name in ("edges", "calibration"):
             if not isinstance(value, BatchEdges):
                 raise InputError(
-                    f"edges are a {type(value).__name__}", "pass a BatchEdges, or Targets.from_batch(batch)"
+                    f"{field.name} are a {type(value).__name__}", "pass a BatchEdges, or Targets.from_batch(batch)"
                 )
         elif not isinstance(value, Tensor):
             raise InputError(f"{field.name} are a {type(value).__name__}, not a Tensor", _tensor_of(value))

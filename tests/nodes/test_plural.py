@@ -391,6 +391,7 @@ def test_the_mean_is_of_all_captions_with_all_their_neighbors(big: Path) -> None
         f"{big}/tars/*.tar", sidecars=big / "store/shards", graph=graph, image_pixels=8, captions="mean"
     )
     for batch in [*streamed(big, captions="mean"), dataset.collate(dataset.__getitems__([3, 100, 50, 7]))]:
+        assert "node_count" not in batch  # similarities of means are not stored
         for i, row in enumerate(batch["row"].tolist()):
             nodes = [texts.index(" ".join(caption.split())) for caption in expected[row]]
             mean = graph.embeddings(nodes).astype(np.float64).mean(axis=0)

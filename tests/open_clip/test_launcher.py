@@ -103,6 +103,8 @@ KINDS = [
 ]
 CASES = [(*kind, siglip) for kind in KINDS for siglip in (False, True)]
 CASES += [("hard", {"hard": 0.7}, ("--graph-threshold", "0.7"), False)]
+SHARE = ("--graph-tau-s", "calibrated", "--graph-other-view", "0.8")
+CASES += [("edges", {"tau_s": "calibrated", "other_view": 0.8}, SHARE, False)]
 
 
 @pytest.mark.parametrize(("kind", "options", "flags", "siglip"), CASES)
@@ -218,7 +220,8 @@ open_clip.add_model_config(config)
 forward, seen = launcher.GraphLoss.forward, []
 def recorded(self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False):
     value = forward(self, image_features, text_features, logit_scale, logit_bias, output_dict)
-    batch = {name: torch.cat([each[name] for each in self.batches._pending]) for name in ("embedding", "row")}
+    names = ("embedding", "row", "node", "neighbors", "similarities", "background", "node_count")
+    batch = {name: torch.cat([each[name] for each in self.batches._pending]) for name in names}
     features = {"image": image_features, "text": text_features, "scale": logit_scale, "bias": logit_bias}
     seen.append({k: v if v is None else v.detach().clone() for k, v in
                  {**features, **batch, "loss": value["contrastive_loss"]}.items()})
@@ -236,6 +239,7 @@ torch.save(seen, f"{out}.{torch.distributed.get_rank()}")
     [
         (),
         ("--local-loss", "--gather-with-grad"),
+        ("--graph-tau-s", "calibrated"),
         ("--gather-with-grad", "--graph-targets", "mask", "--graph-threshold", "0.7"),
         ("--graph-targets", "hard"),
         ("--siglip",),
@@ -265,7 +269,12 @@ def test_two_ranks_have_the_loss_of_one_process_on_their_joint_batch(
     ranks = [torch.load(tmp_path / f"seen.{rank}") for rank in range(2)]
     assert len(ranks[0]) == len(ranks[1]) > 2
     for step in zip(*ranks, strict=True):
-        joint = {name: torch.cat([each[name] for each in step]).double() for name in ("image", "text", "embedding")}
+        features, fields = (
+            ("image", "text", "embedding"),
+            ("node", "neighbors", "similarities", "background", "node_count"),
+        )
+        joint = {name: torch.cat([each[name] for each in step]) for name in (*features, *fields)}
+        joint |= {name: joint[name].double() for name in features}
         rows = torch.cat([each["row"] for each in step])
         assert len(set(rows.tolist())) == len(rows), "no sample is twice in a joint batch"
         scale, bias = step[0]["scale"].double(), step[0]["bias"]
@@ -275,9 +284,10 @@ def test_two_ranks_have_the_loss_of_one_process_on_their_joint_batch(
             product = SigLIPLoss(threshold=None if kind else 0.5, **kind)
             product.scale, product.bias = scale, bias.double()
         else:
-            product = CLIPLoss(tau_s=None if kind else 0.1, **kind)
+            tau_s = "calibrated" if "calibrated" in flags else 0.1
+            product = CLIPLoss(tau_s=None if kind else tau_s, **kind)
             product.tau = 1 / scale
-        expected = product(joint["image"], joint["text"], joint["embedding"]).item()
+        expected = product(joint["image"], joint["text"], Targets.from_batch(joint)).item()
         if "--siglip" in flags or "--local-loss" in flags:
             assert np.mean([each["loss"].item() for each in step]) == pytest.approx(expected, rel=1e-5)
         else:  # each rank has the whole joint batch's

@@ -37,6 +37,7 @@ def targets_of(kind: str | None) -> Targets:
         "neighbors": torch.randint(0, 900, (IMAGES, 8), generator=generator),
         "similarities": torch.rand(IMAGES, 8, generator=generator),
         "background": torch.rand(IMAGES, 2, generator=generator) / 10,
+        "node_count": torch.full((IMAGES,), 900),
         "sketch": torch.randn(IMAGES, 4, generator=generator) / 4,
     }
     return Targets.from_batch({name: value for name, value in fields.items() if kind == "sketch" or name != "sketch"})
@@ -62,6 +63,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 LOSSES: dict[str, tuple[nn.Module, str | None, int, int]] = {  # loss, targets, views; matrices as documented
     "X-Sample, embeddings": (XSampleLoss(), "embeddings", 2, 3),
     "X-Sample, edges": (XSampleLoss(), "background", 2, 3),
+    "X-Sample, calibrated": (XSampleLoss(tau_s="calibrated"), "background", 2, 3),
     "NT-Xent": (NTXentLoss(), None, 2, 3),
     "SupCon": (SupConLoss(), "labels", 2, 3),
     "debiased": (DebiasedLoss(), None, 2, 2),
@@ -114,6 +116,10 @@ def test_the_host_waits_once_for_the_check_of_the_targets(kind: str) -> None:
     with HostReads() as reads:
         step(XSampleLoss(), targets)
     assert reads.count == 1
+    if kind in BLOCKS:
+        with HostReads() as reads:
+            step(XSampleLoss(tau_s="calibrated"), targets)
+        assert reads.count == 1
 
 
 def test_the_host_does_not_wait_where_no_targets_are_read() -> None:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.export.quantized import quantize_int8
 from graphbuild.export.sidecar import Sidecar, SidecarHeader, TarIdentity, sidecar_schema
-from graphbuild.torch import graph_webdataset
+from graphbuild.torch import GraphDataset, Targets, XSampleLoss, graph_webdataset
 
 D, K, SAMPLES, SHARDS = 8, 4, 10, 6
 Member = tuple[str, bytes]
@@ -185,6 +185,24 @@ def test_every_field_belongs_to_its_row(store: Path) -> None:
         )
         assert {batch[name].dtype for name in ("row", "node", "neighbors")} == {torch.int64}
         assert {batch[name].dtype for name in ("embedding", "similarities", "background")} == {torch.float32}
+
+
+def test_batches_know_the_size_of_the_graph_where_their_sidecars_do(tmp_path: Path) -> None:
+    def batches(number: int, **header: Any) -> list[dict[str, Any]]:
+        tar = write_shard(tmp_path, number, samples=4, **header)
+        dataset = GraphDataset(tar)
+        one_by_one = dataset.collate([dataset[i] for i in range(4)])
+        together = dataset.collate(dataset.__getitems__([0, 1, 2, 3]))
+        return [next(iter(graph_webdataset(tar, batch_size=4, shuffle=0))), together, one_by_one]
+
+    z = torch.randn(2, 4, 3)
+    for batch in batches(0, node_count=5_000):
+        assert batch["node_count"].tolist() == [5_000] * 4
+        assert XSampleLoss(tau_s="calibrated")(*z, Targets.from_batch(batch)).isfinite()
+    for batch in batches(1):
+        assert "node_count" not in batch
+        with pytest.raises(ConfigError, match=r"no calibration.*\n.*delete"):
+            XSampleLoss(tau_s="calibrated")(*z, Targets.from_batch(batch))
 
 
 def test_without_a_size_images_come_as_a_list_and_a_transform_replaces_both(store: Path) -> None:

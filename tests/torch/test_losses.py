@@ -185,6 +185,9 @@ LOSSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "x-sample of labels": (XSampleLoss, "labels"),
     "x-sample of edges and sketches": (XSampleLoss, "sketch"),
     "x-sample of edges and background": (XSampleLoss, "background"),
+    "x-sample of embeddings, calibrated": (lambda: XSampleLoss(tau_s="calibrated"), "dense and stored"),
+    "x-sample of edges, calibrated": (lambda: XSampleLoss(tau_s="calibrated"), "background"),
+    "soft clip of edges and sketches, calibrated": (lambda: CLIPLoss(tau_s="calibrated", other_view=0.7), "sketch"),
     "nt-xent": (NTXentLoss, "class_priors"),
     "supcon": (SupConLoss, "labels"),
     "supcon of a block": (lambda: SupConLoss(threshold=0.6), "similarities"),
@@ -219,16 +222,19 @@ def targets_of(kind: str, images: int, rows: slice = slice(None)) -> Targets:
         return Targets(similarities=block[rows], keep_diagonal=True)
     if kind == "labels":
         return Targets(labels=torch.arange(images)[rows] % 3)
-    if kind in ("sketch", "background"):
+    if kind in ("sketch", "background", "dense and stored"):
         node = torch.randint(0, 2 * images, (images,), generator=generator)  # some twice
         fields = {
             "node": node,
             "neighbors": torch.stack([torch.randperm(2 * images + 8, generator=generator)[:4] for _ in range(images)]),
             "similarities": torch.rand(images, 4, generator=generator),
             "background": torch.rand(images, 2, generator=generator) / 4,
+            "node_count": torch.full((images,), 2 * images + 8),
             "sketch": torch.randn(images, 3, generator=generator) / 2,
+            "embedding": torch.randn(images, TEXT_WIDTH, generator=generator),
         }
-        return Targets.from_batch({name: f[rows] for name, f in fields.items() if kind == "sketch" or name != "sketch"})
+        left_out = {"sketch": {"embedding"}, "background": {"embedding", "sketch"}}.get(kind, {"sketch"})
+        return Targets.from_batch({name: field[rows] for name, field in fields.items() if name not in left_out})
     return Targets(class_priors=0.5 * torch.rand(images, generator=generator)[rows])
 
 

@@ -116,6 +116,29 @@ def test_simclr_reads_nothing_of_the_graph(scenes_store: str) -> None:
     assert reader.texts({}) == ()
 
 
+@pytest.mark.parametrize("targets", ["dense", "sketch", "background"])
+def test_calibrated_targets_leave_the_other_view_its_share(scenes_store: str, targets: Any) -> None:
+    shares = []
+    for method in ("xsample", "clip_soft"):
+        config = config_of(scenes_store, targets=targets, method=method, other_view=0.7)
+        samples, objective = training_samples(config), Objective(config)
+        rng = np.random.default_rng(0)
+        for _ in range(12):
+            batch = samples.__getitems__(np.sort(rng.choice(len(samples), 96, replace=False)).tolist())
+            told = GraphReader(config, samples.graph).targets(batch)
+            objective(*torch.randn(2 + config.reads_texts, 96, 8), targets=told)
+            shares.append(objective.target_facts(torch.zeros(()))["other_view"].item())
+    assert np.mean(shares) == pytest.approx(0.7, abs=0.05)
+
+
+def test_a_share_is_refused_where_nothing_is_calibrated(scenes_store: str) -> None:
+    for options in ({"method": "simclr"}, {"method": "clip"}, {"targets": "labels"}, {"other_view": 1.0}):
+        with pytest.raises(ConfigError, match="other_view"):
+            config_of(scenes_store, **{"other_view": 0.6, **options})
+    with pytest.raises(ConfigError, match="other_view = -1"):
+        config_of(scenes_store, other_view=-1.0)
+
+
 def cross_entropy(target: Array, logits: Array, slots: Array) -> float:
     logits = np.where(slots, logits, -np.inf)
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))

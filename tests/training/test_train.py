@@ -270,6 +270,16 @@ def test_clip_learns_its_temperature(scenes_store: str, tmp_path: Path) -> None:
     told = [line["tau"] for line in steps(tmp_path)]
     assert told[-1] == pytest.approx(math.exp(-log_scale.item()))
     assert len(set(told)) == len(told)
+    assert {(line["other_view"], line["perplexity"]) for line in steps(tmp_path)} == {(1, 1)}
+
+
+def test_a_run_tells_how_much_of_its_targets_the_other_view_has(scenes_store: str, tmp_path: Path) -> None:
+    for name, options in (("fixed", {"tau_s": 0.2}), ("calibrated", {"other_view": 0.8})):
+        train(small(scenes_store, epochs=1, method="xsample", **options), tmp_path / name, HERE)
+    (fixed, calibrated) = ([line["other_view"] for line in steps(tmp_path / name)] for name in ("fixed", "calibrated"))
+    assert max(fixed) < 0.5
+    assert sum(calibrated) / len(calibrated) == pytest.approx(0.8, abs=0.05)
+    assert all(1 < line["perplexity"] < 2 * 32 for name in ("fixed", "calibrated") for line in steps(tmp_path / name))
 
 
 @pytest.mark.parametrize(("method", "text"), [("xsample", "projection"), ("clip", "projection"), ("clip", "tower")])

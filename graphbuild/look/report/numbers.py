@@ -16,7 +16,7 @@ from graphbuild.graph.lists.derived import MATCH, about
 from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.job.steps import STEPS
 from graphbuild.look.catalog import Catalog
-from graphbuild.look.report.targets import batch_targets, neighbor_mass
+from graphbuild.look.report.targets import batch_targets, neighbor_mass, two_views
 from graphbuild.runner.progress import UNITS
 from graphbuild.runner.stage import records
 from graphbuild.store.layout import REJECTED, TEXTS, by_number
@@ -64,6 +64,7 @@ def numbers(store: Store) -> Json:
         found["edges"] = edge_numbers(graph, catalog)
         found["mass"] = neighbor_mass(graph)
         found["targets"] = [batch_targets(graph, size) for size in _batch_sizes(len(graph))]
+        found["two_views"] = [row for size in _batch_sizes(len(graph)) if size > 1 for row in two_views(graph, size)]
         found["batches"] = batch_edges(graph)
         found["matches"] = matches(store, graph)
     return found

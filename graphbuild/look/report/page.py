@@ -69,7 +69,7 @@ def render(found: Json, images: list[Json] | None = None) -> str:
 
 def _every_part(found: Json) -> Json:
     parts = ("embeddings", "fidelity", "graph", "recall", "duplicates", "hosts", "edges", "mass", "targets", "batches")
-    return {"matches": [], **dict.fromkeys(parts), **found}
+    return {"matches": [], "two_views": [], **dict.fromkeys(parts), **found}
 
 
 def _hashed(script: str) -> str:

@@ -1,21 +1,27 @@
 """What tau_s and k do to the targets: how far a target's mass spreads, and how much of it the stored lists hold.
 
 A target is softmax(similarity / tau_s) over a batch, the sample itself included with similarity 1 (Sobal et al.,
-arXiv 2407.18134, section 3). All values are means over anchors drawn with a fixed seed; arithmetic is float64.
+arXiv 2407.18134, section 3); of two views without itself. All values are means over anchors drawn with a fixed seed;
+arithmetic is float64.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.store.sharded import Array
 from graphbuild.store.store import Json
+from graphbuild.torch.batch_edges import BatchEdges
+from graphbuild.torch.calibration import calibrated
 
 TAU_S = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 ANCHORS = 256
 OTHERS = 100_000  # of more nodes, so many stand for all
 BLOCK = 16_384
+ASKED = (0.6, 0.8, 0.9, 0.95)  # shares of the other view
+LOW = 0.3  # a similarity below which captions have little in common
 
 
 def neighbor_mass(graph: SampleGraph) -> Json:
@@ -69,6 +75,36 @@ def batch_targets(graph: SampleGraph, batch: int) -> Json:
         "spread": np.exp(entropy).tolist(),
         "self": itself,
     }
+
+
+def two_views(graph: SampleGraph, batch: int) -> list[Json]:
+    """X-Sample's targets of a random batch, at tau_s = 0.1 and calibrated to each of ASKED: the median tau_s; the share
+    of the other view and its deviation; the perplexity; and of what other images get, the part below LOW.
+
+    recommended: the smallest share asked for at which at least half of that goes to similarities above LOW.
+    """
+    nodes = np.random.default_rng(1).choice(len(graph), batch, replace=False)
+    vectors, anchors = graph.embeddings(nodes), nodes[:ANCHORS]
+    others = (vectors[:ANCHORS] @ vectors.T).astype(np.float64)
+    np.fill_diagonal(others, -np.inf)
+    fields = (anchors, *graph.neighbors(anchors), graph.background(anchors))
+    node, neighbors, similarities, background = map(torch.from_numpy, fields)
+    stored = BatchEdges(node, neighbors, similarities, background, node_count=len(graph))
+    rows: list[Json] = []
+    for asked in (None, *ASKED):
+        tau = np.full((len(anchors), 1), 0.1)
+        if asked is not None:
+            tau = calibrated(stored, images=batch, other_view=asked, slots=2)[0].double().numpy()
+        each = np.exp((others - 1) / tau)
+        share = 1 / (1 + 2 * each.sum(axis=1))
+        each *= share[:, None]
+        entropy = -share * np.log(share) - 2 * (each * np.log(np.maximum(each, 1e-300))).sum(axis=1)
+        low = (each * (others < LOW)).sum() / each.sum()
+        good = bool(asked is not None and low <= 0.5 and not any(row["recommended"] for row in rows))
+        names = ("tau_s", "share", "deviation", "perplexity", "low")
+        values = map(float, (np.median(tau), share.mean(), share.std(), np.exp(entropy).mean(), low))
+        rows.append({"batch": batch, "asked": asked, "recommended": good, **dict(zip(names, values, strict=True))})
+    return rows
 
 
 def softmax(values: Array) -> Array:

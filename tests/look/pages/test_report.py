@@ -108,6 +108,38 @@ def test_charts_show_the_store_s_numbers(tab: Tab, page: Path, store: Path) -> N
         assert share == pytest.approx(best.mean(), abs=2e-4)
 
 
+def test_targets_of_two_views_are_told_for_a_fixed_and_for_calibrated_temperatures(
+    tab: Tab, page: Path, store: Path
+) -> None:
+    vectors = arrays(store, "nodes/*.npy").astype(np.float64)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    rows = json.loads((page.parent / "report.json").read_text())["two_views"]
+    assert [(row["batch"], row["asked"]) for row in rows] == [
+        (batch, asked) for batch in (64, 256) for asked in (None, 0.6, 0.8, 0.9, 0.95)
+    ]
+    for row in rows:
+        chosen = vectors[np.random.default_rng(1).choice(len(vectors), row["batch"], replace=False)]
+        if row["asked"] is not None:
+            assert row["share"] == pytest.approx(row["asked"], abs=0.1)  # of one batch of captions that are much alike
+            continue
+        target = np.exp((np.tile(chosen @ chosen.T, (1, 2)) - 1) / 0.1)
+        own = np.arange(len(chosen))
+        target[own, own], target[own, own + len(chosen)] = 0, 1
+        target /= target.sum(axis=1, keepdims=True)
+        share = target[own, own + len(chosen)]
+        entropy = -(target * np.log(np.maximum(target, 1e-300))).sum(axis=1)
+        target[own, own + len(chosen)] = 0
+        low = target[np.tile(chosen @ chosen.T < 0.3, (1, 2))].sum() / target.sum()
+        found = [row[name] for name in ("tau_s", "share", "deviation", "perplexity", "low")]
+        assert found == pytest.approx([0.1, share.mean(), share.std(), np.exp(entropy).mean(), low], rel=1e-3)
+    for batch in (64, 256):
+        good = [row for row in rows if row["batch"] == batch and row["asked"] is not None and row["low"] <= 0.5]
+        assert [row for row in rows if row["batch"] == batch and row["recommended"]] == good[:1]
+    tab.page.goto(page.as_uri())
+    cells = tab.page.locator("h3 ~ .scroll").first.locator("tbody tr").nth(1).locator("th, td").all_inner_texts()
+    assert cells[:3] == ["64", "0.6", f"{rows[1]['tau_s']:.3f}"]
+
+
 def test_edges_per_anchor_are_those_of_random_batches(tab: Tab, page: Path, store: Path) -> None:
     tab.page.goto(page.as_uri())
     neighbors = arrays(store, "graph/*.neighbors.npy")
