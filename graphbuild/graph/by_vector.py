@@ -50,7 +50,8 @@ class VectorSearch:
             entries = np.linspace(0, len(self.graph) - 1, min(ENTRIES, len(self.graph))).astype(np.int64)
             self._entries = entries, self.graph.embeddings(entries)
         entries, vectors = self._entries
-        entries, vectors = (array[~self.graph.gone[entries]] for array in (entries, vectors))
+        there = ~self.graph.gone[entries]
+        entries, vectors = entries[there], vectors[there]
         ids, scores = _best(entries, vectors @ query, pool)
         looked_at: Any = np.empty(0, np.int64)
         while True:
