@@ -79,7 +79,8 @@ class Stage:
     its first task: what was chosen, and what it will take. keeps: of the record of a finished task whose input is gone,
     whether what it made stays, for others have numbers that follow from it: with --force it then has the state `gone`.
     on_device: a GPU serves it, if there is one. sharing: workers to a GPU: one computes while another reads, prepares
-    or writes.
+    or writes. grows: its plan goes on from what its tasks have found, and is asked again when they are done, until it
+    names no other.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Stage:
     keeps: Callable[[Json], bool] = lambda record: False
     on_device: bool = False
     sharing: int = 1
+    grows: bool = False
     note: Callable[[Recipe, Store], str] | None = None
 
 
@@ -139,6 +141,20 @@ def records(store: Store, stage: str, state: str = "done") -> dict[str, Json]:
         else:
             found[name.rsplit("/", 1)[-1].removesuffix(suffix)] = record
     return found
+
+
+def finished_tasks(store: Store, stage: str) -> Callable[[Task], bool]:
+    """Tells whether a task of a stage that `grows` is done as it is planned now, and its files are there."""
+    done = records(store, stage)
+    places = {output["path"].rpartition("/")[0] for record in done.values() for output in record["outputs"]}
+    files = {path: size for folder in places for path, size in store.sizes(folder).items()}
+
+    def finished(task: Task) -> bool:
+        record = done.get(task.name, {"fingerprint": None, "outputs": ()})
+        there = (files.get(output["path"]) == output["bytes"] for output in record["outputs"])
+        return record["fingerprint"] == task.fingerprint and all(there)
+
+    return finished
 
 
 def outputs(records: Sequence[Json], prefix: str = "", suffix: str = "") -> dict[str, str]:
