@@ -445,6 +445,12 @@ def test_prepare_in_ranges_of_shards_makes_the_graph_that_one_task_makes(
     assert ranged.manifest()["graph"] == once.manifest()["graph"]
     with_workers = build(tmp_path / "workers", x, workers=2, **options)
     assert with_workers.manifest()["graph"] == once.manifest()["graph"]
+    assert with_workers.manifest()["recall"] == once.manifest()["recall"]
+    certified = [
+        {path.name: path.read_bytes() for path in Path(store.url).glob("_state/certify/*.npy")}
+        for store in (ranged, with_workers)
+    ]
+    assert certified[0] == certified[1] != {}
 
 
 # -- faiss
