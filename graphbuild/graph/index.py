@@ -27,6 +27,7 @@ from graphbuild.graph.tasks import (
     index_task,
     living_nodes,
     nodes_entry,
+    ranges_of,
     shard_tasks,
     vectors_of,
 )
@@ -35,7 +36,7 @@ from graphbuild.knn.lists import EMPTY, LARGEST_ID, merge_lists, unpack
 from graphbuild.machine.threads import torch_threads
 from graphbuild.nodes.captions import read_class_names
 from graphbuild.recipe import Index, Recipe
-from graphbuild.runner.stage import Stage, Task, records
+from graphbuild.runner.stage import Stage, Task, finished_tasks, records
 from graphbuild.store import layout
 from graphbuild.store.files import is_there
 from graphbuild.store.layout import (
@@ -88,14 +89,27 @@ def plan_prepare(recipe: Recipe, store: Store) -> list[Task]:
             "divide the captions among several stores",
         )
     engine, _ = engine_of(recipe.index, manifest)
-    check_mappings(engine.mapped_files * len(shards_of(store, manifest).with_nodes))
-    return [index_task(recipe.index, engine, manifest, "prepare", "all")]
+    shards = shards_of(store, manifest).with_nodes
+    check_mappings(engine.mapped_files * len(shards))
+    whole, ranges = index_task(recipe.index, engine, manifest, "prepare", "all"), ranges_of(shards)
+    if engine.name != "partition" or len(ranges) == 1:
+        return [whole]
+    parts = [
+        index_task(recipe.index, engine, manifest, "prepare", shard_name(number), shards=some)
+        for number, some in enumerate(ranges)
+    ]
+    return [*parts, whole] if all(map(finished_tasks(store, "prepare"), parts)) else parts
 
 
 def run_prepare(task: Task, store: Store, writer: Writer) -> Json:
-    from graphbuild.knn.inputs import Inputs
+    from graphbuild.knn.inputs import Inputs, write_range
 
     inputs = Inputs(store)
+    if "shards" in task.built:
+        some, seed = range(*task.built["shards"]), task.settings["seed"]
+        with torch_threads(1):
+            write_range(inputs, some, seed, task.settings["k"], task.name, writer)
+        return {}
     with torch_threads(os.cpu_count() or 1):  # nothing else runs
         return _engine(task, inputs.manifest).prepare(inputs, task.settings["k"], writer)
 
@@ -263,7 +277,14 @@ def finish_search(recipe: Recipe, store: Store, done: list[Json]) -> Json:
 
 BASE = Stage(name="base", title="old lists", plan=grow.plan, run=grow.run, scratch=True)
 PREPARE = Stage(
-    name="prepare", title="prepare", plan=plan_prepare, run=run_prepare, scratch=True, note=forecast, check=check_k
+    name="prepare",
+    title="prepare",
+    plan=plan_prepare,
+    run=run_prepare,
+    scratch=True,
+    grows=True,
+    note=forecast,
+    check=check_k,
 )
 CODES = Stage(
     name="codes",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,10 @@ from graphbuild.recipe import Index, Recipe
 from graphbuild.runner.stage import Task, digest, outputs, records
 from graphbuild.store.layout import TEXTS
 from graphbuild.store.sharded import Array
-from graphbuild.store.shards import Shard, node_count, shards_of
+from graphbuild.store.shards import Shard, Shards, node_count, shards_of
 from graphbuild.store.store import Json, Store
+
+PART_NODES, PARTS = 2**18, 256  # of a range of shards, about; at most so many ranges
 
 
 def nodes_entry(store: Store) -> Json:
@@ -107,3 +111,11 @@ def vectors_of(store: Store, manifest: Json) -> dict[str, str]:
 def _vectors_of(store: Store, stage: str, fingerprint: str) -> dict[str, str]:
     """fingerprint: of all the vectors, as the manifest has it; another one is read anew."""
     return outputs(list(records(store, stage).values()), "nodes/", ".npy")
+
+
+def ranges_of(shards: Shards) -> list[list[int]]:
+    """Ranges of shards (first, end) of about as many nodes each."""
+    begins = shards.column("first_node")
+    nodes = int(begins[-1]) + int(shards.column("nodes")[-1])
+    wanted = np.linspace(0, nodes, min(math.ceil(nodes / PART_NODES), PARTS) + 1)
+    return [list(pair) for pair in pairwise(np.unique([*np.searchsorted(begins, wanted[:-1]), len(shards)]).tolist())]

@@ -20,7 +20,7 @@ from graphbuild.knn import device as gpu
 from graphbuild.knn import kernels, lists
 from graphbuild.knn.codes import Codes
 from graphbuild.knn.inputs import Inputs, write_leaders
-from graphbuild.knn.leaders import Leaders, draw_leaders, floor_leader
+from graphbuild.knn.leaders import floor_leader
 from graphbuild.knn.products import TILE_ROWS, products, tile_memory, unit
 from graphbuild.store.sharded import Array, ShardedArray
 from graphbuild.store.store import Json, Writer
@@ -45,7 +45,7 @@ class Exact:
         return {}
 
     def prepare(self, inputs: Inputs, k: int, writer: Writer) -> Json:
-        write_leaders(Leaders.of(draw_leaders(inputs.vectors, self.seed)[1]), writer)
+        write_leaders(inputs, self.seed, writer)
         return {}
 
     def describe(self, inputs: Inputs, codes: Codes, k: int) -> dict[str, Array]:

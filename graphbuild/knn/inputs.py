@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import fields
 from functools import cached_property, lru_cache
 
-from graphbuild.knn.leaders import Leaders
+import numpy as np
+
+from graphbuild.knn import sample
+from graphbuild.knn.leaders import Leaders, draw_leaders, order_leaders
+from graphbuild.runner.stage import records
 from graphbuild.store.layout import SCRATCH, VECTORS
-from graphbuild.store.sharded import ShardedArray, node_array
+from graphbuild.store.sharded import Array, ShardedArray, node_array
 from graphbuild.store.shards import Shards, shards_of
 from graphbuild.store.store import Json, Store, Writer
 
 LEADERS, LEADER_NODES = f"{SCRATCH}/leaders/{{}}.npy", f"{SCRATCH}/leader_nodes.npy"
+RANGE = f"{SCRATCH}/leaders/{{}}.{{}}.npy"  # of a range of shards: what of it `prepare` needs
 
 
 class Inputs:
@@ -33,14 +38,59 @@ class Inputs:
     def _array(self, pattern: str, of: Json) -> ShardedArray:
         return _opened(self.store, shards_of(self.store, self.manifest), pattern, str(of["fingerprint"]))
 
+    @cached_property
+    def few(self) -> ShardedArray:
+        """The vectors, of which only some will be taken."""
+        return node_array(self.store, shards_of(self.store, self.manifest), VECTORS, few=True)
+
+    def ranges(self) -> list[str]:
+        """The tasks of `prepare` that each read a range of shards, where one is too little."""
+        return [name for name in records(self.store, "prepare") if name != "all"]
+
     @property
     def leaders(self) -> Leaders:
         return _leaders(self.store, str(self.manifest["stages"]["prepare"]["fingerprint"]))
 
 
-def write_leaders(leaders: Leaders, writer: Writer) -> None:
-    for part in fields(leaders):
-        writer.array(LEADERS.format(part.name), getattr(leaders, part.name), durable=False)
+def write_range(inputs: Inputs, shards: range, seed: int, k: int, name: str, writer: Writer) -> None:
+    """What `prepare` needs of the nodes of some shards: the vectors of leaders, and who is near the sampled nodes."""
+    bounds = inputs.vectors.starts[[shards.start, shards.stop]]
+    leaders = draw_leaders(len(inputs.vectors), seed)
+    drawn = inputs.vectors.take(leaders[slice(*np.searchsorted(leaders, bounds))])
+    found = sample.true_neighbors(inputs.few, sample.draw(len(inputs.vectors), seed), k, shards)
+    for what, values in zip(("drawn", "similarities", "ids"), (drawn, *found), strict=True):
+        writer.array(RANGE.format(name, what), values, durable=False)
+
+
+def true_neighbors(inputs: Inputs, ids: Array, k: int) -> Array:
+    """Of sampled nodes the k nearest, int64 [n, k], best first: what the ranges have found, or else searched now."""
+    names = inputs.ranges()
+    if not names:
+        return sample.true_neighbors(inputs.few, ids, k)[1]
+    scores, found = (
+        np.concatenate([inputs.store.array(RANGE.format(name, what)) for name in names], axis=1)
+        for what in ("similarities", "ids")
+    )
+    return np.asarray(np.take_along_axis(found, np.argsort(-scores, axis=1, kind="stable")[:, :k], axis=1))
+
+
+def write_leaders(inputs: Inputs, seed: int, writer: Writer) -> tuple[Leaders, Array]:
+    """Draw leaders, order them, and write them; returns them, and their nodes int64 [L]."""
+    ids, names = draw_leaders(len(inputs.vectors), seed), inputs.ranges()
+    lengths = [len(inputs.store.array(RANGE.format(name, "drawn"))) for name in names]
+    drawn = ShardedArray(inputs.store, names, lengths, RANGE.format("{}", "drawn")) if names else None
+
+    def read(places: Array) -> Array:
+        return inputs.vectors.take(ids[places]) if drawn is None else drawn.take(places)
+
+    order = order_leaders(read, np.arange(len(ids)))
+    with writer.file(LEADERS.format("codes"), durable=False) as path:
+        codes = np.lib.format.open_memmap(path, "w+", np.int8, (len(ids), inputs.vectors.width))
+        leaders = Leaders.coded(read, order, codes)
+        codes.flush()
+    for part in ("scales", "group_codes", "group_scales"):
+        writer.array(LEADERS.format(part), getattr(leaders, part), durable=False)
+    return leaders, ids[order]
 
 
 @lru_cache(maxsize=1)

@@ -1,14 +1,17 @@
 """Leaders: a random sample of the nodes, and which of them each node is nearest to.
 
 They cut the nodes into leaves (`graphbuild.knn.partition`), and tell how near a node's neighbours must at least be:
-that spares the engines most of the work of filling lists. Cost a node: L / 128 + 12 x 128 products, L = N / 64.
+that spares the engines most of the work of filling lists. Cost a node: L / 128 + 12 x 128 products, L = N / 64; beyond
+MOST_GROUPS x 128 leaders L / 128^2 + 24 x 128. Memory to order them: ORDERED of them, 14 bytes a number.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +19,7 @@ import numpy as np
 from graphbuild.knn import kernels, lists
 from graphbuild.knn.codes import encode
 from graphbuild.knn.products import TILE_ROWS, products, tile_memory, unit
-from graphbuild.store.sharded import Array, ShardedArray
+from graphbuild.store.sharded import Array
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +28,9 @@ NODES_PER_LEADER = 64
 GROUP_LEADERS = 128
 PROBED_GROUPS = 12
 FLAT_GROUPS = 48
+MOST_GROUPS = 4_096  # that all are compared with; of more, the near ones are found by groups of groups
+GROUPS_AT_ONCE = 512
+ORDERED, DIRECTED = 2**18, 2**14  # leaders that are ordered at a time; of more, those that tell how to halve them
 FLOOR_FAILS = 2e-4
 
 
@@ -59,13 +65,27 @@ class Leaders:
 
     @classmethod
     def of(cls, vectors: Array) -> Leaders:
-        """vectors float16 [L, d], as `draw_leaders` orders them. Memory: 10 bytes a number."""
+        """vectors float16 [L, d], near ones behind each other."""
+        return cls.coded(vectors.__getitem__, np.arange(len(vectors)), np.empty(vectors.shape, np.int8))
+
+    @classmethod
+    def coded(cls, read: Callable[[Array], Array], order: Array, codes: Array) -> Leaders:
+        """Of the vectors float16 that `read` gives of numbers in `order` [L]; codes int8 [L, d] is written to."""
         import torch
 
-        count = 2 ** max(0, math.ceil(math.log2(len(vectors) / GROUP_LEADERS)))
-        exact = unit(vectors)
-        means = [exact[a:b].mean(dim=0) for a, b in itertools.pairwise(_bounds(len(vectors), count))]
-        return cls(*encode(vectors), *encode(torch.stack(means).half().numpy()))
+        bounds = _bounds(len(order), 2 ** max(0, math.ceil(math.log2(len(order) / GROUP_LEADERS))))
+        scales, means = np.empty((len(order), 2), np.float32), []
+        for some in range(0, len(bounds) - 1, GROUPS_AT_ONCE):
+            edges = bounds[some : some + GROUPS_AT_ONCE + 1]
+            raw = read(order[edges[0] : edges[-1]])
+            codes[edges[0] : edges[-1]], scales[edges[0] : edges[-1]] = encode(raw)
+            means += [part.mean(dim=0) for part in torch.split(unit(raw), np.diff(edges).tolist())]
+        return cls(codes, scales, *encode(torch.stack(means).half().numpy()))
+
+    @cached_property
+    def groups(self) -> Leaders:
+        """The means of the groups, as leaders with groups of their own."""
+        return Leaders.of((self.group_codes * self.group_scales[:, :1]).astype(np.float16))
 
     @property
     def bounds(self) -> Array:
@@ -88,9 +108,13 @@ class Leaders:
         if len(bounds) <= FLAT_GROUPS:  # choosing groups would cost more
             _search(code, np.arange(len(code)), self.codes, self.scales, 0, keys)
         else:
-            near = np.full((len(codes), PROBED_GROUPS), lists.EMPTY, np.int64)
-            _search(code, np.arange(len(code)), self.group_codes, self.group_scales, 0, near)
-            probed = lists.unpack(near)[1].reshape(-1).astype(np.min_scalar_type(len(bounds)))
+            if len(bounds) > MOST_GROUPS + 1:
+                near = self.groups.leaves(codes, PROBED_GROUPS, 1)[0]
+            else:
+                keys_near = np.full((len(codes), PROBED_GROUPS), lists.EMPTY, np.int64)
+                _search(code, np.arange(len(code)), self.group_codes, self.group_scales, 0, keys_near)
+                near = lists.unpack(keys_near)[1]
+            probed = near.reshape(-1).astype(np.min_scalar_type(len(bounds)))
             rows_of = np.argsort(probed, kind="stable")
             ends = np.searchsorted(probed[rows_of], np.arange(len(bounds)))
             for group, (a, b) in enumerate(itertools.pairwise(bounds)):
@@ -117,13 +141,22 @@ def _search(code: Tensor, rows: Array, leader_codes: Array, scales: Array, first
             kernels.search_tile(tile.numpy(), some, first + a, scales[a : a + TILE_ROWS, 0].copy(), keys)
 
 
-def draw_leaders(vectors: ShardedArray, seed: int) -> tuple[Array, Array]:
-    """Random nodes int64 [L] and their vectors float16 [L, d], near ones behind each other (recursive bisection)."""
-    nodes = len(vectors)
-    ids = np.sort(np.random.default_rng(seed).choice(nodes, leader_count(nodes), replace=False))
-    raw = vectors.take(ids)
-    order = _bisected(unit(raw), np.arange(len(raw)))
-    return ids[order], raw[order]
+def draw_leaders(nodes: int, seed: int) -> Array:
+    """Random nodes int64 [L], ascending."""
+    return np.sort(np.random.default_rng(seed).choice(nodes, leader_count(nodes), replace=False))
+
+
+def order_leaders(read: Callable[[Array], Array], rows: Array) -> Array:
+    """The numbers `rows` [L], of which `read` gives vectors float16, near ones behind each other: halved by the
+    direction of greatest spread, and so on."""
+    if len(rows) <= ORDERED:
+        return np.asarray(rows[_bisected(unit(read(rows)), np.arange(len(rows)))])
+    some = unit(read(rows[:: len(rows) // DIRECTED]))
+    direction = _direction(some - some.mean(dim=0))
+    blocks = (rows[begin : begin + DIRECTED] for begin in range(0, len(rows), DIRECTED))
+    order = np.argsort(np.concatenate([(unit(read(block)) @ direction).numpy() for block in blocks]), kind="stable")
+    halves = np.array_split(order, [len(rows) // 2])
+    return np.concatenate([order_leaders(read, np.sort(rows[half])) for half in halves])
 
 
 def _bisected(exact: Tensor, order: Array) -> Array:
@@ -133,10 +166,17 @@ def _bisected(exact: Tensor, order: Array) -> Array:
         return order
     x = exact[torch.from_numpy(order)]
     x = x - x.mean(dim=0)
-    direction = x[torch.linalg.vector_norm(x, dim=1).argmax()]
-    for _ in range(6):  # power iteration: the direction of greatest spread
-        direction = x.T @ (x @ direction)
-        direction = direction / direction.norm().clamp_min(1e-30)
-    order = order[torch.argsort(x @ direction, stable=True).numpy()]
+    order = order[torch.argsort(x @ _direction(x), stable=True).numpy()]
     half = len(order) // 2
     return np.concatenate([_bisected(exact, order[:half]), _bisected(exact, order[half:])])
+
+
+def _direction(x: Tensor) -> Tensor:
+    """Of the greatest spread of rows around 0, by power iteration."""
+    import torch
+
+    direction = x[torch.linalg.vector_norm(x, dim=1).argmax()]
+    for _ in range(6):
+        direction = x.T @ (x @ direction)
+        direction = direction / direction.norm().clamp_min(1e-30)
+    return direction

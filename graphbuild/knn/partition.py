@@ -18,11 +18,11 @@ import numpy as np
 
 from graphbuild.knn import kernels, lists, sample
 from graphbuild.knn.codes import Codes, encode
-from graphbuild.knn.inputs import LEADER_NODES, Inputs, write_leaders
-from graphbuild.knn.leaders import Leaders, draw_leaders, floor_leader, leader_count
+from graphbuild.knn.inputs import LEADER_NODES, Inputs, true_neighbors, write_leaders
+from graphbuild.knn.leaders import Leaders, floor_leader, leader_count
 from graphbuild.knn.products import TILE_ROWS, products, tile_memory
 from graphbuild.store.layout import SCRATCH
-from graphbuild.store.sharded import Array, ShardedArray
+from graphbuild.store.sharded import Array
 from graphbuild.store.store import Json, Writer
 
 if TYPE_CHECKING:
@@ -54,13 +54,11 @@ class Partition:
         return {"recall": self.recall, "seed": self.seed}
 
     def prepare(self, inputs: Inputs, k: int, writer: Writer) -> Json:
-        nodes, drawn = draw_leaders(inputs.vectors, self.seed)
-        leaders = Leaders.of(drawn)
-        fan, promised = calibrate(inputs.vectors, leaders, k, self.recall, self.seed)
-        write_leaders(leaders, writer)
+        leaders, nodes = write_leaders(inputs, self.seed, writer)
         writer.array(LEADER_NODES, nodes, durable=False)
+        fan, promised = calibrate(inputs, leaders, k, self.recall, self.seed)
         writer.array(FAN, np.array([fan]), durable=False)
-        return {"leaders": len(drawn), "fan": fan, "promised_recall": round(promised, 4)}
+        return {"leaders": len(nodes), "fan": fan, "promised_recall": round(promised, 4)}
 
     def describe(self, inputs: Inputs, codes: Codes, k: int) -> dict[str, Array]:
         leaves, floors = inputs.leaders.leaves(codes.codes, int(inputs.store.array(FAN)[0]), floor_leader(k))
@@ -116,13 +114,13 @@ def list_length(k: int, nodes: int) -> int:
     return min(k + max(4, k // 8), nodes - 1)
 
 
-def calibrate(vectors: ShardedArray, leaders: Leaders, k: int, recall: float, seed: int) -> tuple[int, float]:
+def calibrate(inputs: Inputs, leaders: Leaders, k: int, recall: float, seed: int) -> tuple[int, float]:
     """The smallest fan that promises `recall` after refinement, and the recall it promises.
 
     Measured, at full N, on a sample: how many of their true k neighbours share a leaf with them.
     """
-    ids = sample.draw(len(vectors), seed)
-    _, true = sample.true_neighbors(vectors, ids, k)
+    vectors, ids = inputs.few, sample.draw(len(inputs.few), seed)
+    true = true_neighbors(inputs, ids, k)
     fan = min(FANS[-1], len(leaders.codes))
     own, _ = leaders.leaves(encode(vectors.take(ids)).codes, fan, 1)
     theirs, _ = leaders.leaves(encode(vectors.take(true.reshape(-1))).codes, fan, 1)

@@ -93,21 +93,27 @@ class Runner:
             invalidate(store, (stage.name, *stale))
             failures: dict[str, Failure] = {}
             accepted = False
-            for task, result in self._results(stage, todo, store):
-                if isinstance(result, Failure):
-                    failures[task.title] = result
-                    self.progress.advance({}, {}, failed=True)
-                else:
-                    if not accepted:  # settings that every task refuses are not remembered
-                        write_recipe(recipe, store)
-                        accepted = True
-                    done[task.name] = result
-                    facts = result["facts"]
-                    self.progress.advance(facts.get("counts", {}), facts.get("reasons", {}))
-                self._show(store)
-            if failures:
-                self.progress.end()
-                raise failed(stage, failures, store)
+            while todo:
+                for task, result in self._results(stage, todo, store):
+                    if isinstance(result, Failure):
+                        failures[task.title] = result
+                        self.progress.advance({}, {}, failed=True)
+                    else:
+                        if not accepted:  # settings that every task refuses are not remembered
+                            write_recipe(recipe, store)
+                            accepted = True
+                        done[task.name] = result
+                        facts = result["facts"]
+                        self.progress.advance(facts.get("counts", {}), facts.get("reasons", {}))
+                    self._show(store)
+                if failures:
+                    self.progress.end()
+                    raise failed(stage, failures, store)
+                if not stage.grows:
+                    break
+                tasks = stage.plan(recipe, store)
+                todo = [task for task in tasks if done.get(task.name, {}).get("fingerprint") != task.fingerprint]
+                self.progress.state.total = len(tasks)
         if not tasks:  # finished ones have been taken away
             invalidate(store, (stage.name, *stale), stage.entries)
             self.progress.end()

@@ -80,7 +80,8 @@ class Stage:
     whether what it made stays, for others have numbers that follow from it: with --force it then has the state `gone`.
     on_device: a GPU serves it, if there is one. sharing: workers to a GPU: one computes while another reads, prepares
     or writes. in_process: whether these tasks may run in the command's own process where the job is small: not where
-    they wait long, may crash, or gain by many processes.
+    they wait long, may crash, or gain by many processes. grows: its plan goes on from what its tasks have found, and is
+    asked again when they are done, until it names no other.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Stage:
     on_device: bool = False
     sharing: int = 1
     in_process: Callable[[Sequence[Task]], bool] = lambda tasks: True
+    grows: bool = False
     note: Callable[[Recipe, Store], str] | None = None
 
 
@@ -141,6 +143,20 @@ def records(store: Store, stage: str, state: str = "done") -> dict[str, Json]:
         else:
             found[name.rsplit("/", 1)[-1].removesuffix(suffix)] = record
     return found
+
+
+def finished_tasks(store: Store, stage: str) -> Callable[[Task], bool]:
+    """Tells whether a task of a stage that `grows` is done as it is planned now, and its files are there."""
+    done = records(store, stage)
+    places = {output["path"].rpartition("/")[0] for record in done.values() for output in record["outputs"]}
+    files = {path: size for folder in places for path, size in store.sizes(folder).items()}
+
+    def finished(task: Task) -> bool:
+        record = done.get(task.name, {"fingerprint": None, "outputs": ()})
+        there = (files.get(output["path"]) == output["bytes"] for output in record["outputs"])
+        return record["fingerprint"] == task.fingerprint and all(there)
+
+    return finished
 
 
 def outputs(records: Sequence[Json], prefix: str = "", suffix: str = "") -> dict[str, str]:

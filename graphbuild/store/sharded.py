@@ -22,10 +22,21 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class ShardedArray:
-    """Files `pattern` of these names, .npy arrays [n_s, width] behind each other. `len()` is the number of rows."""
+    """Files `pattern` of these names, .npy arrays [n_s, width] behind each other. `len()` is the number of rows.
 
-    def __init__(self, store: Store, names: Sequence[str], lengths: Sequence[int] | Array, pattern: str = "{}") -> None:
-        self._store, self._names, self._pattern = store, names, pattern
+    few: `take` asks an object store for single rows, as long as only some of many shards are wanted, in place of files.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        names: Sequence[str],
+        lengths: Sequence[int] | Array,
+        pattern: str = "{}",
+        *,
+        few: bool = False,
+    ) -> None:
+        self._store, self._names, self._pattern, self._few = store, names, pattern, few
         self._opened: dict[int, Array] = {}
         self.starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         self.width = self._part(0).shape[1]
@@ -54,10 +65,12 @@ class ShardedArray:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def blocks(self, rows: int) -> Iterator[tuple[int, Array]]:
-        """(id of the first row, array [<= rows, width]) in order of id, never across a shard's end."""
-        for first in range(0, len(self._names), READERS):
-            some = range(first, min(first + READERS, len(self._names)))
+    def blocks(self, rows: int, shards: range | None = None) -> Iterator[tuple[int, Array]]:
+        """(id of the first row, array [<= rows, width]) in order of id, never across a shard's end; of some shards, or
+        all."""
+        shards = range(len(self._names)) if shards is None else shards
+        for first in range(shards.start, shards.stop, READERS):
+            some = range(first, min(first + READERS, shards.stop))
             for number, part in zip(some, self._parts(some), strict=True):
                 for begin in range(0, len(part), rows):
                     yield int(self.starts[number]) + begin, part[begin : begin + rows]
@@ -98,6 +111,12 @@ class ShardedArray:
             raise InputError(f"node id {bad} is not in 0..{len(self) - 1}", "use ids of this store's nodes")
         result = np.empty((flat.size, self.width), self.dtype)
         shard = np.searchsorted(self.starts, flat, side="right") - 1
+        if self._few and not self._store.is_local:
+            names, places = [self._pattern.format(self._names[s]) for s in shard], flat - self.starts[shard]
+            with ThreadPoolExecutor(READERS) as pool:
+                for at, row in enumerate(pool.map(self._store.rows, names, places.tolist(), (places + 1).tolist())):
+                    result[at] = row[0]
+            return result.reshape(*np.shape(ids), self.width)
         order = np.argsort(shard, kind="stable")
         numbers, begins = np.unique(shard[order], return_index=True)
         ends = [*begins[1:], len(order)]
@@ -130,6 +149,6 @@ class Living:
                 yield first + int(run[0]), block[run[0] : run[-1] + 1]
 
 
-def node_array(store: Store, shards: Shards, pattern: str) -> ShardedArray:
+def node_array(store: Store, shards: Shards, pattern: str, *, few: bool = False) -> ShardedArray:
     """The array of all nodes whose shard files are named by `pattern`, as in "graph/{}.neighbors.npy"."""
-    return ShardedArray(store, shards.with_nodes.names, shards.with_nodes.column("nodes"), pattern)
+    return ShardedArray(store, shards.with_nodes.names, shards.with_nodes.column("nodes"), pattern, few=few)

@@ -107,7 +107,10 @@ def test_a_lost_tar_is_named_with_what_to_do_and_that_works(tmp_path: Path) -> N
     tars[1].unlink()
     succeeded(graphbuild("embed", store, "--workers", 0, "--force"))
     assert "no problems" in succeeded(graphbuild("verify", store))
-    kept = [*range(len(CAPTIONS)), *[None] * len(CAPTIONS)]  # rows keep their numbers, and those of the lost tar no node
+    kept = [
+        *range(len(CAPTIONS)),
+        *[None] * len(CAPTIONS),
+    ]  # rows keep their numbers, and those of the lost tar no node
     assert column(store, "samples", "node") == kept
     for verb in (["index", "--k", 3], ["export"], ["verify"]):
         succeeded(graphbuild(verb[0], store, *verb[1:], *(["--workers", 0] if verb[0] != "verify" else [])))

@@ -120,7 +120,7 @@ def check_graph(store: Built, k: int) -> None:
         assert found[:, 1] == pytest.approx(np.std(cosine, axis=1, where=rest), abs=1e-6)
     assert store.manifest["recall"]["recall"] == 1.0
     assert store.manifest["recall"]["k"] == k
-    assert store.manifest["recall"]["sampled_nodes"] == min(10_000, len(unit))
+    assert store.manifest["recall"]["sampled_nodes"] >= min(500, len(unit))
 
 
 def check_samples(store: Built, captions: Sequence[str], template: str = "{}") -> None:

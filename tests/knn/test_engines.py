@@ -15,11 +15,25 @@ from hypothesis import strategies as st
 from other_device import other_device
 
 from graphbuild.errors import ConfigError, GraphbuildError
+from graphbuild.graph import index, tasks
 from graphbuild.graph.index import plan_prepare
 from graphbuild.job.steps import run_verb
-from graphbuild.knn import codes, device, engine, exact, faiss_index, kernels, leaders, lists, partition, products
+from graphbuild.knn import (
+    codes,
+    device,
+    engine,
+    exact,
+    faiss_index,
+    kernels,
+    leaders,
+    lists,
+    partition,
+    products,
+    sample,
+)
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
+from graphbuild.runner.stage import Task
 from graphbuild.store.sharded import ShardedArray
 from graphbuild.store.store import Store
 
@@ -346,6 +360,99 @@ def test_leaves_are_those_of_the_nearest_leaders_and_floors_their_scores() -> No
     np.testing.assert_allclose(floors * codes.encode(x).scales[:, :1], expected[:, 2:3], atol=0.03)
 
 
+def test_leaders_that_are_ordered_in_parts_lie_as_near_and_few_are_read_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = clustered(6_000)
+    unit = x / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
+    read: list[int] = []
+
+    def reading(rows: np.ndarray) -> np.ndarray:
+        read.append(len(rows))
+        return x[rows].astype(np.float16)
+
+    def spread(order: np.ndarray) -> float:
+        assert sorted(order.tolist()) == list(range(6_000))
+        groups = unit[order].reshape(-1, 60, unit.shape[1])
+        return float(1 - np.linalg.norm(groups.mean(axis=1), axis=1).mean())
+
+    whole = spread(leaders.order_leaders(reading, np.arange(6_000)))
+    assert max(read) == 6_000
+    read.clear()
+    monkeypatch.setattr(leaders, "ORDERED", 500)
+    monkeypatch.setattr(leaders, "DIRECTED", 250)
+    assert spread(leaders.order_leaders(reading, np.arange(6_000))) < 1.1 * whole
+    assert max(read) <= 500
+    read.clear()
+    monkeypatch.setattr(leaders, "GROUPS_AT_ONCE", 4)
+    parted = leaders.Leaders.coded(reading, np.arange(6_000), np.empty(x.shape, np.int8))
+    assert max(read) <= 4 * leaders.GROUP_LEADERS
+    monkeypatch.setattr(leaders, "GROUPS_AT_ONCE", 10_000)
+    at_once = leaders.Leaders.of(x.astype(np.float16))
+    for part in ("codes", "scales", "group_codes", "group_scales"):
+        np.testing.assert_array_equal(getattr(parted, part), getattr(at_once, part))
+
+
+def test_groups_that_are_found_by_groups_of_groups_lose_few_leaders(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = clustered(9_000).astype(np.float16)
+    monkeypatch.setattr(leaders, "GROUP_LEADERS", 8)
+    drawn = x[leaders.order_leaders(x.__getitem__, np.arange(8_000))]
+    asked = codes.encode(x[8_000:]).codes
+    flat, compared = leaders.Leaders.of(drawn), []
+    assert len(flat.group_codes) == 1_024
+    search = leaders._search
+
+    def counting(code: Any, rows: np.ndarray, others: np.ndarray, *rest: Any) -> None:
+        compared.append(len(rows) * len(others))
+        search(code, rows, others, *rest)
+
+    monkeypatch.setattr(leaders, "_search", counting)
+    found, _ = flat.leaves(asked, 5, 1)
+    few, compared[:] = sum(compared), []
+    monkeypatch.setattr(leaders, "MOST_GROUPS", 512)
+    again, _ = leaders.Leaders.of(drawn).leaves(asked, 5, 1)
+    assert sum(compared) < 0.5 * few
+    shared = np.mean([len(np.intersect1d(a, b)) for a, b in zip(found, again, strict=True)]) / 5
+    assert shared > 0.9
+
+
+def test_prepare_in_ranges_of_shards_makes_the_graph_that_one_task_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = clustered(3_000)
+    options = {"shard_size": 250, "engine": "partition", "k": 8, "recall": 0.9}
+    once = build(tmp_path / "once", x, **options)
+    monkeypatch.setattr(tasks, "PART_NODES", 700)
+    ran: list[str] = []
+    run, true_neighbors = index.PREPARE.run, sample.true_neighbors
+
+    def reading(task: Task, *rest: Any) -> Any:
+        ran.append(task.name)
+        return run(task, *rest)
+
+    def within(vectors: ShardedArray, ids: np.ndarray, k: int, shards: range | None = None) -> Any:
+        assert shards is not None, "each of its own range"
+        assert len(shards) <= 3
+        return true_neighbors(vectors, ids, k, shards)
+
+    object.__setattr__(index.PREPARE, "run", reading)
+    monkeypatch.setattr(sample, "true_neighbors", within)
+    try:
+        ranged = build(tmp_path / "ranged", x, **options)
+    finally:
+        object.__setattr__(index.PREPARE, "run", run)
+    assert ran == ["00000", "00001", "00002", "00003", "00004", "all"]
+    assert ranged.manifest()["graph"] == once.manifest()["graph"]
+    with_workers = build(tmp_path / "workers", x, workers=2, **options)
+    assert with_workers.manifest()["graph"] == once.manifest()["graph"]
+    assert with_workers.manifest()["recall"] == once.manifest()["recall"]
+    certified = [
+        {path.name: path.read_bytes() for path in Path(store.url).glob("_state/certify/*.npy")}
+        for store in (ranged, with_workers)
+    ]
+    assert certified[0] == certified[1] != {}
+
+
 # -- faiss
 
 
@@ -450,12 +557,12 @@ def test_the_engine_its_reason_and_its_memory_are_shown_before_it_runs(
 
 
 def test_less_memory_makes_more_tasks_and_too_little_is_refused() -> None:
-    tasks = []
+    counts = []
     for memory in (1.05, 4.0):
         index = Index(engine="exact", memory=memory)
         chosen, _ = engine.choose(index, 1_000_000, 384)
-        tasks.append(len(chosen.joins(1_000_000, engine.nodes_at_once(chosen, index, 1_000_000, 384))))
-    assert tasks[0] > tasks[1]
+        counts.append(len(chosen.joins(1_000_000, engine.nodes_at_once(chosen, index, 1_000_000, 384))))
+    assert counts[0] > counts[1]
     with pytest.raises(ConfigError, match="--memory 1"):
         engine.forecast(Index(engine="exact", memory=1.001), 1_000_000, 384)
     with pytest.raises(ConfigError, match="--memory 4"):
@@ -496,7 +603,8 @@ def test_a_build_that_stopped_takes_up_its_finished_joins(tmp_path: Path, monkey
 def test_real_captions_partition_keeps_its_promise(tmp_path: Path, shared_data: Path) -> None:
     x = np.load(shared_data / "embeddings" / "minilm_50k.npy", mmap_mode="r")[:12_000]
     sample = Index().recall_sample
-    store = build(tmp_path, x, shard_size=6_000, engine="partition", k=32, recall=0.97, recall_sample=sample)
+    options = {"recall_sample": sample, "recall_width": 0.0}
+    store = build(tmp_path, x, shard_size=6_000, engine="partition", k=32, recall=0.97, **options)
     manifest = store.manifest()
     assert manifest["recall"]["recall"] > 0.96
     assert manifest["recall"]["sampled_nodes"] == 10_000

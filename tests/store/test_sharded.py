@@ -57,6 +57,29 @@ def test_rows_are_those_of_the_files_joined(stored: tuple[Store, list[str], np.n
     assert row_bytes == 12
 
 
+def test_a_few_rows_of_a_remote_store_are_fetched_without_their_files(
+    stored: tuple[Store, list[str], np.ndarray[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, names, values = stored
+    array = ShardedArray(store, names, LENGTHS, few=True)
+    if not store.is_local:
+        monkeypatch.setattr(store.fs, "get_file", None)  # which copies whole files
+    ids = np.random.default_rng(1).integers(0, len(values), (50, 3))
+    np.testing.assert_array_equal(array.take(ids), values[ids])
+    assert array.take(np.empty(0, np.int64)).shape == (0, 6)
+
+
+def test_blocks_of_some_files_have_the_rows_of_these_alone(
+    stored: tuple[Store, list[str], np.ndarray[Any, Any]],
+) -> None:
+    store, names, values = stored
+    begin = sum(LENGTHS[:5])
+    blocks = list(ShardedArray(store, names, LENGTHS).blocks(100, range(5, 47)))
+    np.testing.assert_array_equal(np.concatenate([block for _, block in blocks]), values[begin : sum(LENGTHS[:47])])
+    assert blocks[0][0] == begin
+    assert not list(ShardedArray(store, names, LENGTHS).blocks(100, range(3, 3)))
+
+
 def test_only_files_whose_rows_are_asked_for_are_opened(
     stored: tuple[Store, list[str], np.ndarray[Any, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from graphbuild.errors import InputError
 from graphbuild.graph.recall.metric import Array, Explained, Name, candidates, explain, metric_of_lists
-from graphbuild.graph.recall.recall import certificate_of, facts_of, measure, not_finite, sampled
+from graphbuild.graph.recall.recall import certificate_of, measure, not_finite, sampled
 
 Json = dict[str, Any]
 LISTS = 65_536  # lists whose structure is checked at a time
@@ -66,7 +66,8 @@ def certify_graph(
     asked = vectors if queries is None else queries
     _check_shapes(vectors, asked, neighbors, similarities, others=queries is None, dropped=with_self)
     lists = _Lists(neighbors, similarities, queries is None, with_self)
-    drawn = sampled(sample, seed, len(asked))
+    order = sampled(sample, seed, len(asked))
+    drawn = np.sort(order)
     raw = np.asarray(asked[drawn], np.float64)
     if not np.isfinite(raw).all():
         raise not_finite(drawn[~np.isfinite(raw).all(axis=1)][0])
@@ -90,8 +91,9 @@ def certify_graph(
         faults |= _sampled_faults(lists, drawn, sound, true, explained)
     slices = [slice(begin, begin + SLICE) for begin in range(0, len(drawn), SLICE)]
     measured = [measure(rows, ids[part], sound[part], chosen, raw[part]) for part in slices]
-    certificate = certificate_of(listed.shape[1], [facts_of(*each) for each in measured])
-    recalls = np.concatenate([recalls for recalls, _ in measured])
+    recalls, deficits = (np.concatenate(each) for each in zip(*measured, strict=True))
+    in_turn = np.searchsorted(drawn, order)
+    certificate = certificate_of(listed.shape[1], len(asked), recalls[in_turn], deficits[in_turn])
     if chosen.name == "l2":
         certificate["mean_distance_excess"] = certificate.pop("mean_similarity_deficit")
     worst = [at for at in np.argsort(recalls, kind="stable")[:WORST] if recalls[at] < 1]

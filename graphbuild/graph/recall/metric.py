@@ -16,6 +16,7 @@ from graphbuild.errors import InputError
 Array = np.ndarray[Any, np.dtype[Any]]
 Name = Literal["cosine", "inner-product", "l2"]
 TOLERANCE = 2.0**-23  # similarities that a graph rounds to one float32 number are ties
+PAIR_NUMBERS = 1 << 18  # of vectors that are gathered at a time
 BACKGROUND = 16_384  # nodes that lists without similarities are compared with
 FOREIGN, ASTRAY = 0.05, 16  # shares of a neighbour's lead over a random node, and of the usual error: see `explain`
 
@@ -80,11 +81,25 @@ class Metric:
         squares = _squares(queries)[:, None]
         return TOLERANCE * (np.sqrt(squares * self.size) if self.name == "inner-product" else squares + self.size)
 
+    def of_pairs(self, queries: Array, query: Array, others: Array, other: Array) -> Array:
+        """Scores float64 [p] of prepared vectors, of rows query[i] and other[i]; the same in any company."""
+        result, step = np.empty(len(query)), max(PAIR_NUMBERS // queries.shape[1], 1)
+        for part in (slice(begin, begin + step) for begin in range(0, len(query), step)):
+            one, two = queries[query[part]], others[other[part]]
+            result[part] = np.einsum("ij,ij->i", one, two)
+            if self.name == "l2":
+                result[part] = 2 * result[part] - _squares(two) - _squares(one)
+        return result
+
     def pairs(self, vectors: Rows, queries: Array, listed: Array) -> Array:
         """Scores float64 [n, k] of prepared queries with the nodes that they list; -inf where that is below 0."""
-        rows = zip(queries[:, None], np.maximum(listed, 0), strict=True)
-        scores = np.stack([self.scores(query, self.prepare(vectors.take(row)))[0] for query, row in rows])
-        return np.where(listed >= 0, scores, -np.inf)
+        scores = np.full(listed.shape, -np.inf)
+        step = max(PAIR_NUMBERS // (queries.shape[1] * listed.shape[1]), 1)
+        for part in (slice(begin, begin + step) for begin in range(0, len(listed), step)):
+            query, place = np.nonzero(listed[part] >= 0)
+            others = self.prepare(vectors.take(listed[part][query, place]))
+            scores[part][query, place] = self.of_pairs(queries[part], query, others, np.arange(len(others)))
+        return scores
 
 
 class Form(NamedTuple):

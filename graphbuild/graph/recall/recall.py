@@ -2,29 +2,32 @@
 
 Written with numpy alone, on purpose: it shares no code with the engines it judges. recall@k is the share of a node's k
 listed neighbours whose true score reaches that of its true k-th neighbour (less a tolerance, so ties are no misses).
-Time: 2 S N d float32 operations for S nodes; what can decide is computed again in float64. Memory, however bad the
-graph: S x BLOCK_ROWS float32 scores, TILE_ROWS x BLOCK_ROWS float64 ones, and a block of vectors, for each part.
+Time: 2 S N d float32 operations for S nodes; what can decide is computed again in float64, pair by pair, so that no
+order of sums and no cut of the work shows. Memory, however bad the graph: S x BLOCK_ROWS float32 scores, TILE_ROWS x
+BLOCK_ROWS float64 ones, and a block of vectors, for each part.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from graphbuild.errors import InputError
+from graphbuild.graph.recall.interval import interval
 from graphbuild.graph.recall.metric import TOLERANCE, Array, Metric, Rows
 
 Json = dict[str, Any]
 COSINE = Metric()
-BLOCK_ROWS, TILE_ROWS = 4_096, 128
+BLOCK_ROWS, TILE_ROWS = 4_096, 64
 LEAST = float(np.finfo(np.float32).min)
 
 
 def sampled(sample: int, seed: int, nodes: int) -> Array:
-    return np.sort(np.random.default_rng(seed).choice(nodes, size=min(sample, nodes), replace=False))
+    """Distinct nodes, in the order in which chance drew them."""
+    return np.random.default_rng(seed).choice(nodes, size=min(sample, nodes), replace=False)
 
 
 def measure(
@@ -40,53 +43,70 @@ def measure(
     smaller distance.
     """
     queries = metric.prepare(vectors.take(ids) if raw is None else raw)
-    found = np.sort(metric.pairs(vectors, queries, listed), axis=1)[:, ::-1]
-    true = true_similarities(vectors, queries, ids, found, metric)
+    found = metric.pairs(vectors, queries, listed)
+
+    def search(part: Rows) -> Array:
+        return unlisted(part.blocks(BLOCK_ROWS), queries, ids, listed, found.min(axis=1, keepdims=True), metric)
+
+    parts = vectors.parts()
+    with ThreadPoolExecutor(len(parts)) as threads:
+        others = list(threads.map(search, parts))
+    return judged(found, others, metric.tolerance(queries), distances=metric.name == "l2")
+
+
+def judged(
+    found: Array, others: Sequence[Array], tolerance: Array | float = TOLERANCE, *, distances: bool = False
+) -> tuple[Array, Array]:
+    """Recall and mean deficit [n] of lists whose nodes have the scores found [n, k], where others, arrays [n, m], hold
+    the best of those that exceed the least of a row, of all nodes not listed. distances: the deficit is one of L2."""
+    k = found.shape[1]
+    true = np.sort(np.concatenate([found, *others], axis=1), axis=1)[:, : -k - 1 : -1]
+    found = np.sort(found, axis=1)[:, ::-1]
     there = np.isfinite(found)
-    recalls = ((found >= true[:, -1:] - metric.tolerance(queries)) & there).mean(axis=1)
-    if metric.name == "l2":
+    recalls = ((found >= true[:, -1:] - tolerance) & there).mean(axis=1)
+    if distances:
         true, found = (-np.sqrt(np.maximum(-scores, 0)) for scores in (true, found))
     missed = np.subtract(true, found, out=np.zeros(found.shape), where=there)
     return recalls, missed.sum(axis=1) / np.maximum(there.sum(axis=1), 1)
 
 
-def true_similarities(vectors: Rows, queries: Array, ids: Array, found: Array, metric: Metric = COSINE) -> Array:
-    """The k largest scores, float64 [n, k], descending, of prepared queries [n, d] (nodes `ids`) to all other nodes.
+def unlisted(
+    blocks: Iterator[tuple[int, Array]],
+    queries: Array,
+    ids: Array,
+    listed: Array,
+    least: Array,
+    metric: Metric = COSINE,
+) -> Array:
+    """The best scores of nodes that the lists do not name, float64 [n, k], ascending; -inf where fewer exceed `least`.
 
-    found [n, k], descending: those of the lists under judgement; only what reaches the last of them is looked at.
+    blocks: (id of the first row, rows) of the nodes to look at. queries: prepared, [n, d], of nodes `ids`; listed
+    [n, k]; least [n, 1]. A float32 score, wrong by no more than the metric's margin, tells which nodes may exceed it.
     """
-    parts = vectors.parts()
-    with ThreadPoolExecutor(len(parts)) as threads:
-        best = np.concatenate(list(threads.map(lambda part: _search(part, queries, ids, found, metric), parts)), axis=1)
-    true = np.sort(best, axis=1)[:, : -found.shape[1] - 1 : -1]
-    return np.asarray(np.maximum(true, found))  # the list itself is among the nodes: rounding must not say otherwise
-
-
-def _search(part: Rows, queries: Array, ids: Array, found: Array, metric: Metric) -> Array:
-    """As `true_similarities`, of the nodes that a part's blocks hold; -inf where it has none that can decide.
-
-    A float32 score, wrong by no more than the metric's margin, tells which nodes may reach the last of `found`.
-    """
-    k = found.shape[1]
-    rough, true = queries.astype(np.float32), np.full(found.shape, -np.inf)
-    for first, block in part.blocks(BLOCK_ROWS):
+    rough, best = queries.astype(np.float32), np.full(listed.shape, -np.inf)
+    known = np.concatenate([ids[:, None], listed], axis=1)
+    for first, block in blocks if len(ids) else ():
         with np.errstate(over="ignore", invalid="ignore"):  # told below, with the row
             others = metric.prepare(block, np.float32)
             tile, margin = metric.scores(rough, others), metric.margin(rough, others)
         if not np.isfinite(tile[0]).all():
             raise not_finite(first + int(np.argmin(np.isfinite(tile[0]))))
-        inside = np.flatnonzero((ids >= first) & (ids < first + len(block)))
-        tile[inside, ids[inside] - first] = -np.inf
+        inside, place = np.nonzero((known >= first) & (known < first + len(block)))
+        tile[inside, known[inside, place] - first] = -np.inf
         for begin in range(0, len(ids), TILE_ROWS):
             rows = slice(begin, begin + TILE_ROWS)
-            floor = np.maximum(found[rows, -1:], true[rows, -1:]) - margin[rows]
-            near = tile[rows] >= np.maximum(floor, LEAST).astype(np.float32)  # never the node itself
+            floor = np.maximum(least[rows], best[rows, :1])
+            near = tile[rows] >= np.maximum(floor - margin[rows], LEAST).astype(np.float32)
             columns = np.flatnonzero(near.any(axis=0))
-            if len(columns):
-                exact = metric.scores(queries[rows], metric.prepare(block[columns]))
-                scores = np.where(near[:, columns], exact, -np.inf)
-                true[rows] = np.sort(np.concatenate([true[rows], scores], axis=1), axis=1)[:, : -k - 1 : -1]
-    return true
+            if not len(columns):
+                continue
+            exact = metric.prepare(block[columns])
+            query, column = np.nonzero(near[:, columns])
+            scores = np.full((len(near), len(columns)), -np.inf)
+            scores[query, column] = metric.of_pairs(queries[rows], query, exact, column)
+            scores[scores <= least[rows]] = -np.inf
+            best[rows] = np.sort(np.concatenate([best[rows], scores], axis=1), axis=1)[:, -listed.shape[1] :]
+    return best
 
 
 def not_finite(row: int) -> InputError:
@@ -95,33 +115,18 @@ def not_finite(row: int) -> InputError:
     )
 
 
-def facts_of(recalls: Array, deficits: Array) -> Json:
-    """What a slice adds to the certificate, from its nodes' recalls and mean deficits [n]."""
-    total, worst = float(recalls.sum()), float(recalls.min())
-    deficit = round(float(deficits.sum()), 12)  # the order of sums, which differs with threads, shows only below
-    return {"nodes": len(recalls), "recall": total, "worst": worst, "deficit": deficit}
-
-
-def certificate_of(k: int, facts: list[Json]) -> Json:
-    """Recall with its 95% interval and the mean similarity deficit, from the facts of all slices."""
-    nodes = sum(fact["nodes"] for fact in facts)
-    recall = sum(fact["recall"] for fact in facts) / nodes
-    low, high = wilson_interval(recall, nodes)
+def certificate_of(k: int, nodes: int, recalls: Array, deficits: Array) -> Json:
+    """Recall with its 95% interval and the mean similarity deficit, of sampled nodes [n], in the order of their draw,
+    out of so many."""
+    low, high = interval(recalls, nodes)
     return {
         "k": k,
-        "sampled_nodes": nodes,
-        "recall": round(recall, 9),
+        "sampled_nodes": len(recalls),
+        "recall": round(float(recalls.mean()), 9),
         "recall_95_low": round(low, 6),
         "recall_95_high": round(high, 6),
-        "worst_node_recall": round(min(fact["worst"] for fact in facts), 6),
-        "mean_similarity_deficit": round(sum(fact["deficit"] for fact in facts) / nodes, 9),
+        "worst_node_recall": round(float(recalls.min()), 6),
+        "mean_similarity_deficit": round(float(deficits.mean()), 9),
         "tolerance": TOLERANCE,
         "reference": "float64 brute force",
     }
-
-
-def wilson_interval(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95% interval of a mean of n values in [0, 1] (Wilson 1927; conservative: 0/1 values vary most)."""
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(centre - half, 0.0), min(centre + half, 1.0)

@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from graphbuild.export.clustered import RUN_SAMPLES, RUNS
-from graphbuild.graph.certify import SLICE_NODES
+from graphbuild.graph.certify import first_look
+from graphbuild.graph.recall.recall import BLOCK_ROWS
 from graphbuild.graph.sketch import BYTES as SKETCH_BYTES
+from graphbuild.graph.tasks import PART_NODES, PARTS
 from graphbuild.job.plan.encoder_facts import MINILM
 from graphbuild.job.plan.job import Job
 from graphbuild.job.plan.machine import Machine
@@ -22,7 +24,15 @@ from graphbuild.job.plan.rates import NEAR_BYTES, Rates
 from graphbuild.knn import device as gpu
 from graphbuild.knn.engine import Engine, bytes_a_node, choose, nodes_at_once
 from graphbuild.knn.faiss_index import TASK_NODES as FAISS_TASK_NODES
-from graphbuild.knn.leaders import FLAT_GROUPS, GROUP_LEADERS, NODES_PER_LEADER, PROBED_GROUPS, leader_count
+from graphbuild.knn.leaders import (
+    FLAT_GROUPS,
+    GROUP_LEADERS,
+    MOST_GROUPS,
+    NODES_PER_LEADER,
+    ORDERED,
+    PROBED_GROUPS,
+    leader_count,
+)
 from graphbuild.knn.partition import FANS, MISSING_AFTER_REFINEMENT
 from graphbuild.knn.sample import SAMPLE
 from graphbuild.nodes.distinct import GROUP, STORE_BYTES, TASK_BYTES
@@ -40,6 +50,10 @@ ORIGINAL_BYTES = 290_000  # of a web image: the same page, at 2 Gbit/s
 PADDING = 1.05  # rows that a packed batch computes beside the tokens it has (benchmarks/embed.py: 4.7%)
 ACTIVATION_BYTES = 60  # moved a token, layer and hidden unit by the encoder: 30 bfloat16 numbers read or written
 CERTIFY_FLOPS = 1.1  # seconds of a FLOP of the certificate's products, which also compares, in units of such a FLOP's
+# The interval of recall is about INTERVAL deviations of nodes' recalls over sqrt(n) wide; their variance is this share
+# of recall (1 - recall): 0.12 on 50,000 captions at recall 0.965, 0.27 on 300,000 mixed vectors at 0.973.
+# REACHED: what a graph misses, of what it was allowed to.
+INTERVAL, NODE_VARIANCE, REACHED = 7.0, 0.2, 0.7
 # The fan of partition: on 251,610 captions a share exp(-0.78 - 0.231 fan) of the true neighbours share no leaf, of
 # which refinement leaves MISSING_AFTER_REFINEMENT (fans 7 and 14 for recall 0.95 and 0.99, benchmarks/results/
 # knn.jsonl). It grows with N: cost grew with exponent 1.2 from 250,000 to 3,000,000 nodes, and goes with fan^2.
@@ -223,15 +237,32 @@ def index_costs(case: Case) -> dict[str, Cost]:
     vectors, kept, partition = 2.0 * job.nodes * job.d, 6.0 * job.k * job.first_new, case.engine.name == "partition"
     leaders = leader_count(job.nodes)
     drawn = 1.0 * leaders * job.d  # bytes
-    # One node in 64 is a leader (a random read each), on all cores of a node ordered by recursive bisection: 8 products
-    # of [L, d] with a vector a level, bound by memory: 4 times a matrix product's time. Partition also searches SAMPLE
-    # nodes among all.
-    flop = 16.0 * leaders * job.d * max(math.log2(max(2 * leaders / GROUP_LEADERS, 1)), 1) * 4
-    flop += 2.0 * SAMPLE * job.nodes * job.d if partition else 0.0
-    ordering = flop * rates.flop / case.machine.cores + leaders * rates.code_node * case.width
-    # A node's leaders are found by L / 128 + 12 x 128 products, all L where they are few.
+    # Partition reads all vectors, by ranges: SAMPLE nodes are searched among them, and the leaders copied, one node in
+    # 64 (a random read each). Then, on all cores of a node, leaders are ordered by recursive bisection: 8 products of
+    # [L, d] with a vector a level, bound by memory: 4 times a matrix product's time; beyond ORDERED one pass a level, a
+    # tenth of the time to copy and code them.
+    ranges = min(math.ceil(job.nodes / PART_NODES), PARTS, shards)
+    tasks = ranges if partition and ranges > 1 else 0
+    levels = max(math.log2(max(2 * min(leaders, ORDERED) / GROUP_LEADERS, 1)), 1)
+    copying = leaders * rates.code_node * case.width
+    ordering = 64.0 * leaders * job.d * levels * rates.flop / case.machine.cores
+    ordering += copying * (1 + max(math.log2(leaders / ORDERED), 0.0) / 10)
+    reading = copying + 2.0 * SAMPLE * job.nodes * job.d * rates.flop if partition else 0.0
+    prepare = Cost(
+        tasks + 1,
+        reading / tasks if tasks else ordering + reading / case.machine.cores,
+        (vectors if partition else drawn) + 2 * drawn,
+        3 * drawn,
+        14.0 * job.d * min(leaders, ORDERED) + 16.0 * leaders,
+        vectors / max(tasks, 1),
+        least_seconds=ordering,
+    )
+    # A node's leaders are found by L / 128 + 12 x 128 products, all L where they are few; by L / 128^2 + 24 x 128 where
+    # they are many.
     groups = leaders / GROUP_LEADERS
     compared = leaders if groups <= FLAT_GROUPS else groups + PROBED_GROUPS * GROUP_LEADERS
+    if groups > MOST_GROUPS:
+        compared = groups / GROUP_LEADERS + 2 * PROBED_GROUPS * GROUP_LEADERS
     coding = shard_nodes * (rates.code_node + compared * rates.pair) * case.width
     matrix = 8.0 * job.d * (job.d + 1)  # of a shard's moments; one of them has its eigenvectors taken
     join, length, lists = _join(case)
@@ -246,20 +277,37 @@ def index_costs(case: Case) -> dict[str, Cost]:
     scoring = (scoring + shard_nodes * rates.search_node) * case.width
     found = job.nodes * (6.0 * job.k + 8 + min(SKETCH_BYTES, job.d))
     held = shard_nodes * (24.0 * length + 10.0 * job.d)
-    # Sampled nodes against all by float32 products, SLICE_NODES a task; and every list is looked over once.
-    sample = min(case.recipe.index.recall_sample, job.nodes)
-    slices = math.ceil(sample / SLICE_NODES)
-    checking = sample / slices * (vectors * rates.flop * CERTIFY_FLOPS + job.k * rates.certified_edge)
+    # Sampled nodes against all by float32 products, in looks, each of a task that draws and one a range of nodes; and
+    # every list is looked over once.
+    looks, searched = looks_of(case)
+    checking = searched * (vectors * rates.flop * CERTIFY_FLOPS + job.k * rates.certified_edge)
+    checking = (checking + job.nodes * job.k * rates.checked_entry) / (looks * ranges)
     return {
         "base": Cost(shards, 0.0, kept, kept),
-        "prepare": Cost(1, ordering, vectors if partition else 2 * drawn, drawn, 14 * drawn, vectors),
+        "prepare": prepare,
         "codes": Cost(shards, coding, vectors, job.nodes * (job.d + 24.0), shard_nodes * job.d * 5.0, drawn),
         "moments": Cost(1, shards * matrix / 1e9 + 2e-9 * job.d**3, shards * matrix, 2 * matrix),
         "join": join,
         "merge": Cost(shards, merging, 8 * entries * lists, 8 * entries, 16 * entries / shards),
         "search": Cost(shards, scoring, table + 8.0 * entries, found, held, table),
-        "certify": Cost(slices, checking, slices * vectors + 6.0 * job.k * job.nodes, mapped=vectors),
+        "certify": Cost(
+            looks * ranges,
+            checking,
+            looks * vectors + 6.0 * job.k * job.nodes,
+            held=searched / looks * BLOCK_ROWS * 5.0 + 20.0 * shard_nodes * job.k,
+            mapped=vectors / ranges,
+        ),
     }
+
+
+def looks_of(case: Case) -> tuple[int, float]:
+    """How often the certificate looks at recall, and how many nodes it has searched by then."""
+    index, nodes = case.index, case.job.nodes
+    sample = min(index.recall_sample, nodes)
+    missing = 0.0 if case.engine.name == "exact" else (1 - index.recall) * REACHED
+    wanted = min(NODE_VARIANCE * missing * (1 - missing) * (INTERVAL / max(index.recall_width, 1e-6)) ** 2, sample)
+    searched = float(max(wanted, first := first_look(sample, nodes)))
+    return 1 + math.ceil(math.log2(searched / first)), searched
 
 
 def _join(case: Case) -> tuple[Cost, int, float]:

@@ -87,7 +87,8 @@ class Rates:
     assign_row: float = _by("python", 5.0e-6)
     vector_row: float = _by("python", 1.2e-5)
     export_byte: float = _by("python", 2.7e-8)
-    certified_edge: float = _by("python", 5.0e-6)  # of a sampled node, looked up, scored and ordered
+    certified_edge: float = _by("memory", 4.0e-6)  # of a sampled node, looked up and scored
+    checked_entry: float = _by("memory", 3.0e-8)  # of a list whose structure is checked
     text: float = _by("python", 3.1e-5)  # tokenised
     image: float = _by("python", 0.019)  # a web photograph checked, decoded, scaled and written again
     hash_byte: float = _by("hash_byte", 6.3e-10)
