@@ -10,7 +10,7 @@ every list of its range too. How recall is measured, its time and memory: recall
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
@@ -24,7 +24,7 @@ from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, finished_tasks, records
 from graphbuild.runner.state import require
 from graphbuild.store.layout import NEIGHBORS, SIMILARITIES, VECTORS, shard_name
-from graphbuild.store.sharded import Array, node_array
+from graphbuild.store.sharded import Array, living_blocks, node_array
 from graphbuild.store.shards import node_count, shards_of
 from graphbuild.store.store import Json, Store, Writer
 
@@ -137,19 +137,9 @@ def _nearer(store: Store, manifest: Json, some: range, ids: Array, raw: Array, l
     vectors = node_array(store, shards, VECTORS)
     blocks = vectors.blocks(BLOCK_ROWS, some)
     if manifest.get("gone"):
-        blocks = _living(
-            blocks, gone_nodes(store, shards.names[some.start : some.stop]), int(vectors.starts[some.start])
-        )
+        gone = gone_nodes(store, shards.names[some.start : some.stop])
+        blocks = living_blocks(blocks, gone, int(vectors.starts[some.start]))
     return unlisted(blocks, COSINE.prepare(raw), ids, listed.astype(np.int64), scores.min(axis=1, keepdims=True))
-
-
-def _living(blocks: Iterator[tuple[int, Array]], gone: Array, begin: int) -> Iterator[tuple[int, Array]]:
-    """Of blocks the runs of rows that are not gone, bool [n], of the nodes from `begin` on."""
-    for first, block in blocks:
-        there = np.flatnonzero(~gone[first - begin : first - begin + len(block)])
-        for run in np.split(there, np.flatnonzero(np.diff(there) > 1) + 1):
-            if len(run):
-                yield first + int(run[0]), block[run[0] : run[-1] + 1]
 
 
 def measured(store: Store, done: Sequence[Json]) -> tuple[Array, Array]:

@@ -138,15 +138,17 @@ class Living:
     def take(self, ids: Array) -> Array:
         return self._array.take(ids)
 
-    def parts(self) -> list[Living]:
-        return [self]
-
     def blocks(self, rows: int) -> Iterator[tuple[int, Array]]:
         """As `ShardedArray.blocks`, cut where nodes are gone."""
-        for first, block in self._array.blocks(rows):
-            there = np.flatnonzero(~self._gone[first : first + len(block)])
-            for run in np.split(there, np.flatnonzero(np.diff(there) > 1) + 1) if len(there) else ():
-                yield first + int(run[0]), block[run[0] : run[-1] + 1]
+        return living_blocks(self._array.blocks(rows), self._gone)
+
+
+def living_blocks(blocks: Iterator[tuple[int, Array]], gone: Array, begin: int = 0) -> Iterator[tuple[int, Array]]:
+    """Of blocks the runs of rows that are not gone; gone: bool [n], of the nodes from `begin` on."""
+    for first, block in blocks:
+        there = np.flatnonzero(~gone[first - begin : first - begin + len(block)])
+        for run in np.split(there, np.flatnonzero(np.diff(there) > 1) + 1) if len(there) else ():
+            yield first + int(run[0]), block[run[0] : run[-1] + 1]
 
 
 def node_array(store: Store, shards: Shards, pattern: str, *, few: bool = False) -> ShardedArray:
