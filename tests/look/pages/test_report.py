@@ -120,7 +120,7 @@ def test_targets_of_two_views_are_told_for_a_fixed_and_for_calibrated_temperatur
     for row in rows:
         chosen = vectors[np.random.default_rng(1).choice(len(vectors), row["batch"], replace=False)]
         if row["asked"] is not None:
-            assert row["share"] == pytest.approx(row["asked"], abs=0.1)  # of one batch of captions that are much alike
+            assert row["share"] == pytest.approx(row["asked"], abs=0.2)  # captions and hostile strings: two modes
             continue
         target = np.exp((np.tile(chosen @ chosen.T, (1, 2)) - 1) / 0.1)
         own = np.arange(len(chosen))
