@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from graphbuild.graph.tasks import living_nodes
 from graphbuild.job.steps import STEPS
 from graphbuild.machine.terminal import counted
 from graphbuild.sources.fetched import OPT_OUT, REFUSED, fetch_failed, fetch_refused, refused
@@ -95,9 +96,11 @@ def _embed(manifest: Json) -> list[str]:
         lines += [f"          {count:6,} samples without: {reason}" for reason, count in manifest["rejected"].items()]
         return lines + _without_image(manifest)
     lines = [
-        f"embed     {scanned['captions']:,} captions -> {node_count(manifest):,} nodes (distinct texts), "
+        f"embed     {scanned['captions']:,} captions -> {living_nodes(manifest):,} nodes (distinct texts), "
         f"d = {embeddings['d']}, {embeddings['encoder']}"
     ]
+    gone = node_count(manifest) - living_nodes(manifest)
+    lines += [f"          {gone:6,} nodes of tars that are gone keep their numbers"] if gone else []
     if embeddings.get("truncated"):
         lines.append(f"          {embeddings['truncated']:6,} cut at {embeddings['max_tokens']} tokens")
     if embeddings.get("static"):

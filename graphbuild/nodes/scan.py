@@ -113,7 +113,11 @@ def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     rejected = summed([*done, *records(store, "assign").values()], "reasons")  # stage assign does the same when it ends
     gone = list(records(store, "scan", "gone"))
     if gone:
-        logger.info("%-9s %s tars are gone: their rows keep their numbers, and have no node", "captions", len(gone))
+        logger.info(
+            "%-9s rows without a node, for their tars are gone or changed: shards %s",
+            "captions",
+            ", ".join(gone[:5]) + " ..." * (len(gone) > 5),
+        )
     told = {"gone": gone} if gone or "gone" in store.manifest() else {}
     return {"rejected": dict(sorted(rejected.items())), **told}
 
