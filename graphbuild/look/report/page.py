@@ -1,14 +1,13 @@
 """`graphbuild report`: index.html, which opens from disk without a network, and report.json with the same numbers.
 
-The page runs no script but its own two, by their hashes in its Content-Security-Policy; captions are escaped text.
-Size: plotly's 4.8 MB, and a few KB.
+The page runs no script but its own, by its hash in its Content-Security-Policy; captions are escaped text.
+Size: about 150 KB, and thumbnails of repeated images.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import json
 
 from graphbuild.errors import ConfigError, GraphbuildError, StorageError
 from graphbuild.look.catalog import Catalog
@@ -46,24 +45,21 @@ def write_report(store: Store, out: str | None = None) -> str:
 
 def render(found: Json, images: list[Json] | None = None) -> str:
     """The page for report.json's numbers. images: the repeated ones, with `thumbnail` or `problem`."""
-    import plotly.offline
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    figures = charts(found)
-    scripts = {"plotly_js": plotly.offline.get_plotlyjs(), "page_js": own_text(__package__, "page.js")}
+    script = own_text(__package__, "page.js")
     policy = (
-        f"default-src 'none'; script-src {' '.join(_hashed(script) for script in scripts.values())}; "
+        f"default-src 'none'; script-src {_hashed(script)}; "
         "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
     )
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return environment.from_string(own_text(__package__, "page.html")).render(
         n={**_every_part(found), "repeated_images": images or []},
-        figures=figures,
-        figures_json=Markup(json.dumps(figures).replace("<", "\\u003c")),
+        figures=charts(found),
         css=Markup(base_css() + own_text(__package__, "page.css")),
         policy=policy,
-        **{name: Markup(script) for name, script in scripts.items()},
+        page_js=Markup(script),
     )
 
 
