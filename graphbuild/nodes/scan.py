@@ -268,13 +268,18 @@ def _shard_numbers(identities: Mapping[str, str], store: Store, *, anew: bool) -
     """
     gone, done = records(store, "scan", "gone"), records(store, "scan")
     numbered = {name for record in records(store, "number").values() for name in record["facts"]["shards"]}
-    read = {record["inputs"]["tar"]: name for name, record in (gone | done).items() if "tar" in record["inputs"]}
+    read = {
+        (tar["url"], record["inputs"].get("tar")): name
+        for record in (gone | done).values()
+        for name, shard in record["facts"]["shards"].items()
+        if (tar := shard["tar"]) is not None
+    }
     shards = [(shard.name, shard.tar) for shard in latest_shards(store) if shard.name not in gone]
     for record in done.values():
         shards += [(name, shard["tar"]) for name, shard in record["facts"]["shards"].items()]
     known = {public(tar["url"]): name for name, tar in shards if tar is not None}
 
-    found = {url: read.get(identity) or known.get(public(url)) for url, identity in identities.items()}
+    found = {url: read.get((public(url), now)) or known.get(public(url)) for url, now in identities.items()}
 
     def is_changed(url: str) -> bool:
         record = done.get(found[url] or "")

@@ -178,7 +178,7 @@ def test_a_text_side_is_tested_zero_shot_and_an_untrained_network_without_one(wo
     clip, untrained = (line["metrics"] for line in lines_of(tmp_path / "results"))
     assert clip.keys() - untrained.keys() == {
         "zero-shot kind", "zero-shot kind swapped", "loss", "edges per anchor", "images per second",
-        "share waiting for data",
+        "share waiting for data", "target's other view", "target's perplexity",
     }  # fmt: skip
     probed = {"kind", "colour", "texture", "count", "position", "size", "background"}
     assert {name for name in untrained if name.startswith("linear")} == {

@@ -414,6 +414,7 @@ ELSEWHERE = {
     "run `graphbuild verify {...}`": "damage: tests/e2e/test_mutations.py",
     "run `graphbuild {...} {...}` again": "tests/job/test_mixed_records.py",
     "the tar changed after the export": "tests/torch/test_loader.py",
+    "pass Targets.from_batch(batch) of a batch with node_count": "tests/torch/test_calibration.py",
     "run `graphbuild export --embeddings int8`": "tests/nodes/test_plural.py",
     "read the .py files in": "tests/nodes/encoder/test_find.py",
     "name one of these, or give the text itself": "tests/nodes/encoder/test_find.py",
