@@ -75,7 +75,7 @@ wheel: $(RELEASE)/.installed
 
 # Do all extras go together, in the newest versions and in the pinned ones? Only asked, nothing is installed.
 resolve: $(RELEASE)/.installed
-	for python in 3.11 3.12 3.13; do for pins in /dev/null constraints.txt; do \
+	@for python in 3.11 3.12 3.13; do for pins in /dev/null constraints.txt; do \
 		echo "Python $$python, all extras, constraints: $$pins"; \
 		$(RELEASE)/bin/uv pip compile --quiet --all-extras --python-version $$python --constraints $$pins pyproject.toml \
 			> /dev/null || exit 1; \

@@ -72,7 +72,8 @@ def test_the_table_of_extras_has_those_of_the_project_and_what_they_bring() -> N
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", (ROOT / "docs" / "install.md").read_text(), re.M))
     assert rows.keys() == EXTRAS.keys()
     for extra in EXTRAS.keys() - {"dev"}:
-        assert rows[extra].split(", ") == [wanted.name for wanted in map(Requirement, EXTRAS[extra]) if not wanted.marker]
+        wanted = map(Requirement, EXTRAS[extra])
+        assert rows[extra].split(", ") == [each.name for each in wanted if not each.marker]
 
 
 def test_every_extra_that_documents_code_and_images_name_exists() -> None:
