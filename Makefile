@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 JOBS := -n 4 --dist loadfile --no-loadscope-reorder
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: demo test test-all test-oldest test-open-clip pytest lint clean
+.PHONY: demo test test-all test-oldest test-open-clip pytest lint wheel resolve clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
@@ -60,5 +60,31 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What a release holds: dist/ with the sdist, and the wheel that is built from it. The wheel is tried in an empty environment,
+# beside the two packages that the command line starts with.
+RELEASE := .venv-release
+DIST := dist
+wheel: $(RELEASE)/.installed
+	rm -rf $(DIST)
+	$(RELEASE)/bin/python -m build --outdir $(DIST) .
+	$(RELEASE)/bin/twine check --strict $(DIST)/*
+	$(RELEASE)/bin/python -m venv --clear $(RELEASE)/empty
+	$(RELEASE)/empty/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pydantic typer
+	$(RELEASE)/empty/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(DIST)/*.whl
+	cd $(RELEASE)/empty && bin/graphbuild --version && bin/graphbuild --help
+
+# Do all extras go together, in the newest versions and in the pinned ones? Only asked, nothing is installed.
+resolve: $(RELEASE)/.installed
+	@for python in 3.11 3.12 3.13; do for pins in /dev/null constraints.txt; do \
+		echo "Python $$python, all extras, constraints: $$pins"; \
+		$(RELEASE)/bin/uv pip compile --quiet --all-extras --python-version $$python --constraints $$pins pyproject.toml \
+			> /dev/null || exit 1; \
+	done; done
+
+$(RELEASE)/.installed:
+	test -x $(RELEASE)/bin/python || $(PYTHON) -m venv $(RELEASE) || python3 -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --disable-pip-version-check build twine uv
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(OPEN_CLIP) demo runs
+	rm -rf $(VENV) $(OLDEST) $(OPEN_CLIP) $(RELEASE) dist demo runs
