@@ -18,7 +18,7 @@ from graphbuild.errors import ConfigError, InputError, StageError
 from graphbuild.machine.threads import torch_threads
 from graphbuild.nodes.captions import fill_template, read_class_names, usable_text
 from graphbuild.recipe import Embed
-from graphbuild.store.files import local_file
+from graphbuild.store.files import read_array
 from graphbuild.store.store import Json
 
 logger = logging.getLogger(__name__)
@@ -58,11 +58,7 @@ def vectors(encoder: str, classes: Sequence[str], texts: Sequence[str]) -> tuple
 @lru_cache(maxsize=1)
 def factored(path: str, classes: int) -> tuple[Half, Json]:
     """float16 vectors [C, d] of a similarity matrix; InputError when it is none."""
-    with local_file(path) as local:
-        try:
-            given = np.load(local, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"{path} cannot be read as .npy ({error})", "save it with numpy.save") from None
+    given = read_array(path)
     fault = _fault(given, classes)
     if fault:
         raise InputError(f"{path}: {fault}", "give a symmetric matrix of cosine-like similarities, 1 on its diagonal")

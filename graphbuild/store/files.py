@@ -15,6 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from graphbuild.errors import InputError, public
+from graphbuild.store.mapped import map_array
 from graphbuild.store.remote import ANEW, READERS, file_system, reaching, version
 
 
@@ -43,7 +44,7 @@ def read_array(url: str, fix: str = "write it again with numpy.save") -> NDArray
     """The array of a .npy; InputError, with `fix`, where it is missing or damaged."""
     with local_file(url) as path:
         try:
-            return np.asarray(np.load(path, allow_pickle=False))
+            return np.array(map_array(path))
         except (ValueError, EOFError, OSError) as error:
             raise InputError(f"{url} is not a whole .npy file ({error})", fix) from None
 

@@ -12,6 +12,7 @@ import errno
 import math
 import mmap
 import os
+import threading
 import weakref
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +23,7 @@ from graphbuild.errors import ConfigError, StorageError
 
 MOST = Path("/proc/sys/vm/max_map_count")
 OTHERS = 2_000  # mappings of libraries and memory
+_ONE_PARSER = threading.RLock()  # Python before 3.11.9 and 3.12.3 fails where two threads parse at once (gh-106905)
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
@@ -57,7 +59,8 @@ def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Shape, whether columns lie behind each other, and type of a .npy file, whose numbers come next; or ValueError."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
+    with _ONE_PARSER:
+        shape, fortran, dtype = read(file)
     if dtype.hasobject:
         raise ValueError("it holds pickled objects")
     return shape, fortran, dtype

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from graphbuild.errors import ConfigError, InputError, StageError
-from graphbuild.store.files import file_identity, local_file
+from graphbuild.store.files import file_identity, local_file, read_array
 from graphbuild.store.store import Store, Writer
 
 
@@ -129,3 +132,29 @@ def test_a_relative_store_means_the_same_in_another_folder(tmp_path: Path, monke
     assert store.read_bytes("a") == b"1"
     assert store.resolve("shards/0.tar") == str(tmp_path / "out" / "shards" / "0.tar")
     assert store.resolve("s3://bucket/0.tar") == "s3://bucket/0.tar"
+
+
+def test_threads_may_open_arrays_at_once_where_python_may_not_parse_twice(tmp_path: Path) -> None:
+    """Found as "AST constructor recursion depth mismatch" (gh-106905): a collection amid a parse lets others run."""
+    np.save(tmp_path / "x.npy", np.eye(3))
+    store = Store(str(tmp_path))
+
+    def read(depth: int) -> None:
+        if depth:
+            return read(depth - 1)
+        for _ in range(200):
+            np.testing.assert_array_equal(store.array("x.npy"), np.eye(3))
+            np.testing.assert_array_equal(read_array(str(tmp_path / "x.npy")), np.eye(3))
+
+    def let_others_run(*_: object) -> None:
+        time.sleep(1e-5)
+
+    before = gc.get_threshold()
+    gc.callbacks.append(let_others_run)
+    gc.set_threshold(3)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(read, range(0, 12, 3)))
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(let_others_run)
