@@ -13,11 +13,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-import pyarrow.parquet as pq
-
 from graphbuild.errors import ConfigError, GraphbuildError
 from graphbuild.export import clustered, inline, sidecars
-from graphbuild.export.sidecar import METADATA_KEY
 from graphbuild.graph.lists import derived
 from graphbuild.job.steps import STEPS, Step
 from graphbuild.nodes import number, vectors
@@ -222,8 +219,8 @@ def _lists(store: Store, folder: str, stage: str, done: dict[str, Json]) -> Iter
         if path.endswith(".parquet") and task not in done:
             try:
                 with store.fs.open(store.path(path), "rb") as file:
-                    metadata = pq.read_metadata(file).metadata or {}
+                    is_list = bool(derived.about(file))
             except (OSError, ValueError, GraphbuildError):
                 continue
-            if METADATA_KEY in metadata:
+            if is_list:
                 yield f"{state_path(stage, task)}: missing, though {path} is there"

@@ -5,7 +5,6 @@ Memory: the texts of all nodes, once one is asked for; all pairs of a list of `m
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from graphbuild.errors import InputError
-from graphbuild.graph.lists.derived import METADATA_KEY, captions, slices
+from graphbuild.graph.lists.derived import about, captions, slices
 from graphbuild.graph.lists.duplicates import similarities
 from graphbuild.graph.sample_graph import Ids, SampleGraph
 from graphbuild.store.files import local_file
@@ -100,8 +99,7 @@ class Matches(Lists):
         super().__init__(graph)
         with local_file(path) as file:
             try:
-                metadata = pq.read_metadata(file).metadata or {}
-                told = json.loads(metadata.get(METADATA_KEY.encode(), b"{}"))
+                told = about(file)
                 names = ["query", "query_caption", "rank", "node", "similarity"]
                 table = pq.read_table(file, columns=names) if told.get("what") == "neighbors" else None
             except (pa.ArrowException, ValueError) as error:

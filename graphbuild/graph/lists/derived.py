@@ -147,11 +147,9 @@ MATCH = Stage(name="match", title="matching", plan=lambda recipe, store: [], run
 STAGES = {"mined": MINE, "selections": SELECT, "match": MATCH}  # by the folder of their lists
 
 
-def about(store: Store, name: str) -> Json:
-    """What the metadata of a list in a store says (`DerivedList.save`); nothing of another file."""
-    with reaching(store.display(name)), store.fs.open(store.path(name), "rb") as file:
-        metadata = pq.read_metadata(file).metadata or {}
-    return dict(json.loads(metadata.get(METADATA_KEY.encode(), b"{}")))
+def about(file: Any) -> Json:
+    """What the metadata of a list says (`DerivedList.save`), by path or open file; nothing of another parquet file."""
+    return dict(json.loads((pq.read_metadata(file).metadata or {}).get(METADATA_KEY.encode(), b"{}")))
 
 
 def place_of(store: Store, path: str, out: str | None, *, dry_run: bool = False) -> tuple[Store, str]:

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from graphbuild.errors import ConfigError, InputError
-from graphbuild.graph.lists.derived import METADATA_KEY
+from graphbuild.graph.lists.derived import about
 from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.graph.select.sample_columns import SampleColumns
 from graphbuild.store.files import local_file, read_array
@@ -94,8 +92,7 @@ def _by_name(wanted: pl.Series, name: str, named: NDArray[np.bool_], columns: Sa
 
 
 def _parquet(url: str, path: Path, graph: SampleGraph) -> pl.DataFrame:
-    about: Any = json.loads((pq.read_metadata(path).metadata or {}).get(METADATA_KEY.encode(), b"{}"))
-    if about.get("graph", graph.fingerprint) != graph.fingerprint:
+    if about(path).get("graph", graph.fingerprint) != graph.fingerprint:
         raise InputError(f"{url} was made for another graph than that of {graph.url}", "make it again on this store")
     lines = pl.read_parquet(path)
     if not {"row", "key", "uid"} & set(lines.columns):

@@ -32,7 +32,7 @@ from graphbuild.store.shards import shards_of
 from graphbuild.store.store import Json, Store
 
 Prefer = Literal["first", "sharpest", "neighbors", "longest"]
-NO_CAPTION = "no usable caption"
+NO_CAPTION = "no usable caption, or a tar that is gone"
 SHARPNESS_PIXELS = 256
 SCHEMA = [("row", pa.int64()), ("keep", pa.bool_()), ("why", pa.dictionary(pa.int8(), pa.string()))]
 

@@ -7,7 +7,6 @@ Memory: a bit a row. Reading takes one pass over two columns.
 
 from __future__ import annotations
 
-import json
 import os
 from hashlib import sha256
 
@@ -18,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
 from graphbuild.errors import ConfigError, InputError
-from graphbuild.graph.lists.derived import METADATA_KEY
+from graphbuild.graph.lists.derived import about
 from graphbuild.nodes.samples import MORE, NO_NODE
 from graphbuild.store.files import open_parts
 from graphbuild.store.store import Json, Store
@@ -39,16 +38,16 @@ class Selection:
         self.url = os.fspath(url)
         try:
             with open_parts(self.url) as stream:
-                parquet = pq.ParquetFile(stream, page_checksum_verification=True)
-                about = json.loads((parquet.metadata.metadata or {}).get(METADATA_KEY.encode(), b"{}"))
-                if about.get("what") != WHAT:
+                told = about(stream)
+                if told.get("what") != WHAT:
                     raise InputError(f"{self.url} is no selection", "make one by `graphbuild select`")
+                parquet = pq.ParquetFile(stream, page_checksum_verification=True)
                 names = parquet.schema_arrow.names
                 table = parquet.read([name for name in ("keep", CAPTIONS) if name in names])
         except (pa.ArrowException, OSError, ValueError) as error:
             raise InputError(f"{self.url} cannot be read ({error})", "make it again by `graphbuild select`") from None
         keep = table["keep"].to_numpy()
-        self.graph: str = about["graph"]
+        self.graph: str = told["graph"]
         self.rows, self.kept = len(keep), int(keep.sum())
         self._bits = np.packbits(keep, bitorder="little")
         self._partial, self._chosen = np.empty(0, np.int64), pa.array([], pa.list_(pa.uint8()))

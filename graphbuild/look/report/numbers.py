@@ -20,6 +20,7 @@ from graphbuild.look.report.targets import batch_targets, neighbor_mass, two_vie
 from graphbuild.runner.progress import UNITS
 from graphbuild.runner.stage import records
 from graphbuild.store.layout import REJECTED, TEXTS, by_number
+from graphbuild.store.remote import reaching
 from graphbuild.store.sharded import Array
 from graphbuild.store.shards import shards_of
 from graphbuild.store.store import Json, Store
@@ -153,8 +154,13 @@ def stage_times(store: Store, manifest: Json) -> list[Json]:
 def matches(store: Store, graph: SampleGraph) -> list[Json]:
     """What each list of match/ says of itself; current: it is of this graph."""
     paths = [output["path"] for record in records(store, MATCH.name).values() for output in record["outputs"]]
-    told = [(path, about(store, path)) for path in paths if path.startswith("match/") and store.exists(path)]
-    return [{"path": path, **one, "current": one["graph"] == graph.fingerprint} for path, one in told]
+    found = []
+    for path in paths:
+        if path.startswith("match/") and store.exists(path):
+            with reaching(store.display(path)), store.fs.open(store.path(path), "rb") as file:
+                told = about(file)
+            found.append({"path": path, **told, "current": told["graph"] == graph.fingerprint})
+    return found
 
 
 # -- duplicates
