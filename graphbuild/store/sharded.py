@@ -20,6 +20,8 @@ from graphbuild.store.store import Store
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+REQUEST_BYTES = 1 << 18  # what an object store sends while one more small request is served, of READERS at a time
+
 
 class ShardedArray:
     """Files `pattern` of these names, .npy arrays [n_s, width] behind each other. `len()` is the number of rows.
@@ -111,19 +113,31 @@ class ShardedArray:
             raise InputError(f"node id {bad} is not in 0..{len(self) - 1}", "use ids of this store's nodes")
         result = np.empty((flat.size, self.width), self.dtype)
         shard = np.searchsorted(self.starts, flat, side="right") - 1
-        if self._few and not self._store.is_local:
-            names, places = [self._pattern.format(self._names[s]) for s in shard], flat - self.starts[shard]
-            with ThreadPoolExecutor(READERS) as pool:
-                for at, row in enumerate(pool.map(self._store.rows, names, places.tolist(), (places + 1).tolist())):
-                    result[at] = row[0]
-            return result.reshape(*np.shape(ids), self.width)
         order = np.argsort(shard, kind="stable")
+        if self._few and not self._store.is_local:
+            alone = self._alone(shard)
+            names, places = (
+                [self._pattern.format(self._names[s]) for s in shard[alone]],
+                (flat - self.starts[shard])[alone],
+            )
+            with ThreadPoolExecutor(READERS) as pool:
+                rows = pool.map(self._store.rows, names, places.tolist(), (places + 1).tolist())
+                for at, row in zip(np.flatnonzero(alone), rows, strict=True):
+                    result[at] = row[0]
+            order = order[~alone[order]]
         numbers, begins = np.unique(shard[order], return_index=True)
         ends = [*begins[1:], len(order)]
         for number, part, begin, end in zip(numbers, self._parts(numbers.tolist()), begins, ends, strict=False):
             mine = order[begin:end]
             result[mine] = part[flat[mine] - self.starts[number]]
         return result.reshape(*np.shape(ids), self.width)
+
+    def _alone(self, shard: Array) -> Array:
+        """Which rows, of these shards [n], a request each reads sooner than one for all of the shard, bool [n]."""
+        counts = np.bincount(shard, minlength=len(self._names))
+        whole = np.diff(self.starts) * self.width * self.dtype.itemsize <= counts * REQUEST_BYTES
+        whole[list(self._opened)] = True
+        return ~whole[shard]
 
 
 class Living:

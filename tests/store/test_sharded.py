@@ -16,7 +16,7 @@ import pytest
 from graphbuild.errors import ConfigError, StageError
 from graphbuild.graph.index import plan_prepare
 from graphbuild.recipe import Index, Recipe
-from graphbuild.store import mapped, remote
+from graphbuild.store import mapped, remote, sharded
 from graphbuild.store.sharded import ShardedArray
 from graphbuild.store.store import Store
 
@@ -62,11 +62,30 @@ def test_a_few_rows_of_a_remote_store_are_fetched_without_their_files(
 ) -> None:
     store, names, values = stored
     array = ShardedArray(store, names, LENGTHS, few=True)
+    monkeypatch.setattr(sharded, "REQUEST_BYTES", 1)
     if not store.is_local:
         monkeypatch.setattr(store.fs, "get_file", None)  # which copies whole files
     ids = np.random.default_rng(1).integers(0, len(values), (50, 3))
     np.testing.assert_array_equal(array.take(ids), values[ids])
     assert array.take(np.empty(0, np.int64)).shape == (0, 6)
+
+
+def test_a_file_of_a_remote_store_of_which_many_rows_are_wanted_is_fetched_once(
+    stored: tuple[Store, list[str], np.ndarray[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, names, values = stored
+    array = ShardedArray(store, names, LENGTHS, few=True)
+    monkeypatch.setattr(sharded, "REQUEST_BYTES", 240)  # 20 rows: a file of 300 is worth 15 requests
+    alone: list[str] = []
+    read = Store.rows
+    monkeypatch.setattr(Store, "rows", lambda self, name, *span: alone.append(name) or read(self, name, *span))
+    starts = np.cumsum([0, *LENGTHS])
+    wanted = {9: 15, 16: 14, 19: 26}  # files of 300, 300 and 512 rows
+    ids = np.concatenate([starts[file] + np.arange(count) for file, count in wanted.items()])
+    np.testing.assert_array_equal(array.take(ids), values[ids])
+    assert sorted(alone) == ([] if store.is_local else [names[16]] * 14)
+    np.testing.assert_array_equal(array.take(ids[:1]), values[ids[:1]])
+    assert len(alone) == (0 if store.is_local else 14), "what is there is not asked for again"
 
 
 def test_blocks_of_some_files_have_the_rows_of_these_alone(
