@@ -20,7 +20,7 @@ import numpy as np
 from graphbuild.errors import InputError, StageError
 from graphbuild.nodes import beside, matrix
 from graphbuild.nodes.encoder import find_encoder, open_model, prompt_of
-from graphbuild.nodes.encoder.model import may_be_packed
+from graphbuild.nodes.encoder.model import is_bert_like
 from graphbuild.nodes.number import new_texts, numbered
 from graphbuild.nodes.samples import READY
 from graphbuild.recipe import BESIDE, Recipe
@@ -168,7 +168,7 @@ def in_process(tasks: Sequence[Task]) -> bool:
     if len(tasks) == 1 or "trusted" not in first.hints:
         return True
     encoder = find_encoder(first.hints["encoder"], trusted=first.hints["trusted"])
-    return first.settings["precision"] != "int8" and may_be_packed(encoder)
+    return first.settings["precision"] != "int8" and is_bert_like(encoder)
 
 
 STAGE = Stage(

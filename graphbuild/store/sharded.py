@@ -137,7 +137,8 @@ class ShardedArray:
         counts = np.bincount(shard, minlength=len(self._names))
         whole = np.diff(self.starts) * self.width * self.dtype.itemsize <= counts * REQUEST_BYTES
         whole[list(self._opened)] = True
-        return ~whole[shard]
+        alone: Array = ~whole[shard]
+        return alone
 
 
 class Living:

@@ -1,7 +1,8 @@
 """An encoder on one device: texts to unit-norm vectors at the precision that the device is fastest at.
 
-BERT-like models run packed (graphbuild.nodes.encoder.packed); all others through sentence-transformers, batched by
-tokens. Texts are not normalised here beyond what the encoder's own tokenizer does. Memory: the weights, and a batch.
+Models run packed (graphbuild.nodes.encoder.packed): BERT-like ones by a forward pass of graphbuild's own, others by
+transformers' layers. What cannot runs through sentence-transformers, batched by tokens. Texts are not normalised here
+beyond what the encoder's own tokenizer does. Memory: the weights, and a batch.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from graphbuild.nodes.encoder.packed import Packed
 
 CPU_TOKENS, GPU_TOKENS = 1024, 65_536  # a batch
-FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "mpnet")  # that run packed
-POOLINGS = ("cls", "mean", "max")
+FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "mpnet")  # that have a packed forward here
+POOLINGS = ("cls", "lasttoken", "mean", "max")
 CHECKED = ["a", "two dogs", "two dogs run over the wet grass", "A red kite, high over the sea; 3 boats below!"]
 logger = logging.getLogger(__name__)
 Half = np.ndarray[Any, np.dtype[np.float16]]
@@ -67,7 +68,7 @@ class Model:
     @property
     def whole(self) -> SentenceTransformer:
         """The sentence-transformers model: in float32 where its copy runs packed, else as it runs."""
-        return _load(self.encoder, self.device, "float32" if may_be_packed(self.encoder) else self.precision)
+        return _load(self.encoder, self.device, "float32" if is_bert_like(self.encoder) else self.precision)
 
     @property
     def is_static(self) -> bool:
@@ -93,7 +94,7 @@ class Model:
                 vectors, computed = self._encode_whole(prompted, tokens.lengths)
             else:
                 pooled, computed = packed.pooled(tokens, threads)
-                vectors = self._finished(_after_pooling(self.whole, pooled))
+                vectors = self._finished(_after_pooling(self.whole, pooled).float())
         return Encoded(_half(vectors), len(tokens.ids), computed, tokens.truncated)
 
     def _encode_whole(self, prompted: Sequence[str], lengths: Ints) -> tuple[Single, int]:
@@ -219,60 +220,69 @@ def _load(encoder: Encoder, device: str, precision: str) -> SentenceTransformer:
 
 @lru_cache(maxsize=2)
 def _packed(encoder: Encoder, device: str, precision: str) -> Packed | Int8 | None:
+    """The encoder over packed tokens; None where it does not run so."""
     import torch
 
     from graphbuild.nodes.encoder.int8 import Int8
-    from graphbuild.nodes.encoder.packed import Packed
+    from graphbuild.nodes.encoder.packed import PackedBert
 
-    if not may_be_packed(encoder):
-        return None
-    whole = _load(encoder, device, "float32")
-    if not hasattr(whole.tokenizer, "backend_tokenizer"):
-        return None
+    is_bert = is_bert_like(encoder)
+    whole = _load(encoder, device, "float32" if is_bert or precision == "int8" else precision)
     transformer = getattr(whole[0], "model", None)
     pooling = getattr(whole[1], "pooling_mode", None) if len(whole) > 1 else None
-    config = getattr(transformer, "config", None)
-    ordinary = (
-        not getattr(config, "is_decoder", False)
-        and getattr(config, "position_embedding_type", "absolute") == "absolute"
-    )
-    if transformer is None or not ordinary or pooling not in POOLINGS:
+    if not hasattr(whole.tokenizer, "backend_tokenizer") or transformer is None or pooling not in POOLINGS:
+        return None
+    config, rows = transformer.config, CPU_TOKENS if device == "cpu" else GPU_TOKENS
+    if not is_bert:
+        return None if precision == "int8" else _packed_layers(whole, transformer, pooling, rows)
+    if getattr(config, "is_decoder", False) or getattr(config, "position_embedding_type", "absolute") != "absolute":
         return None
     if precision == "int8":
         return Int8(transformer, pooling)
-    if not _is_as_packed(whole, transformer, pooling):
+    if _as_own(whole, partial(PackedBert, transformer, pooling, dtype=torch.float32, rows=CPU_TOKENS)) is None:
         logger.warning(
             "%s: transformers %s computes it otherwise than graphbuild's packed forward, so it runs padded, slower",
             encoder.folder,
             version_of("transformers"),
         )
         return None
-    longest = whole.max_seq_length or 0
-    rows = max(CPU_TOKENS if device == "cpu" else GPU_TOKENS, longest)
-    return Packed(transformer, pooling, dtype=getattr(torch, precision), rows=rows)
+    return PackedBert(transformer, pooling, dtype=getattr(torch, precision), rows=rows)
 
 
-def _is_as_packed(whole: SentenceTransformer, transformer: Any, pooling: str) -> bool:
-    """Whether the packed forward gives what the library's own gives, on one batch. It reads the parts of a transformer
+def _packed_layers(whole: SentenceTransformer, transformer: Any, pooling: str, rows: int) -> Packed | None:
+    def make() -> Packed:
+        from graphbuild.nodes.encoder.layers import PackedLayers  # which older releases of transformers lack parts for
+
+        return PackedLayers(transformer, whole.tokenizer, pooling, rows=rows)
+
+    before = getattr(transformer.config, "_attn_implementation", None)
+    found = _as_own(whole, make)
+    if found is None and getattr(transformer.config, "_attn_implementation", None) != before:
+        transformer.set_attn_implementation(before)
+    return found
+
+
+def _as_own(whole: SentenceTransformer, make: Callable[[], Packed]) -> Packed | None:
+    """The packed model, where it gives what the library's own gives, on one batch. It reads the parts of a transformer
     by names that are not promised."""
     import torch
 
-    from graphbuild.nodes.encoder.packed import Packed
-
-    own = whole.encode(CHECKED, prompt="", show_progress_bar=False, convert_to_tensor=True).float()
+    own = whole.encode(CHECKED, prompt="", show_progress_bar=False, convert_to_tensor=True)
     try:
-        packed = Packed(transformer, pooling, dtype=torch.float32, rows=CPU_TOKENS)
+        packed = make()
         found = packed.pooled(tokenize(whole.tokenizer, CHECKED, whole.max_seq_length or 1 << 30))[0]
+        found = _after_pooling(whole, found)
     except torch.OutOfMemoryError:
         raise
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        return False
-    found = _after_pooling(whole, found)
-    least = 1e-3 * float(own.abs().max().nan_to_num())
-    return found.shape == own.shape and torch.allclose(found, own, rtol=0, atol=least, equal_nan=True)
+    except (AttributeError, ImportError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return None
+    precise = next(whole.parameters()).dtype == torch.float32
+    least = (1e-3 if precise else 3e-2) * float(own.abs().max().nan_to_num())
+    same = found.shape == own.shape and torch.allclose(found.float(), own.float(), rtol=0, atol=least, equal_nan=True)
+    return packed if same else None
 
 
-def may_be_packed(encoder: Encoder) -> bool:
+def is_bert_like(encoder: Encoder) -> bool:
     """By what config.json calls the architecture; it lies in the folder itself or in that of the first module."""
     for path in (encoder.folder / "config.json", encoder.folder / "0_Transformer" / "config.json"):
         if path.is_file():
@@ -287,5 +297,9 @@ def _after_pooling(whole: SentenceTransformer, pooled: torch.Tensor) -> torch.Te
     features = {"sentence_embedding": pooled}
     with torch.inference_mode():
         for module in list(whole)[2:]:
+            vectors = features["sentence_embedding"]
+            features["sentence_embedding"] = vectors.to(
+                next((each.dtype for each in module.parameters()), vectors.dtype)
+            )
             features = module(features)
     return features["sentence_embedding"]

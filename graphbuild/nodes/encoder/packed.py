@@ -1,4 +1,4 @@
-"""The forward pass of BERT-like encoders (BERT, RoBERTa, XLM-RoBERTa, CamemBERT, MPNet) over packed tokens.
+"""Encoders over packed tokens; the forward pass of BERT-like ones (BERT, RoBERTa, XLM-RoBERTa, CamemBERT, MPNet).
 
 A batch is one array of tokens, text after text, shortest text first, without padding. Linear layers see all its rows
 at once; attention runs over each run of texts of one length, so it needs no mask. A batch always has the same number
@@ -9,6 +9,7 @@ Cost: 2 x (weights of the layers) FLOP a token, and attention.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,50 +23,38 @@ from graphbuild.nodes.encoder.tokens import Ints, Tokens, batches
 
 Norm = tuple[Tensor, Tensor, float]
 Affine = tuple[Tensor, Tensor]
+Run = tuple[int, int, int]
+"""First row, texts, and tokens a text, of texts of one length."""
 
 
-class Packed:
-    """An encoder's transformer and pooling, copied from a transformers model at the given dtype.
+class Packed(ABC):
+    """An encoder's transformer and pooling.
 
-    model: of one of the families above. rows: tokens a batch; a longer text has a batch of its own length.
+    rows: tokens a batch; a longer text has a batch of its own length.
     """
 
-    def __init__(self, model: nn.Module, pooling: str, *, dtype: torch.dtype, rows: int) -> None:
-        config: Any = model.config
-        embeddings: Any = model.embeddings
-        encoder: Any = model.encoder
-        self.rows, self.pooling, self.dtype = rows, pooling, dtype
-        self.device = next(model.parameters()).device
-        self.heads: int = config.num_attention_heads
-        self.activation: Callable[[Tensor], Tensor] = encoder.layer[0].intermediate.intermediate_act_fn
-        self.first_position = 0 if config.model_type == "bert" else embeddings.padding_idx + 1
-        self.words: Tensor = embeddings.word_embeddings.weight
-        self.positions: Tensor = embeddings.position_embeddings.weight
-        if hasattr(embeddings, "token_type_embeddings"):
-            self.positions = self.positions + embeddings.token_type_embeddings.weight[0]
-        self.norm = _norm(embeddings.LayerNorm, torch.float32)
-        self.layers = [_layer(layer, self.heads, dtype) for layer in encoder.layer]
-        self.position_bias: Callable[[Tensor], Tensor] | None = getattr(encoder, "compute_position_bias", None)
-        self.biases: dict[int, Tensor] = {}
+    first_position = 0
+
+    def __init__(self, pooling: str, *, rows: int, device: torch.device) -> None:
+        self.pooling, self.rows, self.device = pooling, rows, device
+
+    @abstractmethod
+    def _forward(self, ids: Tensor, places: Tensor, runs: list[Run]) -> Tensor:
+        """Token vectors [rows, d] of ids and positions [rows]."""
 
     def pooled(self, tokens: Tokens, threads: int = 1) -> tuple[Tensor, int]:
         """Pooled token vectors, float32 [n, d], on the model's device; and the rows computed for them.
 
         threads: of a CPU, each of which computes batches of its own, and all of such a batch.
         """
-        out = torch.empty(len(tokens.lengths), self.words.shape[1], device=self.device)
         threads = threads if self.device.type == "cpu" else 1
-
-        def fill(chosen: Ints) -> int:
-            with torch.inference_mode():  # which holds for one thread
-                found, computed = self._batch(tokens, chosen)
-                out[torch.from_numpy(chosen).to(self.device)] = found
-            return computed
-
+        chosen = batches(tokens.lengths, self.rows)
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as others:
-            computed = sum((others.map if threads > 1 else map)(fill, batches(tokens.lengths, self.rows)))
-        return out, computed
+            parts = list((others.map if threads > 1 else map)(lambda batch: self._batch(tokens, batch), chosen))
+        place = torch.from_numpy(np.argsort(np.concatenate(chosen))).to(self.device)
+        return torch.cat([found for found, _ in parts])[place], sum(computed for _, computed in parts)
 
+    @torch.inference_mode()  # which holds for one thread
     def _batch(self, tokens: Tokens, chosen: Ints) -> tuple[Tensor, int]:
         """Pooled vectors of those texts, and the rows computed."""
         lengths = tokens.lengths[chosen]
@@ -80,14 +69,36 @@ class Packed:
         parts = [pool(hidden[at : at + count * size].view(count, size, -1), self.pooling) for at, count, size in runs]
         return torch.cat(parts), len(ids)
 
-    def _forward(self, ids: Tensor, places: Tensor, runs: list[tuple[int, int, int]]) -> Tensor:
+
+class PackedBert(Packed):
+    """A BERT-like encoder, copied from a transformers model at the given dtype."""
+
+    def __init__(self, model: nn.Module, pooling: str, *, dtype: torch.dtype, rows: int) -> None:
+        super().__init__(pooling, rows=rows, device=next(model.parameters()).device)
+        config: Any = model.config
+        embeddings: Any = model.embeddings
+        encoder: Any = model.encoder
+        self.dtype = dtype
+        self.heads: int = config.num_attention_heads
+        self.activation: Callable[[Tensor], Tensor] = encoder.layer[0].intermediate.intermediate_act_fn
+        self.first_position = 0 if config.model_type == "bert" else embeddings.padding_idx + 1
+        self.words: Tensor = embeddings.word_embeddings.weight
+        self.positions: Tensor = embeddings.position_embeddings.weight
+        if hasattr(embeddings, "token_type_embeddings"):
+            self.positions = self.positions + embeddings.token_type_embeddings.weight[0]
+        self.norm = _norm(embeddings.LayerNorm, torch.float32)
+        self.layers = [_layer(layer, self.heads, dtype) for layer in encoder.layer]
+        self.position_bias: Callable[[Tensor], Tensor] | None = getattr(encoder, "compute_position_bias", None)
+        self.biases: dict[int, Tensor] = {}
+
+    def _forward(self, ids: Tensor, places: Tensor, runs: list[Run]) -> Tensor:
         hidden = _normalized(self.words[ids].float() + self.positions[places].float(), self.norm).to(self.dtype)
         for qkv, out, norm, up, down, norm_2 in self.layers:
             hidden = _normalized(hidden + F.linear(self._attention(F.linear(hidden, *qkv), runs), *out), norm)
             hidden = _normalized(hidden + F.linear(self.activation(F.linear(hidden, *up)), *down), norm_2)
         return hidden
 
-    def _attention(self, qkv: Tensor, runs: list[tuple[int, int, int]]) -> Tensor:
+    def _attention(self, qkv: Tensor, runs: list[Run]) -> Tensor:
         width = qkv.shape[1] // 3
         mixed = torch.zeros(len(qkv), width, dtype=qkv.dtype, device=qkv.device)
         for at, count, size in runs:
@@ -105,9 +116,9 @@ class Packed:
 
 
 def pool(hidden: Tensor, pooling: str) -> Tensor:
-    """Text vectors, float32 [count, d], of token vectors [count, size, d]: the first, the mean or the largest."""
-    if pooling == "cls":
-        return hidden[:, 0].float()
+    """Text vectors, float32 [count, d], of token vectors [count, size, d]: first, last, mean or largest."""
+    if pooling in ("cls", "lasttoken"):
+        return hidden[:, 0 if pooling == "cls" else -1].float()
     return hidden.float().mean(1) if pooling == "mean" else hidden.float().amax(1)
 
 
@@ -145,8 +156,8 @@ def _normalized(hidden: Tensor, norm: Norm) -> Tensor:
     return F.layer_norm(hidden, weight.shape, weight, bias, eps)
 
 
-def _runs(lengths: Ints) -> list[tuple[int, int, int]]:
-    """(first row, texts, tokens a text) of each run of texts of one length; lengths ascend."""
+def _runs(lengths: Ints) -> list[Run]:
+    """Each run of texts of one length; lengths ascend."""
     sizes, counts = np.unique(lengths, return_counts=True)
     firsts = np.cumsum(sizes * counts) - sizes * counts
     return list(zip(firsts.tolist(), counts.tolist(), sizes.tolist(), strict=True))

@@ -19,8 +19,18 @@ from transformers import (
     BertModel,
     DistilBertConfig,
     DistilBertModel,
+    Gemma3TextConfig,
+    Gemma3TextModel,
+    GPT2Config,
+    GPT2Model,
+    ModernBertConfig,
+    ModernBertModel,
     MPNetConfig,
     MPNetModel,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
     XLMRobertaConfig,
     XLMRobertaModel,
 )
@@ -29,12 +39,13 @@ from transformers.models.bert.modeling_bert import BertEmbeddings
 from graphbuild.errors import ConfigError
 from graphbuild.nodes.encoder import DEFAULT_ENCODER, Model, find_encoder, open_model, packed
 from graphbuild.nodes.encoder.model import CPU_TOKENS, _packed, fastest_precision
-from graphbuild.nodes.encoder.packed import Packed
+from graphbuild.nodes.encoder.packed import PackedBert
 from graphbuild.nodes.encoder.tokens import batches, equal_batches, tokenize
 from graphbuild.nodes.fidelity import cosine
 
 SMALL = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96}
 VOCABULARY = 30_522
+SHARED_HEADS = {"num_key_value_heads": 2, "head_dim": 12, "vocab_size": VOCABULARY}
 FAMILIES = {
     "bert": (BertModel, lambda: BertConfig(**SMALL, vocab_size=VOCABULARY)),
     "xlm-roberta": (XLMRobertaModel, lambda: XLMRobertaConfig(**SMALL, vocab_size=VOCABULARY, pad_token_id=1)),
@@ -42,6 +53,24 @@ FAMILIES = {
     "distilbert": (
         DistilBertModel,
         lambda: DistilBertConfig(dim=48, n_heads=4, n_layers=2, hidden_dim=96, vocab_size=VOCABULARY),
+    ),
+    "modernbert": (  # every other layer sees 8 tokens to either side
+        ModernBertModel,
+        lambda: ModernBertConfig(
+            **SMALL, vocab_size=VOCABULARY, pad_token_id=0, local_attention=16, global_attn_every_n_layers=2
+        ),
+    ),
+    "qwen3": (Qwen3Model, lambda: Qwen3Config(**SMALL, **SHARED_HEADS)),
+    "gemma3_text": (  # layers that see the 8 tokens before, and layers that see all
+        Gemma3TextModel,
+        lambda: Gemma3TextConfig(
+            **SMALL, **SHARED_HEADS, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
+        ),
+    ),
+    "gpt2": (GPT2Model, lambda: GPT2Config(n_embd=48, n_head=4, n_layer=2, vocab_size=VOCABULARY)),
+    "t5": (
+        T5EncoderModel,
+        lambda: T5Config(d_model=48, d_kv=12, d_ff=96, num_heads=4, num_layers=2, vocab_size=VOCABULARY),
     ),
 }
 VNNI = "vnni" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else False
@@ -91,7 +120,12 @@ def saved(folder: Path, family: str, pooling: str, *more: torch.nn.Module, longe
         ("bert", "cls", True),
         ("xlm-roberta", "mean", True),
         ("mpnet", "max", True),
-        ("distilbert", "mean", False),
+        ("distilbert", "mean", True),
+        ("modernbert", "cls", True),
+        ("qwen3", "lasttoken", True),
+        ("gemma3_text", "mean", True),
+        ("gpt2", "lasttoken", True),
+        ("t5", "mean", False),
         ("bert", "weightedmean", False),
     ],
 )
@@ -158,9 +192,9 @@ def test_packed_runs_on_another_device(tmp_path, family):
     torch.manual_seed(0)
     whole = kind(config()).eval()
     tokens = tokenize(AutoTokenizer.from_pretrained(find_encoder(DEFAULT_ENCODER).folder), captions(40), 32)
-    here, rows = Packed(whole, "mean", dtype=torch.float32, rows=256).pooled(tokens)
+    here, rows = PackedBert(whole, "mean", dtype=torch.float32, rows=256).pooled(tokens)
     with other_device() as device:
-        there, rows_there = Packed(whole.to(device), "mean", dtype=torch.float32, rows=256).pooled(tokens)
+        there, rows_there = PackedBert(whole.to(device), "mean", dtype=torch.float32, rows=256).pooled(tokens)
         assert there.device == device
         torch.testing.assert_close(there.cpu(), here)
     assert rows_there == rows
@@ -267,7 +301,20 @@ def test_a_text_has_the_same_bytes_in_any_batch(two_layers, precision):
         np.testing.assert_array_equal(alone.view(np.uint16), together[chosen].view(np.uint16))
 
 
-@pytest.mark.parametrize("family", ["bert", "mpnet"])
+@pytest.mark.parametrize(
+    ("family", "pooling"), [("modernbert", "mean"), ("qwen3", "lasttoken"), ("gemma3_text", "mean")]
+)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_text_has_the_same_bytes_in_any_batch_of_other_families(tmp_path, family, pooling, precision):
+    texts = captions(60, longest=50)
+    model = open_model(find_encoder(str(saved(tmp_path, family, pooling))), "cpu", precision)
+    together = model.encode(texts).vectors
+    for chosen in (range(1), range(40, 60), range(59, 0, -3)):
+        alone = model.encode([texts[at] for at in chosen]).vectors
+        np.testing.assert_array_equal(alone.view(np.uint16), together[list(chosen)].view(np.uint16))
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet", "qwen3"])
 def test_any_number_of_threads_gives_the_same_bytes(tmp_path, family):
     texts = captions(300, longest=50)  # several batches
     model = open_model(find_encoder(str(saved(tmp_path, family, "mean"))), "cpu", "float32")
