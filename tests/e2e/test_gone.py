@@ -17,7 +17,11 @@ from graphbuild.graph import grow
 from tests.e2e.test_bad_input import graphbuild, refused, succeeded
 
 # The engine, the share of nodes up to which lists are mended in place of made anew, and what recall may differ by.
-ENGINES = [("exact", 1.0, 1e-6), ("exact", 0.0, 1e-6), ("partition", 0.03, 0.015)]
+ENGINES = [
+    ("exact", 1.0, 1e-6),
+    pytest.param("exact", 0.0, 1e-6, marks=pytest.mark.slow),
+    ("partition", 0.03, 0.015),
+]
 CAPTIONS = [
     f"{count} {kind} {animal}s {at} the {place}"
     for count in (2, 3, 5, 7)
