@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from graphbuild.machine.cpu import cpu_features
-from graphbuild.store.sharded import Array
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from graphbuild.store.sharded import Array
 
 LEAST_TERMS = 8  # torch 2.13 multiplies columns of one number wrongly
 FLOAT32_TERMS = 2**24 // 127**2  # up to this d, a float32 sum of int8 products is an exact integer
