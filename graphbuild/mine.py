@@ -1,4 +1,4 @@
-"""The lists that docs/mining.md and docs/matching.md describe, by the path that they name; made in graph/."""
+"""The lists of docs/how-to/mining.md and docs/how-to/matching.md, by the path that they name; made in graph/."""
 
 from graphbuild.graph.lists.mine import (
     false_negative_edges,

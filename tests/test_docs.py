@@ -14,11 +14,11 @@ from graphbuild.recipe import Recipe, read_recipe
 from tests.test_house import FLOORS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "pipelines" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "pipelines" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_every_setting_of_a_recipe_is_documented_with_its_default() -> None:
-    page = (ROOT / "docs" / "recipe.md").read_text()
+    page = (ROOT / "docs" / "reference" / "recipe.md").read_text()
     for section, values in Recipe().model_dump().items():
         part = page.split(f"\n## {section}")[1].split("\n## ")[0]
         for name, default in values.items():
@@ -89,7 +89,7 @@ def test_every_path_of_the_project_that_a_document_names_exists(page: Path) -> N
 
 
 def test_the_architecture_has_every_floor_from_the_ground_up() -> None:
-    page = (ROOT / "docs" / "architecture.md").read_text()
+    page = (ROOT / "docs" / "explanation" / "architecture.md").read_text()
     rows = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", page, re.M)
     assert rows == [name for floor in FLOORS for name in floor]
 
@@ -97,3 +97,11 @@ def test_the_architecture_has_every_floor_from_the_ground_up() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "pipelines").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_is_valid(path: Path) -> None:
     read_recipe(str(path))
+
+
+def test_every_page_that_the_code_names_exists() -> None:
+    folders = ("graphbuild", "training", "pipelines", "benchmarks", "tests")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.*") if path.suffix in (".py", ".yaml")]
+    named = {(name, path) for path in files for name in re.findall(r"\bdocs/[\w/-]+\.md", path.read_text())}
+    assert len(named) > 20
+    assert [f"{path}: {name}" for name, path in named if not (ROOT / name).exists()] == []

@@ -69,7 +69,7 @@ def test_the_wheels_are_made_under_every_python_that_the_project_names() -> None
 
 
 def test_the_table_of_extras_has_those_of_the_project_and_what_they_bring() -> None:
-    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", (ROOT / "docs" / "install.md").read_text(), re.M))
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", (ROOT / "docs" / "how-to" / "install.md").read_text(), re.M))
     assert rows.keys() == EXTRAS.keys()
     for extra in EXTRAS.keys() - {"dev"}:
         wanted = map(Requirement, EXTRAS[extra])
@@ -77,7 +77,7 @@ def test_the_table_of_extras_has_those_of_the_project_and_what_they_bring() -> N
 
 
 def test_every_extra_that_documents_code_and_images_name_exists() -> None:
-    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "Makefile", *IMAGES.values()]
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "Makefile", *IMAGES.values()]
     texts = [path.read_text() for path in (*pages, *(ROOT / "graphbuild").rglob("*.py"))]
     named = {
         name

@@ -1,6 +1,6 @@
 """Tests of a probe on folders of images: ImageNet-9's exchanged backgrounds, ObjectNet, or any of your own.
 
-A YAML file names them (docs/training.md). A folder is as torchvision's ImageFolder takes it, a subfolder a class;
+A YAML file names them (docs/how-to/train.md). A folder is as torchvision's ImageFolder takes it, a subfolder a class;
 class maps are the JSON files that come with those data sets. Each image is read once, in the loader's workers.
 """
 
@@ -86,7 +86,7 @@ def read_tests(file: str, pixels: int) -> list[FolderTest]:
         said = (
             f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}" if isinstance(error, ValidationError) else error
         )
-        fix = "correct it, or the file that it names: docs/training.md shows what each holds"
+        fix = "correct it, or the file that it names: docs/how-to/train.md shows what each holds"
         raise ConfigError(f"{path}: {type(error).__name__}: {said}", fix) from error
     return found
 

@@ -65,7 +65,7 @@ def run_demo(url: str, *, scenes: int, workers: int | None, address: str | None)
     echo(
         f"""
 outputs   {folder}/shards/{{00000..{shards - 1:05d}}}.tar with .graph.parquet beside each
-          samples/, nodes/, graph/, manifest.json, recipe.yaml: docs/format.md says what is what
+          samples/, nodes/, graph/, manifest.json, recipe.yaml: docs/reference/format.md says what is what
 {_activate()}try       graphbuild neighbors {url} --text "two red stars on grass"
           graphbuild verify {url}
           python training/train.py {url} --labels kind,colour,count,background"""

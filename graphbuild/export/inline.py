@@ -1,7 +1,7 @@
 """Stage inline: the store's tars once more, each sample with its graph fields inside, for loaders that know only tars.
 
 inline/<tar> has the members of the old tar as they are and, in every sample with a node, one more: KEY.graph.npz, which
-`webdataset.decode()` opens as a dict of arrays (names and types: docs/format.md). Memory: a shard's sidecar.
+`webdataset.decode()` opens as a dict of arrays (names and types: docs/reference/format.md). Memory: a shard's sidecar.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sidecar of a shard: one Parquet row per sample of the tar, in tar order (docs/format.md).
+"""The sidecar of a shard: one Parquet row per sample of the tar, in tar order (docs/reference/format.md).
 
 Reading promises columns that fit each other: one row a sample, keys unique, no value missing where a node is
 named. It costs one request for the whole file and d + 6 k + about 100 bytes of memory a row (10,000 rows, d =

@@ -5,7 +5,7 @@ search looks at neighbours' neighbours where the engine is approximate, scores a
 rounded to float32), proves lists complete where it is exact, completes those that are short or unproved by a second
 search, and writes graph/<shard>.neighbors.npy, .similarities.npy, .background.npy and .sketch.npy. Files between the
 stages lie in _work/ and are removed when the graph is whole. Memory: codes and lists of one join task's nodes
-(docs/scaling.md).
+(docs/explanation/scaling.md).
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ class SampleGraph:
     def sketches(self, nodes: Any) -> Float32:
         """Sketches float32 [..., b] of any nodes [...]: vectors whose products approximate similarities.
 
-        Stored in 64 bytes a node (docs/format.md): 0.8 GB for 12.4 million nodes, where embeddings take 9.5 GB.
+        64 bytes a node (docs/reference/format.md): 0.8 GB for 12.4 million nodes, where embeddings take 9.5 GB.
         """
         from graphbuild.graph.sketch import unpack
 
@@ -193,7 +193,7 @@ class SampleGraph:
         lists of the other, float16-exact, and what is absent there, which is *not* similarity 0, from "sketch":
         products of 64-byte sketches (256 B^2 flop); or "edges": the node's background mean + deviation^2 / (2 tau_s),
         the value whose exponential at temperature tau_s is the mean exponential of normally distributed similarities.
-        Equal nodes have similarity 1. How near the targets come: docs/training.md.
+        Equal nodes have similarity 1. How near the targets come: docs/explanation/targets.md.
         """
         ids = _as_ids(nodes)
         if source == "embeddings":
@@ -227,7 +227,7 @@ class SampleGraph:
     def to_knn(self) -> tuple[Ids, Float32]:
         """Indices int64 and cosine distances float32, both [M, k + 1]: each node itself, at 0, then its list.
 
-        As umap, scikit-learn and others take neighbours that are known: docs/elsewhere.md. Memory: 12 bytes an entry.
+        As umap, scikit-learn and others take known neighbours: docs/how-to/elsewhere.md. Memory: 12 bytes an entry.
         """
         indices = np.empty((len(self), self.k + 1), np.int64)
         distances = np.zeros((len(self), self.k + 1), np.float32)

@@ -258,7 +258,7 @@ def read_class_names(path: str) -> list[str]:
     if not all(names):
         raise InputError(
             f"{path} must hold one class name a line, without blank lines",
-            "see --class-names in docs/recipe.md",
+            "see --class-names in docs/reference/recipe.md",
         )
     return names
 

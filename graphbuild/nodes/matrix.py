@@ -69,7 +69,7 @@ def factored(path: str, classes: int) -> tuple[Half, Json]:
     found = directions[:, kept] * np.sqrt(values[kept])
     lengths = np.linalg.norm(found, axis=1, keepdims=True)
     if not lengths.min() > 0:
-        raise InputError(f"{path}: row {int(lengths.argmin())} has no positive part", "see docs/recipe.md")
+        raise InputError(f"{path}: row {int(lengths.argmin())} has no positive part", "see docs/reference/recipe.md")
     found = (found / lengths).astype(np.float16)
     distance = np.abs(found.astype(np.float64) @ found.T.astype(np.float64) - wanted)
     mean, most = float(distance.mean()), float(distance.max())

@@ -130,7 +130,7 @@ def _validate(values: Mapping[str, Any], where: str = "", options: Sequence[str]
             lines.append(f"{name}: {fault['msg'].removeprefix('Value error, ') if known else _no_such(fault['loc'])}")
         raise ConfigError(
             (f"{where}: " if where else "") + "; ".join(lines),
-            "correct it; what is allowed say the verb's --help, and docs/recipe.md of the sources",
+            "correct it; what is allowed say the verb's --help, and docs/reference/recipe.md of the sources",
         ) from None
     values = recipe.model_dump()
     for section, key in marked("path"):

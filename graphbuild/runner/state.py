@@ -1,6 +1,6 @@
 """What of a job is done: which tasks still run, what has changed, and what later stages may build on.
 
-Reads and writes `_state/`, the stages of manifest.json and recipe.yaml; the commit protocol is in docs/format.md.
+Reads and writes `_state/`, the stages of manifest.json and recipe.yaml; the commit protocol: docs/reference/format.md.
 """
 
 from __future__ import annotations

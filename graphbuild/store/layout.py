@@ -1,4 +1,4 @@
-"""Where everything lies in a store: each path once, `{}` a shard's name. docs/format.md says what is inside."""
+"""Where everything lies in a store: each path once, `{}` a shard's name. What is inside: docs/reference/format.md."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A job's output folder, on any fsspec URL: where files lie, and the commit protocol that keeps half-written ones out.
 
 A file is written under a temporary name, flushed to disk and renamed (one upload on an object store); the record that
-a task is done (`graphbuild.runner.stage`) is written after all its files. Layout and formats: docs/format.md.
+a task is done (`graphbuild.runner.stage`) is written after all its files. Layout and formats: docs/reference/format.md.
 Memory: nothing is held; arrays are memory-mapped (a remote store's arrays are first copied to a local cache folder).
 """
 

@@ -2,8 +2,8 @@
 
 The edges among the images of the joint batch, listed by either end, have their stored similarities; what is absent
 there is *not* similarity 0: it is the product of two sketches, or the node's background value. How near the targets
-come: docs/training.md. Costs with sketches one [B, N] product, and at most 3.3 matrices of that size at once, on the
-tensors' device; with other ranks an all-gather of the lists, 12 k bytes an image.
+come: docs/explanation/targets.md. Costs with sketches one [B, N] product, and at most 3.3 matrices of that size at
+once, on the tensors' device; with other ranks an all-gather of the lists, 12 k bytes an image.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Beside the other view's mass 1 the other images of a random batch of B have, in 
 Outside the list the graph stores mean and deviation of G. Its distribution is taken for a shifted lognormal one,
 mirrored where the longer tail lies below, with the mean and deviation of all M - 1 similarities and their k-th largest
 where the list ends: three stored facts for three parameters. The logarithm of that mass is convex in 1 / tau_s, so
-Newton's steps from 0 come near from one side. How far the shares then are from what was asked: docs/training.md.
+Newton's steps from 0 come near from one side. How far shares are from what was asked: docs/explanation/targets.md.
 
 Costs ROUNDS exponentials of [B, k + POINTS] values, on the tensors' device, no communication and no wait of the host.
 """

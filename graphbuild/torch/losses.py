@@ -2,7 +2,7 @@
 
 Each is a few lines over `JointBatch` and `cross_entropy`; views z are scaled to unit norm, G is the block of
 `Targets`, and the view itself is in no sum. What they share, and cost: graphbuild/torch/joint.py. Which to choose:
-docs/training.md.
+docs/reference/losses.md.
 """
 
 from __future__ import annotations

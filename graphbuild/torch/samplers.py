@@ -2,7 +2,7 @@
 
 An epoch is one permutation of the samples, the same on every rank, and batches are its consecutive parts: so every
 sample comes exactly once. It is planned when an iteration begins, on one core, in some 30 bytes a sample beside the
-mapped graph. What it is good for, and figures: docs/training.md.
+mapped graph. What it is good for, and figures: docs/how-to/batches.md.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def columns(store: str, graph: SampleGraph, skip: int = 3, count: int = 2) -> di
     """A row a node: its text for anchor, its nearest neighbour's for positive, and `count` others' for negatives.
 
     negative_1, negative_2, ... are the texts of ranks skip..skip+count-1, rank 0 the nearest. `graphbuild mine --what
-    hard-negatives` chooses by similarity too (docs/mining.md). store: a local folder, or a URL that polars reads.
+    hard-negatives` chooses by similarity too (docs/how-to/mining.md). store: a folder, or a URL that polars reads.
 
     Raises:
         ConfigError: ranks that the lists of k neighbours do not have.

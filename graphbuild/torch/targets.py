@@ -2,7 +2,7 @@
 
 Whatever targets are given as, a loss reads them as one block: the similarities [B, N] of this rank's B images to all N
 of the joint batch. Float32 whatever the autocast state, no gradient; costs one [B, N] product, and the soft target one
-matrix of 4 (V B)(V N) bytes. How to choose tau_s, or have it calibrated: docs/training.md.
+matrix of 4 (V B)(V N) bytes. How to choose tau_s, or have it calibrated: docs/explanation/targets.md.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Targets:
             block = self.similarities.detach().to(compute_dtype(self.similarities), copy=True)
         else:
             raise ConfigError(
-                "targets have no embeddings, similarities, labels or edges", "pass one of the four: docs/training.md"
+                "targets have no embeddings, similarities, labels or edges", "pass one: docs/reference/losses.md"
             )
         if not self.keep_diagonal:
             own = torch.arange(len(block), device=block.device)

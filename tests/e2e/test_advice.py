@@ -121,7 +121,7 @@ a tar that is cut
 
 names with blank lines
   embed {store} --shards {labels} --caption-member cls --class-names {blank}
-  -> see --class-names in docs/recipe.md
+  -> see --class-names in docs/reference/recipe.md
   embed {store} --shards {labels} --caption-member cls --class-names {names}
 
 a plan of a recipe whose list is nowhere

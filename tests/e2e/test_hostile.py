@@ -61,7 +61,7 @@ def strings(shared_data: Path) -> list[str]:
 
 
 def by_hand(caption: str) -> str:
-    """What docs/format.md says of a node's text."""
+    """What docs/reference/format.md says of a node's text."""
     return " ".join(unicodedata.normalize("NFC", caption.removeprefix("\ufeff")).split())
 
 

@@ -1,4 +1,4 @@
-"""Each line of the table of docs/sources.md, run as it is written on data of that kind, and the graph behind it."""
+"""Each line of the table of docs/how-to/sources.md, run as it is written on data of that kind, and its graph."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.sources.test_pack import COUNT, hugging_face, img2dataset, metadata_j
 Picture = tuple[bytes, str]
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 WriteTar = Callable[[Path, Iterable[tuple[str, bytes]]], None]
-PAGE = Path(__file__).parents[2] / "docs" / "sources.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "sources.md"
 ROWS = 12
 VECTORS = np.random.default_rng(0).normal(size=(ROWS, 8)).astype(np.float32)
 KEYS = [f"{row:04d}" for row in range(ROWS)]

@@ -1,4 +1,4 @@
-"""`to_knn`, and the code that docs/elsewhere.md prints, run as it is printed against the packages themselves."""
+"""`to_knn`, and the code that docs/how-to/elsewhere.md prints, run as it is printed against the packages themselves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store
 
-PAGE = Path(__file__).parents[2] / "docs" / "elsewhere.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "elsewhere.md"
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.M | re.S))
 K = 12
 

@@ -242,7 +242,7 @@ def test_missing_and_wrong_fields_of_a_batch_are_named() -> None:
 
 
 def test_the_documented_class_priors_are_the_share_of_the_samples(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "losses.md").read_text()
     snippets = [block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "class_priors" in block]
     assert len(snippets) == 1
     # Four captions in three classes (the first two point the same way), with 30, 10, 40 and 20 samples.

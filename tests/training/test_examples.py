@@ -1,4 +1,4 @@
-"""The examples for other trainers, and the code that docs/trainers.md prints, on a real store."""
+"""The examples for other trainers, and the code that docs/how-to/trainers.md prints, on a real store."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_the_sentence_transformers_example_trains(
     assert np.isfinite(losses).all()
 
 
-PAGE = Path(__file__).parents[2] / "docs" / "trainers.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "trainers.md"
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.M | re.S))
 NEEDS = {
     "Lightning": ["lightning"],

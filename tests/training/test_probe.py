@@ -130,7 +130,7 @@ def test_mistakes_of_probes_are_explained_before_the_training(
                 ("typo.yaml", r"'a', 'map'.*not permitted"),
                 ("gone.yaml", "No such file.*gone"),
                 ("empty.yaml", "holds no image in a class folder"),
-                ("list.yaml", "list.yaml: AttributeError.*docs/training.md"),
+                ("list.yaml", "list.yaml: AttributeError.*docs/how-to/train.md"),
             )
         ),
     ):

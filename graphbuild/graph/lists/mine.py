@@ -1,7 +1,7 @@
 """Derived lists: near-duplicates, hard negatives, false negatives and positives, by filter over the stored graph.
 
 Nothing is searched again: each list is one pass over the neighbour lists. Memory: 16,384 nodes at a time, of some 40 k
-bytes; near-duplicates take more (duplicates.py). Columns, rules, what can be missed: docs/mining.md.
+bytes; near-duplicates take more (duplicates.py). Columns, rules, what can be missed: docs/how-to/mining.md.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def mine_store(
             raise ConfigError(f"{flag(name)} has no meaning for {what}", f"it takes {', '.join(map(flag, takes))}")
     if "threshold" in takes and "threshold" not in given:
         raise ConfigError(
-            f"{what} needs --threshold", "give a similarity between -1 and 1; how to choose: docs/mining.md"
+            f"{what} needs --threshold", "give a similarity between -1 and 1; how to choose: docs/how-to/mining.md"
         )
     if isinstance(given.get("positive"), str):
         given["positive"] = read_positive(given["positive"])

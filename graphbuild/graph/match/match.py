@@ -1,8 +1,8 @@
 """Queries against a graph's nodes: the nearest, what of a test set is in the training set, and what is new to it.
 
 Each query is compared with every node (graphbuild.knn.queries), so what is found is exact; equal texts are found by
-the texts themselves, and pictures by their hashes (pictures.py). Columns: docs/matching.md. Memory: some 40 bytes a
-pair, and the keys and captions of the queries and of the samples that they meet.
+the texts themselves, and pictures by their hashes (pictures.py). Columns: docs/how-to/matching.md. Memory: some 40
+bytes a pair, and the keys and captions of the queries and of the samples that they meet.
 """
 
 from __future__ import annotations

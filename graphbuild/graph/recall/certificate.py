@@ -51,7 +51,7 @@ def certify_graph(
     sample: int = SAMPLE,
     seed: int = 0,
 ) -> Json:
-    """The certificate of anybody's graph; its fields: docs/certify.md. 2 S N d operations on all cores for a sample S.
+    """The certificate of anybody's graph; fields: docs/how-to/certify.md. 2 S N d operations on all cores for S nodes.
 
     Arrays may be memory-mapped; only blocks of them are copied.
 

@@ -1,8 +1,8 @@
 """A selection: which rows of a store, and which of their captions, a loader, an export or a trainer takes.
 
-STORE/selections/NAME.parquet has a line for each row of the store (docs/selections.md). It holds for the graph that it
-was made from, and is refused on another. To whoever reads samples, a row that is left out is one without a node.
-Memory: a bit a row. Reading takes one pass over two columns.
+STORE/selections/NAME.parquet has a line for each row of the store (docs/how-to/selections.md). It holds for the graph
+that it was made from, and is refused on another. To whoever reads samples, a row that is left out is one without a
+node. Memory: a bit a row. Reading takes one pass over two columns.
 """
 
 from __future__ import annotations

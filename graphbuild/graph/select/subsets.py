@@ -1,7 +1,7 @@
 """Data-efficient subsets: which rows of a store to keep when only so many may stay, chosen over its stored graph.
 
-Nothing is searched: pairs that no list holds count as unlike. docs/selections.md says what each method leaves out by
-that, and its time and memory.
+Nothing is searched: pairs that no list holds count as unlike. docs/how-to/selections.md says what each method leaves
+out by that, and its time and memory.
 """
 
 from __future__ import annotations
