@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 JOBS := -n 4 --dist loadfile --no-loadscope-reorder
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: demo test test-all test-oldest test-open-clip pytest lint wheel resolve clean
+.PHONY: demo test test-all test-oldest test-open-clip pytest lint docs wheel resolve clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
@@ -60,6 +60,18 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site of docs/, in site/. A warning is an error, and so is a link that leads nowhere. Only the installation needs a
+# network. To read it: python -m http.server --directory site
+DOCS := .venv-docs
+SITE := site
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet --site-dir $(abspath $(SITE))
+
+$(DOCS)/.installed: constraints-docs.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS) || python3 -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-docs.txt
+	touch $@
+
 # What a release holds: dist/ with the sdist, and the wheel that is built from it. The wheel is tried in an empty environment,
 # beside the two packages that the command line starts with.
 RELEASE := .venv-release
@@ -87,4 +99,4 @@ $(RELEASE)/.installed:
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(OPEN_CLIP) $(RELEASE) dist demo runs
+	rm -rf $(VENV) $(OLDEST) $(OPEN_CLIP) $(DOCS) $(RELEASE) dist site demo runs

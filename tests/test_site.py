@@ -1,0 +1,66 @@
+"""The site of `make docs` asks no other host for anything; its links lead somewhere, llms.txt leads to every page."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    made = subprocess.run(["make", "docs", f"SITE={folder}"], cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout + made.stderr
+    return folder
+
+
+class Loads(HTMLParser):
+    """What a browser fetches for a page without being asked, and what it follows when a link is clicked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.found += [given[name] or "" for name in ("src", "srcset", "data", "poster") if name in given]
+        if tag == "link" and given.get("rel") != "canonical":
+            self.found.append(given.get("href") or "")
+        if tag == "a":
+            self.links.append(given.get("href") or "")
+
+
+def test_no_page_loads_anything_from_elsewhere_and_every_link_leads_to_a_file(site: Path) -> None:
+    pages = sorted(site.rglob("*.html"))
+    assert len(pages) > 40
+    for page in pages:
+        loads = Loads()
+        loads.feed(page.read_text())
+        assert len(loads.found) > 5
+        for target in loads.found:
+            assert not re.match(r"(\w+:)?//", target), f"{page} loads {target}"
+        base = site if page.name == "404.html" else page.parent
+        for target in (*loads.found, *loads.links):
+            path = target.split("?")[0].split("#")[0].removeprefix("/")
+            assert "://" in target or target.startswith("data:") or (base / path).exists(), f"{page} names {target}"
+    for style in site.rglob("*.css"):
+        assert not re.search(r"url\(['\"]?(https?:)?//", style.read_text()), style
+
+
+def test_llms_txt_leads_to_every_page_and_the_whole_has_the_python_reference(site: Path) -> None:
+    listed = re.findall(r"^- \[.+\]\((.+\.md)\): \S", (site / "llms.txt").read_text(), re.M)
+    assert {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")} <= set(listed)
+    assert all((site / name).exists() for name in listed)
+    whole = (site / "llms-full.txt").read_text()
+    assert all((site / name).read_text().rstrip() in whole for name in listed)
+    assert "class XSampleLoss(tau: float" in whole
+    assert "--caption-member <str>" in whole

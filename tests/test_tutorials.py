@@ -1,0 +1,109 @@
+"""Every tutorial, done as its page says: its blocks are run in their order, and print what the page says.
+
+Of a page's blocks those in bash are typed into one shell, in a folder where `docs`, `training` and `pipelines` are the
+project's. Those in Python with a title are files of that name; those without are given to `python`. A block of text is
+what the block before it prints, among other lines: the same lines in the same order, `...` standing for anything.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TUTORIALS = sorted(path for path in (ROOT / "docs" / "tutorials").glob("*.md") if path.name != "index.md")
+NEEDS = {"open-clip": "open_clip_train"}
+SECONDS = 300  # of a core that a tutorial may take: less than five minutes on two cores, also where others use them too
+MARK = "==== block {} ===="
+
+
+@dataclass
+class Block:
+    """A block to run, and what it prints."""
+
+    language: str
+    title: str | None
+    code: str
+    prints: list[str] = field(default_factory=list)
+
+
+def blocks(page: Path) -> list[Block]:
+    found: list[Block] = []
+    for language, title, code in re.findall(r'^```(\w*)(?: title="(.+)")?\n(.*?)^```$', page.read_text(), re.M | re.S):
+        if language == "text":
+            found[-1].prints += code.splitlines()
+        else:
+            assert language in ("bash", "python"), f"{page.name} has a block in {language or 'no language'}"
+            found.append(Block(language, title or None, code))
+    return found
+
+
+def script(page: Path) -> str:
+    lines = ["set -e", "trap 'kill $(jobs -p) 2> /dev/null || true' EXIT"]
+    for number, block in enumerate(blocks(page)):
+        lines.append(f"echo '{MARK.format(number)}'")
+        if block.language == "bash":
+            lines.append(block.code)
+        else:
+            lines += [f"cat > {block.title} <<'END'" if block.title else "python - <<'END'", block.code + "END"]
+    return "\n".join(lines)
+
+
+def matches(said: str, line: str) -> bool:
+    return re.fullmatch(".*?".join(map(re.escape, said.split("..."))), line) is not None
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_a_tutorial_begins_with_what_it_gives_and_says_what_it_prints(page: Path) -> None:
+    title, first = page.read_text().split("\n\n")[:2]
+    assert re.fullmatch(r"# .+", title)
+    assert first.startswith("You get ")
+    assert sum(bool(block.prints) for block in blocks(page)) >= 2
+
+
+def test_there_are_eight() -> None:
+    assert len(TUTORIALS) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_a_tutorial_does_what_it_says_in_less_than_five_minutes(page: Path, tmp_path: Path) -> None:
+    if page.stem in NEEDS and find_spec(NEEDS[page.stem]) is None:
+        pytest.skip(f"{NEEDS[page.stem]} is not installed: make test-open-clip")
+    for name in ("docs", "training", "pipelines"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, call in {"python": "", "graphbuild": " -c 'from graphbuild.cli import main; main()'"}.items():
+        (tools / name).write_text(f'#!/bin/sh\nexec {sys.executable}{call} "$@"\n')
+        (tools / name).chmod(0o755)
+    path = f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token"}
+    before = os.times()
+    done = subprocess.run(
+        ["bash", "-c", script(page)],
+        cwd=tmp_path,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    after = os.times()
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    assert used < SECONDS, f"it took {used:.0f} seconds of a core"
+    printed = re.split("^" + re.escape(MARK).replace(r"\{\}", r"\d+") + "$\n", done.stdout, flags=re.M)[1:]
+    for block, output in zip(blocks(page), printed, strict=True):
+        lines = iter(output.splitlines())
+        for said in block.prints:
+            assert any(matches(said, line) for line in lines), (
+                f"{block.code}\ndoes not print, at its place:\n{said}\n\n{output}"
+            )
