@@ -46,6 +46,7 @@ class Runner:
         self.address = address or os.environ.get("RAY_ADDRESS")
         self.progress = progress or Progress()
         self.seconds: dict[str, float] = {}  # by stage, wall time of the last run
+        self.ran: set[str] = set()  # stages that had something to do
         self._started_ray = self._in_ray = self._said_small = False
         self._metrics: Metrics | None = None
         self._pools: dict[float, Pool] = {}  # by a worker's share of a GPU
@@ -90,6 +91,7 @@ class Runner:
             logger.info("%-9s %s", "plan", stage.note(recipe, store))
         self.progress.begin(stage.title, total=len(tasks), done=len(tasks) - len(todo))
         if todo:
+            self.ran.add(stage.name)
             invalidate(store, (stage.name, *stale))
             failures: dict[str, Failure] = {}
             accepted = False
