@@ -21,8 +21,8 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.simulation.files import tars
 from benchmarks.simulation.measure import ray_calls, requests
-from benchmarks.simulation.work import tars
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "simulation.md"

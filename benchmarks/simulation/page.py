@@ -32,10 +32,12 @@ SUMS += ("tasks", "driver_get", "driver_put", "get", "put", "refused", "read", "
 
 def page(results: Sequence[Json]) -> str:
     """results: of each process, in their order; those of one cluster are parts of one job."""
-    jobs: dict[int, list[Json]] = defaultdict(list)
+    every: dict[tuple[int, int], list[Json]] = defaultdict(list)
     for result in results:
-        jobs[result["options"]["nodes"]].append(result)
+        every[result["options"]["shards"], result["options"]["nodes"]].append(result)
     rows, shards = results[0]["options"].get("rows", 1_000_000_000), results[0]["options"]["shards"]
+    whole = {key: runs for key, runs in every.items() if key[0] == shards}  # others were only begun
+    jobs = {nodes: runs for (_, nodes), runs in whole.items()}
     parts = [
         f"# {rows:,} samples on clusters: a simulation",
         TEXT.format(shards=shards, inputs=_inputs()),
@@ -51,7 +53,7 @@ def page(results: Sequence[Json]) -> str:
     parts += [
         "## The driver",
         DRIVER_TEXT,
-        _table(DRIVER_HEAD, [_driver(run) for runs in jobs.values() for run in runs]),
+        _table(DRIVER_HEAD, [_driver(run) for runs in every.values() for run in runs]),
     ]
     parts += ["## Published figures of such jobs", PUBLISHED_TEXT, _table(*_published(jobs))]
     return "\n\n".join(parts) + "\n"
@@ -152,7 +154,7 @@ def _driver(run: Json) -> tuple[str, ...]:
         f"{run['cpu']:.0f}",
         f"{first[1] if first else run['cpu']:.0f}",
         size(run["peak_bytes"]),
-        f"{run['driver']['get']:,}",
+        f"{run['driver']['get']:,}" if "get" in run["driver"] else "-",
     )
 
 
@@ -221,8 +223,8 @@ What it leaves out: a node that copies files of all shards does so anew for each
 captions that repeat, with which export reads other shards' files."""
 DRIVER_TEXT = """\
 CPU seconds of this machine, which others use too. The same command again reads all records, plans all stages, and
-lists all files. Memory holds that of the model too. The last column is what it would ask an object store for, beside
-which the model lets it wait."""
+lists all files. Memory holds that of the model too, and so do the CPU seconds of processes that did tasks. The last
+column is what it would ask an object store for, for which it waits in the model."""
 PUBLISHED_TEXT = """\
 They differ in what they do (images embedded or not, clusters or lists of neighbours, with a certificate or without) and
 in their hardware, so only the order of magnitude compares."""
