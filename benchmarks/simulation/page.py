@@ -224,7 +224,8 @@ captions that repeat, with which export reads other shards' files."""
 DRIVER_TEXT = """\
 CPU seconds of this machine, which others use too. The same command again reads all records, plans all stages, and
 lists all files. Memory holds that of the model too, and so do the CPU seconds of processes that did tasks. The last
-column is what it would ask an object store for, for which it waits in the model."""
+column is what it would ask an object store for, for which it waits in the model. What a process took that was killed
+outright, /proc told."""
 PUBLISHED_TEXT = """\
 They differ in what they do (images embedded or not, clusters or lists of neighbours, with a certificate or without) and
 in their hardware, so only the order of magnitude compares."""
