@@ -206,12 +206,13 @@ def run_verb(verb: str, recipe: Recipe, store: Store, runner: Runner, *, force: 
     store.check_writable()
     if store.is_local:
         remove_leftovers(store.root)
+    known: dict[str, bool] = {}
     for step in steps:
         if step.reads_outside and step is not first:
             replaced = replaced_by(step, step.stage.plan(recipe, store), store, force=force)
         while replaced:  # the source's own records last: they tell a removal that was cut short
             remove_step(replaced.pop(), store)
-        run_step(step, recipe, store, runner, force=force)
+        run_step(step, recipe, store, runner, force=force, known=known)
     write_recipe(recipe, store)
     manifest = store.manifest()
     versions = {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}}
@@ -238,12 +239,21 @@ def refuse_mixed(step: Step, store: Store) -> None:
 
 
 def run_step(
-    step: Step, recipe: Recipe, store: Store, runner: Runner, *, force: bool = False, stage: Stage | None = None
+    step: Step,
+    recipe: Recipe,
+    store: Store,
+    runner: Runner,
+    *,
+    force: bool = False,
+    stage: Stage | None = None,
+    known: dict[str, bool] | None = None,
 ) -> None:
-    """Bring one step up to date. stage: in place of the step's own, with more tasks."""
-    if is_spared(step, recipe, store, force=force):
+    """Bring one step up to date. stage: in place of the step's own, with more tasks. known: as for `is_spared`."""
+    if is_spared(step, recipe, store, force=force, known=known):
         return
     runner.run(stage or step.stage, recipe, store, force=force, stale=[other.name for other in readers(step)])
+    if known is not None and step.name in runner.ran:
+        known.clear()
     scratch = [other for other in STEPS if other.stage.scratch and served(other)[-1] is step]
     for other in scratch:
         remove_step(other, store)
@@ -251,9 +261,16 @@ def run_step(
         store.remove_folder(folder)
 
 
-def is_spared(step: Step, recipe: Recipe, store: Store, *, force: bool) -> bool:
-    """Whether a step makes scratch, and all that it is for is there."""
-    return step.stage.scratch and all(is_done(other.stage, recipe, store, force=force) for other in served(step))
+def is_spared(step: Step, recipe: Recipe, store: Store, *, force: bool, known: dict[str, bool] | None = None) -> bool:
+    """Whether a step makes scratch, and all that it is for is there. known: whether that is, by step, of those that
+    were looked at since one has run; with many shards a look takes a while."""
+    known = {} if known is None else known
+    for other in served(step) if step.stage.scratch else ():
+        if other.name not in known:
+            known[other.name] = is_done(other.stage, recipe, store, force=force)
+        if not known[other.name]:
+            return False
+    return step.stage.scratch
 
 
 def replaced_by(step: Step, tasks: Sequence[Task], store: Store, *, force: bool) -> list[Step]:

@@ -29,6 +29,7 @@ from graphbuild.store.store import Json, Store
 
 logger = logging.getLogger(__name__)
 LOOK_SECONDS = 5.0  # between looks at which nodes the cluster has
+AT_ONCE = 64  # answers taken
 
 
 class Runner:
@@ -46,6 +47,7 @@ class Runner:
         self.address = address or os.environ.get("RAY_ADDRESS")
         self.progress = progress or Progress()
         self.seconds: dict[str, float] = {}  # by stage, wall time of the last run
+        self.ran: set[str] = set()  # stages that had something to do
         self._started_ray = self._in_ray = self._said_small = False
         self._metrics: Metrics | None = None
         self._pools: dict[float, Pool] = {}  # by a worker's share of a GPU
@@ -90,6 +92,7 @@ class Runner:
             logger.info("%-9s %s", "plan", stage.note(recipe, store))
         self.progress.begin(stage.title, total=len(tasks), done=len(tasks) - len(todo))
         if todo:
+            self.ran.add(stage.name)
             invalidate(store, (stage.name, *stale))
             failures: dict[str, Failure] = {}
             accepted = False
@@ -181,39 +184,42 @@ class Runner:
             self._show(store)
             waiting = [*running, *(pool.starting if queue else ())]
             ready, _ = ray.wait(waiting, num_returns=1, timeout=LOOK_SECONDS if queue else None)
-            if not ready:
-                continue
-            if ready[0] not in running:
-                pool.arrived(ready[0])
-                continue
-            task, deaths, worker, node = running.pop(ready[0])
-            try:
-                result = ray.get(ready[0])
-            except ray.exceptions.RayTaskError as error:  # `attempt` raises nothing: the worker cannot load the task
-                last = str(error).strip().splitlines()[-1]
-                result = Failure(last, "install the same graphbuild on every node of the cluster", str(error), 1)
-                record_failure(store, task, result)
-            except ray.exceptions.RayError as error:
-                pool.dismiss()  # with a node, more than one is gone
-                deaths, name = (*deaths, node), type(error).__name__
-                alone = self._started_ray and not self.address  # on a Ray of one node
-                if len(deaths) < ATTEMPTS or not (alone or is_to_blame(deaths)):
-                    logger.warning("%s %s: its worker died (%s); trying again", stage.name, task.title, name)
-                    queue.append((task, deaths))
-                    self.progress.again()
+            if ready:  # of thousands of workers others are ready too, and a wait takes longer than what follows
+                ready, _ = ray.wait(waiting, num_returns=min(len(waiting), AT_ONCE), timeout=0)
+            for answer in ready:
+                if answer not in running:
+                    pool.arrived(answer)
                     continue
-                result = Failure(
-                    f"its worker died {len(deaths)} times ({name}: {str(error).splitlines()[0]})",
-                    "most often memory ran out: use fewer --workers or a smaller shard_size, then rerun",
-                    str(error),
-                    1,
-                )
-                record_failure(store, task, result)
-            else:
-                pool.idle.append((worker, node))
-                if isinstance(result, Failure) and result.storage:
-                    queue.clear()
-            yield task, result
+                task, deaths, worker, node = running.pop(answer)
+                try:
+                    result = ray.get(answer)
+                except (
+                    ray.exceptions.RayTaskError
+                ) as error:  # `attempt` raises nothing: the worker cannot load the task
+                    last = str(error).strip().splitlines()[-1]
+                    result = Failure(last, "install the same graphbuild on every node of the cluster", str(error), 1)
+                    record_failure(store, task, result)
+                except ray.exceptions.RayError as error:
+                    pool.dismiss()  # with a node, more than one is gone
+                    deaths, name = (*deaths, node), type(error).__name__
+                    alone = self._started_ray and not self.address  # on a Ray of one node
+                    if len(deaths) < ATTEMPTS or not (alone or is_to_blame(deaths)):
+                        logger.warning("%s %s: its worker died (%s); trying again", stage.name, task.title, name)
+                        queue.append((task, deaths))
+                        self.progress.again()
+                        continue
+                    result = Failure(
+                        f"its worker died {len(deaths)} times ({name}: {str(error).splitlines()[0]})",
+                        "most often memory ran out: use fewer --workers or a smaller shard_size, then rerun",
+                        str(error),
+                        1,
+                    )
+                    record_failure(store, task, result)
+                else:
+                    pool.idle.append((worker, node))
+                    if isinstance(result, Failure) and result.storage:
+                        queue.clear()
+                yield task, result
 
     def _slots(self, resources: Mapping[str, float], to_gpu: int) -> int:
         """Tasks at a time, where the cluster has these resources now; one even where it has none yet, as none asks for

@@ -64,6 +64,8 @@ class Task:
 
 
 logger = logging.getLogger(__name__)
+KEPT = 250_000  # records in memory, beside those that are in use: about a gigabyte
+_kept: dict[tuple[str, str, str], dict[str, tuple[tuple[int, object], Json]]] = {}  # by store, stage and state
 Run = Callable[[Task, Store, Writer], Json]
 
 
@@ -132,17 +134,28 @@ def state_path(stage: str, task: str, state: str = "done") -> str:
 
 
 def records(store: Store, stage: str, state: str = "done") -> dict[str, Json]:
-    """Task name -> record, of all tasks of a stage in that state, in order of number (`by_number`)."""
+    """Task name -> record, of all tasks of a stage in that state, in order of number (`by_number`).
+
+    A file is read again when its listing tells another size or `version`: plans ask for the same ones many times. At
+    most KEPT records are kept, of the stages that were asked for last; nobody changes one.
+    """
     suffix = f".{state}.json"
-    listed = store.sizes(STATE.format(stage))
-    sizes = {name: listed[name] for name in sorted(listed, key=by_number) if name.endswith(suffix)}
-    found = {}
-    for name, record in zip(sizes, store.read_jsons(sizes), strict=True):
+    listed = {name: told for name, told in store.listed(STATE.format(stage)).items() if name.endswith(suffix)}
+    before = _kept.pop((store.url, stage, state), {})
+    kept = {name: before[name] for name, told in listed.items() if name in before and before[name][0] == told}
+    new = {name: told[0] for name, told in listed.items() if name not in kept}
+    shared: dict[str, Json] = {}  # settings are most often those of all tasks: each once in memory
+    for name, record in zip(new, store.read_jsons(new), strict=True):
         if record is None:
             logger.warning("%s is damaged; its task counts as not done", store.display(name))
         else:
-            found[name.rsplit("/", 1)[-1].removesuffix(suffix)] = record
-    return found
+            if "settings" in record:
+                record["settings"] = shared.setdefault(json.dumps(record["settings"]), record["settings"])
+            kept[name] = listed[name], record
+    _kept[store.url, stage, state] = {name: one for name, one in kept.items() if one[0][1] is not None}
+    while sum(map(len, _kept.values())) > KEPT:
+        _kept.pop(next(iter(_kept)))
+    return {name.rsplit("/", 1)[-1].removesuffix(suffix): kept[name][1] for name in sorted(kept, key=by_number)}
 
 
 def finished_tasks(store: Store, stage: str) -> Callable[[Task], bool]:

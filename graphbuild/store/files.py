@@ -84,6 +84,8 @@ def file_identity(url: str) -> str:
 
 def file_identities(urls: Sequence[str]) -> dict[str, str]:
     """`file_identity` of each; of many remote files at once."""
+    if all("://" not in url for url in urls):  # threads would take turns
+        return {url: file_identity(url) for url in urls}
     with ThreadPoolExecutor(READERS) as pool:
         return dict(zip(urls, pool.map(file_identity, urls), strict=True))
 

@@ -133,13 +133,15 @@ def version(info: Mapping[str, Any]) -> str | None:
     return None if found is None else str(found)
 
 
-def cached_copy(fs: fsspec.AbstractFileSystem, path: str, url: str) -> Path:
+def cached_copy(fs: fsspec.AbstractFileSystem, path: str, url: str, told: tuple[int, object] | None = None) -> Path:
     """A copy of a remote file in this user's cache folder, for as long as its size and `version` there are the same.
 
-    Of a machine's workers that want it, one fetches it and the others wait. url: tells it from all other files.
+    Of a machine's workers that want it, one fetches it and the others wait. url: tells it from all other files. told:
+    size and version, where a listing has just told them.
     """
-    info = fs.info(path)
-    identity = f"{url}|{info['size']}|{version(info) or _PROCESS}"
+    info = fs.info(path) if told is None else {}
+    size, changed = told or (info["size"], version(info))
+    identity = f"{url}|{size}|{changed or _PROCESS}"
     folder = cache_folder()
     copy = folder / hashlib.sha256(identity.encode()).hexdigest()
     if _is_whole(copy):

@@ -19,6 +19,7 @@ from graphbuild.store.shards import Shards
 from graphbuild.store.store import Store
 
 Array = np.ndarray[Any, np.dtype[Any]]
+LISTED_FROM = 100  # shards
 
 REQUEST_BYTES = 1 << 18  # what an object store sends while one more small request is served, of READERS at a time
 
@@ -40,6 +41,7 @@ class ShardedArray:
     ) -> None:
         self._store, self._names, self._pattern, self._few = store, names, pattern, few
         self._opened: dict[int, Array] = {}
+        self._told: dict[str, tuple[int, object]] = {}  # of an object store's files, once many are wanted
         self.starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         self.width = self._part(0).shape[1]
         self.dtype = self._part(0).dtype
@@ -47,7 +49,7 @@ class ShardedArray:
     def _part(self, number: int) -> Array:
         if number not in self._opened:
             name, length = self._pattern.format(self._names[number]), int(self.starts[number + 1] - self.starts[number])
-            part = self._store.array(name)
+            part = self._store.array(name, self._told.get(name))
             if len(part) != length:
                 raise StageError(
                     f"{self._store.display(name)} has {len(part):,} rows; the manifest says {length:,}",
@@ -61,6 +63,8 @@ class ShardedArray:
         wanted = list(numbers)
         if self._store.is_local or len(wanted) < 2:
             return [self._part(number) for number in wanted]
+        if len(wanted) > LISTED_FROM and not self._told:  # a listing tells as much as a thousand requests
+            self._told = self._store.listed(self._pattern.rpartition("/")[0])
         with ThreadPoolExecutor(READERS) as pool:
             return list(pool.map(self._part, wanted))
 

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +27,7 @@ from graphbuild.errors import ConfigError, StageError, StorageError
 from graphbuild.store.checksum import file_sha256
 from graphbuild.store.layout import MANIFEST
 from graphbuild.store.leftovers import hold
-from graphbuild.store.remote import cache_folder, cached_copy, file_system, reaching
+from graphbuild.store.remote import cache_folder, cached_copy, file_system, reaching, version
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 TABLE_VERSION = 2  # of a manifest whose shards lie in a table (graphbuild.store.shards); older graphbuilds refuse it
 HEADER_BYTES = 128  # of a .npy file that `Writer.array` wrote
+TOGETHER = 1_000  # JSON objects that are read as one
+SETTLED_NS = 2 * 10**9  # after which the next change of a file shows in its date
 Json = dict[str, Any]
 
 
@@ -90,13 +93,16 @@ class Store:
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Name in the store -> bytes, for each file of one folder; one listing, empty when there is no folder."""
-        try:
-            with reaching(self.display(folder)):
-                entries = self.fs.ls(self.path(folder), detail=True)
-        except FileNotFoundError:
-            return {}
-        files = [entry for entry in entries if entry["type"] == "file"]
-        return {f"{folder}/{entry['name'].rsplit('/', 1)[-1]}": int(entry["size"]) for entry in files}
+        return {name: size for name, (size, _) in self.listed(folder).items()}
+
+    def listed(self, folder: str) -> dict[str, tuple[int, object]]:
+        """As `sizes`, with what else tells that a file has changed; None where it may have, unseen."""
+        with contextlib.suppress(FileNotFoundError), reaching(self.display(folder)):
+            if self.is_local:
+                return {f"{folder}/{name}": told for name, told in listed_here(self.path(folder))}
+            files = [entry for entry in self.fs.ls(self.path(folder), detail=True) if entry["type"] == "file"]
+            return {f"{folder}/{e['name'].rsplit('/', 1)[-1]}": (int(e["size"]), version(e)) for e in files}
+        return {}
 
     def read_bytes(self, name: str) -> bytes:
         with reaching(self.display(name)):
@@ -123,36 +129,31 @@ class Store:
         """
         names = list(sizes)
         if self.is_local or not names:
-            contents = [Path(self.path(name)).read_bytes() for name in names]
+            contents = [_content(self.path(name)) for name in names]
         else:
             contents = self.ranges(names, [0] * len(names), list(sizes.values()))
-        values: list[Json | None] = []
-        for content in contents:
-            try:
-                value = json.loads(content)
-            except ValueError:
-                value = None
-            values.append(value if isinstance(value, dict) else None)
-        return values
+        parts = (contents[begin : begin + TOGETHER] for begin in range(0, len(contents), TOGETHER))
+        return [value for part in parts for value in _parsed(part)]
 
     def ranges(self, names: Sequence[str], begins: Sequence[int], ends: Sequence[int]) -> list[bytes]:
         """Bytes begin..end-1 of each file, fewer at its end; of an object store side by side."""
         with reaching(self.display(names[0])):
             return list(self.fs.cat_ranges([self.path(name) for name in names], begins, ends, on_error="raise"))
 
-    def local_copy(self, name: str) -> Path:
-        """A local path with the file's content: the file itself, or a copy in this user's cache folder."""
+    def local_copy(self, name: str, told: tuple[int, object] | None = None) -> Path:
+        """A local path with the file's content: the file itself, or a copy in this user's cache folder. told: what
+        `listed` told of it, in place of a request."""
         if self.is_local:
             return Path(self.path(name))
         with reaching(self.display(name)):
-            return cached_copy(self.fs, self.path(name), self.display(name))
+            return cached_copy(self.fs, self.path(name), self.display(name), told)
 
-    def array(self, name: str) -> np.ndarray[Any, Any]:
-        """A .npy file, memory-mapped read-only; never unpickles."""
+    def array(self, name: str, told: tuple[int, object] | None = None) -> np.ndarray[Any, Any]:
+        """A .npy file, memory-mapped read-only; never unpickles. told: as for `local_copy`."""
         from graphbuild.store.mapped import map_array
 
         try:
-            return map_array(self.local_copy(name))
+            return map_array(self.local_copy(name, told))
         except (ValueError, OSError) as error:
             raise self._damaged(name, f"cannot be read as a .npy array ({error})") from error
 
@@ -314,6 +315,39 @@ class Writer:
 
     def records(self) -> list[Json]:
         return [asdict(output) for output in self.outputs]
+
+
+def listed_here(folder: str) -> Iterator[tuple[str, tuple[int, object]]]:
+    """`Store.listed` of a folder on this machine, in a third of fsspec's time: a driver lists millions of files. Two
+    states of a file have different dates once a tick of the clock is over."""
+    settled = time.time_ns() - SETTLED_NS
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                found = entry.stat(follow_symlinks=False) if entry.is_file(follow_symlinks=False) else None
+            except FileNotFoundError:  # it has gone since
+                continue
+            if found is not None:
+                when = found.st_mtime_ns
+                yield entry.name, (found.st_size, (when, found.st_ino) if when < settled else None)
+
+
+def _parsed(contents: Sequence[bytes]) -> list[Json | None]:
+    """JSON objects, None for what is none. Read together they share the strings that are their keys, which would
+    take more memory than all else, in half the time; where one is damaged, one by one."""
+    mark = uuid.uuid4().hex
+    try:
+        values = json.loads(b"[" + f',"{mark}",'.encode().join(contents) + b"]")
+    except ValueError:
+        values = []
+    if len(values) == 2 * len(contents) - 1 and all(value == mark for value in values[1::2]):
+        return [value if isinstance(value, dict) else None for value in values[::2]]
+    return [None] if len(contents) == 1 else [value for one in contents for value in _parsed([one])]
+
+
+def _content(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:  # noqa: PTH123 a Path takes as long as the rest, and there are millions
+        return file.read()
 
 
 def _flush(path: Path) -> None:

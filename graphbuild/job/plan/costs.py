@@ -12,7 +12,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from graphbuild.job.plan.formulas import FORMULAS, Case, Cost
+from graphbuild.job.plan.case import Case, Cost
+from graphbuild.job.plan.formulas import FORMULAS
 from graphbuild.job.plan.rates import WORKER_BYTES
 from graphbuild.job.steps import Step
 from graphbuild.runner.small import BYTES, SAMPLES

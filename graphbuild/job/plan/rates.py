@@ -55,7 +55,7 @@ def _by(probed: str, seconds: float) -> float:
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds of one core, with all cores busy, unless said otherwise; of vectors of 384 numbers (`formulas.WIDTH`).
+    """Seconds of one core, with all cores busy, unless said otherwise; of vectors of 384 numbers (`case.WIDTH`).
 
     As measured: CPU seconds of the tasks of real jobs in one process, from 1,600 captions of tars and from 10,000 and
     60,000 vectors with k = 64 and 32; the runner's own and what workers load, of a job on Ray.

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from graphbuild.errors import ConfigError
 from graphbuild.job.plan import machine
+from graphbuild.job.plan.case import Case, Cost
 from graphbuild.job.plan.costs import costs
-from graphbuild.job.plan.formulas import Case, Cost
 from graphbuild.job.plan.job import Job, finished, job_of, shares_done
 from graphbuild.job.plan.rates import Rates, rates_here
 from graphbuild.job.steps import steps_of

@@ -27,7 +27,7 @@ from aiohttp import web
 
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.job.plan import lists, machine
-from graphbuild.job.plan.formulas import Case, Cost
+from graphbuild.job.plan.case import Case, Cost
 from graphbuild.job.plan.job import Job, job_of
 from graphbuild.job.plan.rates import Rates
 from graphbuild.job.plan.show import cases, tell

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from graphbuild.job.plan import machine
+from graphbuild.job.plan.case import Cost
 from graphbuild.job.plan.encoder_facts import MINILM, NO_ENCODER
-from graphbuild.job.plan.formulas import Cost
 from graphbuild.job.plan.job import Job, finished, job_of
 from graphbuild.job.plan.rates import KINDS, PROBED, Rates, kind_here, probe_here, scaled
 from graphbuild.job.plan.show import cases, plan_verb
