@@ -1,22 +1,38 @@
 # `make demo` and `make test` do all the set-up themselves, into .venv, from pinned versions (constraints.txt).
-PYTHON ?= python3.11
+# A name that only a version manager's shim has does not run: so each is tried.
+ifndef PYTHON
+PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c "" 2> /dev/null && echo $$p && break; done)
+endif
 VENV := .venv
 BIN := $(VENV)/bin
 # Tests side by side: more processes than cores, because many wait.
 JOBS := -n 4 --dist loadfile --no-loadscope-reorder
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: demo test test-all test-oldest test-open-clip pytest lint docs wheel resolve clean
+.PHONY: demo notebooks test test-all test-oldest test-open-clip pytest lint docs wheel resolve clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,download,int8,offline,s3,dev]'
+	$(call environment,$(VENV))
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch || $(PYTHON) preflight.py failed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,download,int8,offline,s3,dev]' \
+		|| $(PYTHON) preflight.py failed
 	touch $@
+
+# A virtual environment with pip, unless it is there; one without pip is what a failed attempt leaves.
+define environment
+$(if $(PYTHON),,$(error there is no Python 3 here: install one, for instance apt install python3.11 python3.11-venv))
+@$(1)/bin/python -m pip --version > /dev/null 2>&1 || { $(PYTHON) preflight.py && $(PYTHON) -m venv --clear $(1); }
+endef
 
 demo: $(VENV)/.installed
 	$(BIN)/graphbuild demo demo
 	$(BIN)/python training/train.py demo --labels kind,colour,count,background --run-dir runs/demo
+	@echo; echo "Now open demo/report/index.html, or search and walk the graph:"
+	@echo "    source $(BIN)/activate && graphbuild explore demo"
+
+# The notebooks of docs/, run from the top, with what they show kept in them.
+notebooks: $(VENV)/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/jupyter execute --inplace docs/notebooks/*.ipynb
 
 test: $(VENV)/.installed
 	$(MAKE) -j2 lint pytest
@@ -33,7 +49,7 @@ test-oldest: $(OLDEST)/.installed
 		--ignore tests/sources/test_fuzz.py --ignore tests/torch/test_costs.py
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
-	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST) || python3 -m venv $(OLDEST)
+	$(call environment,$(OLDEST))
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST) -r constraints-oldest.txt \
 		pytest pytest-timeout pytest-xdist hypothesis
@@ -47,7 +63,7 @@ test-open-clip: $(OPEN_CLIP)/.installed
 	$(OPEN_CLIP)/bin/python -m pytest tests/open_clip
 
 $(OPEN_CLIP)/.installed: pyproject.toml constraints.txt
-	test -x $(OPEN_CLIP)/bin/python || $(PYTHON) -m venv $(OPEN_CLIP) || python3 -m venv $(OPEN_CLIP)
+	$(call environment,$(OPEN_CLIP))
 	$(OPEN_CLIP)/bin/python -m pip install --quiet --disable-pip-version-check \
 		torch==2.14.1 torchvision==0.29.1 'open_clip_torch[training]==3.3.0' 'numpy<2.4' pytest pytest-timeout -e '.[offline]'
 	touch $@
@@ -94,7 +110,7 @@ resolve: $(RELEASE)/.installed
 	done; done
 
 $(RELEASE)/.installed:
-	test -x $(RELEASE)/bin/python || $(PYTHON) -m venv $(RELEASE) || python3 -m venv $(RELEASE)
+	$(call environment,$(RELEASE))
 	$(RELEASE)/bin/python -m pip install --quiet --disable-pip-version-check build twine uv
 	touch $@
 

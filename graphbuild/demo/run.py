@@ -1,7 +1,7 @@
 """`graphbuild demo`: generated scenes, a faulty web server of its own, and the whole data job on them.
 
 Everything is the real thing (HTTP, img2dataset, sentence encoder, Ray, exact search); only the pictures are made up.
-About a minute on two cores for 3,000 scenes.
+About a minute on two cores for 3,000 scenes, most of it Ray's start and the imports of its workers.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from graphbuild.demo.server import SceneServer, assign_faults, expected_images, 
 from graphbuild.errors import ConfigError
 from graphbuild.job.steps import run_verb
 from graphbuild.job.summary import summary
-from graphbuild.look.catalog import Catalog, printable
+from graphbuild.look.catalog import Catalog, Sample
+from graphbuild.look.report import write_report
+from graphbuild.look.thumbnails import show_neighbors
 from graphbuild.machine.terminal import echo
 from graphbuild.recipe import Download, Index, Recipe
 from graphbuild.runner.runner import Runner
-from graphbuild.store.layout import SAMPLES
+from graphbuild.store.layout import MANIFEST, SAMPLES
 from graphbuild.store.lock import writing
 from graphbuild.store.shards import shards_of
 from graphbuild.store.store import Json, Store
@@ -55,18 +57,22 @@ def run_demo(url: str, *, scenes: int, workers: int | None, address: str | None)
     echo(summary("demo", manifest, store))
     echo(f"          ({expected_images(assign_faults(scenes)):,} images expected: the server's faults are known)")
     echo("seconds   " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in runner.seconds.items()))
+    page = folder / "report/index.html"
+    if not page.exists() or page.stat().st_mtime < (folder / MANIFEST).stat().st_mtime:
+        write_report(store)
     echo("\nthree samples and their nearest neighbours")
     catalog = Catalog(store)
-    for sample in _some_samples(store, manifest):
-        echo(f"  {sample['key']}  {printable(sample['caption'])}")
-        for neighbor in catalog.neighbors(sample["node"], 3):
-            echo(f"      {neighbor.similarity:.3f}  {printable(neighbor.text)}")
+    samples = _some_samples(store, manifest, catalog)
+    for sample in samples:
+        show_neighbors(catalog, sample, catalog.neighbors(sample.node or 0, 2), images=sample is samples[-1])
     shards = len(shards_of(store, manifest))
     echo(
         f"""
 outputs   {folder}/shards/{{00000..{shards - 1:05d}}}.tar with .graph.parquet beside each
           samples/, nodes/, graph/, manifest.json, recipe.yaml: docs/reference/format.md says what is what
-{_activate()}try       graphbuild neighbors {url} --text "two red stars on grass"
+look      {page}
+{_activate()}try       graphbuild explore {url}
+          graphbuild neighbors {url} --text "two red stars on grass"
           graphbuild verify {url}
           python training/train.py {url} --labels kind,colour,count,background"""
     )
@@ -119,11 +125,11 @@ def _known_port(urls: Path, scenes: int) -> int:
     return urlsplit(listed[0].as_py()).port or 0 if len(listed) == scenes else 0
 
 
-def _some_samples(store: Store, manifest: Json) -> list[Json]:
+def _some_samples(store: Store, manifest: Json, catalog: Catalog) -> list[Sample]:
     """One sample with a node from the first, a middle and the last shard."""
     names = shards_of(store, manifest).names
     samples = []
     for name in (names[0], names[len(names) // 2], names[-1]):
-        rows = store.table(SAMPLES.format(name), ["key", "node", "caption"]).to_pylist()
-        samples += [row for row in rows if row["node"] is not None][:1]
+        table = store.table(SAMPLES.format(name), ["key", "node"]).drop_null()
+        samples += [catalog.sample(key) for key in table["key"][:1].to_pylist()]
     return samples

@@ -28,12 +28,20 @@ def show_neighbors(catalog: Catalog, asked: Sample | None, found: Sequence[Neigh
         "  ".join(part for part in (f"{neighbor.similarity:.3f}", node, keys, printable(neighbor.text)) if part)
         for neighbor, node, keys in zip(found, nodes, samples, strict=True)
     ]
-    if not (images and sys.stdout.isatty()):
+    if not (images and _shows_colours()):
         for line in heads + [f"  {line}" for line in lines]:
             echo(line)
         return
     shown = ([asked] if asked else []) + firsts
     _show([(_image(catalog, sample), line) for sample, line in zip(shown, heads + lines, strict=True)])
+
+
+def _shows_colours() -> bool:
+    """Whether stdout is a terminal that pictures can be drawn on: neither dumb, nor without colours or Unicode."""
+    from rich.console import Console
+
+    console = Console()
+    return bool(sys.stdout.isatty() and console.color_system and not console.no_color and console.encoding == "utf-8")
 
 
 def _samples(neighbor: Neighbor, first: Sample | None) -> str:

@@ -41,13 +41,14 @@ def _init(ray: Any, address: str | None, workers: int | None) -> None:
         )
     try:
         ray.init(**options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises the bare class where a busy machine takes over half a minute to start it
         if address:
             cause = f"cannot reach Ray at {address} ({error})"
             fix = "check --address and the cluster's token (`ray status`)"
         else:
             cause = f"cannot start Ray on this machine ({error})"
-            fix = f"see that {tempfile.gettempdir()} has room and can be written to, or set TMPDIR to a short path"
+            fix = f"see that {tempfile.gettempdir()} has room and can be written to, or set TMPDIR to a short path;"
+            fix += " on a busy machine run the command again"
         raise ConfigError(cause, f"{fix}, or use --workers 0 to run in this process") from error
 
 

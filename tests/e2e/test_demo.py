@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
+import resource
 import socket
+import struct
 import subprocess
 import sys
-import time
+import termios
 from pathlib import Path
 
 import forked
@@ -30,6 +34,27 @@ def demo(folder: Path, *, is_forked: bool = True) -> subprocess.CompletedProcess
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
+def on_a_terminal(folder: Path) -> tuple[str, str]:
+    """What the demo shows on a terminal, and what it says on stderr."""
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 120, 1200, 1000))
+    environment = {**os.environ, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
+    command = [str(GRAPHBUILD), "demo", "demo", "--scenes", str(SCENES)]
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdin=slave, stdout=slave, stderr=subprocess.PIPE, start_new_session=True
+    )
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux says EIO when the other side has gone
+        while block := os.read(master, 65_536):
+            shown += block
+    os.close(master)
+    assert process.stderr
+    said = process.stderr.read().decode()
+    assert process.wait(60) == 0, said
+    return shown.decode(), said
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     folder = tmp_path_factory.mktemp("demo")
@@ -44,8 +69,11 @@ def test_demo_succeeds_and_says_what_to_look_at(run: tuple[Path, subprocess.Comp
     assert "recall@32 1.000000" in done.stdout
     assert "404: Not Found" in done.stdout
     assert f"{folder}/demo/shards/" in done.stdout
+    (page,) = re.findall(r"^look +(.*)$", done.stdout, re.M)
+    assert page == f"{folder}/demo/report/index.html"
+    assert "<html" in Path(page).read_text()
     if Path(sys.prefix, "bin/activate").exists():  # the commands under `try` need it
-        activate = re.search(r"^first +source (.*)\ntry +graphbuild neighbors", done.stdout, re.M)
+        activate = re.search(r"^first +source (.*)\ntry +graphbuild explore demo$", done.stdout, re.M)
         assert activate
         assert Path(activate[1]).samefile(Path(sys.prefix, "bin/activate"))
     assert done.stdout.count("nearest neighbours") == 1
@@ -64,13 +92,13 @@ def test_every_url_ends_as_its_fault_foretells(run: tuple[Path, subprocess.Compl
 
 def test_a_second_demo_does_nothing_and_is_quick(run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     before = {path: path.stat().st_mtime_ns for path in (run[0] / "demo").rglob("*") if path.is_file()}
-    begin = time.monotonic()
-    done = demo(run[0], is_forked=False)
-    seconds = time.monotonic() - begin
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("up to date") == 12
+    begin = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    shown, said = on_a_terminal(run[0])
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - begin
+    assert said.count("up to date") == 12
+    assert shown.count("\N{UPPER HALF BLOCK}") > 100, "of three scenes, drawn with coloured blocks"
     assert {path: path.stat().st_mtime_ns for path in (run[0] / "demo").rglob("*") if path.is_file()} == before
-    assert seconds < 10
+    assert seconds < 10, "of a CPU"
 
 
 def test_a_port_that_another_program_has_taken_is_named(tmp_path: Path) -> None:

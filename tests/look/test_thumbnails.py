@@ -19,6 +19,8 @@ import pytest
 from PIL import Image
 
 from graphbuild.job.steps import run_verb
+from graphbuild.look.catalog import Catalog
+from graphbuild.look.thumbnails import show_neighbors
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store
@@ -108,3 +110,25 @@ def test_text_is_all_that_is_asked_for_or_can_be_shown(store: Path) -> None:
     piped = subprocess.run([GRAPHBUILD, "neighbors", store, "red"], capture_output=True, text=True, check=True).stdout
     assert piped.splitlines() == plain.decode().replace("\r\n", "\n").splitlines()
     assert len(piped.splitlines()) == 3
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("odd", [{"TERM": "dumb"}, {"NO_COLOR": "1"}, {"encoding": "latin-1"}, {}])
+def test_a_terminal_without_colours_or_unicode_gets_text(
+    odd: dict[str, str], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog = Catalog(Store(str(store)))
+    screen = Terminal()
+    monkeypatch.setattr(screen, "encoding", odd.get("encoding", "utf-8"), raising=False)
+    monkeypatch.setattr(sys, "stdout", screen)
+    for name, value in ({"TERM": "xterm-256color"} | odd).items():
+        monkeypatch.setenv(name, value)
+    show_neighbors(catalog, *catalog.ask(2, key="red"), images=True)
+    lines = screen.getvalue().splitlines()
+    assert (len(lines) == 3 and "a red wall" in lines[0]) == bool(odd), lines
