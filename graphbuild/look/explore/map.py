@@ -94,7 +94,7 @@ def _made(catalog: Catalog, told: Callable[[float], object]) -> NodeMap:
     says |= {"stride": stride, "near": lists.shape[1], "kept": round(kept(x, lists), 4)}
     label = joined(labels) if labels else np.arange(nodes)
     sizes = np.bincount(label[~graph.gone])
-    shown = np.argsort(-sizes, kind="stable")[:COMMUNITIES]
+    shown = np.argsort(-sizes, kind="stable")[: min(COMMUNITIES, int((sizes > 0).sum()))]
     number = np.full(len(sizes) + 1, COMMUNITIES, np.uint8)
     number[shown] = np.arange(len(shown))
     codes = np.where(graph.gone, np.uint8(NONE), number[np.minimum(label, len(sizes))])

@@ -72,7 +72,8 @@ def write_static(store: Store, out: str, most_bytes: int = BYTES) -> str:
     for begin in range(0, len(drawn), CHUNK):
         some = b",".join(entries[at] for at in order[begin : begin + CHUNK].tolist())
         folder.write_bytes(f"data/nodes-{begin // CHUNK}.json", b"[" + some + b"]")
-    page = own_text(__package__, "page.html").replace("<script", '<script src="static.js"></script>\n<script', 1)
+    page = own_text(__package__, "page.html").replace("</head>", '<link rel="icon" href="data:,">\n</head>')
+    page = page.replace("<script", '<script src="static.js"></script>\n<script', 1)
     folder.write_bytes("index.html", page.encode())
     folder.write_bytes("page.css", (base_css() + own_text(__package__, "page.css")).encode())
     for name in ("static.js", "page.js", "map.js"):
