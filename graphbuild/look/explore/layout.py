@@ -7,8 +7,8 @@ nodes their groups are laid out, and groups of groups; they are those of Louvain
 0803.0476) over the directed lists, and the coarsest are the map's communities. Nothing is drawn at random, and no sum
 depends on the number of threads: one graph has one map.
 
-Cost: about 60 microseconds of one core and 130 bytes a node, whatever their number, and 0.3 GB for the grid
-(`benchmarks/explore.py`).
+Cost: about 75 microseconds of one core and 150 bytes a node, whatever their number, and at most 0.3 GB for the grid
+(`benchmarks/layout.py`).
 """
 
 from __future__ import annotations
@@ -81,8 +81,9 @@ def _within(x: Array, radius: float) -> Array:
 
 def sunflower(number: Array) -> Array:
     """Places float32 [n, 2], half a unit apart, of the points of these numbers in a disc."""
-    radius, angle = 0.5 * np.sqrt(number + 0.5), GOLDEN * number
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).astype(np.float32)
+    at = number.astype(np.float32)
+    radius, angle = np.float32(0.5) * np.sqrt(at + np.float32(0.5)), np.float32(GOLDEN) * at
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
 
 
 # -- groups, and groups of groups
