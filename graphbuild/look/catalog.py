@@ -235,7 +235,7 @@ class Catalog:
     @property
     def has_texts(self) -> bool:
         """Whether nodes have texts; ready vectors have none."""
-        return self._texts(int(self._with_nodes[0]))["text"].null_count == 0
+        return bool(self._texts(int(self._with_nodes[0]))["text"].null_count == 0)
 
     @cached_property
     def has_images(self) -> bool:

@@ -59,7 +59,7 @@ def lay_out(lists: Array, told: Callable[[float], object] = lambda share: None) 
             place[order] = np.arange(len(label)) - np.repeat(first[:-1], np.diff(first))
             x = _within(x, 0.3 * np.sqrt(len(label)))[label] + sunflower(place)
         share = len(x) / sum(sizes[one] for one in starts)
-        x = settle(x, near, lambda part, done=done, share=share: told(done + share * part))
+        x = settle(x, near, told, done, share)
         done += share
     return x, labels
 
@@ -202,8 +202,9 @@ def strongest(level: Level) -> Array:
 # -- places
 
 
-def settle(x: Array, lists: Array, told: Callable[[float], object]) -> Array:
-    """Places float32 [n, 2] after the steps of ROUNDS from places x, which are overwritten."""
+def settle(x: Array, lists: Array, told: Callable[[float], object], done: float, part: float) -> Array:
+    """Places float32 [n, 2] after the steps of ROUNDS from places x, which are overwritten. told: is called with
+    `done`, and more, up to `part` more."""
     speed, share = np.zeros_like(x), 0.0
     slowing = [(pull, 4 - 3.6 * step / steps) for steps, pull in ROUNDS for step in range(steps)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -214,7 +215,7 @@ def settle(x: Array, lists: Array, told: Callable[[float], object]) -> Array:
             share = sum(shares) / len(x)  # the mean over nodes of the sum of 1 / (1 + r^2) to all others
             x += speed
             x -= x.mean(axis=0, dtype=np.float64).astype(np.float32)
-            told(at / len(slowing))
+            told(done + part * at / len(slowing))
     return x
 
 
@@ -273,7 +274,7 @@ def _pushed(
                 here += across[p] * along[q] * value
                 slope_x += slope_across[p] * along[q] * value
                 slope_y += across[p] * slope_along[q] * value
-        total += max(here - 1, 0)
+        total += max(float(here - 1), 0.0)
         pull_x = pull_y = np.float32(0)
         for q in range(lists.shape[1]):
             dx, dy = x[lists[i, q], 0] - x[i, 0], x[lists[i, q], 1] - x[i, 1]

@@ -56,7 +56,7 @@ class NodeMap:
         if self.drawn is not None:
             return self.drawn[begin : begin + count]
         points = np.arange(begin, min(begin + count, self.about["points"]))
-        return points * self.about["stride"] % self.about["nodes"]
+        return np.asarray(points * self.about["stride"] % self.about["nodes"])
 
 
 def node_map(catalog: Catalog, told: Callable[[float], object] = lambda share: None) -> NodeMap:
@@ -90,7 +90,7 @@ def _made(catalog: Catalog, told: Callable[[float], object]) -> NodeMap:
     lists[graph.gone] = np.flatnonzero(graph.gone)[:, None]
     x, labels = lay_out(lists, told)
     stride = next(one for one in range(int(0.618 * min(nodes, 1 << 29)) or 1, nodes + 2) if math.gcd(one, nodes) == 1)
-    says = {"version": VERSION, "graph": graph.fingerprint, "nodes": nodes, "points": min(nodes, POINTS)}
+    says: Json = {"version": VERSION, "graph": graph.fingerprint, "nodes": nodes, "points": min(nodes, POINTS)}
     says |= {"stride": stride, "near": lists.shape[1], "kept": round(kept(x, lists), 4)}
     label = joined(labels) if labels else np.arange(nodes)
     sizes = np.bincount(label[~graph.gone])
@@ -130,7 +130,7 @@ def kept(x: Array, lists: Array, most: int = 2_000) -> float:
     for node in some.tolist():
         away = np.square(x - x[node]).sum(axis=1)
         found += int((away[lists[node]] <= np.partition(away, k)[k]).sum())  # itself is the nearest
-    return found / (len(some) * k)
+    return float(found / (len(some) * k))
 
 
 # -- colours and filters
@@ -235,7 +235,8 @@ def select_on_map(catalog: Catalog, made: NodeMap, asked: Json) -> Json:
             raise InputError("nothing is selected", "draw a lasso, or give a filter")
         name = str(asked.get("name"))
         said = select_store(catalog.store, name, rules).split(", in ", 1)[1]
-        return {"file": said, "kept": about(catalog.store, f"{SELECTIONS}/{name}.parquet")["counts"]["kept"]}
+        with catalog.store.fs.open(catalog.store.path(f"{SELECTIONS}/{name}.parquet"), "rb") as file:
+            return {"file": said, "kept": about(file)["counts"]["kept"]}
 
 
 @compiled()
