@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-INSTALL = (ROOT / "docs" / "install.md").read_text()
+INSTALL = (ROOT / "docs" / "how-to" / "install.md").read_text()
 Usage = namedtuple("Usage", "total used free")
 
 

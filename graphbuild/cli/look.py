@@ -160,15 +160,22 @@ def report(
 def explore(
     store: StoreArg,
     compare: Annotated[str | None, option("another store, beside it: another encoder or k")] = None,
+    static: Annotated[str | None, option("write a folder for any web server instead, of at most 50 MB")] = None,
     host: Annotated[str, typer.Option(help="address to listen at")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8765,
 ) -> None:
-    """A page to search, see and walk the graph, until Ctrl-C.
+    """A page to search, map and walk the graph, until Ctrl-C.
 
     Only who has the address that it prints, with its token, gets in.
     """
-    from graphbuild.look.explore import serve
+    from graphbuild.errors import ConfigError
+    from graphbuild.look.explore import serve, write_static
 
+    if static is not None:
+        if compare is not None:
+            raise ConfigError("--static with --compare", "write a folder for each store")
+        echo(write_static(open_store(store), open_store(static).url))
+        return
     stores = [open_store(url) for url in (store, compare) if url is not None]
     serve(stores, host, port, lambda url: echo(f"explore   {url}   (Ctrl-C ends it)"))
 

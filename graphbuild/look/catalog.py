@@ -233,9 +233,18 @@ class Catalog:
         return bool({"scan", "assign"} & self.store.manifest()["stages"].keys())
 
     @property
+    def has_texts(self) -> bool:
+        """Whether nodes have texts; ready vectors have none."""
+        return bool(self._texts(int(self._with_nodes[0]))["text"].null_count == 0)
+
+    @cached_property
     def has_images(self) -> bool:
-        """Whether there are tars; a caption list and ready vectors have none."""
-        return bool(self._shards.table["tar_url"].null_count < len(self._shards))
+        """Whether the samples of the first tar have images; a caption list and ready vectors have none."""
+        tars = np.flatnonzero(self._shards.table["tar_url"].is_valid())
+        if not len(tars):
+            return False
+        offsets = self._samples(int(tars[0]))["image_offset"]
+        return bool(offsets.null_count < len(offsets))
 
     @cached_property
     def _key_ranges(self) -> list[tuple[str, str] | None]:

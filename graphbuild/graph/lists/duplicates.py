@@ -107,17 +107,22 @@ def _components(graph: SampleGraph, threshold: float) -> tuple[Ids, NDArray[np.f
         truncated += count_truncated(graph, close)
         at, place = np.nonzero(close)
         nodes, others = at + first, neighbors[at, place].astype(np.int64)
-        _unite(parent, nodes, others)
+        unite(parent, nodes, others)
         values = similarities[at, place].astype(np.float64)  # float16 values sum exactly: any order gives the same
         np.add.at(strength, nodes, values)
         np.add.at(strength, others, values)
+    return flattened(parent), strength, truncated
+
+
+def flattened(parent: Ids) -> Ids:
+    """The root of each node's tree, its smallest node, int64 [M]."""
     while ((above := parent[parent]) != parent).any():
         parent = above
-    return parent, strength, truncated
+    return parent
 
 
 @compiled()
-def _unite(parent: Any, nodes: Any, others: Any) -> None:
+def unite(parent: Any, nodes: Any, others: Any) -> None:
     """Union-find: joins the trees of each pair under the smaller root, and halves the paths that it walks."""
     for e in range(len(nodes)):
         a, b = nodes[e], others[e]

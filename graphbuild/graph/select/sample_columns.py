@@ -97,11 +97,16 @@ class SampleColumns:
             return self._listed
         if any(name in one for one in fields):
             return self._members
-        own = [*OWN, *OF_CAPTIONS, *OF_GRAPH, *listed.columns, *(key for one in fields for key in one)]
         raise ConfigError(
             f"no sample of {shard.name} of {self._store.url} has a column {name!r}",
-            f"use one of {', '.join(dict.fromkeys(own))} ({EXPLAINED})",
+            f"use one of {', '.join(self.names(shard))} ({EXPLAINED})",
         )
+
+    def names(self, shard: Shard | None = None) -> list[str]:
+        """The columns that samples of a shard have, or of the first one."""
+        shard = shard or self._shards[0]
+        beside, fields = self._table_beside(shard).columns, self._json(shard, 1_000)
+        return list(dict.fromkeys([*OWN, *OF_CAPTIONS, *OF_GRAPH, *beside, *(key for one in fields for key in one)]))
 
     def _table_beside(self, shard: Shard) -> pl.DataFrame:
         """The table that img2dataset wrote beside a tar, a line a key; without columns where there is none."""

@@ -6,11 +6,21 @@ const root = document.documentElement;
 let stores = [];
 let turn = 0; // answers to a view that is no longer wanted are dropped
 
-async function ask(path) {
-  const response = await fetch(path);
-  const answer = await response.json().catch(() => ({ cause: `HTTP ${response.status}`, fix: "" }));
-  if (!response.ok) throw new Error(answer.fix ? `${answer.cause} (${answer.fix})` : answer.cause);
-  return answer;
+const still = window.still; // of a folder that `explore --static` wrote: answers from its files
+
+// A response; while a job behind it goes on, `working` is called with the share that is done, and it is asked for again.
+async function got(path, options, working) {
+  for (;;) {
+    const response = await (still ? still.got(path, options) : fetch(path, options));
+    if (response.ok && response.status !== 202) return response;
+    const answer = await response.json().catch(() => ({ cause: `HTTP ${response.status}`, fix: "" }));
+    if (!response.ok) throw new Error(answer.fix ? `${answer.cause} (${answer.fix})` : answer.cause);
+    working?.(answer.share);
+  }
+}
+
+async function ask(path, working) {
+  return (await got(path, undefined, working)).json();
 }
 
 function element(kind, text, name) {
@@ -37,7 +47,7 @@ function picture(store, node, alt) {
   image.alt = alt;
   image.loading = "lazy";
   image.addEventListener("error", () => image.remove());
-  image.src = `/image/${store}/${node}`;
+  image.src = still ? still.image(node) : `image/${store}/${node}`;
   return image;
 }
 
@@ -52,7 +62,7 @@ function cards(store, neighbors) {
     card.dataset.node = one.node;
     card.dataset.text = text;
     card.querySelector(".open").href = link("node", one.node, store);
-    if (stores[store].images) card.querySelector(".picture").append(picture(store, one.node, ""));
+    if (one.image ?? stores[store].images) card.querySelector(".picture").append(picture(store, one.node, ""));
     card.querySelector(".similarity").textContent = one.similarity.toFixed(3);
     card.querySelector(".caption").textContent = text + (one.samples > 1 ? ` (x${one.samples})` : "");
     list.append(card);
@@ -66,14 +76,18 @@ function asked(store, node) {
   const words = element("div");
   const text = element("p", node.text ?? `node ${node.node}`, "text");
   text.dir = "auto";
+  const captions = node.sample?.more.length ? element("ul", undefined, "captions") : "";
+  if (captions) {
+    captions.setAttribute("aria-label", "Captions of the sample");
+    captions.append(...node.sample.captions.map((one) => Object.assign(element("li", one), { dir: "auto" })));
+  }
   const facts = element("dl");
   const fact = (name, value) => facts.append(element("dt", name), element("dd", value));
   fact("node", String(node.node));
   fact("samples", String(node.samples));
   if (node.sample) fact("key", node.sample.key);
-  if (node.sample?.more.length) fact("captions", node.sample.caption);
   fact("to others", `${node.background.mean.toFixed(3)} ± ${node.background.deviation.toFixed(3)}`);
-  words.append(text, facts);
+  words.append(text, captions, facts);
   if (node.sample) {
     const copy = element("button", "Copy key", "copy");
     copy.type = "button";
@@ -91,15 +105,16 @@ async function fill(side, store, wanted, mine) {
   const count = $("count").value;
   let found;
   if (wanted.how === "text") {
-    found = await ask(`/api/${store}/search?${new URLSearchParams({ text: wanted.what, count })}`);
+    found = await ask(`api/${store}/search?${new URLSearchParams({ text: wanted.what, count })}`);
   } else {
     let node = wanted.what;
-    if (wanted.how === "key") node = (await ask(`/api/${store}/key?${new URLSearchParams({ key: wanted.what })}`)).node;
+    if (wanted.how === "key") node = (await ask(`api/${store}/key?${new URLSearchParams({ key: wanted.what })}`)).node;
     if (node === null) throw new Error(`Not in ${stores[store].store}: no sample of it has the key ${wanted.what}`);
-    found = await ask(`/api/${store}/node/${encodeURIComponent(node)}?${new URLSearchParams({ count })}`);
+    found = await ask(`api/${store}/node/${encodeURIComponent(node)}?${new URLSearchParams({ count })}`);
   }
   if (mine !== turn) return;
-  side.replaceChildren(element("h2", stores.length > 1 ? stores[store].store : "Nearest"));
+  side.replaceChildren(...(stores.length > 1 ? [element("h3", stores[store].store)] : []));
+  if (store === 0 && found.node !== undefined) mark(found.node);
   if (found.node !== undefined) side.append(asked(store, found));
   side.append(cards(store, found.neighbors));
 }
@@ -107,7 +122,7 @@ async function fill(side, store, wanted, mine) {
 // In the other store the same sample is meant: by its key, or, where there are none, by its number.
 async function meant(wanted) {
   if (wanted.how !== "node" || stores.length < 2 || !stores.every((store) => store.keys)) return stores.map(() => wanted);
-  const sample = (await ask(`/api/${wanted.store}/node/${encodeURIComponent(wanted.what)}?count=1`)).sample;
+  const sample = (await ask(`api/${wanted.store}/node/${encodeURIComponent(wanted.what)}?count=1`)).sample;
   return stores.map((_, store) => (store === wanted.store ? wanted : { how: "key", what: sample.key }));
 }
 
@@ -127,7 +142,7 @@ async function show() {
     const problems = ended.map((one) => one.reason?.message);
     if (problems.every(Boolean)) throw new Error([...new Set(problems)].join("; "));
     for (const [store, problem] of problems.entries()) {
-      if (problem) sides[store].replaceChildren(element("h2", stores[store].store), element("p", problem, "quiet"));
+      if (problem) sides[store].replaceChildren(element("h3", stores[store].store), element("p", problem, "quiet"));
     }
     $("sides").replaceChildren(...sides);
     filter();
@@ -161,75 +176,6 @@ function filter() {
   $("status").textContent = `${shown} shown` + (sides.length > 1 ? `; ${both} in both lists (framed)` : "");
 }
 
-// -- map
-
-const SVG = "http://www.w3.org/2000/svg";
-const WIDTH = 1000;
-const HEIGHT = 620;
-let points = [];
-let chosen = -1;
-
-function choose(at) {
-  if (chosen >= 0) points[chosen].circle.classList.remove("chosen");
-  chosen = at;
-  const point = points[at];
-  point.circle.classList.add("chosen");
-  point.circle.parentNode.append(point.circle);
-  $("map-point").textContent = `node ${point.node}: ${point.text}`;
-}
-
-function beside(key) {
-  const from = points[Math.max(chosen, 0)];
-  const [dx, dy] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[key];
-  let best = -1;
-  let least = Infinity;
-  for (const [at, point] of points.entries()) {
-    const [x, y] = [point.x - from.x, point.y - from.y];
-    const along = x * dx + y * dy;
-    const distance = along + 2 * Math.abs(x * dy - y * dx);
-    if (along > 0.5 && distance < least) [best, least] = [at, distance];
-  }
-  return best;
-}
-
-async function draw() {
-  $("map-show").disabled = true;
-  $("map-point").textContent = "Drawing ...";
-  try {
-    const map = await ask("/api/0/map");
-    const svg = document.createElementNS(SVG, "svg");
-    svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
-    svg.setAttribute("aria-hidden", "true");
-    points = map.nodes.map((node, at) => {
-      const circle = document.createElementNS(SVG, "circle");
-      const point = { node, text: map.texts[at], x: 12 + map.x[at] * (WIDTH - 24), y: 12 + map.y[at] * (HEIGHT - 24), circle };
-      circle.setAttribute("cx", point.x);
-      circle.setAttribute("cy", point.y);
-      circle.setAttribute("r", 5);
-      circle.classList.add(`c${map.community[at]}`);
-      const title = document.createElementNS(SVG, "title");
-      title.textContent = point.text;
-      circle.append(title);
-      circle.addEventListener("click", () => { choose(at); location.hash = link("node", node, 0); });
-      svg.append(circle);
-      return point;
-    });
-    $("map").replaceChildren(svg);
-    $("map").hidden = false;
-    $("map-show").hidden = true;
-    $("map-point").textContent = map.nodes.length < map.of ? `${map.nodes.length.toLocaleString("en")} of ${map.of.toLocaleString("en")} nodes, drawn at random` : `${map.of.toLocaleString("en")} nodes`;
-    $("map-legend").replaceChildren(...map.communities.map((one, at) => {
-      const item = element("li");
-      item.append(element("span", undefined, `swatch c${at}`), element("span", `${one.name} (${one.size})`));
-      item.lastChild.dir = "auto";
-      return item;
-    }));
-  } catch (error) {
-    $("map-show").disabled = false;
-    $("map-point").textContent = error.message;
-  }
-}
-
 // -- start
 
 function theme(name) {
@@ -247,24 +193,14 @@ $("ask").addEventListener("submit", (event) => {
   if (location.hash === hash) show();
   else location.hash = hash;
 });
-$("random").addEventListener("click", () => { location.hash = link("node", Math.floor(Math.random() * stores[0].nodes), 0); });
+$("random").addEventListener("click", () => { location.hash = link("node", still ? still.any() : Math.floor(Math.random() * stores[0].nodes), 0); });
 $("least").addEventListener("input", filter);
 $("count").addEventListener("change", show);
-$("map-show").addEventListener("click", draw);
-$("map").addEventListener("keydown", (event) => {
-  if (event.key.startsWith("Arrow")) {
-    event.preventDefault();
-    const next = chosen < 0 ? 0 : beside(event.key);
-    if (next >= 0) choose(next);
-  } else if (event.key === "Enter" && chosen >= 0) {
-    location.hash = link("node", points[chosen].node, 0);
-  }
-});
 addEventListener("hashchange", show);
 
 async function start() {
   try {
-    stores = await ask("/api/stores");
+    stores = await ask("api/stores");
   } catch (error) {
     $("problem").textContent = error.message;
     return;
@@ -275,8 +211,7 @@ async function start() {
   $("how").options[0].disabled = !stores.every((one) => one.searchable);
   $("how").options[1].disabled = !stores.every((one) => one.keys);
   if ($("how").options[0].disabled) $("how").value = $("how").options[1].disabled ? "node" : "key";
+  if (stores[0].mapped) draw();
   if (view()) show();
   else location.hash = link("node", 0, 0);
 }
-
-start();

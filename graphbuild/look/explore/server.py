@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import ipaddress
+import json
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from aiohttp import web
 
 from graphbuild.errors import ConfigError, GraphbuildError, InputError
 from graphbuild.look.catalog import Catalog, Sample
-from graphbuild.look.explore.map import node_map
+from graphbuild.look.explore.duplicates import duplicates
+from graphbuild.look.explore.map import MADE, NodeMap, codes_by, columns_of, node_map, select_on_map
 from graphbuild.look.pages import base_css, own_text
 from graphbuild.store.store import Json, Store
 
@@ -35,6 +39,8 @@ PIXELS = 384
 MOST = 200  # neighbours or results of a request
 LONGEST = 10_000  # characters of a text to search for
 DIGITS = 18  # of a number
+PATIENCE = 5  # seconds until a page that waits for a job hears how far it is
+JOBS = 16  # whose results are kept in memory, the last ones asked for: colours have a byte a point
 COOKIE = "graphbuild_token_{}"  # of a port: browsers send a host's cookies to all of its ports
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -65,6 +71,13 @@ async def _serve(explorer: Explorer, host: str, port: int, announce: Callable[[s
         await runner.cleanup()
 
 
+class _Working(Exception):  # noqa: N818
+    """A job goes on; `share` of it is done, if that is known."""
+
+    def __init__(self, share: float | None) -> None:
+        self.share = share
+
+
 class Explorer:
     """The application: pages, and JSON about one store or two."""
 
@@ -73,7 +86,8 @@ class Explorer:
         self.host = host
         self.loopback = _is_loopback(host)
         self.token = secrets.token_urlsafe(24)
-        self._maps: dict[int, asyncio.Task[Json]] = {}
+        self._jobs: dict[tuple[int, str], asyncio.Task[Any]] = {}
+        self._share: dict[int, float] = {}  # of a store's map that is made
 
     def application(self) -> web.Application:
         application = web.Application(middlewares=[self._guard, _errors])
@@ -82,6 +96,7 @@ class Explorer:
             [
                 web.get("/", _file("page.html", "text/html")),
                 web.get("/page.js", _file("page.js", "text/javascript")),
+                web.get("/map.js", _file("map.js", "text/javascript")),
                 web.get("/page.css", _file("page.css", "text/css", base_css())),
                 web.get("/favicon.ico", _no_icon),
                 web.get("/api/stores", self._stores),
@@ -89,6 +104,10 @@ class Explorer:
                 web.get(r"/api/{store:\d+}/key", self._key),
                 web.get(r"/api/{store:\d+}/node/{node:\d+}", self._node),
                 web.get(r"/api/{store:\d+}/map", self._map),
+                web.get(r"/api/{store:\d+}/places", self._places),
+                web.get(r"/api/{store:\d+}/colour", self._colour),
+                web.get(r"/api/{store:\d+}/duplicates", self._duplicates),
+                web.post(r"/api/{store:\d+}/select", self._select),
                 web.get(r"/image/{store:\d+}/{node:\d+}", self._image),
             ]
         )
@@ -144,6 +163,7 @@ class Explorer:
                     "searchable": catalog.searchable,
                     "keys": catalog.has_samples,
                     "images": catalog.has_images,
+                    "mapped": catalog.store.exists(MADE),
                 }
                 for catalog in self.catalogs
             ]
@@ -170,11 +190,54 @@ class Explorer:
         return web.json_response(await asyncio.to_thread(_described, catalog, _node_of(request, catalog), count))
 
     async def _map(self, request: web.Request) -> web.Response:
+        made, catalog = await self._made(request), self._catalog(request)
+        columns = await self._job(request, "columns", lambda: columns_of(catalog))
+        return web.json_response(made.about | {"columns": columns})
+
+    async def _places(self, request: web.Request) -> web.Response:
+        """Of points `begin` to `begin` + `count` - 1, both coordinates as uint16, little-endian."""
+        made, last = await self._made(request), len(self._catalog(request).graph)
+        begin, count = (_number(name, request.query.get(name, ""), 0, last) for name in ("begin", "count"))
+        some = made.nodes_of_points(begin, count)
+        return web.Response(body=await asyncio.to_thread(lambda: made.places[some].astype("<u2").tobytes()))
+
+    async def _colour(self, request: web.Request) -> web.Response:
+        """The legend, as a line of JSON, and behind it a byte for each point."""
+        made, catalog, by = await self._made(request), self._catalog(request), request.query.get("by", "")[:LONGEST]
+        legend, codes = await self._job(request, f"colour {by}", lambda: codes_by(catalog, made, by))
+        return web.Response(body=json.dumps(legend).encode() + b"\n" + codes)
+
+    async def _duplicates(self, request: web.Request) -> web.Response:
+        catalog = self._catalog(request)
+        return web.json_response(await self._job(request, "duplicates", lambda: duplicates(catalog)))
+
+    async def _select(self, request: web.Request) -> web.Response:
+        made, catalog = await self._made(request), self._catalog(request)
+        try:
+            asked = dict(await request.json())
+        except (TypeError, ValueError):
+            raise InputError("what is to be selected is no JSON object", "select it on the page") from None
+        return web.json_response(await asyncio.to_thread(select_on_map, catalog, made, asked))
+
+    async def _made(self, request: web.Request) -> NodeMap:
         number, catalog = self._store_number(request), self._catalog(request)
-        drawn = self._maps.get(number)
-        if drawn is None or (drawn.done() and drawn.exception()):  # what failed may do so no more
-            drawn = self._maps[number] = asyncio.create_task(asyncio.to_thread(node_map, catalog))
-        return web.json_response(await drawn)
+        told = functools.partial(self._share.__setitem__, number)
+        found: NodeMap = await self._job(request, "map", lambda: node_map(catalog, told))
+        return found
+
+    async def _job(self, request: web.Request, name: str, work: Callable[[], Any]) -> Any:
+        """What `work` returns, run once in a thread; after PATIENCE seconds _Working, and the page asks again."""
+        number = self._store_number(request)
+        task = self._jobs.pop((number, name), None)
+        if task is None or (task.done() and task.exception()):  # what failed may do so no more
+            task = asyncio.create_task(asyncio.to_thread(work))
+        self._jobs[number, name] = task
+        for old in [key for key, one in self._jobs.items() if one.done() and key[1] != "map"][:-JOBS]:
+            del self._jobs[old]
+        await asyncio.wait([task], timeout=PATIENCE)
+        if not task.done():
+            raise _Working(self._share.get(number) if name == "map" else None)
+        return task.result()
 
     async def _image(self, request: web.Request) -> web.Response:
         catalog = self._catalog(request)
@@ -202,7 +265,7 @@ def _image_of(catalog: Catalog, node: int) -> bytes | None:
 
 
 def _public(sample: Sample) -> Json:
-    return {**dataclasses.asdict(sample), "caption": sample.captions, "image": sample.image is not None}
+    return {**dataclasses.asdict(sample), "captions": [sample.caption, *sample.more], "image": sample.image is not None}
 
 
 def _count(request: web.Request) -> int:
@@ -242,6 +305,8 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except GraphbuildError as error:
         fix = "" if "--" in error.fix else error.fix  # the command line's options are none of the page's
         return web.json_response({"cause": error.cause, "fix": fix}, status=400)
+    except _Working as working:
+        return web.json_response({"share": working.share}, status=202)
 
 
 def _is_loopback(host: str) -> bool:

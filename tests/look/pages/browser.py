@@ -1,12 +1,18 @@
-"""A tab of headless Chromium."""
+"""A tab of headless Chromium, and requests as it sends them."""
 
 from __future__ import annotations
 
+import http.cookiejar
 import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+
+Serve = Callable[..., str]
 
 
 @dataclass
@@ -39,3 +45,30 @@ class Tab:
             assert self.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
                 f"scrolls sideways at {width}"
             )
+
+
+def draw(tab: Tab) -> None:
+    """Draw the explorer's map, and wait until its points are there."""
+    tab.page.evaluate("document.getElementById('map-show').click()")  # of a map that is there it is drawn already
+    tab.wait("chart.about !== null && chart.count === chart.places.length / 2 && chart.codes !== null")
+
+
+def wait_for(tab: Tab, node: int) -> None:
+    tab.wait(f"document.querySelector('.asked dd')?.textContent === '{node}'")
+
+
+def fetch(url: str, **headers: str) -> tuple[int, dict[str, str], str]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=20) as answer:
+            return answer.status, dict(answer.headers), answer.read().decode("latin-1")
+    except urllib.error.HTTPError as error:
+        return error.code, dict(error.headers), error.read().decode()
+
+
+def signed_in(address: str) -> tuple[str, dict[str, str]]:
+    """The address without its token, and the header that a browser sends once it has opened it."""
+    opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(jar := http.cookiejar.CookieJar()))
+    with opener.open(address, timeout=20) as answer:
+        assert "token" not in answer.url, "it would be in the browser's history, and in what the user copies"
+    cookie = next(iter(jar))
+    return address.partition("?")[0], {"Cookie": f"{cookie.name}={cookie.value}"}

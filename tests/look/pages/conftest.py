@@ -5,21 +5,25 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import shutil
+import signal
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Tab
+from browser import Serve, Tab
 
 from graphbuild.demo.scenes import encode_jpeg, make_scenes, render
 from graphbuild.job.steps import run_verb
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store
+from tests.e2e import forked
 
 K = 8
 PHOTOS = 120
@@ -105,7 +109,9 @@ def chromium() -> Iterator[Any]:
 
     program = next(filter(None, map(shutil.which, PROGRAMS)))
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=program, args=["--no-sandbox", "--enable-unsafe-swiftshader"]
+        )
         yield browser
         browser.close()
 
@@ -116,10 +122,37 @@ def tab(chromium: Any) -> Iterator[Tab]:
     context = chromium.new_context(viewport={"width": 1280, "height": 900})
     context.grant_permissions(["clipboard-read", "clipboard-write"])
     opened = Tab(context.new_page())
-    opened.page.on("console", lambda message: opened.problems.append(message.text))
+    said = opened.page.on
+    said("console", lambda message: "GL Driver Message" in message.text or opened.problems.append(message.text))
     opened.page.on("pageerror", lambda error: opened.problems.append(str(error)))
     opened.page.on("dialog", lambda dialog: (opened.problems.append(f"dialog {dialog.message}"), dialog.dismiss()))
     opened.page.on("request", lambda request: opened.requests.append(request.url))
     yield opened
     context.close()
     assert opened.problems == []
+
+
+@pytest.fixture(scope="module")
+def serve() -> Iterator[Serve]:
+    """The address that `graphbuild explore ARGUMENTS` prints, on a free port; the same arguments share a server."""
+    running: dict[tuple[str, ...], tuple[forked.Started, str]] = {}
+
+    def start(*arguments: object) -> str:
+        key = tuple(map(str, arguments))
+        if key not in running:
+            process = forked.Started(["graphbuild", "explore", *key, "--port", "0"], os.environ)
+            running[key] = process, printed(process)
+        return running[key][1]
+
+    def printed(process: forked.Started) -> str:
+        end = time.monotonic() + 120
+        while not process.printed()[0].endswith("\n"):
+            assert process.poll() is None, process.printed()[1]
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        return process.printed()[0].split()[1]
+
+    yield start
+    for process, _ in running.values():
+        process.send_signal(signal.SIGTERM)
+        process.wait(20)

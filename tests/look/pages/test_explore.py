@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import http.cookiejar
-import os
 import re
-import signal
-import time
 import unicodedata
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
-from browser import Tab
+from browser import Serve, Tab, draw, fetch, signed_in, wait_for
 
 from graphbuild.errors import StorageError
 from graphbuild.job.steps import run_verb
@@ -30,35 +23,6 @@ from graphbuild.nodes.encoder import find_encoder, open_model
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store
-from tests.e2e import forked
-
-Serve = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def serve() -> Iterator[Serve]:
-    """The address that `graphbuild explore ARGUMENTS` prints, on a free port; the same arguments share a server."""
-    running: dict[tuple[str, ...], tuple[forked.Started, str]] = {}
-
-    def start(*arguments: object) -> str:
-        key = tuple(map(str, arguments))
-        if key not in running:
-            process = forked.Started(["graphbuild", "explore", *key, "--port", "0"], os.environ)
-            running[key] = process, printed(process)
-        return running[key][1]
-
-    def printed(process: forked.Started) -> str:
-        end = time.monotonic() + 120
-        while not process.printed()[0].endswith("\n"):
-            assert process.poll() is None, process.printed()[1]
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        return process.printed()[0].split()[1]
-
-    yield start
-    for process, _ in running.values():
-        process.send_signal(signal.SIGTERM)
-        process.wait(20)
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +45,6 @@ def similarities(store: Path) -> np.ndarray[Any, Any]:
 def shown_nodes(tab: Tab, side: int = 0) -> list[int]:
     found = tab.page.locator(".side").nth(side).locator(".card:visible")
     return [int(one.get_attribute("data-node")) for one in found.all()]
-
-
-def wait_for(tab: Tab, node: int) -> None:
-    tab.wait(f"document.querySelector('.asked dd')?.textContent === '{node}'")
 
 
 def test_search_shows_the_nearest_and_a_click_walks(tab: Tab, address: str, store: Path, texts: list[str]) -> None:
@@ -226,55 +186,11 @@ def test_every_hostile_caption_is_text_and_runs_nothing(tab: Tab, address: str, 
     known = {unicodedata.normalize("NFC", text) for text in texts}
     assert {re.sub(r" \(x\d+\)$", "", text) for one in shown for text in one[1:]} <= known
     assert tab.page.evaluate("document.querySelectorAll('.text *, .caption *').length") == 0
-    tab.page.click("#map-show")
-    tab.page.wait_for_selector("#map circle")
-    assert tab.page.locator("script").count() == 1
-
-
-def test_the_map_shows_principal_components_and_communities(tab: Tab, address: str, store: Path) -> None:
-    tab.page.goto(address)
-    wait_for(tab, 0)
-    tab.page.click("#map-show")
-    tab.page.wait_for_selector("#map circle")
-    vectors = np.concatenate([np.load(path) for path in sorted((store / "nodes").glob("*.npy"))]).astype(np.float64)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    left, sizes, _ = np.linalg.svd(vectors - vectors.mean(axis=0), full_matrices=False)
-    points = np.array(
-        tab.page.evaluate("points.map(p => [p.x, p.y])"),
-    )
-    for axis in (0, 1):  # up to sign and scale
-        assert abs(np.corrcoef(points[:, axis], left[:, axis] * sizes[axis])[0, 1]) > 0.999
-    label = np.array(tab.page.evaluate("points.map(p => Number([...p.circle.classList][0].slice(1)))"))
-    cosines = similarities(store)
-    np.fill_diagonal(cosines, np.nan)
-    same = label[:, None] == label[None, :]
-    assert np.nanmean(cosines[same & (label[:, None] < 10)]) > np.nanmean(cosines[~same]) + 0.1
-    named = tab.page.locator("#map-legend li").all_text_contents()
-    assert sum(int(re.findall(r"\((\d+)\)$", text)[0]) for text in named) == len(points)
-    tab.page.focus("#map")
-    tab.page.keyboard.press("ArrowRight")
-    tab.page.keyboard.press("ArrowRight")
-    chosen = tab.page.evaluate("points[chosen].node")
-    tab.page.keyboard.press("Enter")
-    wait_for(tab, chosen)
-    tab.accessible()
-
-
-def fetch(url: str, **headers: str) -> tuple[int, dict[str, str], str]:
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=20) as answer:
-            return answer.status, dict(answer.headers), answer.read().decode("latin-1")
-    except urllib.error.HTTPError as error:
-        return error.code, dict(error.headers), error.read().decode()
-
-
-def signed_in(address: str) -> tuple[str, dict[str, str]]:
-    """The address without its token, and the header that a browser sends once it has opened it."""
-    opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(jar := http.cookiejar.CookieJar()))
-    with opener.open(address, timeout=20) as answer:
-        assert "token" not in answer.url, "it would be in the browser's history, and in what the user copies"
-    cookie = next(iter(jar))
-    return address.partition("?")[0], {"Cookie": f"{cookie.name}={cookie.value}"}
+    draw(tab)
+    tab.page.click("#duplicates-show")
+    tab.wait("!document.getElementById('duplicates-parts').hidden")
+    assert tab.page.evaluate("document.querySelectorAll('#map-legend span *, .half span *').length") == 0
+    assert tab.page.locator("script").count() == 2
 
 
 def test_strangers_and_bad_requests_are_refused(address: str) -> None:
@@ -330,13 +246,14 @@ def test_two_explorers_of_one_machine_do_not_sign_each_other_out(
 def test_a_map_that_failed_is_drawn_when_asked_for_again_and_then_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[object] = []
 
-    def node_map(catalog: object) -> dict[str, int]:
+    def node_map(catalog: object, told: object) -> SimpleNamespace:
         drawn.append(catalog)
         if len(drawn) == 1:
             raise StorageError("the store cannot be reached", "try again")
-        return {"of": 7}
+        return SimpleNamespace(about={"nodes": 7})
 
     monkeypatch.setattr(server, "node_map", node_map)
+    monkeypatch.setattr(server, "columns_of", lambda catalog: ["row"])
 
     async def asked() -> list[tuple[int, dict[str, Any]]]:
         explorer = server.Explorer([SimpleNamespace()], "127.0.0.1")  # type: ignore[list-item]
@@ -347,5 +264,5 @@ def test_a_map_that_failed_is_drawn_when_asked_for_again_and_then_kept(monkeypat
 
     failed, *later = ThreadPoolExecutor(1).submit(asyncio.run, asked()).result()  # playwright has a loop here
     assert failed == (400, {"cause": "the store cannot be reached", "fix": "try again"})
-    assert later == [(200, {"of": 7})] * 2
+    assert later == [(200, {"nodes": 7, "columns": ["row"]})] * 2
     assert len(drawn) == 2

@@ -1,0 +1,505 @@
+"use strict";
+// The map: points by WebGL, marks and names on a canvas above them. A place is two numbers, 0..65534; point p is node
+// chart.node(p). Filters and the lasso dim what is outside.
+const COLOURS = ["#0a84c6", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#a0661e", "#9b52b4", "#e7298a", "#66a61e", "#6c6cff", "#00a6a6"];
+const OTHERS = "#8a9099"; // smaller communities, and what has no value
+const RAMP = ["#3f6fd8", "#16a0a0", "#5fb04a", "#e0a800", "#d8453f"];
+const QUARTERS = ["least", "a quarter up to", "half up to", "three quarters up to", "greatest"];
+const CORNER = 65535;
+const PIECE = 1 << 20; // points of a request
+const SMALL = 600; // pixels: screens up to this width get the first piece alone
+const VERTEX = `attribute vec2 place; attribute float code; attribute float dim;
+uniform vec2 centre; uniform vec2 zoom; uniform float size; uniform float alpha; uniform sampler2D palette; varying vec4 colour;
+void main() {
+  gl_Position = min(place.x, place.y) > 65534.5 ? vec4(2., 2., 2., 1.) : vec4((place - centre) * zoom, 0., 1.);
+  gl_PointSize = size;
+  colour = vec4(texture2D(palette, vec2((code + .5) / 256., .5)).rgb, dim > .5 ? .05 : alpha);
+}`;
+const FRAGMENT = `precision mediump float; varying vec4 colour;
+void main() { if (length(gl_PointCoord - .5) > .5) discard; gl_FragColor = colour; }`;
+const chart = { about: null, count: 0, places: null, codes: null, dims: null, kept: null, corners: null, chosen: -1, x: 32767, y: 32767, zoom: 1, drawing: false };
+let gl;
+
+function program() {
+  gl = $("points").getContext("webgl", { alpha: true, premultipliedAlpha: false, antialias: false });
+  if (!gl) throw new Error("This browser draws no WebGL, which the map needs");
+  const made = gl.createProgram();
+  for (const [kind, text] of [[gl.VERTEX_SHADER, VERTEX], [gl.FRAGMENT_SHADER, FRAGMENT]]) {
+    const shader = gl.createShader(kind);
+    gl.shaderSource(shader, text);
+    gl.compileShader(shader);
+    gl.attachShader(made, shader);
+  }
+  gl.linkProgram(made);
+  gl.useProgram(made);
+  gl.enable(gl.BLEND);
+  gl.blendFuncSeparate(gl.SRC_ALPHA, gl.ONE_MINUS_SRC_ALPHA, gl.ONE, gl.ONE_MINUS_SRC_ALPHA);
+  gl.bindTexture(gl.TEXTURE_2D, gl.createTexture());
+  for (const side of [gl.TEXTURE_MIN_FILTER, gl.TEXTURE_MAG_FILTER]) gl.texParameteri(gl.TEXTURE_2D, side, gl.NEAREST);
+  chart.at = (name) => gl.getUniformLocation(made, name);
+  chart.buffers = {};
+  for (const [name, width, kind] of [["place", 2, gl.UNSIGNED_SHORT], ["code", 1, gl.UNSIGNED_BYTE], ["dim", 1, gl.UNSIGNED_BYTE]]) {
+    gl.bindBuffer(gl.ARRAY_BUFFER, chart.buffers[name] = gl.createBuffer());
+    const place = gl.getAttribLocation(made, name);
+    gl.enableVertexAttribArray(place);
+    gl.vertexAttribPointer(place, width, kind, false, 0, 0);
+  }
+}
+
+function fillBuffer(name, values) {
+  gl.bindBuffer(gl.ARRAY_BUFFER, chart.buffers[name]);
+  gl.bufferData(gl.ARRAY_BUFFER, values, gl.STATIC_DRAW);
+}
+
+// -- what is seen
+
+function size() {
+  const box = $("map").getBoundingClientRect();
+  return [Math.max(box.width, 1), Math.max(box.height, 1)];
+}
+
+function whole() {
+  const [width, height] = size();
+  const [left, top, right, bottom] = chart.about.box;
+  chart.base = 0.94 * Math.min(width / Math.max(right - left, 99), height / Math.max(bottom - top, 99));
+  Object.assign(chart, { x: (left + right) / 2, y: (top + bottom) / 2, zoom: chart.base });
+  paint();
+}
+
+function toScreen(x, y) {
+  const [width, height] = size();
+  return [(x - chart.x) * chart.zoom + width / 2, (y - chart.y) * chart.zoom + height / 2];
+}
+
+function toPlace(across, down) {
+  const [width, height] = size();
+  return [(across - width / 2) / chart.zoom + chart.x, (down - height / 2) / chart.zoom + chart.y];
+}
+
+function zoomBy(factor, across, down) {
+  const [width, height] = size();
+  const [x, y] = toPlace(across ?? width / 2, down ?? height / 2);
+  const zoom = Math.min(Math.max(chart.zoom * factor, chart.base / 4), 64);
+  chart.x = x - (x - chart.x) * chart.zoom / zoom;
+  chart.y = y - (y - chart.y) * chart.zoom / zoom;
+  chart.zoom = zoom;
+  paint();
+}
+
+let wanted = 0;
+function paint() {
+  cancelAnimationFrame(wanted);
+  wanted = requestAnimationFrame(() => {
+    const [width, height] = size();
+    const ratio = devicePixelRatio || 1;
+    for (const canvas of [$("points"), $("marks")]) {
+      const [w, h] = [Math.round(width * ratio), Math.round(height * ratio)];
+      if (canvas.width !== w || canvas.height !== h) Object.assign(canvas, { width: w, height: h });
+    }
+    gl.viewport(0, 0, width * ratio, height * ratio);
+    gl.clearColor(0, 0, 0, 0);
+    gl.clear(gl.COLOR_BUFFER_BIT);
+    const nearer = chart.zoom / chart.base;
+    const wide = Math.min(Math.max(0.5 * Math.sqrt(width * height / chart.count), 1.2), 5) * Math.min(Math.max(nearer, 1) ** 0.45, 5);
+    gl.uniform2f(chart.at("centre"), chart.x, chart.y);
+    gl.uniform2f(chart.at("zoom"), 2 * chart.zoom / width, -2 * chart.zoom / height);
+    gl.uniform1f(chart.at("size"), Math.min(wide, 14) * ratio);
+    gl.uniform1f(chart.at("alpha"), Math.min(Math.max(3e5 * nearer / chart.count, 0.3), 0.85));
+    gl.drawArrays(gl.POINTS, 0, chart.count);
+    marks(width, height, ratio);
+  });
+}
+
+function marks(width, height, ratio) {
+  const pen = $("marks").getContext("2d");
+  const style = getComputedStyle(root);
+  pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+  pen.clearRect(0, 0, width, height);
+  pen.strokeStyle = pen.fillStyle = style.getPropertyValue("--text");
+  if (chart.corners) {
+    pen.beginPath();
+    for (const corner of chart.corners) pen.lineTo(...toScreen(...corner));
+    if (!chart.drawing) pen.closePath();
+    pen.lineWidth = 2;
+    pen.setLineDash([6, 4]);
+    pen.stroke();
+    pen.setLineDash([]);
+  }
+  if ($("colour").value === "community") {
+    const taken = [];
+    pen.font = "600 12px system-ui, sans-serif";
+    pen.textAlign = "center";
+    pen.lineJoin = "round";
+    for (const one of chart.about.communities) {
+      if (one.x === undefined || one.size < 2) continue;
+      const text = one.name.length > 26 ? `${one.name.slice(0, 25)}…` : one.name;
+      const half = pen.measureText(text).width / 2 + 4;
+      const [x, y] = toScreen(one.x, one.y);
+      if (x < half || x > width - half || y < 14 || y > height - 6) continue;
+      if (taken.some(([a, b, other]) => Math.abs(a - x) < half + other && Math.abs(b - y) < 18)) continue;
+      taken.push([x, y, half]);
+      pen.lineWidth = 4;
+      pen.strokeStyle = style.getPropertyValue("--page");
+      pen.strokeText(text, x, y);
+      pen.fillText(text, x, y);
+    }
+    pen.strokeStyle = style.getPropertyValue("--text");
+  }
+  if (chart.chosen >= 0) {
+    pen.lineWidth = 3;
+    pen.beginPath();
+    pen.arc(...toScreen(chart.places[2 * chart.chosen], chart.places[2 * chart.chosen + 1]), 9, 0, 7);
+    pen.stroke();
+  }
+}
+
+// -- points
+
+function nearest(across, down, within) {
+  const [x, y] = toPlace(across, down);
+  let best = -1;
+  let least = (within / chart.zoom) ** 2;
+  for (let p = 0; p < chart.count; p++) {
+    const [dx, dy] = [chart.places[2 * p] - x, chart.places[2 * p + 1] - y];
+    if (dx * dx + dy * dy < least && !chart.dims[p]) [best, least] = [p, dx * dx + dy * dy];
+  }
+  return best;
+}
+
+function beside(key) {
+  const from = Math.max(chart.chosen, 0);
+  const [ux, uy] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[key];
+  let best = -1;
+  let least = Infinity;
+  for (let p = 0; p < chart.count; p++) {
+    if (chart.dims[p] || Math.min(chart.places[2 * p], chart.places[2 * p + 1]) === CORNER) continue;
+    const [dx, dy] = [chart.places[2 * p] - chart.places[2 * from], chart.places[2 * p + 1] - chart.places[2 * from + 1]];
+    const along = dx * ux + dy * uy;
+    const distance = along + 2 * Math.abs(dx * uy - dy * ux);
+    if (along * chart.zoom > 4 && distance < least) [best, least] = [p, distance];
+  }
+  return best;
+}
+
+let telling = 0;
+async function tell(point) {
+  const mine = ++telling;
+  const node = chart.node(point);
+  const found = await ask(`api/0/node/${node}?count=1`).catch((error) => ({ text: error.message }));
+  if (mine === telling) $("map-point").textContent = `node ${node}: ${found.text ?? ""}`;
+}
+
+function choose(point) {
+  chart.chosen = point;
+  const [x, y] = toScreen(chart.places[2 * point], chart.places[2 * point + 1]);
+  const [width, height] = size();
+  if (x < 0 || y < 0 || x > width || y > height) [chart.x, chart.y] = [chart.places[2 * point], chart.places[2 * point + 1]];
+  tell(point);
+  paint();
+}
+
+function mark(node) { // the node that the page shows
+  if (!chart.about) return;
+  const point = chart.point(node);
+  chart.chosen = point < chart.count ? point : -1;
+  paint();
+}
+
+// -- colours, filters, lasso
+
+async function coloured(by) {
+  const content = new Uint8Array(await (await got(`api/0/colour?${new URLSearchParams({ by })}`)).arrayBuffer());
+  const line = content.indexOf(10);
+  return [JSON.parse(new TextDecoder().decode(content.subarray(0, line))), content.subarray(line + 1)];
+}
+
+function rgb(hex) {
+  return [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+}
+
+async function colour() {
+  try {
+    const [legend, codes] = await coloured($("colour").value);
+    const numbers = legend.kind === "numbers";
+    const palette = new Uint8Array(1024);
+    const shade = (code) => {
+      if (code === 255) return rgb(OTHERS);
+      if (!numbers) return rgb(legend.kind === "truth" ? [OTHERS, COLOURS[1]][code] ?? OTHERS : COLOURS[code] ?? OTHERS);
+      const at = code / 254 * (RAMP.length - 1);
+      const low = Math.min(Math.floor(at), RAMP.length - 2);
+      return rgb(RAMP[low]).map((value, i) => value + (at - low) * (rgb(RAMP[low + 1])[i] - value));
+    };
+    for (let code = 0; code < 256; code++) palette.set([...shade(code), 255], 4 * code);
+    gl.texImage2D(gl.TEXTURE_2D, 0, gl.RGBA, 256, 1, 0, gl.RGBA, gl.UNSIGNED_BYTE, palette);
+    chart.codes = codes;
+    fillBuffer("code", codes);
+    const entries = numbers ? legend.ticks.map((value, at) => [RAMP[at], `${QUARTERS[at]} ${Number(value.toPrecision(4)).toLocaleString("en")}`])
+      : legend.names.map((one, at) => [`rgb(${shade(at)})`, `${one.name} (${one.size.toLocaleString("en")})`]);
+    if (codes.includes(255)) entries.push([OTHERS, "no value"]);
+    $("map-legend").replaceChildren(...entries.map(([paint, text]) => {
+      const item = element("li");
+      const swatch = element("span", undefined, "swatch");
+      swatch.style.background = paint;
+      item.append(swatch, element("span", text));
+      item.lastChild.dir = "auto";
+      return item;
+    }));
+    $("map-point").textContent = "";
+    paint();
+  } catch (error) {
+    $("map-point").textContent = error.message;
+  }
+}
+
+function inside(x, y, corners) { // by the even-odd rule, as the server does
+  let found = false;
+  for (let a = 0, b = corners.length - 1; a < corners.length; b = a++) {
+    const [ax, ay] = corners[a];
+    const [bx, by] = corners[b];
+    if ((ay > y) !== (by > y) && x < ax + (y - ay) / (by - ay) * (bx - ax)) found = !found;
+  }
+  return found;
+}
+
+function dim() {
+  let left = 0;
+  for (let p = 0; p < chart.count; p++) {
+    const out = (chart.kept && chart.kept[p] !== 1) || (chart.corners && !inside(chart.places[2 * p], chart.places[2 * p + 1], chart.corners));
+    chart.dims[p] = out ? 1 : 0;
+    left += !out;
+  }
+  fillBuffer("dim", chart.dims);
+  const any = Boolean(chart.kept || chart.corners);
+  $("save").disabled = !any || !left;
+  $("selected").textContent = any ? `${left.toLocaleString("en")} of ${chart.count.toLocaleString("en")} points are selected` : "";
+  paint();
+}
+
+async function filterMap(event) {
+  event.preventDefault();
+  const where = $("where").value.trim();
+  $("selected").textContent = where ? "Reading the samples ..." : "";
+  try {
+    const [legend, codes] = where ? await coloured(where) : [null, null];
+    if (legend && legend.kind !== "truth") throw new Error("A filter is true or false of a sample, such as LENGTH(caption) < 20");
+    chart.kept = codes;
+    dim();
+  } catch (error) {
+    $("selected").textContent = error.message;
+  }
+}
+
+async function save() {
+  $("selected").textContent = "Writing ...";
+  const name = $("name").value.trim();
+  if (still) {
+    const count = await still.save(name, (point) => !chart.dims[point]);
+    $("selected").textContent = `${count.toLocaleString("en")} keys, in ${name}.txt: graphbuild select STORE ${name} --keep ${name}.txt`;
+    return;
+  }
+  const wish = { name, where: chart.kept ? $("where").value.trim() : null, polygon: chart.corners };
+  try {
+    const made = await (await got("api/0/select", { method: "POST", body: JSON.stringify(wish) })).json();
+    $("selected").textContent = `${made.kept.toLocaleString("en")} samples, in ${made.file}`;
+  } catch (error) {
+    $("selected").textContent = error.message;
+  }
+}
+
+function setLasso(on) {
+  $("lasso").setAttribute("aria-pressed", String(on));
+  $("map").classList.toggle("lassoing", on);
+}
+
+function selectView() {
+  const [width, height] = size();
+  chart.corners = [[0, 0], [width, 0], [width, height], [0, height]].map(([x, y]) => toPlace(x, y));
+  dim();
+}
+
+// -- hands
+
+const fingers = new Map();
+let moved = 0;
+
+function place(event) {
+  const box = $("map").getBoundingClientRect();
+  return [event.clientX - box.left, event.clientY - box.top];
+}
+
+function down(event) {
+  $("map").setPointerCapture(event.pointerId);
+  fingers.set(event.pointerId, place(event));
+  moved = fingers.size > 1 ? 99 : 0;
+  chart.drawing = fingers.size === 1 && $("lasso").getAttribute("aria-pressed") === "true";
+  if (chart.drawing) chart.corners = [toPlace(...place(event))];
+}
+
+let resting = 0;
+function move(event) {
+  const [x, y] = place(event);
+  const before = fingers.get(event.pointerId);
+  if (!before) {
+    clearTimeout(resting);
+    resting = setTimeout(() => {
+      const point = nearest(x, y, 8);
+      if (point >= 0) tell(point);
+    }, 120);
+    return;
+  }
+  moved += Math.abs(x - before[0]) + Math.abs(y - before[1]);
+  if (chart.drawing) {
+    chart.corners.push(toPlace(x, y));
+    paint();
+  } else if (fingers.size === 2) {
+    const other = [...fingers].find(([id]) => id !== event.pointerId)[1];
+    zoomBy(Math.hypot(x - other[0], y - other[1]) / Math.max(Math.hypot(before[0] - other[0], before[1] - other[1]), 1), (x + other[0]) / 2, (y + other[1]) / 2);
+  } else {
+    chart.x -= (x - before[0]) / chart.zoom;
+    chart.y -= (y - before[1]) / chart.zoom;
+    paint();
+  }
+  fingers.set(event.pointerId, [x, y]);
+}
+
+function up(event) {
+  if (!fingers.delete(event.pointerId)) return;
+  if (chart.drawing) {
+    chart.drawing = false;
+    if (chart.corners.length < 3) chart.corners = null;
+    setLasso(false);
+    dim();
+  } else if (moved < 6 && event.type === "pointerup") {
+    const point = nearest(...place(event), 14);
+    if (point >= 0) location.hash = link("node", chart.node(point), 0);
+  }
+}
+
+function pressed(event) {
+  const [dx, dy] = { ArrowLeft: [-60, 0], ArrowRight: [60, 0], ArrowUp: [0, -60], ArrowDown: [0, 60] }[event.key] ?? [0, 0];
+  if (dx || dy) {
+    event.preventDefault();
+    if (event.shiftKey) {
+      [chart.x, chart.y] = [chart.x + dx / chart.zoom, chart.y + dy / chart.zoom];
+      paint();
+    } else {
+      const next = chart.chosen < 0 ? 0 : beside(event.key);
+      if (next >= 0) choose(next);
+    }
+  } else if (event.key === "Enter" && chart.chosen >= 0) location.hash = link("node", chart.node(chart.chosen), 0);
+  else if (event.key === "+" || event.key === "=") zoomBy(1.5);
+  else if (event.key === "-") zoomBy(1 / 1.5);
+  else if (event.key === "0") whole();
+}
+
+// -- start
+
+async function draw() {
+  $("map-show").disabled = true;
+  try {
+    const about = await ask("api/0/map", (share) => { $("map-note").textContent = `The map is being made: ${Math.round(100 * (share ?? 0))}%`; });
+    program();
+    const total = innerWidth <= SMALL ? Math.min(about.points, PIECE) : about.points;
+    chart.places = new Uint16Array(2 * total);
+    chart.dims = new Uint8Array(total);
+    chart.node = (point) => still ? still.ids[point] : point * about.stride % about.nodes;
+    const back = still ? 0n : inverse(BigInt(about.stride), BigInt(about.nodes));
+    chart.point = (node) => still ? still.point(node) : Number(BigInt(node) * back % BigInt(about.nodes));
+    chart.about = about;
+    document.body.classList.add("mapped");
+    $("map-show").hidden = true;
+    $("map-parts").hidden = false;
+    $("columns").replaceChildren(...about.columns.map((name) => { const made = element("option"); made.value = name; return made; }));
+    $("column-names").textContent = about.columns.join(", ");
+    whole();
+    while (chart.count < total) {
+      const piece = Math.min(PIECE, total - chart.count);
+      chart.places.set(new Uint16Array(await (await got(`api/0/places?begin=${chart.count}&count=${piece}`)).arrayBuffer()), 2 * chart.count);
+      chart.count += piece;
+      fillBuffer("place", chart.places);
+      fillBuffer("dim", chart.dims);
+      if (!chart.codes) await colour();
+      $("map-note").textContent = `${chart.count < about.nodes ? `${chart.count.toLocaleString("en")} of ` : ""}${about.nodes.toLocaleString("en")} nodes, placed by the stored graph: of a node's ${about.near} nearest, ${Math.round(100 * about.kept)}% are among the ${about.near} nearest here.`;
+      paint();
+    }
+    show(); // marks the node
+  } catch (error) {
+    $("map-show").disabled = false;
+    $("map-note").textContent = error.message;
+  }
+}
+
+function inverse(a, n) { // of a modulo n
+  let [r, next, s, t] = [n, a % n, 0n, 1n];
+  while (next > 0n) [r, next, s, t] = [next, r % next, t, s - r / next * t];
+  return ((s % n) + n) % n;
+}
+
+$("map-show").addEventListener("click", draw);
+$("colour").addEventListener("change", colour);
+$("colour").addEventListener("focus", () => $("colour").select());
+$("closer").addEventListener("click", () => zoomBy(1.5));
+$("farther").addEventListener("click", () => zoomBy(1 / 1.5));
+$("whole").addEventListener("click", whole);
+$("lasso").addEventListener("click", () => setLasso($("lasso").getAttribute("aria-pressed") !== "true"));
+$("in-view").addEventListener("click", selectView);
+$("select").addEventListener("submit", filterMap);
+$("clear").addEventListener("click", () => { Object.assign(chart, { kept: null, corners: null }); $("where").value = ""; dim(); });
+$("save").addEventListener("click", save);
+for (const [kind, hand] of [["pointerdown", down], ["pointermove", move], ["pointerup", up], ["pointercancel", up]]) $("map").addEventListener(kind, hand);
+$("map").addEventListener("wheel", (event) => { event.preventDefault(); zoomBy(2 ** (-event.deltaY / 300), ...place(event)); }, { passive: false });
+$("map").addEventListener("keydown", pressed);
+new ResizeObserver(() => { if (chart.about) paint(); }).observe($("map"));
+new MutationObserver(() => { if (chart.about) paint(); }).observe(root, { attributes: true });
+
+// -- near-duplicates
+
+let steps = [];
+
+function pairs(list, found) {
+  list.replaceChildren(...found.map((pair) => {
+    const item = element("li");
+    item.append(element("span", pair.similarity.toFixed(3), "similarity"));
+    for (const [at, node] of pair.nodes.entries()) {
+      const one = element("a", undefined, "half");
+      if (!still || still.point(node) >= 0) one.href = link("node", node, 0);
+      if (still ? still.hasImage(node) : stores[0].images) one.append(picture(0, node, ""));
+      one.append(element("span", pair.texts[at] ?? `node ${node}`));
+      one.lastChild.dir = "auto";
+      item.append(one);
+    }
+    return item;
+  }));
+  if (!found.length) list.append(element("li", "no pair", "quiet"));
+}
+
+function border() {
+  const at = Math.min(Math.max(Math.round((steps[0].threshold - Number($("threshold").value)) / 0.005), 0), steps.length - 1);
+  const step = steps[at];
+  const top = (value) => value.toFixed(3);
+  $("threshold-shown").textContent = top(step.threshold);
+  $("duplicates-says").textContent = `At ${top(step.threshold)}, ${step.drop.toLocaleString("en")} of ${steps.samples.toLocaleString("en")} samples (${(100 * step.drop / Math.max(steps.samples, 1)).toFixed(1)}%) would go, from ${step.groups.toLocaleString("en")} groups.`;
+  $("above-title").textContent = at ? `Just above: ${top(step.threshold)} to ${top(step.threshold + 0.005)}` : "Just above: 1.000";
+  $("below-title").textContent = `Just below: ${top(step.threshold - 0.005)} to ${top(step.threshold)}`;
+  pairs($("above"), step.pairs);
+  pairs($("below"), steps[at + 1]?.pairs ?? []);
+}
+
+$("duplicates-show").addEventListener("click", async () => {
+  $("duplicates-show").disabled = true;
+  try {
+    const found = await ask("api/0/duplicates");
+    steps = Object.assign(found.steps, { samples: found.samples });
+    Object.assign($("threshold"), { min: steps.at(-1).threshold, max: steps[0].threshold, value: Math.max(0.95, steps.at(-1).threshold) });
+    $("duplicates-show").hidden = true;
+    $("duplicates-parts").hidden = false;
+    border();
+  } catch (error) {
+    $("duplicates-show").disabled = false;
+    $("duplicates-says").textContent = error.message;
+    $("duplicates-parts").hidden = false;
+  }
+});
+$("threshold").addEventListener("input", border);
+
+start();
