@@ -9,10 +9,8 @@ every list of its range too. How recall is measured, its time and memory: recall
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from itertools import chain
 
 import numpy as np
@@ -35,7 +33,6 @@ LEAST_FACTOR = 1.25  # by which the nodes searched grow from look to look
 AFRESH_NODES = 1_250
 EXACT_FLOOR = 0.999
 SLACK = 0.01  # between the recall that an approximate engine is set for and the floor
-HISTORY = "_state/certify/history.jsonl"
 DRAWN, DRAWN_PARTS = "_state/certify/{}.{}.npy", ("nodes", "vectors", "lists", "scores")  # of `_draw`
 
 
@@ -163,28 +160,9 @@ def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     manifest = store.manifest()
     floor = floor_of(recipe, manifest)
     certificate = certificate_of(manifest["graph"]["k"], living_nodes(manifest), *measured(store, done))
-    remember(store, {"floor": floor, **certificate}, recipe.index.model_dump(exclude={"memory", "device"}))
     if certificate["recall"] < floor:
         raise under_floor(certificate, floor, store)
     return {"recall": certificate}
-
-
-def remember(store: Store, certificate: Json, settings: Json) -> None:
-    """Add a line to HISTORY, unless the last one is of the same graph and certificate."""
-    manifest, past = store.manifest(), history(store)
-    embeddings = {name: manifest["embeddings"][name] for name in ("encoder", "d", "fingerprint")}
-    now = {"graph": manifest["graph"], "embeddings": embeddings, "nodes": living_nodes(manifest)}
-    now |= {"certificate": certificate, "settings": settings}
-    if not past or past[-1] != {"made": past[-1]["made"], **now}:
-        past.append({"made": datetime.now(UTC).isoformat(timespec="minutes"), **now})
-        store.write_bytes(HISTORY, "".join(f"{json.dumps(one)}\n" for one in past).encode())
-
-
-def history(store: Store) -> list[Json]:
-    """Every graph that was certified here or found under its floor, in order: made (UTC), nodes, graph, embeddings,
-    certificate with its floor, and the settings of the index."""
-    lines = store.read_bytes(HISTORY).splitlines() if store.exists(HISTORY) else []
-    return [json.loads(line) for line in lines]
 
 
 def under_floor(certificate: Json, floor: float, store: Store) -> QualityError:

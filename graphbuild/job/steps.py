@@ -95,8 +95,7 @@ STEPS = (
     Step(index.JOIN,        "index",    "_work/codes/ _work/leaders/",   "_work/join/"),
     Step(index.MERGE,       "index",    "_work/join/ _work/base/",       "_work/merged/"),
     Step(index.SEARCH,      "index",    "_work/ nodes/ graph/basis.npy", "graph/#.*.npy"),
-    Step(certify.STAGE,     "index",    "nodes/#.npy graph/#.*.npy",     "_state/certify/#.*.npy"
-                                                                         " _state/certify/history.jsonl"),
+    Step(certify.STAGE,     "index",    "nodes/#.npy graph/#.*.npy",     "_state/certify/#.*.npy"),
     Step(sidecars.STAGE,    "export",   "_state/certify/ samples/",      "shards/*.graph.parquet shards/sizes.json"),
     Step(inline.STAGE,      "export",   "_state/certify/ samples/",      "inline/"),
     Step(columns.STAGE,     "export",   "_state/certify/ samples/",      "columns/"),

@@ -71,7 +71,7 @@ def test_every_file_of_a_store_belongs_to_the_step_whose_record_names_it(tmp_pat
         root = Path(store.root)
         files = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
         kept = {name for name in files if name.startswith("_state/") and name.endswith(".done.json")}
-        assert files - kept - named.keys() - BESIDE == {"_state/certify/history.jsonl"}
+        assert files - kept - named.keys() - BESIDE == set()
         assert {key for step in STEPS for key in step.stage.entries} >= manifest.keys() - {
             *("format_version", "stages", "versions", "recipe", "checksum")
         }

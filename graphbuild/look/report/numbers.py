@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from itertools import pairwise
 
 import numpy as np
 import polars as pl
 
-from graphbuild.graph.certify import history
 from graphbuild.graph.lists import duplicates
 from graphbuild.graph.lists.derived import MATCH, about
 from graphbuild.graph.sample_graph import SampleGraph
@@ -76,7 +74,6 @@ def numbers(store: Store) -> Json:
         found["groups"] = groups(graph, catalog)
         found["suspicious"] = suspicious(catalog, found["edges"]["random_mean"], found["edges"]["random_deviation"])
         found["advice"] = advice(found)
-        found["history"] = builds(store)
         found["matches"] = matches(store, graph)
     return found
 
@@ -159,18 +156,6 @@ def stage_times(store: Store, manifest: Json) -> list[Json]:
             }
         )
     return rows
-
-
-def builds(store: Store) -> list[Json]:
-    """The history of the store's graphs, each with what was changed before it."""
-    past = history(store)
-    told = [{**one["settings"], "nodes": one["nodes"], **one["embeddings"]} for one in past]
-    changes: list[list[str]] = [[]]
-    for before, now in pairwise(told):
-        same = before["fingerprint"] == now["fingerprint"]
-        changed = [f"{name}: {before.get(name)} to {now[name]}" for name in now if now[name] != before.get(name)]
-        changes.append([line for line in changed if not line.startswith("fingerprint")] or ["" if same else "vectors"])
-    return [{**one, "changed": changed} for one, changed in zip(past, changes, strict=False)]
 
 
 def matches(store: Store, graph: SampleGraph) -> list[Json]:

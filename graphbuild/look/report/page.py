@@ -18,6 +18,7 @@ from graphbuild.look.pages import base_css, own_text
 from graphbuild.look.report.captions import MANY
 from graphbuild.look.report.charts import charts, comparison_charts
 from graphbuild.look.report.compare import compare
+from graphbuild.look.report.history import builds
 from graphbuild.look.report.numbers import numbers
 from graphbuild.store.store import Json, Store, json_text
 
@@ -59,6 +60,8 @@ def write_report(store: Store, out: str | None = None, other: Store | None = Non
         raise ConfigError(f"no report can be written there: {error.cause}", "name another folder by --out") from error
     name = "compare" if both else "report"
     found = compare(*both) if both else numbers(store)
+    if "edges" in found:
+        found["history"] = builds(store, folder)
     page = render_comparison(found) if both else render(found, *_pictures(store, found))
     folder.write_bytes(f"{name}.json", json_text(found))
     folder.write_bytes(PAGES[name], page.encode())
