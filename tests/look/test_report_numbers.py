@@ -234,12 +234,14 @@ def test_a_narrow_encoder_is_warned_of_with_the_mean_of_random_pairs(tmp_path: P
     store = of_vectors(tmp_path, 4 + rng.standard_normal((200, 16)) * 3)
     cosines = unit_vectors(store) @ unit_vectors(store).T
     mean = cosines[~np.eye(200, dtype=bool)].mean()
-    found = advice(reported(store), "encoder", warns=True)
+    numbers = reported(store)
+    found = advice(numbers, "encoder", warns=True)
     assert found["number"] == pytest.approx(mean, abs=0.01)
     assert f"similarity of {mean:.2f} in the mean" in found["says"]
-    assert not any(one["about"] == "share" for one in reported(store)["advice"])
+    assert not any(one["about"] == "share" for one in numbers["advice"])
 
 
+@pytest.mark.slow
 def test_lists_that_end_among_random_pairs_are_warned_of_with_their_share(tmp_path: Path) -> None:
     store = of_vectors(tmp_path, np.random.default_rng(1).standard_normal((120, 4)), k=40)
     values = arrays(store, "graph/*.similarities.npy")[:, -1].astype(np.float64)
@@ -251,6 +253,7 @@ def test_lists_that_end_among_random_pairs_are_warned_of_with_their_share(tmp_pa
     assert found["number"] == pytest.approx(share, abs=0.02)
 
 
+@pytest.mark.slow
 def test_hubs_are_warned_of_with_the_skewness_of_in_degrees(tmp_path: Path) -> None:
     rng = np.random.default_rng(2)
     vectors = np.concatenate([np.eye(60) + 0.2, np.full((K, 60), 1.0) + rng.standard_normal((K, 60)) * 0.1])
@@ -280,6 +283,7 @@ def test_k_is_the_least_that_holds_nearly_all_that_the_lists_hold(tmp_path: Path
     assert f"hold {share[32]:.0%} of a target over all nodes, and the nearest 4 already {share[4]:.0%}" in told["says"]
 
 
+@pytest.mark.slow
 def test_the_share_is_the_smallest_whose_rest_goes_to_similar_captions(tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     centres = np.repeat(rng.standard_normal((20, 24)), 16, axis=0)

@@ -33,7 +33,7 @@ REASONS = {
     for name, title, what, column in (
         ("boilerplate", "Boilerplate", "patterns of many captions, without their numbers", "one of them"),
         ("repeated", "One caption of many samples", f"captions of {MANY} samples or more each", "caption"),
-        ("markup", "No prose", "captions with a file's name, an address or markup", "caption"),
+        ("markup", "Markup, addresses, names of files", "captions with a file's name, an address or markup", "caption"),
         ("scripts", "Mixed scripts", "captions with letters of several scripts", "caption"),
         ("far", "Far from all others", "captions with a nearest neighbour no nearer than random pairs are", "caption"),
     )
