@@ -1,7 +1,7 @@
 """`graphbuild report`: index.html, which opens from disk without a network, and report.json with the same numbers.
 
 The page runs no script but its own, by its hash in its Content-Security-Policy; captions are escaped text.
-Size: about 150 KB, and some 130 thumbnails at most, of 2 to 9 KB each.
+Size: about 150 KB, and some 130 thumbnails at most, of 2 to 10 KB each.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from graphbuild.store.store import Json, Store, json_text
 FOLDER = "report"
 PAGES = {"report": "index.html", "compare": "compare.html"}
 THUMBNAIL = 96  # pixels
-PICTURES = 4  # of one caption, at most
+PICTURES = 3  # of one caption, at most
 NEAR_SHARDS = 8  # from a node's own on, in which its samples are looked for
 Pictures = dict[int | str, list[str | None]]  # addresses that hold a JPEG; None: it could not be read
 REASONS = {
@@ -140,9 +140,10 @@ def _pictures(store: Store, found: Json) -> tuple[Pictures, str]:
             pictures[one["sha256"]] = [shown(sample)]
     if not catalog.has_images:
         return pictures, ""
-    for one in [*found["duplicates"]["texts"], *(row for each in found["suspicious"] for row in each["shown"])]:
-        some = islice(catalog.samples_of(one["node"], NEAR_SHARDS), PICTURES)
-        pictures.setdefault(one["node"], list(map(shown, some)))
-    for one in [*found["edges"]["hubs"], *(one for group in found["groups"]["largest"] for one in group["members"])]:
-        pictures.setdefault(one["node"], list(map(shown, islice(catalog.samples_of(one["node"], NEAR_SHARDS), 1))))
+    suspects = [row for each in found["suspicious"] for row in each["shown"]]
+    members = [one for group in found["groups"]["largest"] for one in group["members"]]
+    several = {one["node"]: PICTURES for one in found["duplicates"]["texts"]}
+    wanted = {one["node"]: 1 for one in [*found["edges"]["hubs"], *members, *suspects]} | several
+    for node, count in wanted.items():
+        pictures[node] = list(map(shown, islice(catalog.samples_of(node, NEAR_SHARDS), count)))
     return pictures, problems[0] if problems else ""
