@@ -146,14 +146,21 @@ def match(
 
 @app.command()
 def report(
-    store: StoreArg, out: Annotated[str | None, option("folder to write it to  [default: STORE/report]")] = None
+    store: StoreArg,
+    other: Annotated[
+        str | None, typer.Argument(metavar="OTHER", help="another store, to compare its graph", show_default=False)
+    ] = None,
+    out: Annotated[str | None, option("folder to write it to  [default: STORE/report]")] = None,
 ) -> None:
-    """A page of what came out: losses, recall, similarities, time."""
+    """A page of what came out, or of how two graphs differ.
+
+    Compared are two stores of the same captions, by different encoders for instance.
+    """
     from graphbuild.look.report import write_report
 
     if out is not None:
         open_store(out)  # refuses what can be no folder
-    echo(f"report    {write_report(open_store(store), out)}")
+    echo(f"report    {write_report(open_store(store), out, open_store(other) if other is not None else None)}")
 
 
 @app.command()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import io
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -111,11 +112,14 @@ class Catalog:
 
     def sample_of(self, node: int) -> Sample | None:
         """The first sample of a node; None of ready vectors, which have no samples."""
+        return next(self.samples_of(node), None)
+
+    def samples_of(self, node: int, shards: int | None = None) -> Iterator[Sample]:
+        """The samples of a node in order, those of so many shards from its own on; none of ready vectors."""
         own = self._shard_of(node)
-        if not self.has_samples or self.graph.gone[node]:
-            return None
-        others = (number for number in range(len(self._shards)) if number > own)  # where the tar of the first is gone
-        return next(self._sample(number, at) for number in (own, *others) for at in self._positions_of(node, number))
+        if self.has_samples and not self.graph.gone[node]:
+            for number in range(len(self._shards))[own:][:shards]:  # not in its own where that tar is gone
+                yield from (self._sample(number, at) for at in self._positions_of(node, number))
 
     def _positions_of(self, node: int, number: int) -> list[int]:
         """Where a node's samples are in a shard."""

@@ -70,7 +70,7 @@ def near_duplicates(graph: SampleGraph, threshold: float) -> DerivedList:
 
 
 def _samples_of_groups(graph: SampleGraph, threshold: float, schema: pa.Schema) -> Iterator[Part]:
-    group, strength, truncated = _components(graph, threshold)
+    group, strength, truncated = components(graph, threshold)
     sample_nodes = graph.sample_nodes()
     backwards = np.flatnonzero(sample_nodes >= 0)[::-1]
     first_row = np.full(len(graph), -1)
@@ -98,7 +98,7 @@ def _captions(table: pa.Table) -> list[list[str]]:
     return [[one["caption"] for one in each or ()] for each in more]
 
 
-def _components(graph: SampleGraph, threshold: float) -> tuple[Ids, NDArray[np.float64], int]:
+def components(graph: SampleGraph, threshold: float) -> tuple[Ids, NDArray[np.float64], int]:
     """Each node's component, named by its smallest node, int64 [M]; the sum of each node's edges [M], in and out; and
     how many nodes are truncated."""
     parent, strength, truncated = np.arange(len(graph)), np.zeros(len(graph)), 0

@@ -32,6 +32,27 @@ def charts(numbers: Json) -> dict[str, Json]:
     return found
 
 
+def comparison_charts(found: Json) -> dict[str, Json]:
+    """The same for the page of two stores."""
+    depths = np.arange(1.0, found["k"] + 1).tolist()
+    shares = Axis("share in common", 0, 1.03, form=".0%", value_form=".1%")
+    depth = Axis("depth", 0.95, 1.05 * max(found["k"], 2), log=True, form=",.0f")
+    kl = [(name, [row[name] for row in found["kl"]]) for name in ("forward", "backward")]
+    names = [f"{low}% to {low + 10}%" for low in range(0, 100, 10)]
+    nodes = Axis("captions", 0, 1.05 * max(found["histogram"]), value_form=",")
+    nats = Axis("nats", 0, 1.05 * max(1e-9, *(max(values) for _, values in kl)), value_form=".4f")
+    return {
+        "chart-depths": lines(depths, [Series("overlap", found["overlap"], BLUE)], depth, shares),
+        "chart-overlaps": bars(names, [Series("captions", found["histogram"], BLUE)], "overlap", nodes),
+        "chart-kl": lines(
+            [row["tau_s"] for row in found["kl"]],
+            [Series(name, values, color) for (name, values), color in zip(kl, (BLUE, ORANGE), strict=True)],
+            _tau_axis(),
+            nats,
+        ),
+    }
+
+
 def _funnel(funnel: list[Json]) -> Json:
     counts = [step["count"] for step in funnel]
     return rows([step["name"] for step in funnel], counts, [f"{count:,}" for count in counts], BLUE)

@@ -12,10 +12,13 @@ from collections import Counter
 import numpy as np
 import polars as pl
 
+from graphbuild.graph.lists import duplicates
 from graphbuild.graph.lists.derived import MATCH, about
 from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.job.steps import STEPS
 from graphbuild.look.catalog import Catalog
+from graphbuild.look.report.advice import advice
+from graphbuild.look.report.captions import suspicious
 from graphbuild.look.report.targets import batch_targets, neighbor_mass, two_views
 from graphbuild.runner.progress import UNITS
 from graphbuild.runner.stage import records
@@ -29,6 +32,7 @@ EDGE_NODES = 20_000  # nodes whose edges the similarity histogram counts
 PAIRS = 200_000
 DUPLICATE = 0.95  # similarity of a near-duplicate
 SHOWN = 10  # rows of a table of examples
+GROUPS, MEMBERS = 6, 6  # groups of near-duplicates that are shown, and nodes of each
 BATCHES = (64, 256, 1024, 4096)
 DELIVERED = {
     "export": "in sidecars",
@@ -67,6 +71,9 @@ def numbers(store: Store) -> Json:
         found["targets"] = [batch_targets(graph, size) for size in _batch_sizes(len(graph))]
         found["two_views"] = [row for size in _batch_sizes(len(graph)) if size > 1 for row in two_views(graph, size)]
         found["batches"] = batch_edges(graph)
+        found["groups"] = groups(graph, catalog)
+        found["suspicious"] = suspicious(catalog, found["edges"]["random_mean"], found["edges"]["random_deviation"])
+        found["advice"] = advice(found)
         found["matches"] = matches(store, graph)
     return found
 
@@ -169,18 +176,37 @@ def matches(store: Store, graph: SampleGraph) -> list[Json]:
 def _repeated_texts(store: Store, manifest: Json) -> Json:
     """Samples a node: how many nodes have 1, 2, 3-4, 5-8, ... samples, and the texts that most samples have."""
     counts = np.zeros(len(EDGES) - 1, np.int64)
-    best: list[tuple[int, str]] = []
+    best: list[tuple[int, int, str | None]] = []
     for name in shards_of(store, manifest).with_nodes.names:
-        table = store.table(TEXTS.format(name), ["samples", "text"])
+        table = store.table(TEXTS.format(name), ["node", "samples", "text"])
         samples = table["samples"].to_numpy()
         counts += np.histogram(samples, EDGES)[0]
         top = np.argsort(-samples, kind="stable")[:SHOWN]
-        texts = table["text"].take(top).to_pylist()
-        best = heapq.nlargest(SHOWN, [*best, *zip(samples[top].tolist(), texts, strict=True)], key=lambda pair: pair[0])
+        rows = ((one["samples"], one["node"], one["text"]) for one in table.take(top).to_pylist())
+        best = heapq.nlargest(SHOWN, [*best, *rows], key=lambda one: one[0])
     return {
         "samples_per_node": _bins(counts)[1:],
-        "texts": [{"samples": count, "text": text} for count, text in best if count > 1 and text is not None],
+        "texts": [
+            {"samples": count, "node": node, "text": text}
+            for count, node, text in best
+            if count > 1 and text is not None
+        ],
     }
+
+
+def groups(graph: SampleGraph, catalog: Catalog) -> Json:
+    """Groups of near-duplicate nodes, as `mine --what duplicates` makes them: their number, the nodes in them, and of
+    the largest GROUPS the first MEMBERS nodes, each with its similarity to the first."""
+    label, _, truncated = duplicates.components(graph, DUPLICATE)
+    sizes = np.bincount(label[~graph.gone], minlength=len(label))
+    several = sizes[sizes > 1]
+    largest = []
+    for group in np.argsort(-sizes, kind="stable")[: min(GROUPS, len(several))]:
+        nodes = np.flatnonzero((label == group) & ~graph.gone)[:MEMBERS]
+        members = catalog.describe(nodes, duplicates.similarities(graph, nodes, np.full(len(nodes), nodes[0])))
+        largest.append({"nodes": int(sizes[group]), "members": [vars(one) for one in members]})
+    counts = {"groups": len(several), "nodes": int(several.sum()), "truncated": truncated}
+    return {"threshold": DUPLICATE, **counts, "largest": largest}
 
 
 def repeated_images(store: Store) -> list[Json]:
@@ -213,11 +239,9 @@ def edge_numbers(graph: SampleGraph, catalog: Catalog) -> Json:
     rng = np.random.default_rng(0)
     indegree = graph.in_degrees[living]
     last = np.zeros(len(BINS) - 1, np.int64)
-    first_duplicates = 0
     for first, _, values in graph.edge_blocks():
         values = values[~graph.gone[first : first + len(values)]]
         last += np.histogram(values[:, -1].astype(np.float32), BINS)[0]
-        first_duplicates += int((values[:, 0] >= DUPLICATE).sum())
     nodes = living[np.sort(rng.choice(total, min(EDGE_NODES, total), replace=False))]
     _, similarities = graph.neighbors(nodes)
     pairs = living[rng.integers(0, total, (PAIRS, 2))]
@@ -241,7 +265,7 @@ def edge_numbers(graph: SampleGraph, catalog: Catalog) -> Json:
         "random_mean": float(random.mean()),
         "random_deviation": float(random.std()),
         "last_similarity": last.tolist(),
-        "near_duplicate_nodes": first_duplicates,
+        "near_duplicate_nodes": int((graph.nearest_similarities[living] >= DUPLICATE).sum()),
         "near_duplicate": DUPLICATE,
         "indegree": _bins(np.histogram(indegree, EDGES)[0]),
         "indegree_skewness": float(((indegree - k) ** 3).mean()) / deviation**3 if deviation else 0.0,

@@ -18,7 +18,7 @@ from graphbuild.graph.match.match import match_store
 from graphbuild.job.steps import run_verb
 from graphbuild.look.report.charts import _mass
 from graphbuild.look.report.numbers import _repeated_texts, numbers
-from graphbuild.look.report.page import _images, render, write_report
+from graphbuild.look.report.page import _pictures, render, render_comparison, write_report
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store
@@ -64,8 +64,10 @@ def test_it_opens_from_disk_alone_and_is_accessible(tab: Tab, page: Path) -> Non
 def test_it_is_small_and_names_no_address(page: Path) -> None:
     assert page.stat().st_size < 500_000
     found = json.loads((page.parent / "report.json").read_text())
-    for one in (*found["edges"]["hubs"], *found["duplicates"]["texts"]):
-        one["text"] = ""  # what users wrote may hold addresses
+    groups = (one for group in found["groups"]["largest"] for one in group["members"])
+    shown = (one for reason in found["suspicious"] for one in reason["shown"])
+    for one in (*found["edges"]["hubs"], *found["duplicates"]["texts"], *groups, *shown):
+        one["text"] = one["why"] = ""  # what users wrote may hold addresses
     found["recipe"] = ""
     text = render(found)
     assert re.findall(r"\w+://.*|@import.*|url\(.*", text) == []
@@ -176,8 +178,8 @@ def test_charts_show_the_store_s_numbers(tab: Tab, page: Path, store: Path) -> N
         low, _, high = label.partition("-")
         assert nodes == ((indegree >= int(low)) & (indegree <= int(high or low))).sum()
     assert sum(bars["y"]) == count
-    hubs = tab.page.locator("#hubs ~ .scroll").first.locator("tbody tr td:first-child").all_text_contents()
-    assert [int(hub) for hub in hubs] == np.sort(indegree)[::-1][:10].tolist()
+    hubs = tab.page.locator("#hubs ~ ol.grid").first.locator("data").all()
+    assert [int(hub.get_attribute("value")) for hub in hubs] == np.sort(indegree)[::-1][:10].tolist()
 
     (funnel,) = drawn(tab, "chart-funnel")
     tables = [pq.read_table(path) for path in sorted((store / "samples").glob("*.parquet"))]
@@ -267,16 +269,41 @@ def test_what_was_asked_of_the_graph_has_its_section(tab: Tab, page: Path, store
 def test_hostile_captions_are_text_and_run_nothing(tab: Tab, page: Path, strings: list[str], tmp_path: Path) -> None:
     numbers = json.loads((page.parent / "report.json").read_text())
     numbers["edges"]["hubs"] = [{"node": at, "indegree": 1, "text": text} for at, text in enumerate(strings)]
+    numbers["suspicious"] = [{"reason": "markup", "found": 1, "samples": 1, "shown": []}]
+    numbers["suspicious"][0]["shown"] = [{"node": at, "why": text, "text": text} for at, text in enumerate(strings)]
     numbers["duplicates"]["texts"] = [{"samples": 2, "text": text} for text in strings]
     numbers["store"], numbers["funnel"][0]["name"] = strings[-1], "</script><script>alert(1)</script>"
     hostile = tmp_path / "hostile.html"
     hostile.write_text(render(numbers), "utf-8")
     tab.page.goto(hostile.as_uri())
     drawn(tab, "chart-funnel")
-    shown = tab.page.evaluate("[...document.querySelectorAll('#hubs ~ .scroll td.text')].map(e => e.textContent)")
+    shown = tab.page.evaluate("[...document.querySelectorAll('#hubs ~ ol.grid span')].map(e => e.textContent)")
     plain = [text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "") for text in strings]  # as HTML reads them
     assert shown[: len(strings)] == plain
-    assert tab.page.evaluate("document.querySelectorAll('td.text *:not(br)').length") == 0
+    for place in ("td.text", "td.why", ".grid span"):
+        assert tab.page.evaluate(f"document.querySelectorAll('{place} *:not(br)').length") == 0
+    assert tab.page.locator("script").count() == 1
+
+
+def test_the_page_of_two_stores_is_accessible_and_its_captions_run_nothing(
+    tab: Tab, store: Path, other_store: Path, strings: list[str], tmp_path: Path
+) -> None:
+    page = Path(write_report(Store(str(store)), str(tmp_path), Store(str(other_store))))
+    found = json.loads(page.with_name("compare.json").read_text())
+    assert found["k"] == 8, "of 8 and 16"
+    assert found["overlap_at_k"]["mean"] > 0.99, "of the same vectors; equal similarities may be in another order"
+    tab.page.goto(page.as_uri())
+    (overlap,) = drawn(tab, "chart-depths")
+    assert overlap["y"] == pytest.approx(found["overlap"])
+    tab.accessible()
+    assert [url for url in tab.requests if not url.startswith(("file:", "data:"))] == []
+    for one, text in zip(found["disagreements"], strings, strict=False):
+        one["text"] = text
+        for at, near in enumerate(one["nearest"][0] + one["nearest"][1]):
+            near["text"] = strings[-at]
+    page.write_text(render_comparison(found), "utf-8")
+    tab.page.goto(page.as_uri())
+    assert tab.page.evaluate("document.querySelectorAll('td.text *, .asked *').length") == 0
     assert tab.page.locator("script").count() == 1
 
 
@@ -290,11 +317,14 @@ def test_no_two_lines_of_a_chart_look_alike(k: int) -> None:
 
 def test_a_number_of_samples_that_no_node_has_is_a_bar_of_none(tmp_path: Path) -> None:
     (tmp_path / "nodes").mkdir()
-    pq.write_table(pa.table({"samples": [1, 1, 7], "text": ["a", "b", "c"]}), tmp_path / "nodes" / "00000.parquet")
+    pq.write_table(
+        pa.table({"node": [0, 1, 2], "samples": [1, 1, 7], "text": ["a", "b", "c"]}),
+        tmp_path / "nodes" / "00000.parquet",
+    )
     found = _repeated_texts(Store(str(tmp_path)), {"shards": [{"shard": "00000", "nodes": 3}]})
     bars = [(one["from"], one["to"], one["nodes"]) for one in found["samples_per_node"]]
     assert bars == [(1, 1, 2), (2, 2, 0), (3, 4, 0), (5, 8, 1)]
-    assert found["texts"] == [{"samples": 7, "text": "c"}]
+    assert found["texts"] == [{"samples": 7, "node": 2, "text": "c"}]
 
 
 def test_a_repeated_image_is_shown_with_all_captions_of_its_sample(tmp_path: Path) -> None:
@@ -306,7 +336,8 @@ def test_a_repeated_image_is_shown_with_all_captions_of_its_sample(tmp_path: Pat
             run_verb(verb, recipe, store, runner)
     repeated = {"urls": 2, "sha256": "0" * 64, "key": "3", "caption": "dog 3"}  # as a download's table has it
     found = {**numbers(store), "repeated_images": [repeated, {**repeated, "key": "nobody", "caption": "of old"}]}
-    first, second = _images(store, found)
+    pictures, _ = _pictures(store, found)
+    first, second = found["repeated_images"]
     assert first["caption"] == "dog 3 \N{MIDDLE DOT} brown dog 3"
     assert second["caption"] == "of old"
-    assert first["caption"] in render(found, [first, second])
+    assert first["caption"] in render(found, pictures)
