@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 BASE_BYTES = 1e9  # a worker with torch and numba loaded
 LEAST_NODES = 4_096
+BLOCK_NODES = 65_536
 EXACT_OPERATIONS = 2e14  # what `auto` spends on a CPU: about five minutes of one core with VNNI
 EXACT_ON_GPU = 4e17  # and on a GPU: 32 million nodes of d = 384, an hour or two of an H100 as `plan` reckons
 
@@ -34,6 +35,10 @@ class Engine(Protocol):
 
     @property
     def on_device(self) -> bool: ...
+
+    @property
+    def ordered(self) -> bool:
+        """Whether it has the nodes in the order of their leaders (`graphbuild.graph.order`), not of their ids."""
 
     @property
     def mapped_files(self) -> int:
@@ -100,6 +105,11 @@ def nodes_at_once(engine: Engine, index: Index, nodes: int, width: int) -> int:
     return at_once
 
 
+def blocks_of(nodes: int, first_new: int) -> list[int]:
+    """Where blocks of ordered nodes begin, a task of merge and refine each, and the last ends; none has old and new."""
+    return [*range(0, first_new, BLOCK_NODES), *range(first_new, nodes, BLOCK_NODES), nodes]
+
+
 def bytes_a_node(engine: Engine, k: int, nodes: int, width: int) -> int:
     """Codes, list, and its ids, scale, floor and place while it is joined."""
     return width + 8 * engine.length(k, nodes) + 32
@@ -115,6 +125,8 @@ def forecast(index: Index, nodes: int, width: int, first_new: int = 0) -> str:
     if engine.name.startswith("faiss:"):
         held += nodes * width * 4
     scratch = nodes * (width + 8 * engine.length(index.neighbors(nodes), nodes) * (lists + 1))
+    if engine.ordered:  # vectors too, and the lists before they are the graph's
+        scratch += nodes * (2 * width + 8 * index.neighbors(nodes))
     kept = f"{nodes - first_new:,} new nodes, the lists of {first_new:,} are kept; " if first_new else ""
     joins = f"{len(tasks)} join task{'s' * (len(tasks) != 1)}"
     return (
