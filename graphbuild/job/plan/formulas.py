@@ -26,6 +26,7 @@ from graphbuild.knn.engine import Engine, blocks_of, bytes_a_node, choose, nodes
 from graphbuild.knn.faiss_index import TASK_NODES as FAISS_TASK_NODES
 from graphbuild.knn.leaders import (
     FLAT_GROUPS,
+    GROUP_GROUPS,
     GROUP_LEADERS,
     MOST_GROUPS,
     NODES_PER_LEADER,
@@ -257,12 +258,13 @@ def index_costs(case: Case) -> dict[str, Cost]:
         vectors / max(tasks, 1),
         least_seconds=ordering,
     )
-    # A node's leaders are found by L / 128 + 12 x 128 products, all L where they are few; by L / 128^2 + 24 x 128 where
-    # they are many.
+    # A node's leaders are found by L / 128 + 12 x 128 products, all L where they are few; where they are many, L / 128
+    # of these by groups of groups.
     groups = leaders / GROUP_LEADERS
     compared = leaders if groups <= FLAT_GROUPS else groups + PROBED_GROUPS * GROUP_LEADERS
-    if groups > MOST_GROUPS:
-        compared = groups / GROUP_LEADERS + 2 * PROBED_GROUPS * GROUP_LEADERS
+    while groups > MOST_GROUPS:
+        groups /= GROUP_GROUPS
+        compared += groups + PROBED_GROUPS * GROUP_GROUPS - groups * GROUP_GROUPS
     coding = shard_nodes * (rates.code_node + compared * rates.pair) * case.width
     matrix = 8.0 * job.d * (job.d + 1)  # of a shard's moments; one of them has its eigenvectors taken
     join, length, lists = _join(case)
