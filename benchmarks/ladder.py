@@ -3,12 +3,12 @@
     python benchmarks/ladder.py run CACHE ladder.jsonl --sizes 300000 1000000 3000000 --k 32 --recall 0.95
     python benchmarks/ladder.py show ladder.jsonl ladder.png
 
-CACHE holds captions.npy, and gets mixed_N.npy of each size (benchmarks/data.py). Each size runs in a process of its own,
-`--repeats` times, with `--workers` (0: in that process); its store lies in CACHE while it runs, and takes 7 d bytes a
-node and some 12 lists of candidates. A line of ladder.jsonl is one run: of each stage the seconds, the CPU seconds of all
-its processes, their peak RSS and PSS (looked at every `--every` seconds), minor and major page faults, and the scratch
-there was when it ended. `show` prints a table of medians with the exponent of growth between the sizes, and draws the
-CPU microseconds a node.
+CACHE holds captions.npy, and gets mixed_N.npy of each size (benchmarks/data.py). Each size runs in a process of its
+own, `--repeats` times, with `--workers` (0: in that process); its store lies in CACHE while it runs, and takes 7 d
+bytes a node and some 12 lists of candidates. A line of ladder.jsonl is one run: of each stage the seconds, the CPU seconds of
+all its processes, their peak RSS and PSS (looked at every `--every` seconds), minor and major page faults, and the
+scratch there was when it ended. `show` prints a table of medians with the exponent of growth between the sizes, and
+draws the CPU microseconds a node.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def show(asked: argparse.Namespace) -> None:
             axes.loglog(sizes, values, marker="o", label=name)
     axes.set(xlabel="nodes", ylabel="CPU microseconds a node", title=lines[0]["machine"])
     axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(asked.plot, dpi=150, bbox_inches="tight")
 
 

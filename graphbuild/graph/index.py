@@ -125,12 +125,13 @@ def plan_codes(recipe: Recipe, store: Store) -> list[Task]:
 def run_codes(task: Task, store: Store, writer: Writer) -> Json:
     import torch
 
-    from graphbuild.knn.codes import encode
+    from graphbuild.knn.codes import NOWHERE, encode
     from graphbuild.knn.inputs import Inputs
 
     inputs = Inputs(store)
     raw = store.array(VECTORS.format(task.name))
-    none = ~(np.linalg.norm(raw.astype(np.float32), axis=1) > 0)
+    codes = encode(raw)
+    none = codes.scales[:, 0] == 0
     if none.any():
         path, first = store.display(VECTORS.format(task.name)), int(none.argmax())
         raise StageError(
@@ -138,10 +139,10 @@ def run_codes(task: Task, store: Store, writer: Writer) -> Json:
             f"delete this file and run `graphbuild embed {store.url}`: it makes the file anew, without them",
         )
     with torch_threads(1), torch.inference_mode():
-        gone = gone_nodes(store, [task.name]) if inputs.manifest.get("gone") else np.zeros(len(raw), bool)
-        codes = encode(raw, gone[:, None])
         engine = _engine(task, inputs.manifest)
         arrays = engine.describe(inputs, codes, task.settings["k"])
+    gone = gone_nodes(store, [task.name]) if inputs.manifest.get("gone") else np.zeros(len(raw), bool)
+    codes.scales[gone, 0] = NOWHERE
     if not engine.ordered:  # else made anew, with its vectors, where a node has its place
         arrays |= {"codes": codes.codes, "scales": codes.scales}
     for what, values in arrays.items():

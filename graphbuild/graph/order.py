@@ -53,7 +53,7 @@ def _ranges(recipe: Recipe, manifest: Json) -> list[list[int]]:
 
 
 def run(task: Task, store: Store, writer: Writer) -> Json:
-    from graphbuild.knn.codes import encode
+    from graphbuild.knn.codes import NOWHERE, encode
     from graphbuild.knn.inputs import IDS, ORDERED, PLACES, STARTS, Inputs
 
     inputs = Inputs(store)
@@ -73,11 +73,13 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
         return {}
     ids = _members(inputs.of("leaves"), *task.built["range"])
     vectors = inputs.vectors.take(ids)
-    gone = inputs.of("gone").take(ids) if inputs.manifest.get("gone") else None
-    codes = encode(vectors, gone)
+    codes = encode(vectors)
     arrays = {"ids": ids.astype(np.uint32), "vectors": vectors, **codes._asdict()}
     arrays |= {what: inputs.of(what).take(ids) for what in ("leaves", "floors")}
-    for what, values in {**arrays, **({} if gone is None else {"gone": gone})}.items():
+    if inputs.manifest.get("gone"):
+        arrays["gone"] = inputs.of("gone").take(ids)
+        codes.scales[arrays["gone"][:, 0], 0] = NOWHERE
+    for what, values in arrays.items():
         writer.array(ORDERED.format(what, task.name), values, durable=False)
     return {"counts": {"nodes": len(ids)}}
 

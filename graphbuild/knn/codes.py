@@ -24,13 +24,8 @@ class Codes(NamedTuple):
     scales: Array
 
 
-def encode(raw: Array, gone: Array | None = None) -> Codes:
-    """Codes of stored vectors, float16 [n, d], of any length; they mean nothing where that is zero.
-
-    gone: bool [n, 1], nodes that no sample has.
-    """
+def encode(raw: Array) -> Codes:
+    """Codes of stored vectors, float16 [n, d], of any length; the scale is 0 where that is zero, or NaN."""
     codes, scales = np.empty(raw.shape, np.int8), np.empty((len(raw), 2), np.float32)
     encode_rows(np.ascontiguousarray(raw).view(np.uint16), codes, scales)
-    if gone is not None:
-        scales[gone[:, 0], 0] = NOWHERE
     return Codes(codes, scales)

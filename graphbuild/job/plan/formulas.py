@@ -295,10 +295,10 @@ def index_costs(case: Case) -> dict[str, Cost]:
         "prepare": prepare,
         "codes": Cost(shards, coding, vectors, written, shard_nodes * job.d * 5.0, drawn),
         "moments": Cost(1, shards * matrix / 1e9 + 2e-9 * job.d**3, shards * matrix, 2 * matrix),
-        **({"order": order} if partition else {}),
+        "order": order if partition else Cost(0),
         "join": join,
         "merge": Cost(blocks, merging * shards / blocks, 8 * entries * lists, 8 * entries, 16 * entries / blocks),
-        **({"refine": refine} if partition else {}),
+        "refine": refine if partition else Cost(0),
         "search": Cost(shards, scoring, table + 8.0 * entries, found, held, table),
         "certify": Cost(
             looks * ranges,
