@@ -6,9 +6,9 @@
 CACHE holds captions.npy, and gets mixed_N.npy of each size (benchmarks/data.py). Each size runs in a process of its
 own, `--repeats` times, with `--workers` (0: in that process); its store lies in CACHE while it runs, and takes 7 d
 bytes a node and some 12 lists of candidates. A line of ladder.jsonl is one run: of each stage the seconds, the CPU
-seconds of all its processes, their peak RSS and PSS (looked at every `--every` seconds), minor and major page faults, and the
-scratch there was when it ended. `show` prints a table of medians with the exponent of growth between the sizes, and
-draws the CPU microseconds a node.
+seconds of all its processes, their peak RSS and PSS (looked at every `--every` seconds), minor and major page faults,
+and the scratch there was when it ended. `show` prints a table of medians with the exponent of growth between the
+sizes, and draws the CPU microseconds a node.
 """
 
 from __future__ import annotations
