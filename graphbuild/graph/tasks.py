@@ -79,7 +79,9 @@ def list_tasks(recipe: Recipe, store: Store, stage: str, built: Json) -> list[Ta
     manifest = nodes_entry(store)
     chosen, _ = engine_of(recipe.index, manifest)
     if chosen.ordered:
-        bounds = engine.blocks_of(node_count(manifest), first_new_node(manifest))
+        from graphbuild.knn.leaders import blocks_of
+
+        bounds = blocks_of(node_count(manifest), first_new_node(manifest))
         blocks = [(shard_name(number), first, end - first) for number, (first, end) in enumerate(pairwise(bounds))]
     else:
         blocks = [(s.name, s.first_node, s.nodes) for s in shards_of(store, manifest).with_nodes]

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 BASE_BYTES = 1e9  # a worker with torch and numba loaded
 LEAST_NODES = 4_096
-BLOCK_NODES = 65_536
 EXACT_OPERATIONS = 2e14  # what `auto` spends on a CPU: about five minutes of one core with VNNI
 EXACT_ON_GPU = 4e17  # and on a GPU: 32 million nodes of d = 384, an hour or two of an H100 as `plan` reckons
 
@@ -103,11 +102,6 @@ def nodes_at_once(engine: Engine, index: Index, nodes: int, width: int) -> int:
             f"pass --memory {needed:g}, or more for fewer tasks",
         )
     return at_once
-
-
-def blocks_of(nodes: int, first_new: int) -> list[int]:
-    """Where blocks of ordered nodes begin, a task of merge and refine each, and the last ends; none has old and new."""
-    return [*range(0, first_new, BLOCK_NODES), *range(first_new, nodes, BLOCK_NODES), nodes]
 
 
 def bytes_a_node(engine: Engine, k: int, nodes: int, width: int) -> int:

@@ -8,8 +8,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from graphbuild.knn import sample
-from graphbuild.knn.engine import blocks_of
-from graphbuild.knn.leaders import Leaders, draw_leaders, order_leaders
+from graphbuild.knn.leaders import Leaders, blocks_of, draw_leaders, order_leaders
 from graphbuild.runner.stage import records
 from graphbuild.store.layout import SCRATCH, VECTORS, shard_name
 from graphbuild.store.sharded import Array, ShardedArray, node_array

@@ -34,6 +34,7 @@ GROUP_GROUPS = 32
 GROUPS_AT_ONCE = 512
 ORDERED, DIRECTED = 2**18, 2**14  # leaders that are ordered at a time; of more, those that tell how to halve them
 FLOOR_FAILS = 2e-4
+BLOCK_NODES = 65_536
 
 
 def leader_count(nodes: int) -> int:
@@ -141,6 +142,11 @@ def _search(code: Tensor, rows: Array, leader_codes: Array, scales: Array, first
         for a in range(0, len(leader_codes), TILE_ROWS):
             tile = products(own, torch.from_numpy(leader_codes[a : a + TILE_ROWS].copy()), memory)
             kernels.search_tile(tile.numpy(), some, first + a, scales[a : a + TILE_ROWS, 0].copy(), keys)
+
+
+def blocks_of(nodes: int, first_new: int) -> list[int]:
+    """Where blocks of ordered nodes begin, a task of merge and refine each, and the last ends; none has old and new."""
+    return [*range(0, first_new, BLOCK_NODES), *range(first_new, nodes, BLOCK_NODES), nodes]
 
 
 def draw_leaders(nodes: int, seed: int) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from graphbuild.job.steps import STEPS, run_step, run_verb
-from graphbuild.knn import engine, partition
+from graphbuild.knn import leaders, partition
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store
@@ -80,7 +80,7 @@ def test_the_graph_does_not_depend_on_the_blocks_also_when_it_has_grown(
 ) -> None:
     build(tmp_path / "whole", vectors[:OLD])
     whole = graph(build(tmp_path / "whole", vectors))
-    monkeypatch.setattr(engine, "BLOCK_NODES", 170)
+    monkeypatch.setattr(leaders, "BLOCK_NODES", 170)
     monkeypatch.setattr(partition, "TASK_NODES", 400)
     build(tmp_path / "parts", vectors[:OLD])
     store = build(tmp_path / "parts", vectors, until="refine")

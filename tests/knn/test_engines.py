@@ -300,7 +300,7 @@ def test_partition_does_not_depend_on_tasks_tiles_or_workers(tmp_path: Path, mon
     once = graph(build(tmp_path / "a", x, shard_size=800, engine="partition", k=8, recall=0.8, workers=2))
     monkeypatch.setattr(partition, "TASK_NODES", 400)
     monkeypatch.setattr(partition, "TILE_ROWS", 60)
-    monkeypatch.setattr(engine, "BLOCK_NODES", 700)
+    monkeypatch.setattr(leaders, "BLOCK_NODES", 700)
     again = graph(build(tmp_path / "b", x, shard_size=800, engine="partition", k=8, recall=0.8))
     np.testing.assert_array_equal(once[0], again[0])
     np.testing.assert_array_equal(once[1], again[1])

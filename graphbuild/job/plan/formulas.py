@@ -22,7 +22,7 @@ from graphbuild.job.plan.job import Job
 from graphbuild.job.plan.machine import Machine
 from graphbuild.job.plan.rates import NEAR_BYTES, Rates
 from graphbuild.knn import device as gpu
-from graphbuild.knn.engine import Engine, blocks_of, bytes_a_node, choose, nodes_at_once
+from graphbuild.knn.engine import Engine, bytes_a_node, choose, nodes_at_once
 from graphbuild.knn.faiss_index import TASK_NODES as FAISS_TASK_NODES
 from graphbuild.knn.leaders import (
     FLAT_GROUPS,
@@ -32,6 +32,7 @@ from graphbuild.knn.leaders import (
     NODES_PER_LEADER,
     ORDERED,
     PROBED_GROUPS,
+    blocks_of,
     leader_count,
 )
 from graphbuild.knn.partition import FANS, MISSING_AFTER_REFINEMENT
