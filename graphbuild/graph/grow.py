@@ -10,6 +10,7 @@ keeps its lists in scratch: the search stage removes the old files. Memory: a sh
 from __future__ import annotations
 
 from collections.abc import Container
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,9 +19,12 @@ from graphbuild.knn.lists import EMPTY, pack
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Task, records
 from graphbuild.store.layout import NEIGHBORS, SCRATCH, SIMILARITIES, VECTORS
-from graphbuild.store.sharded import Array
+from graphbuild.store.sharded import Array, ShardedArray
 from graphbuild.store.shards import Shard, node_count
 from graphbuild.store.store import Json, Store, Writer
+
+if TYPE_CHECKING:
+    from graphbuild.knn.inputs import Inputs
 
 OLD_NEIGHBORS, OLD_SIMILARITIES = f"{SCRATCH}/base/{{}}.neighbors.npy", f"{SCRATCH}/base/{{}}.similarities.npy"
 MOST_GONE = 0.03  # of all nodes: of more the lists are made anew
@@ -72,13 +76,18 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
     return {"counts": {"nodes": len(neighbors)}}
 
 
-def base_lists(store: Store, name: str, scales: Array, length: int, *, whole: bool) -> Array:
-    """An old shard's lists as candidates, keys int64 [n, length], by similarity over the row's scale, as joins score.
+def base_lists(inputs: Inputs, first: int, count: int, length: int, *, whole: bool) -> Array:
+    """Old lists as candidates, keys int64 [count, length], by similarity over the row's scale, as joins score.
 
     whole: before all others, so that none of an exact list falls out.
     """
-    neighbors = store.array(OLD_NEIGHBORS.format(name))
-    similarities = store.array(OLD_SIMILARITIES.format(name)).astype(np.float32)
+    old = records(inputs.store, "base")
+    lengths = [record["facts"]["counts"]["nodes"] for record in old.values()]
+    ids, scales = inputs.ids(np.arange(first, first + count)), inputs.of("scales").span(first, count)
+    neighbors, similarities = (
+        ShardedArray(inputs.store, list(old), lengths, what).take(ids) for what in (OLD_NEIGHBORS, OLD_SIMILARITIES)
+    )
+    neighbors, similarities = inputs.places(neighbors), similarities.astype(np.float32)
     keys = np.full((len(neighbors), length), EMPTY, np.int64)
     keys[:, : neighbors.shape[1]] = pack((similarities + FIRST * whole) / scales[:, :1], neighbors)
     keys[:, ::-1].sort(axis=1)

@@ -25,6 +25,7 @@ from graphbuild.graph.tasks import (
     gone_nodes,
     graph_fingerprint,
     index_task,
+    list_tasks,
     living_nodes,
     nodes_entry,
     ranges_of,
@@ -53,8 +54,6 @@ from graphbuild.store.layout import (
 from graphbuild.store.mapped import check_mappings
 from graphbuild.store.shards import Shard, node_count, shards_of
 from graphbuild.store.store import Json, Store, Writer
-
-NOWHERE = 1e-30  # the scale of the code of a node that no sample has: no list takes it for near
 
 
 def _engine(task: Task, manifest: Json) -> engines.Engine:
@@ -126,12 +125,13 @@ def plan_codes(recipe: Recipe, store: Store) -> list[Task]:
 def run_codes(task: Task, store: Store, writer: Writer) -> Json:
     import torch
 
-    from graphbuild.knn.codes import encode
+    from graphbuild.knn.codes import NOWHERE, encode
     from graphbuild.knn.inputs import Inputs
 
     inputs = Inputs(store)
     raw = store.array(VECTORS.format(task.name))
-    none = ~(np.linalg.norm(raw.astype(np.float32), axis=1) > 0)
+    codes = encode(raw)
+    none = codes.scales[:, 0] == 0
     if none.any():
         path, first = store.display(VECTORS.format(task.name)), int(none.argmax())
         raise StageError(
@@ -139,11 +139,13 @@ def run_codes(task: Task, store: Store, writer: Writer) -> Json:
             f"delete this file and run `graphbuild embed {store.url}`: it makes the file anew, without them",
         )
     with torch_threads(1), torch.inference_mode():
-        codes = encode(raw)
-        arrays = _engine(task, inputs.manifest).describe(inputs, codes, task.settings["k"])
+        engine = _engine(task, inputs.manifest)
+        arrays = engine.describe(inputs, codes, task.settings["k"])
     gone = gone_nodes(store, [task.name]) if inputs.manifest.get("gone") else np.zeros(len(raw), bool)
     codes.scales[gone, 0] = NOWHERE
-    for what, values in {"codes": codes.codes, "scales": codes.scales, **arrays}.items():
+    if not engine.ordered:  # else made anew, with its vectors, where a node has its place
+        arrays |= {"codes": codes.codes, "scales": codes.scales}
+    for what, values in arrays.items():
         writer.array(f"{SCRATCH}/{what}/{task.name}.npy", values, durable=False)
     if inputs.manifest.get("gone"):
         writer.array(f"{SCRATCH}/gone/{task.name}.npy", gone[:, None], durable=False)
@@ -184,8 +186,8 @@ def run_join(task: Task, store: Store, writer: Writer) -> Json:
 
     from graphbuild.knn.inputs import Inputs
 
-    inputs = Inputs(store)
-    engine = _engine(task, inputs.manifest)
+    engine = _engine(task, store.manifest())
+    inputs = Inputs(store, ordered=engine.ordered)
     length = engine.length(task.settings["k"], node_count(inputs.manifest))
     with torch_threads(1), torch.inference_mode():
         ids, keys = engine.join(task.built["argument"], inputs, length, task.hints["device"])
@@ -199,28 +201,50 @@ def run_join(task: Task, store: Store, writer: Writer) -> Json:
 
 def plan_merge(recipe: Recipe, store: Store) -> list[Task]:
     joined = nodes_entry(store)["stages"].get("join", {}).get("fingerprint")  # none where no node is new
-
-    def built(shard: Shard) -> Json:
-        return {"joined": joined, "first_node": shard.first_node, "nodes": shard.nodes}
-
-    return shard_tasks(recipe, store, "merge", built)
+    return list_tasks(recipe, store, "merge", {"joined": joined})
 
 
 def run_merge(task: Task, store: Store, writer: Writer) -> Json:
     from graphbuild.knn.final import lists_of
+    from graphbuild.knn.inputs import Inputs
 
     manifest = store.manifest()
     first, count = task.built["first_node"], task.built["nodes"]
     engine = _engine(task, manifest)
     length = engine.length(task.settings["k"], node_count(manifest))
     if first < first_new_node(manifest):
-        scales = store.array(f"{SCRATCH}/scales/{task.name}.npy")
-        keys = base_lists(store, task.name, scales, length, whole=engine.name == "exact")
+        inputs = Inputs(store, ordered=engine.ordered)
+        keys = base_lists(inputs, first, count, length, whole=engine.name == "exact")
     else:
         keys = np.full((count, length), EMPTY, np.int64)
     for ids, lists in lists_of(store, first, count):
         merge_lists(keys, ids, lists)
     writer.array(f"{SCRATCH}/merged/{task.name}.npy", keys, durable=False)
+    return {}
+
+
+# -- refine: of an engine that has the nodes in the order of their leaders, the lists of a block
+
+
+def plan_refine(recipe: Recipe, store: Store) -> list[Task]:
+    manifest = nodes_entry(store)
+    if not engine_of(recipe.index, manifest)[0].ordered:
+        return []
+    return list_tasks(recipe, store, "refine", {"merged": manifest["stages"]["merge"]["fingerprint"]})
+
+
+def run_refine(task: Task, store: Store, writer: Writer) -> Json:
+    from graphbuild.knn.final import exact_lists
+    from graphbuild.knn.inputs import Inputs
+
+    inputs = Inputs(store, ordered=True)
+    first, count = task.built["first_node"], task.built["nodes"]
+    keys, _ = exact_lists(inputs, task.settings["engine"], first, count, task.settings["k"])
+    places = unpack(keys)[1]
+    keys += places - inputs.ids(places)
+    ties = (keys[:, 1:] > keys[:, :-1]).any(axis=1)  # of equal similarities the smaller id comes first, as everywhere
+    keys[ties] = np.sort(keys[ties], axis=1)[:, ::-1]
+    writer.array(f"{SCRATCH}/refined/{task.name}.npy", keys, durable=False)
     return {}
 
 
@@ -247,7 +271,11 @@ def run_search(task: Task, store: Store, writer: Writer) -> Json:
     engine = _engine(task, inputs.manifest)
     first, count, k = task.built["first_node"], task.built["nodes"], task.settings["k"]
     vectors = inputs.vectors
-    keys, searched_again = exact_lists(inputs, engine.name, task.name, first, k)
+    if engine.ordered:
+        ordered = Inputs(store, ordered=True)
+        keys, searched_again = ordered.of("refined").take(ordered.places(np.arange(first, first + count))), 0
+    else:
+        keys, searched_again = exact_lists(inputs, engine.name, first, count, k)
     similarities, neighbors = unpack(keys)
     with torch_threads(1):
         x = unit(vectors.span(first, count))
@@ -298,6 +326,7 @@ CODES = Stage(
 MOMENTS = Stage(name="moments", title="moments", plan=plan_moments, run=moments.run)
 JOIN = Stage(name="join", title="join", plan=plan_join, run=run_join, scratch=True, on_device=True)
 MERGE = Stage(name="merge", title="merge", plan=plan_merge, run=run_merge, scratch=True)
+REFINE = Stage(name="refine", title="refine", plan=plan_refine, run=run_refine, scratch=True)
 SEARCH = Stage(
     name="search", title="search", plan=plan_search, run=run_search, finish=finish_search, entries=("graph",)
 )

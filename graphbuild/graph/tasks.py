@@ -17,7 +17,7 @@ from graphbuild.nodes.matrix import is_matrix
 from graphbuild.nodes.samples import READY
 from graphbuild.recipe import Index, Recipe
 from graphbuild.runner.stage import Task, digest, outputs, records
-from graphbuild.store.layout import TEXTS
+from graphbuild.store.layout import TEXTS, shard_name
 from graphbuild.store.sharded import Array
 from graphbuild.store.shards import Shard, Shards, node_count, shards_of
 from graphbuild.store.store import Json, Store
@@ -71,6 +71,23 @@ def shard_tasks(recipe: Recipe, store: Store, stage: str, built: Callable[[Shard
     return [
         index_task(recipe.index, chosen, manifest, stage, shard.name, **built(shard))
         for shard in shards_of(store, manifest).with_nodes
+    ]
+
+
+def list_tasks(recipe: Recipe, store: Store, stage: str, built: Json) -> list[Task]:
+    """A task for each shard's lists, or each block's of an engine that has the nodes in the order of their leaders."""
+    manifest = nodes_entry(store)
+    chosen, _ = engine_of(recipe.index, manifest)
+    if chosen.ordered:
+        from graphbuild.knn.leaders import blocks_of
+
+        bounds = blocks_of(node_count(manifest), first_new_node(manifest))
+        blocks = [(shard_name(number), first, end - first) for number, (first, end) in enumerate(pairwise(bounds))]
+    else:
+        blocks = [(s.name, s.first_node, s.nodes) for s in shards_of(store, manifest).with_nodes]
+    return [
+        index_task(recipe.index, chosen, manifest, stage, name, first_node=first, nodes=count, **built)
+        for name, first, count in blocks
     ]
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from graphbuild.errors import ConfigError, StageError
 from graphbuild.export import clustered, columns, inline, sidecars
-from graphbuild.graph import certify, index
+from graphbuild.graph import certify, index, order
 from graphbuild.graph.lists import derived
 from graphbuild.machine.versions import version_of
 from graphbuild.nodes import distinct, encode, fidelity, number, scan, vectors
@@ -92,8 +92,10 @@ STEPS = (
     Step(index.CODES,       "index",    "nodes/ _work/leaders/",         "_work/codes/ _work/scales/ _work/floors/"
                                                                          " _work/leaves/ _work/moments/ _work/gone/"),
     Step(index.MOMENTS,     "index",    "_work/moments/",                "_state/moments/ graph/basis.npy"),
-    Step(index.JOIN,        "index",    "_work/codes/ _work/leaders/",   "_work/join/"),
+    Step(order.STAGE,       "index",    "nodes/#.npy _work/leaves/",     "_work/ordered/"),
+    Step(index.JOIN,        "index",    "_work/codes/ _work/leaders/ _work/ordered/", "_work/join/"),
     Step(index.MERGE,       "index",    "_work/join/ _work/base/",       "_work/merged/"),
+    Step(index.REFINE,      "index",    "_work/merged/ _work/ordered/",  "_work/refined/"),
     Step(index.SEARCH,      "index",    "_work/ nodes/ graph/basis.npy", "graph/#.*.npy"),
     Step(certify.STAGE,     "index",    "nodes/#.npy graph/#.*.npy",     "_state/certify/#.*.npy"),
     Step(sidecars.STAGE,    "export",   "_state/certify/ samples/",      "shards/*.graph.parquet shards/sizes.json"),

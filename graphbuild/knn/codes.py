@@ -14,6 +14,8 @@ import numpy as np
 from graphbuild.knn.kernels import encode_rows
 from graphbuild.store.sharded import Array
 
+NOWHERE = 1e-30  # the scale of the code of a node that no sample has: no list takes it for near
+
 
 class Codes(NamedTuple):
     """codes int8 [n, d]; scales float32 [n, 2]: s, and the rest's norm |e| rounded up."""
@@ -23,7 +25,7 @@ class Codes(NamedTuple):
 
 
 def encode(raw: Array) -> Codes:
-    """Codes of stored vectors, float16 [n, d], of any length; they mean nothing where that is zero."""
+    """Codes of stored vectors, float16 [n, d], of any length; the scale is 0 where that is zero, or NaN."""
     codes, scales = np.empty(raw.shape, np.int8), np.empty((len(raw), 2), np.float32)
     encode_rows(np.ascontiguousarray(raw).view(np.uint16), codes, scales)
     return Codes(codes, scales)

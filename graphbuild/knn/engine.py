@@ -36,6 +36,10 @@ class Engine(Protocol):
     def on_device(self) -> bool: ...
 
     @property
+    def ordered(self) -> bool:
+        """Whether it has the nodes in the order of their leaders (`graphbuild.graph.order`), not of their ids."""
+
+    @property
     def mapped_files(self) -> int:
         """Of each shard, how many a worker keeps mapped: vectors, codes, scales, floors, ..."""
 
@@ -115,6 +119,8 @@ def forecast(index: Index, nodes: int, width: int, first_new: int = 0) -> str:
     if engine.name.startswith("faiss:"):
         held += nodes * width * 4
     scratch = nodes * (width + 8 * engine.length(index.neighbors(nodes), nodes) * (lists + 1))
+    if engine.ordered:  # vectors too, and the lists before they are the graph's
+        scratch += nodes * (2 * width + 8 * index.neighbors(nodes))
     kept = f"{nodes - first_new:,} new nodes, the lists of {first_new:,} are kept; " if first_new else ""
     joins = f"{len(tasks)} join task{'s' * (len(tasks) != 1)}"
     return (

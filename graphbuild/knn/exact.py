@@ -39,6 +39,7 @@ class Exact:
     seed: int
     name: str = "exact"
     on_device: bool = True
+    ordered: bool = False
     mapped_files: int = 4
 
     def settings(self) -> Json:

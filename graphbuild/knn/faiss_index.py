@@ -44,6 +44,7 @@ class Faiss:
     recall: float
     seed: int
     on_device: bool = True
+    ordered: bool = False
     mapped_files: int = 1
 
     @property

@@ -44,14 +44,13 @@ def without_gone(keys: Array, gone: ShardedArray, there: Array) -> Array:
     return np.asarray(named.any(axis=1))
 
 
-def exact_lists(inputs: Inputs, engine: str, shard: str, first: int, k: int) -> tuple[Array, int]:
-    """The final lists of a shard's nodes first.., keys int64 [n, k], and how many of them took a full search.
+def exact_lists(inputs: Inputs, engine: str, first: int, count: int, k: int) -> tuple[Array, int]:
+    """The final lists of nodes first.., keys int64 [count, k], and how many of them took a full search.
 
     Of candidates by code: refined where the engine is partition, scored by the vectors, proved where it is exact.
     """
-    store, vectors = inputs.store, inputs.vectors
-    candidates = np.array(store.array(f"{SCRATCH}/merged/{shard}.npy"))
-    scales = np.array(store.array(f"{SCRATCH}/scales/{shard}.npy"), np.float64)
+    vectors, candidates = inputs.vectors, inputs.of("merged").span(first, count)
+    scales = inputs.of("scales").span(first, count).astype(np.float64)
     slack = np.full(len(candidates), np.inf)
     gone, there, lost = None, np.ones(len(candidates), bool), np.zeros(len(candidates), bool)
     if inputs.manifest.get("gone"):
@@ -69,7 +68,7 @@ def exact_lists(inputs: Inputs, engine: str, shard: str, first: int, k: int) -> 
     keys = np.ascontiguousarray(np.sort(rescored, axis=1)[:, : -k - 1 : -1])
     lacking = keys[:, -1] == EMPTY
     if engine == "exact":
-        floors = np.array(store.array(f"{SCRATCH}/floors/{shard}.npy"))[:, 0]
+        floors = inputs.of("floors").span(first, count)[:, 0]
         lacking |= ~exact.proved(candidates, floors, unpack(keys)[0], scales[:, 0], slack)
     if engine == "partition" and lacking.any():
         _complete_by_walk(inputs, first, keys, np.flatnonzero(lacking), gone)
@@ -85,7 +84,7 @@ def exact_lists(inputs: Inputs, engine: str, shard: str, first: int, k: int) -> 
 
 
 def _refine(inputs: Inputs, first: int, candidates: Array) -> None:
-    """Neighbours' neighbours for a shard's lists, keys int64 [n, c] in place."""
+    """Neighbours' neighbours for the lists of nodes first.., keys int64 [n, c] in place."""
     leaves = inputs.of("leaves")
     tables = [part.table() for part in (*map(inputs.of, ("merged", "codes", "scales")), leaves)]
     depth = round(partition.DEPTH * candidates.shape[1])
@@ -100,7 +99,7 @@ def _complete_by_walk(inputs: Inputs, first: int, keys: Array, rows: Array, gone
     that it has met, and ends when their lists hold no others: some thousand products, however many nodes there are.
     """
     merged, vectors, k = inputs.of("merged"), inputs.vectors, keys.shape[1]
-    leaders = np.array(inputs.store.array(LEADER_NODES))
+    leaders = inputs.places(inputs.store.array(LEADER_NODES))
     entries, _ = inputs.leaders.leaves(inputs.of("codes").take(first + rows), min(ENTRIES, len(leaders)), 1)
     nothing = np.full(1, np.inf)
     for row, near in zip(rows, entries, strict=True):

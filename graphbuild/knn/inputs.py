@@ -8,35 +8,54 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from graphbuild.knn import sample
-from graphbuild.knn.leaders import Leaders, draw_leaders, order_leaders
+from graphbuild.knn.leaders import Leaders, blocks_of, draw_leaders, order_leaders
 from graphbuild.runner.stage import records
-from graphbuild.store.layout import SCRATCH, VECTORS
+from graphbuild.store.layout import SCRATCH, VECTORS, shard_name
 from graphbuild.store.sharded import Array, ShardedArray, node_array
-from graphbuild.store.shards import Shards, shards_of
+from graphbuild.store.shards import Shards, node_count, shards_of
 from graphbuild.store.store import Json, Store, Writer
 
 LEADERS, LEADER_NODES = f"{SCRATCH}/leaders/{{}}.npy", f"{SCRATCH}/leader_nodes.npy"
+ORDERED, IDS, PLACES, STARTS = (f"{SCRATCH}/ordered/{name}.npy" for name in ("{}/{}", "ids", "places", "starts"))
 RANGE = f"{SCRATCH}/leaders/{{}}.{{}}.npy"  # of a range of shards: what of it `prepare` needs
 
 
 class Inputs:
-    """What a task reads: the node's vectors, and what earlier stages of the build left in scratch."""
+    """What a task reads: the node's vectors, and what earlier stages of the build left in scratch.
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    ordered: rows of all arrays, and the numbers in lists, are places in the order of leaders
+    (`graphbuild.graph.order`), not node ids.
+    """
+
+    def __init__(self, store: Store, *, ordered: bool = False) -> None:
+        self.store, self.ordered = store, ordered
         self.manifest = store.manifest()
 
     def of(self, what: str) -> ShardedArray:
-        """codes, scales, floors, leaves or gone, of the stage codes, or the merged lists."""
-        stage = self.manifest["stages"]["merge" if what == "merged" else "codes"]
-        return self._array(f"{SCRATCH}/{what}/{{}}.npy", stage)
+        """codes, scales, floors, leaves or gone, or the merged lists; ordered: also vectors and refined lists."""
+        stage = {"merged": "merge", "refined": "refine"}.get(what, "order" if self.ordered else "codes")
+        pattern = f"{SCRATCH}/{'ordered/' * (stage == 'order')}{what}/{{}}.npy"
+        starts = None
+        if self.ordered:
+            new = int(self.manifest["stages"].get("base", {}).get("counts", {}).get("nodes", 0))
+            blocks = blocks_of(node_count(self.manifest), new)
+            starts = tuple(self.store.array(STARTS).tolist() if stage == "order" else blocks)
+        return self._array(pattern, self.manifest["stages"][stage], starts)
 
     @cached_property
     def vectors(self) -> ShardedArray:
-        return self._array(VECTORS, self.manifest["embeddings"])
+        return self.of("vectors") if self.ordered else self._array(VECTORS, self.manifest["embeddings"])
 
-    def _array(self, pattern: str, of: Json) -> ShardedArray:
-        return _opened(self.store, shards_of(self.store, self.manifest), pattern, str(of["fingerprint"]))
+    def ids(self, places: Array) -> Array:
+        """The nodes at some places, int64 of their shape."""
+        return self.store.array(IDS)[places].astype(np.int64) if self.ordered else places
+
+    def places(self, ids: Array) -> Array:
+        """Where some nodes have their place, int64 of their shape."""
+        return self.store.array(PLACES)[ids].astype(np.int64) if self.ordered else ids
+
+    def _array(self, pattern: str, of: Json, starts: tuple[int, ...] | None = None) -> ShardedArray:
+        return _opened(self.store, starts or shards_of(self.store, self.manifest), pattern, str(of["fingerprint"]))
 
     @cached_property
     def few(self) -> ShardedArray:
@@ -99,7 +118,10 @@ def _leaders(store: Store, version: str) -> Leaders:
     return Leaders(**{part.name: store.array(LEADERS.format(part.name)) for part in fields(Leaders)})
 
 
-@lru_cache(maxsize=8)
-def _opened(store: Store, shards: Shards, pattern: str, version: str) -> ShardedArray:
-    """An array over all shards, kept open by a worker from task to task; `version` changes when its files may."""
-    return node_array(store, shards, pattern)
+@lru_cache(maxsize=16)
+def _opened(store: Store, of: Shards | tuple[int, ...], pattern: str, version: str) -> ShardedArray:
+    """An array over all shards, or files that begin at these places, kept open by a worker from task to task; `version`
+    changes when its files may."""
+    if isinstance(of, Shards):
+        return node_array(store, of, pattern)
+    return ShardedArray(store, [shard_name(number) for number in range(len(of) - 1)], np.diff(of), pattern)

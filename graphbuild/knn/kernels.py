@@ -216,7 +216,10 @@ def refine_lists(
 
 @compiled(fastmath={"nsz", "arcp", "contract", "afn", "reassoc"})
 def encode_rows(raw: Any, codes: Any, scales: Any) -> None:
-    """Codes int8 [n, d] and (scale, rest) float32 [n, 2] of float16 vectors, given as uint16 bits [n, d]."""
+    """Codes int8 [n, d] and (scale, rest) float32 [n, 2] of float16 vectors, given as uint16 bits [n, d].
+
+    The scale is 0 where a vector is zeros or holds NaN.
+    """
     n, width = raw.shape
     row = np.empty(width, np.float32)
     for i in range(n):
@@ -224,7 +227,7 @@ def encode_rows(raw: Any, codes: Any, scales: Any) -> None:
         for j in range(width):
             row[j] = half(raw[i, j])
             norm += np.float64(row[j]) * np.float64(row[j])
-        shrink = np.float32(1.0 / np.sqrt(max(norm, 1e-30)))  # stage codes refuses zeros, and says where they lie
+        shrink = np.float32(1.0 / np.sqrt(max(norm, 1e-30)))  # stage codes refuses zeros
         largest = np.float32(1e-30)
         for j in range(width):
             row[j] *= shrink
@@ -235,7 +238,7 @@ def encode_rows(raw: Any, codes: Any, scales: Any) -> None:
             code = np.rint(row[j] / scale)
             codes[i, j] = np.int8(code)
             rest += (row[j] - code * scale) ** 2
-        scales[i, 0] = scale
+        scales[i, 0] = scale if norm > 0 else np.float32(0.0)
         scales[i, 1] = np.sqrt(rest) * np.float32(1.0001) + np.float32(1e-6)
 
 

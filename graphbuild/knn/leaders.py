@@ -2,7 +2,8 @@
 
 They cut the nodes into leaves (`graphbuild.knn.partition`), and tell how near a node's neighbours must at least be:
 that spares the engines most of the work of filling lists. Cost a node: L / 128 + 12 x 128 products, L = N / 64; beyond
-MOST_GROUPS x 128 leaders L / 128^2 + 24 x 128. Memory to order them: ORDERED of them, 14 bytes a number.
+MOST_GROUPS x 128 leaders log (L) of 12 x 32 in place of L / 128. Memory to order them: ORDERED of them, 14 bytes a
+number.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ NODES_PER_LEADER = 64
 GROUP_LEADERS = 128
 PROBED_GROUPS = 12
 FLAT_GROUPS = 48
-MOST_GROUPS = 4_096  # that all are compared with; of more, the near ones are found by groups of groups
+MOST_GROUPS = 1_024  # that all are compared with; of more, the near ones are found by groups of so many groups:
+GROUP_GROUPS = 32
 GROUPS_AT_ONCE = 512
 ORDERED, DIRECTED = 2**18, 2**14  # leaders that are ordered at a time; of more, those that tell how to halve them
 FLOOR_FAILS = 2e-4
+BLOCK_NODES = 65_536
 
 
 def leader_count(nodes: int) -> int:
@@ -64,16 +67,16 @@ class Leaders:
     group_scales: Array
 
     @classmethod
-    def of(cls, vectors: Array) -> Leaders:
-        """vectors float16 [L, d], near ones behind each other."""
-        return cls.coded(vectors.__getitem__, np.arange(len(vectors)), np.empty(vectors.shape, np.int8))
+    def of(cls, vectors: Array, group: int | None = None) -> Leaders:
+        """vectors float16 [L, d], near ones behind each other; group: how many in one at most, else GROUP_LEADERS."""
+        return cls.coded(vectors.__getitem__, np.arange(len(vectors)), np.empty(vectors.shape, np.int8), group)
 
     @classmethod
-    def coded(cls, read: Callable[[Array], Array], order: Array, codes: Array) -> Leaders:
+    def coded(cls, read: Callable[[Array], Array], order: Array, codes: Array, group: int | None = None) -> Leaders:
         """Of the vectors float16 that `read` gives of numbers in `order` [L]; codes int8 [L, d] is written to."""
         import torch
 
-        bounds = _bounds(len(order), 2 ** max(0, math.ceil(math.log2(len(order) / GROUP_LEADERS))))
+        bounds = _bounds(len(order), 2 ** max(0, math.ceil(math.log2(len(order) / (group or GROUP_LEADERS)))))
         scales, means = np.empty((len(order), 2), np.float32), []
         for some in range(0, len(bounds) - 1, GROUPS_AT_ONCE):
             edges = bounds[some : some + GROUPS_AT_ONCE + 1]
@@ -85,7 +88,7 @@ class Leaders:
     @cached_property
     def groups(self) -> Leaders:
         """The means of the groups, as leaders with groups of their own."""
-        return Leaders.of((self.group_codes * self.group_scales[:, :1]).astype(np.float16))
+        return Leaders.of((self.group_codes * self.group_scales[:, :1]).astype(np.float16), GROUP_GROUPS)
 
     @property
     def bounds(self) -> Array:
@@ -139,6 +142,11 @@ def _search(code: Tensor, rows: Array, leader_codes: Array, scales: Array, first
         for a in range(0, len(leader_codes), TILE_ROWS):
             tile = products(own, torch.from_numpy(leader_codes[a : a + TILE_ROWS].copy()), memory)
             kernels.search_tile(tile.numpy(), some, first + a, scales[a : a + TILE_ROWS, 0].copy(), keys)
+
+
+def blocks_of(nodes: int, first_new: int) -> list[int]:
+    """Where blocks of ordered nodes begin, a task of merge and refine each, and the last ends; none has old and new."""
+    return [*range(0, first_new, BLOCK_NODES), *range(first_new, nodes, BLOCK_NODES), nodes]
 
 
 def draw_leaders(nodes: int, seed: int) -> Array:

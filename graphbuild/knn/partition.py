@@ -48,6 +48,7 @@ class Partition:
     seed: int
     name: str = "partition"
     on_device: bool = False
+    ordered: bool = True
     mapped_files: int = 6
 
     def settings(self) -> Json:

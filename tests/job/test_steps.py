@@ -109,5 +109,6 @@ def test_scratch_is_for_the_steps_whose_files_stay() -> None:
     expected = {"base": ["search"], "prepare": ["moments", "search"], "codes": ["moments", "search"]}
     expected |= {"count": ["urls"]}
     expected |= {name: ["number"] for name in ("split", "unique", "mark")}
-    expected |= {"join": ["search"], "merge": ["search"], "arrange": ["cluster"], "scatter": ["cluster"]}
+    expected |= {name: ["search"] for name in ("order", "join", "merge", "refine")}
+    expected |= {"arrange": ["cluster"], "scatter": ["cluster"]}
     assert {step.name: names(served(step)) for step in STEPS if step.stage.scratch} == expected

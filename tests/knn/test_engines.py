@@ -300,6 +300,7 @@ def test_partition_does_not_depend_on_tasks_tiles_or_workers(tmp_path: Path, mon
     once = graph(build(tmp_path / "a", x, shard_size=800, engine="partition", k=8, recall=0.8, workers=2))
     monkeypatch.setattr(partition, "TASK_NODES", 400)
     monkeypatch.setattr(partition, "TILE_ROWS", 60)
+    monkeypatch.setattr(leaders, "BLOCK_NODES", 700)
     again = graph(build(tmp_path / "b", x, shard_size=800, engine="partition", k=8, recall=0.8))
     np.testing.assert_array_equal(once[0], again[0])
     np.testing.assert_array_equal(once[1], again[1])
@@ -396,6 +397,7 @@ def test_leaders_that_are_ordered_in_parts_lie_as_near_and_few_are_read_at_a_tim
 def test_groups_that_are_found_by_groups_of_groups_lose_few_leaders(monkeypatch: pytest.MonkeyPatch) -> None:
     x = clustered(9_000).astype(np.float16)
     monkeypatch.setattr(leaders, "GROUP_LEADERS", 8)
+    monkeypatch.setattr(leaders, "GROUP_GROUPS", 8)
     drawn = x[leaders.order_leaders(x.__getitem__, np.arange(8_000))]
     asked = codes.encode(x[8_000:]).codes
     flat, compared = leaders.Leaders.of(drawn), []

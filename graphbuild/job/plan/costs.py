@@ -22,7 +22,7 @@ KEPT_BYTES = 200e6  # of earlier stages' small arrays, that a worker does not gi
 IMPORTS = {
     "download": "img2dataset",
     **dict.fromkeys(("encode", "fidelity"), "torch transformers"),
-    **dict.fromkeys(("prepare", "codes", "moments", "join", "merge", "search"), "torch numba"),
+    **dict.fromkeys(("prepare", "codes", "moments", "order", "join", "merge", "refine", "search"), "torch numba"),
     **dict.fromkeys(("export", "inline", "columns", "scatter"), "torch"),
 }
 """What a worker imports for a stage, and then has for all after it; of `WORKER_BYTES`."""

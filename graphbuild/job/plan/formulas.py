@@ -23,11 +23,13 @@ from graphbuild.knn.engine import bytes_a_node, nodes_at_once
 from graphbuild.knn.faiss_index import TASK_NODES as FAISS_TASK_NODES
 from graphbuild.knn.leaders import (
     FLAT_GROUPS,
+    GROUP_GROUPS,
     GROUP_LEADERS,
     MOST_GROUPS,
     NODES_PER_LEADER,
     ORDERED,
     PROBED_GROUPS,
+    blocks_of,
     leader_count,
 )
 from graphbuild.knn.partition import FANS, MISSING_AFTER_REFINEMENT
@@ -74,24 +76,27 @@ def index_costs(case: Case) -> dict[str, Cost]:
         vectors / max(tasks, 1),
         least_seconds=ordering,
     )
-    # A node's leaders are found by L / 128 + 12 x 128 products, all L where they are few; by L / 128^2 + 24 x 128 where
-    # they are many.
+    # A node's leaders are found by L / 128 + 12 x 128 products, all L where they are few; where they are many, L / 128
+    # of these by groups of groups.
     groups = leaders / GROUP_LEADERS
     compared = leaders if groups <= FLAT_GROUPS else groups + PROBED_GROUPS * GROUP_LEADERS
-    if groups > MOST_GROUPS:
-        compared = groups / GROUP_LEADERS + 2 * PROBED_GROUPS * GROUP_LEADERS
+    while groups > MOST_GROUPS:
+        groups /= GROUP_GROUPS
+        compared += groups + PROBED_GROUPS * GROUP_GROUPS - groups * GROUP_GROUPS
     coding = shard_nodes * (rates.code_node + compared * rates.pair) * case.width
     matrix = 8.0 * job.d * (job.d + 1)  # of a shard's moments; one of them has its eigenvectors taken
     join, length, lists = _join(case)
     entries = 1.0 * job.nodes * length  # of candidate lists, one a node, united from `lists` a node
     merging = entries / shards * lists * rates.merge_entry
-    # Candidates are scored again by the stored vectors, read at random; partition first looks at neighbours' lists.
-    table, scoring = vectors, shard_nodes * length * rates.candidate * case.far(vectors)
+    # Candidates are scored again by the stored vectors, read at random. Partition, which looks at neighbours' lists
+    # too, has those of near nodes behind each other, in blocks: a vector is read at random once, to be put there.
+    table, scoring, blocks = vectors, shard_nodes * length * rates.candidate * case.far(vectors), shards
+    ordered = refined = 0.0
     if partition:
-        candidates = job.nodes * (job.d + 8.0 * length)
-        scoring = shard_nodes * length * rates.refine_entry * case.far(candidates)
-        table += candidates
+        table, scoring, blocks = 8.0 * job.k * job.nodes, 0.0, len(blocks_of(job.nodes, job.first_new)) - 1
+        ordered, refined = job.nodes * (3.0 * job.d + 50), job.nodes * length * rates.refine_entry * case.width
     scoring = (scoring + shard_nodes * rates.search_node) * case.width
+    placing = join.tasks * job.nodes * LEAF_SCAN + job.nodes * (rates.order_node + rates.candidate * case.far(vectors))
     found = job.nodes * (6.0 * job.k + 8 + min(SKETCH_BYTES, job.d))
     held = shard_nodes * (24.0 * length + 10.0 * job.d)
     # Sampled nodes against all by float32 products, in looks, each of a task that draws and one a range of nodes; and
@@ -99,13 +104,19 @@ def index_costs(case: Case) -> dict[str, Cost]:
     looks, searched = looks_of(case)
     checking = searched * (vectors * rates.flop * CERTIFY_FLOPS + job.k * rates.certified_edge)
     checking = (checking + job.nodes * job.k * rates.checked_entry) / (looks * ranges)
+    tasks, written = join.tasks, job.nodes * (24.0 + job.d * (not partition))  # codes are made again in their place
+    order = Cost(tasks + 1, placing / tasks, vectors, ordered, 5.0 * job.d * job.nodes / tasks, vectors)
+    near = (3.0 * job.d + 16.0 * length) * job.nodes / blocks
+    refine = Cost(blocks, refined / blocks, ordered + 8 * entries, table, near, near)
     return {
         "base": Cost(shards, 0.0, kept, kept),
         "prepare": prepare,
-        "codes": Cost(shards, coding, vectors, job.nodes * (job.d + 24.0), shard_nodes * job.d * 5.0, drawn),
+        "codes": Cost(shards, coding, vectors, written, shard_nodes * job.d * 5.0, drawn),
         "moments": Cost(1, shards * matrix / 1e9 + 2e-9 * job.d**3, shards * matrix, 2 * matrix),
+        "order": order if partition else Cost(0),
         "join": join,
-        "merge": Cost(shards, merging, 8 * entries * lists, 8 * entries, 16 * entries / shards),
+        "merge": Cost(blocks, merging * shards / blocks, 8 * entries * lists, 8 * entries, 16 * entries / blocks),
+        "refine": refine if partition else Cost(0),
         "search": Cost(shards, scoring, table + 8.0 * entries, found, held, table),
         "certify": Cost(
             looks * ranges,

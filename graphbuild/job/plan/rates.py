@@ -72,8 +72,9 @@ class Rates:
     leaf_entry: float = _by("memory", 8.0e-8)  # of the list of a node's place in a leaf
     merge_entry: float = _by("memory", 4.0e-8)
     candidate: float = _by("memory", 1.1e-7)  # scored again by its vector
+    order_node: float = _by("memory", 2.5e-6)  # copied to its place, and coded
     refine_entry: float = _by("memory", 2.0e-7)  # of a list that partition refines
-    far: float = 7.0  # times that these two take in tables of much more than NEAR_BYTES: so the searches of 50,000,
+    far: float = 7.0  # times that a candidate takes in tables of much more than NEAR_BYTES: so the searches of 50,000,
     # 250,000 and 3,000,000 nodes in benchmarks/results/knn.jsonl and knn_epyc.jsonl
     start: float = _by("python", 6.0)  # of Ray and its workers
     load_torch: float = _by("python", 2.0)  # by a worker, before its first task that needs it; so are the next two

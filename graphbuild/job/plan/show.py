@@ -59,8 +59,11 @@ def plan_job(
 
 def cases(job: Job, recipe: Recipe, rates: Rates, machines: Sequence[machine.Machine]) -> list[tuple[Case, list[Cost]]]:
     """The costs of the job's stages on each machine."""
-    steps = [step for step in steps_of(job.verb, recipe) if step.name != "base" or job.first_new]
-    return [(case, costs(case, steps)) for case in (Case(job, recipe, one, rates) for one in machines)]
+    made = [Case(job, recipe, one, rates) for one in machines]
+    ordered = any(case.engine.ordered for case in made)
+    needed = {"base": job.first_new > 0, "order": ordered, "refine": ordered}
+    steps = [step for step in steps_of(job.verb, recipe) if needed.get(step.name, True)]
+    return [(case, costs(case, steps)) for case in made]
 
 
 def headline(job: Job) -> str:

@@ -1,8 +1,8 @@
 """The map of a store's nodes: their places (layout.py), communities, and what they are coloured by.
 
 Made once, and kept in STORE/explore/ for as long as the graph has the same fingerprint: places.npy, uint16 [M, 2],
-communities.npy, uint8 [M], and map.json (docs/reference/format.md). Pages draw *points*: point p is node p x stride mod M, so
-that the first points are spread evenly over all nodes. Memory, beside that of the layout: 10 bytes a node.
+communities.npy, uint8 [M], and map.json (docs/reference/format.md). Pages draw *points*: point p is node p x stride mod
+M, so that the first points are spread evenly over all nodes. Memory, beside that of the layout: 10 bytes a node.
 """
 
 from __future__ import annotations

@@ -1,0 +1,217 @@
+"""What an index costs as nodes grow: time, CPU seconds, memory and scratch of each stage, at each size.
+
+    python benchmarks/ladder.py run CACHE ladder.jsonl --sizes 300000 1000000 3000000 --k 32 --recall 0.95
+    python benchmarks/ladder.py show ladder.jsonl ladder.png
+
+CACHE holds captions.npy, and gets mixed_N.npy of each size (benchmarks/data.py). Each size runs in a process of its
+own, `--repeats` times, with `--workers` (0: in that process); its store lies in CACHE while it runs, and takes 7 d
+bytes a node and some 12 lists of candidates. A line of ladder.jsonl is one run: of each stage the seconds, the CPU
+seconds of all its processes, their peak RSS and PSS (looked at every `--every` seconds), minor and major page faults,
+and the scratch there was when it ended. `show` prints a table of medians with the exponent of growth between the
+sizes, and draws the CPU microseconds a node.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from data import mixed
+from knn import machine
+
+
+class Watch(threading.Thread):
+    """Peak sums of RSS and PSS of this process and its workers since `reset`, in bytes; Ray's own servers left out."""
+
+    def __init__(self, every: float) -> None:
+        super().__init__(daemon=True)
+        self.every = every
+        self.reset()
+        self.start()
+
+    def reset(self) -> None:
+        self.rss = self.pss = 0
+
+    def look(self) -> None:
+        memory = [process.memory_full_info() for process in mine()]
+        self.rss = max(self.rss, sum(one.rss for one in memory))
+        self.pss = max(self.pss, sum(one.pss for one in memory))
+
+    def run(self) -> None:
+        while True:
+            try:
+                self.look()
+            except psutil.Error:  # a worker that has just ended
+                continue
+            time.sleep(self.every)
+
+
+def mine() -> list[psutil.Process]:
+    me = psutil.Process()
+    return [me, *(child for child in me.children(recursive=True) if child.name().startswith("ray::"))]
+
+
+def spent() -> np.ndarray:
+    """CPU seconds, minor and major page faults of this process and its workers up to now."""
+    total = np.zeros(3)
+    for process in mine():
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        cpu = process.cpu_times()
+        total += [cpu.user + cpu.system, int(fields[7]), int(fields[9])]
+    return total
+
+
+def bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def one(job: dict[str, Any]) -> dict[str, Any]:
+    """An index of a size, measured."""
+    from graphbuild.job.steps import STEPS, run_step, run_verb
+    from graphbuild.recipe import resolve
+    from graphbuild.runner.runner import Runner
+    from graphbuild.store.store import Store
+
+    cache, nodes = Path(job["cache"]), job["nodes"]
+    vectors, folder = mixed(cache, nodes), cache / f"ladder_{nodes}"
+    shutil.rmtree(folder, ignore_errors=True)
+    store, stages = Store(str(folder)), {}
+    options = {"engine": job["engine"], "k": job["k"], "recall": job["recall"], "min_recall": 0.0}
+    try:
+        with Runner(workers=job["workers"]) as runner:
+            run_verb("embed", resolve(store, "embed", {"vectors": str(vectors)}), store, runner)
+            recipe, watch = resolve(store, "index", options), Watch(job["every"])
+            for step in STEPS:
+                if step.verb != "index":
+                    continue
+                watch.reset()
+                begin, before = time.perf_counter(), spent()
+                run_step(step, recipe, store, runner)
+                seconds, used = time.perf_counter() - begin, spent() - before
+                watch.look()
+                stages[step.name] = {
+                    "seconds": round(seconds, 3),
+                    "cpu": round(used[0], 3),
+                    "minor_faults": int(used[1]),
+                    "major_faults": int(used[2]),
+                    "rss": watch.rss,
+                    "pss": watch.pss,
+                    "scratch": bytes_in(folder / "_work"),
+                }
+        manifest = store.manifest()
+        return {"stages": stages, "recall": manifest["recall"], "graph": manifest["graph"]}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run(asked: argparse.Namespace) -> None:
+    job = {name: getattr(asked, name) for name in ("k", "recall", "engine", "workers", "every")}
+    for nodes in asked.sizes:
+        mixed(asked.cache, nodes)
+        for _ in range(asked.repeats):
+            wanted = json.dumps({**job, "cache": str(asked.cache), "nodes": nodes})
+            command = [sys.executable, __file__, "one", wanted]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            line = {**json.loads(wanted), "machine": machine(), **json.loads(done.stdout.splitlines()[-1])}
+            with asked.results.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(table([line]), flush=True)
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Medians a size: microseconds of CPU a node by stage, and what the whole took; then exponents of growth."""
+    runs = defaultdict(list)
+    for line in lines:
+        runs[line["nodes"]].append(line)
+    names = [name for name in lines[0]["stages"] if any(line["stages"][name]["cpu"] >= 0.01 for line in lines)]
+    rows = [["nodes", *names, "all", "seconds", "peak RSS GB", "peak PSS GB", "scratch GB", "recall"]]
+    for nodes, some in sorted(runs.items()):
+
+        def median(of: str, name: str, some: list[dict[str, Any]] = some) -> float:
+            return statistics.median(line["stages"][name][of] for line in some)
+
+        each = [median("cpu", name) / nodes * 1e6 for name in names]
+        most = [max(median(of, name) for name in names) / 1e9 for of in ("rss", "pss", "scratch")]
+        seconds = sum(median("seconds", name) for name in names)
+        recall = statistics.median(line["recall"]["recall"] for line in some)
+        rows.append([f"{nodes:,}", *(f"{cpu:.1f}" for cpu in [*each, sum(each)]), f"{seconds:.0f}"])
+        rows[-1] += [*(f"{value:.2f}" for value in most), f"{recall:.4f}"]
+    cells = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([cells[0], "|" + "---|" * len(rows[0]), *cells[1:], *growth(runs)])
+
+
+def growth(runs: dict[int, list[dict[str, Any]]]) -> list[str]:
+    """The exponent with which the CPU seconds grew from each size to the next."""
+    sizes = sorted(runs)
+    total = {
+        nodes: statistics.median(sum(stage["cpu"] for stage in line["stages"].values()) for line in runs[nodes])
+        for nodes in sizes
+    }
+    return [
+        f"from {a:,} to {b:,} nodes: exponent {math.log(total[b] / total[a]) / math.log(b / a):.2f}"
+        for a, b in itertools.pairwise(sizes)
+    ]
+
+
+def show(asked: argparse.Namespace) -> None:
+    lines = [json.loads(line) for line in asked.results.read_text().splitlines()]
+    print(table(lines))
+    if asked.plot is None:
+        return
+    import matplotlib.pyplot as plt
+
+    sizes = sorted({line["nodes"] for line in lines})
+    figure, axes = plt.subplots(figsize=(7, 5))
+    for name in lines[0]["stages"]:
+        values = [
+            statistics.median(line["stages"][name]["cpu"] for line in lines if line["nodes"] == nodes) / nodes * 1e6
+            for nodes in sizes
+        ]
+        if max(values) >= 0.5:
+            axes.loglog(sizes, values, marker="o", label=name)
+    axes.set(xlabel="nodes", ylabel="CPU microseconds a node", title=lines[0]["machine"])
+    axes.grid(visible=True, which="both", alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(asked.plot, dpi=150, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(required=True)
+    runner = verbs.add_parser("run")
+    runner.add_argument("cache", type=Path)
+    runner.add_argument("results", type=Path)
+    runner.add_argument("--sizes", type=int, nargs="+", default=[300_000, 1_000_000, 3_000_000])
+    runner.add_argument("--k", type=int, default=32)
+    runner.add_argument("--recall", type=float, default=0.95)
+    runner.add_argument("--engine", default="partition")
+    runner.add_argument("--workers", type=int, default=2)
+    runner.add_argument("--repeats", type=int, default=1)
+    runner.add_argument("--every", type=float, default=2.0, help="seconds between looks at memory")
+    runner.set_defaults(call=run)
+    shower = verbs.add_parser("show")
+    shower.add_argument("results", type=Path)
+    shower.add_argument("plot", type=Path, nargs="?")
+    shower.set_defaults(call=show)
+    single = verbs.add_parser("one")
+    single.add_argument("job", type=json.loads)
+    single.set_defaults(call=lambda asked: print(json.dumps(one(asked.job))))
+    asked = parser.parse_args()
+    asked.call(asked)
+
+
+if __name__ == "__main__":
+    main()
