@@ -43,7 +43,13 @@ def run(
     every: AllOption = False,
     form: FormOption = "reduced",
     seeds: SeedsOption = None,
-    cifar: Annotated[Path | None, typer.Option(help="folder of cifar_train.tar.xz and cifar_test.tar.xz")] = None,
+    cifar: Annotated[
+        Path | None,
+        typer.Option(envvar="CIFAR_FOLDER", help="folder of cifar_train.tar.xz and cifar_test.tar.xz"),
+    ] = None,
+    captions: Annotated[
+        Path | None, typer.Option(envvar="CAPTIONS_FILE", help="captions of photos: parquet with the column caption")
+    ] = None,
     work: Annotated[Path, typer.Option(help="folder for data and runs")] = Path("runs/experiments"),
     results: ResultsOption = RESULTS,
     groups: Annotated[str, typer.Option(help="only the first N groups of each recipe, or those named: a;b")] = "",
@@ -61,7 +67,7 @@ def run(
         print(f"{name}: {finished} of {count} runs are finished", flush=True)
     until = None if minutes is None else began + 60 * minutes
     states: Counter[str] = Counter()
-    for number, outcome in enumerate(outcomes(Work(work, results, cifar, until), missing, processes), 1):
+    for number, outcome in enumerate(outcomes(Work(work, results, cifar, until, captions), missing, processes), 1):
         one = outcome.run
         states[outcome.state] += 1
         if outcome.state == "done":
