@@ -15,7 +15,7 @@ import io
 import random
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,12 +87,23 @@ def _dealt(texts: Sequence[str], generator: random.Random) -> Iterator[str]:
         yield from list(order)
 
 
+def draw_of(photos: int, draw: int | None) -> tuple[list[int], random.Random]:
+    """The numbers of a draw's photos in the training archive, and what draws their captions."""
+    generator = random.Random(f"photos {draw}")
+    return sorted(generator.sample(range(FOR_TRAINING), photos)), generator
+
+
+def photos_of(archive: Path, numbers: Sequence[int], pixels: int = 32) -> LabelledImages:
+    """Some photos of an archive, and their classes."""
+    pictures, classes = read_cifar(archive, max(numbers) + 1)
+    return decoded([pictures[n] for n in numbers], {"class": [classes[n] for n in numbers]}, pixels)
+
+
 def write_photos(data: Data, root: Path, shards: Path, cifar: Path | None, captions: Path | None) -> None:
     """The tars of a draw, and probe.npz and test.npz."""
     archive = _folder_of(cifar) / "cifar_train.tar.xz"
-    pictures, classes = read_cifar(archive, FOR_TRAINING + FOR_PROBES + (data.test if data.validation else 0))
-    generator = random.Random(f"photos {data.draw}")
-    chosen = sorted(generator.sample(range(FOR_TRAINING), data.train))
+    pictures, classes = read_cifar(archive, FOR_TRAINING)
+    chosen, generator = draw_of(data.train, data.draw)
     kinds = [classes[number] for number in chosen]
     texts, vectors = [TEMPLATE.format(kind) for kind in kinds], {}
     if data.relevance is not None:
@@ -111,21 +122,17 @@ def write_photos(data: Data, root: Path, shards: Path, cifar: Path | None, capti
             yield sample
 
     write_tars(shards, samples(), data.shard_size)
-    labelled = slice(FOR_TRAINING, FOR_TRAINING + data.probe)
-
-    def probe() -> LabelledImages:
-        return decoded(pictures[labelled], {"class": classes[labelled]}, data.pixels)
-
-    def test() -> LabelledImages:
-        if data.validation:
-            held = slice(FOR_TRAINING + FOR_PROBES, FOR_TRAINING + FOR_PROBES + data.test)
-            return decoded(pictures[held], {"class": classes[held]}, data.pixels)
-        its_pictures, its_classes = read_cifar(_folder_of(cifar) / "cifar_test.tar.xz", data.test)
-        return decoded(its_pictures, {"class": its_classes}, data.pixels)
-
-    split = "validation" if data.validation else "test"
-    _shared(root / "probe.npz", root.parent / f"photos-probe-{data.probe}-{data.pixels}.npz", probe)
-    _shared(root / "test.npz", root.parent / f"photos-{split}-{data.test}-{data.pixels}.npz", test)
+    tested = archive if data.validation else archive.with_name("cifar_test.tar.xz")
+    first = FOR_TRAINING + FOR_PROBES if data.validation else 0
+    for name, part, numbers in (
+        ("probe", archive, range(FOR_TRAINING, FOR_TRAINING + data.probe)),
+        ("test", tested, range(first, first + data.test)),
+    ):
+        kept = root.parent / f"photos-{part.name}-{numbers.start}-{numbers.stop}-{data.pixels}.npz"
+        if not kept.exists():
+            photos_of(part, numbers, data.pixels).save(kept)
+        (root / f"{name}.npz").unlink(missing_ok=True)
+        (root / f"{name}.npz").hardlink_to(kept)  # the same for all draws
 
 
 @lru_cache(maxsize=1)
@@ -151,14 +158,6 @@ def embedded_pool(captions: Path, photos: int, parent: Path) -> tuple[dict[str, 
     by_text = dict(zip((text for part in nodes for text in part), rows, strict=True))
     np.save(folder / "vectors.npy", [by_text[text] for text in texts])
     return pool, {text: by_text[text] for text in texts}
-
-
-def _shared(path: Path, kept: Path, make: Callable[[], LabelledImages]) -> None:
-    """The same images for several data sets: decoded once, and linked."""
-    if not kept.exists():
-        make().save(kept)
-    path.unlink(missing_ok=True)
-    path.hardlink_to(kept)
 
 
 def write_cifar(data: Data, root: Path, shards: Path, cifar: Path | None, captions: Path | None) -> None:

@@ -122,10 +122,34 @@ def summary(experiment: Experiment, results: Results) -> str:
         for variant, lines in variants.items():
             cells = [_cell(values_of(lines, measure), measure, len(lines)) for measure in measures]
             text.append(f"| {variant} | {' | '.join(cells)} |")
+        text += _differences(experiment, variants)
     if experiment.claims:
         text += ["", "## What was expected", "", "Mean of the differences seed by seed, and its 95% interval.", ""]
         text += [f"- {verdict(claim, groups)}" for claim in experiment.claims]
     return "\n".join(text) + "\n"
+
+
+def _differences(experiment: Experiment, variants: dict[str, list[Line | None]]) -> list[str]:
+    """A table of each variant less each baseline, by paired runs, in the measures of the recipe's plot."""
+    compared = [(measure, one) for measure in experiment.plot for one in experiment.baselines if one in variants]
+    rows = []
+    for variant, lines in variants.items():
+        cells = [_less(lines, variants[one], measure) if variant != one else "" for measure, one in compared]
+        rows += [f"| {variant} | {' | '.join(cells)} |"] if any(cells) else []
+    if not rows:
+        return []
+    names = [f"{measure}, less {one}" for measure, one in compared]
+    head = "Differences of paired runs: mean (95% interval)."
+    return ["", head, "", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|", *rows]
+
+
+def _less(lines: Sequence[Line | None], others: Sequence[Line | None], measure: str) -> str:
+    pairs = [values_of(pair, measure) for pair in zip(lines, others, strict=False)]
+    differences = [pair[0] - pair[1] for pair in pairs if len(pair) == 2]
+    if len(differences) < 2:
+        return ""
+    mean, low, high = (_shown(value, measure, "+") for value in interval(differences))
+    return f"{mean} ({low} to {high})"
 
 
 def verdict(claim: Claim, groups: dict[str, dict[str, list[Line | None]]]) -> str:

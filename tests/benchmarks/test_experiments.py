@@ -10,6 +10,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tarfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -352,7 +353,7 @@ def test_what_a_killed_process_was_doing_has_failed_and_is_done_by_the_same_comm
 
 
 @pytest.mark.parametrize("form", ["reduced", "full"])
-@pytest.mark.parametrize("name", ["a", "b", "c", "d", "e"])
+@pytest.mark.parametrize("name", ["a", "b", "c", "d", "e", "f", "g"])
 def test_the_recipes_give_three_seeds_or_more_of_every_variant_and_valid_settings(name: str, form: str) -> None:
     experiment = plan.read_experiment(ROOT / "benchmarks" / "experiments" / f"{name}.yaml", form)
     counts = Counter((run.group, run.variant) for run in experiment.runs)
@@ -365,10 +366,10 @@ def test_the_recipes_give_three_seeds_or_more_of_every_variant_and_valid_setting
         assert {(claim.group, claim.better), (claim.group, claim.worse)} <= counts.keys()
 
 
-@pytest.mark.parametrize("name", ["a", "b", "c", "e"])
+@pytest.mark.parametrize("name", ["a", "b", "c", "e", "f", "f_choices", "g"])
 def test_methods_that_are_compared_differ_in_what_is_compared_alone(name: str) -> None:
     """The same images, network, augmentation, steps and learning rate for every method of a group."""
-    allowed = {"method", "text", "targets", "tau", "tau_s", "batches", "random_share", "permute_graph"}
+    allowed = {"method", "text", "targets", "tau", "tau_s", "other_view", "batches", "random_share", "permute_graph"}
     experiment = plan.read_experiment(ROOT / "benchmarks" / "experiments" / f"{name}.yaml", "reduced")
     for group in experiment.groups:
         settings = [run.settings for run in experiment.runs if run.group == group and run.settings["epochs"]]
@@ -396,6 +397,19 @@ def test_first_groups_come_first_and_seeds_are_whole_comparisons(tmp_path: Path)
     assert order[::2] == [
         (name, group, seed) for group in ("first", "second") for name in "ab" for seed in (0, 1)
     ]  # fmt: skip
+
+
+def test_a_recipe_that_puts_seeds_first_has_all_groups_of_a_seed_before_the_next_and_a_draw_for_each(
+    tmp_path: Path,
+) -> None:
+    two = [{**RECIPE["groups"][0], "name": name} for name in ("first", "second")]
+    data = {"scenes": {**SCENES, "images": "photos", "draw": "seed"}}
+    read = plan.read_experiment(
+        write(tmp_path / "a.yaml", {**RECIPE, "groups": two, "order": "seeds", "data": data}), "reduced", 2
+    )
+    assert [(run.seed, run.group, run.data.draw) for run in plan.in_turn([read])][::2] == [
+        (seed, group, seed) for seed in (0, 1) for group in ("first", "second")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -544,10 +558,10 @@ def test_permuted_captions_are_the_same_ones_on_other_scenes(tmp_path: Path) -> 
     for permuted in (False, True):
         folder = tmp_path / str(permuted)
         (folder / "shards").mkdir(parents=True)
-        sources._write_scenes(sources.Data(**{**SCENES, "permuted": permuted}), folder, folder / "shards", None)
+        sources._write_scenes(sources.Data(**{**SCENES, "permuted": permuted}), folder, folder / "shards")
         found = []
         for tar in sorted((folder / "shards").glob("*.tar")):
-            with sources.tarfile.open(tar) as archive:
+            with tarfile.open(tar) as archive:
                 found += [archive.extractfile(m).read() for m in archive if m.name.endswith(".txt")]
         captions[permuted] = found
     assert Counter(captions[False]) == Counter(captions[True])
