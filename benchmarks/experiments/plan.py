@@ -29,6 +29,7 @@ SECTIONS = (
     "forms",
     "groups",
     "order",
+    "early",
     "measures",
     "baselines",
     "plot",
@@ -106,6 +107,7 @@ class Experiment:
     claims: list[Claim]
     baselines: list[str]  # variants that the others of their group are compared with, seed by seed
     seeds_first: bool  # all groups of a seed before the next seed, not all seeds of a group before the next group
+    early: list[str]  # variants whose runs come before those of all others
 
     @property
     def groups(self) -> list[str]:
@@ -166,17 +168,24 @@ def read_experiment(path: Path, form: Form, seeds: int | None = None) -> Experim
         claims=[Claim(**claim) for claim in recipe.get("claims", [])],
         baselines=list(recipe.get("baselines", [])),
         seeds_first=recipe.get("order", "groups") == "seeds",
+        early=list(recipe.get("early", [])),
     )
 
 
 def in_turn(experiments: Sequence[Experiment]) -> list[Run]:
-    """The runs of several experiments: first groups first, or first seeds where a recipe says `order: seeds`."""
+    """The runs of several experiments: first groups first, or first seeds where a recipe says `order: seeds`; of a
+    recipe that names `early` variants these in this order, then the others."""
     ranked = [
-        (run.seed if experiment.seeds_first else experiment.groups.index(run.group), order, run)
+        (
+            bool(experiment.early) and run.variant not in experiment.early,
+            run.seed if experiment.seeds_first else experiment.groups.index(run.group),
+            order,
+            run,
+        )
         for order, experiment in enumerate(experiments)
         for run in experiment.runs
     ]
-    return [run for _, _, run in sorted(ranked, key=lambda item: item[:2])]
+    return [run for *_, run in sorted(ranked, key=lambda item: item[:3])]
 
 
 def _check_names(path: Path, what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:

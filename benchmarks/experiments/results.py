@@ -134,7 +134,9 @@ def _differences(experiment: Experiment, variants: dict[str, list[Line | None]])
     compared = [(measure, one) for measure in experiment.plot for one in experiment.baselines if one in variants]
     rows = []
     for variant, lines in variants.items():
-        cells = [_less(lines, variants[one], measure) if variant != one else "" for measure, one in compared]
+        found = [(measure, paired(lines, variants[one], measure)) for measure, one in compared]
+        told = [[_shown(value, measure, "+") for value in less or ()] for measure, less in found]
+        cells = [f"{less[0]} ({less[1]} to {less[2]})" if less else "" for less in told]
         rows += [f"| {variant} | {' | '.join(cells)} |"] if any(cells) else []
     if not rows:
         return []
@@ -143,13 +145,13 @@ def _differences(experiment: Experiment, variants: dict[str, list[Line | None]])
     return ["", head, "", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|", *rows]
 
 
-def _less(lines: Sequence[Line | None], others: Sequence[Line | None], measure: str) -> str:
+def paired(
+    lines: Sequence[Line | None], others: Sequence[Line | None], measure: str
+) -> tuple[float, float, float] | None:
+    """Mean and 95% interval of the differences of runs of the same seed; None of fewer than two, or of itself."""
     pairs = [values_of(pair, measure) for pair in zip(lines, others, strict=False)]
     differences = [pair[0] - pair[1] for pair in pairs if len(pair) == 2]
-    if len(differences) < 2:
-        return ""
-    mean, low, high = (_shown(value, measure, "+") for value in interval(differences))
-    return f"{mean} ({low} to {high})"
+    return interval(differences) if len(differences) > 1 and lines is not others else None
 
 
 def verdict(claim: Claim, groups: dict[str, dict[str, list[Line | None]]]) -> str:
@@ -249,6 +251,50 @@ def plot(experiment: Experiment, results: Results, path: Path) -> bool:
     figure.legend(handles, names, fontsize=8, ncols=4, loc="lower center")
     rows = -(-len(names) // 4)
     figure.tight_layout(rect=(0, (0.15 + 0.18 * rows) / figure.get_figheight(), 1, 1))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
+def plot_differences(experiment: Experiment, results: Results, path: Path) -> bool:
+    """Each variant less each baseline, by paired runs, with 95% intervals; a panel a baseline, the first measure."""
+    groups, measure = collect(results.of_experiment(experiment)), experiment.plot[0]
+    found = {
+        one: {
+            group: {
+                variant: less for variant, lines in variants.items() if (less := paired(lines, variants[one], measure))
+            }
+            for group, variants in groups.items()
+            if one in variants
+        }
+        for one in experiment.baselines
+    }
+    found = {one: {group: rows for group, rows in by.items() if rows} for one, by in found.items()}
+    found = {one: by for one, by in found.items() if by}
+    if not found:
+        return False
+    import matplotlib.pyplot as plt
+
+    scale = 100 if is_share(measure) else 1
+    names = list(dict.fromkeys(variant for by in found.values() for rows in by.values() for variant in rows))
+    figure, panels = plt.subplots(1, len(found), figsize=(5.2 * len(found) + 2, 0.32 * len(names) + 1.4), squeeze=False)
+    for axes, (one, by) in zip(panels[0], found.items(), strict=True):
+        for place, (group, rows) in enumerate(by.items()):
+            at = [names.index(name) + 0.7 * ((place + 0.5) / len(by) - 0.5) for name in rows]
+            middle, low, high = ([scale * value for value in side] for side in zip(*rows.values(), strict=True))
+            reach = [
+                [m - end for m, end in zip(middle, low, strict=True)],
+                [end - m for m, end in zip(middle, high, strict=True)],
+            ]
+            axes.errorbar(middle, at, xerr=reach, fmt="o", markersize=3, linewidth=1, label=group)
+        axes.axvline(0, color="black", linewidth=0.6)
+        axes.set_yticks(range(len(names)), names if one == next(iter(found)) else [], fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlabel(f"{measure}{' (%)' if scale == 100 else ''}, less {one}", fontsize=8)
+        axes.grid(axis="x", alpha=0.3)
+    panels[0, 0].legend(fontsize=7)
+    figure.suptitle(f"{experiment.title}: paired runs, 95% intervals", fontsize=9)
+    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True

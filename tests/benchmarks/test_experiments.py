@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -25,7 +26,7 @@ from scipy.stats import ttest_rel
 
 from benchmarks.experiments import __main__ as experiments
 from benchmarks.experiments import cost, plan, runs, sources
-from benchmarks.experiments.results import Results, plot, summary
+from benchmarks.experiments.results import Results, plot, plot_differences, summary
 from benchmarks.experiments.runs import claimed
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError
@@ -410,6 +411,8 @@ def test_a_recipe_that_puts_seeds_first_has_all_groups_of_a_seed_before_the_next
     assert [(run.seed, run.group, run.data.draw) for run in plan.in_turn([read])][::2] == [
         (seed, group, seed) for seed in (0, 1) for group in ("first", "second")
     ]
+    early = dataclasses.replace(read, early=["X-Sample"])
+    assert [run.variant for run in plan.in_turn([early])] == 4 * ["X-Sample"] + 4 * ["SimCLR"]
 
 
 @pytest.mark.parametrize(
@@ -487,6 +490,20 @@ def test_a_line_that_a_crash_has_cut_is_run_again(tmp_path: Path) -> None:
     assert path.read_bytes().startswith(whole)
     read = Results(tmp_path / "results").of_experiment(experiment)
     assert [line is not None for _, line in read] == 2 * [True] + 4 * [False]
+
+
+def test_differences_from_a_baseline_are_those_of_the_seeds_that_both_have(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    values = {"SimCLR": [0.3, 0.42, 0.37], "X-Sample": [0.41, 0.5]}
+    experiment, results = make_results(tmp_path, values)
+    compared = dataclasses.replace(experiment, baselines=["SimCLR"], plot=["linear kind"])
+    low, high = ttest_rel(values["X-Sample"], values["SimCLR"][:2]).confidence_interval()
+    text = summary(compared, results)
+    assert f"| X-Sample | +9.5 ({100 * low:+.1f} to {100 * high:+.1f}) |" in text
+    assert "less SimCLR" not in summary(experiment, results)
+    assert plot_differences(compared, results, tmp_path / "less.png")
+    assert (tmp_path / "less.png").read_bytes().startswith(b"\x89PNG")
+    assert not plot_differences(experiment, results, tmp_path / "none.png")
 
 
 def test_plots_are_drawn_from_what_is_there(tmp_path: Path) -> None:
