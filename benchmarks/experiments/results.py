@@ -13,6 +13,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+import numpy as np
+
 from benchmarks.experiments.plan import Claim, Experiment, Run
 from graphbuild.errors import InputError
 
@@ -277,24 +279,24 @@ def plot_differences(experiment: Experiment, results: Results, path: Path) -> bo
 
     scale = 100 if is_share(measure) else 1
     names = list(dict.fromkeys(variant for by in found.values() for rows in by.values() for variant in rows))
-    figure, panels = plt.subplots(1, len(found), figsize=(5.2 * len(found) + 2, 0.32 * len(names) + 1.4), squeeze=False)
+    orders = list(dict.fromkeys(group for by in found.values() for group in by))
+    height = 0.32 * len(names) + 1.6
+    figure, panels = plt.subplots(1, len(found), figsize=(5.2 * len(found) + 2, height), squeeze=False, sharey=True)
     for axes, (one, by) in zip(panels[0], found.items(), strict=True):
-        for place, (group, rows) in enumerate(by.items()):
-            at = [names.index(name) + 0.7 * ((place + 0.5) / len(by) - 0.5) for name in rows]
-            middle, low, high = ([scale * value for value in side] for side in zip(*rows.values(), strict=True))
-            reach = [
-                [m - end for m, end in zip(middle, low, strict=True)],
-                [end - m for m, end in zip(middle, high, strict=True)],
-            ]
-            axes.errorbar(middle, at, xerr=reach, fmt="o", markersize=3, linewidth=1, label=group)
+        for place, group in enumerate(orders):
+            rows = by.get(group, {})
+            at = [names.index(name) + 0.7 * ((place + 0.5) / len(orders) - 0.5) for name in rows]
+            ends = np.array(list(rows.values())).reshape(-1, 3).T * scale
+            reach = [ends[0] - ends[1], ends[2] - ends[0]]
+            axes.errorbar(ends[0], at, xerr=reach, fmt="o", markersize=3, linewidth=1, color=f"C{place}", label=group)
         axes.axvline(0, color="black", linewidth=0.6)
-        axes.set_yticks(range(len(names)), names if one == next(iter(found)) else [], fontsize=8)
-        axes.invert_yaxis()
         axes.set_xlabel(f"{measure}{' (%)' if scale == 100 else ''}, less {one}", fontsize=8)
         axes.grid(axis="x", alpha=0.3)
-    panels[0, 0].legend(fontsize=7)
+    panels[0, 0].set_yticks(range(len(names)), names, fontsize=8)
+    panels[0, 0].set_ylim(len(names) - 0.5, -0.5)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), fontsize=7, ncols=4, loc="lower center")
     figure.suptitle(f"{experiment.title}: paired runs, 95% intervals", fontsize=9)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, (0.1 + 0.16 * -(-len(orders) // 4)) / height, 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True
