@@ -61,8 +61,11 @@ class XSampleLoss(TemperedLoss):
         soft = softmax_targets(block, first=batch.first, tau_s=tau_s, views=VIEWS, keep_self=self.keep_self)
         del block  # a quarter of a matrix less beside the product below
         self.target_facts = target_facts(soft[: batch.images], batch.other_columns()[: batch.images])
-        logits = batch.products().div_(self.tau) if self.log_scale is None else batch.products(self.scale(batch))
-        return cross_entropy(soft, logits, None if self.keep_self else batch.self_columns())
+        return cross_entropy(
+            soft,
+            batch.products().div_(self.tau) if self.log_scale is None else batch.products(self.scale(batch)),
+            None if self.keep_self else batch.self_columns(),
+        )
 
 
 class NTXentLoss(TemperedLoss):
