@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: $(VENV)/.installed
 	$(BIN)/graphbuild demo demo
-	$(BIN)/python training/train.py demo --labels kind,colour,count,background --run-dir runs/demo
+	$(BIN)/python training/train.py demo --config training/demo.yaml --labels kind,colour,count,background --run-dir runs/demo
 
 test: $(VENV)/.installed
 	$(MAKE) -j2 lint pytest

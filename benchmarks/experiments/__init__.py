@@ -2,7 +2,7 @@
 
 plan: a recipe to a list of runs. sources, photos, labelled: the data of a run. runs: one run, from data to metrics.
 cost: the run that times steps instead. work: many runs, also at once. results: finished runs, their tables and plots.
-gpu: F for ten minutes of one GPU, a program of its own.
+photos_gpu: F for ten minutes of one GPU, a program of its own.
 All over the trainer's own modules, which know nothing of these.
 """
 

@@ -49,7 +49,7 @@ def claimed(name: str, work: Path, wait: bool = False) -> Iterator[bool]:
 
 
 def finish(
-    run: Run, work: Path, device: torch.device, cifar: Path | None, captions: Path | None
+    run: Run, work: Path, device: torch.device, cifar: Path | None, captions: Path | None = None
 ) -> tuple[dict[str, float], float]:
     """Prepare, train or go on, and evaluate: the run's metrics, and its seconds of training and evaluation."""
     with claimed(run.data.fingerprint, work, wait=True):

@@ -68,7 +68,7 @@ outputs   {folder}/shards/{{00000..{shards - 1:05d}}}.tar with .graph.parquet be
           samples/, nodes/, graph/, manifest.json, recipe.yaml: docs/format.md says what is what
 {_activate()}try       graphbuild neighbors {url} --text "two red stars on grass"
           graphbuild verify {url}
-          python training/train.py {url} --labels kind,colour,count,background"""
+          python training/train.py {url} --config training/demo.yaml --labels kind,colour,count,background"""
     )
 
 

@@ -20,7 +20,7 @@ import yaml
 from PIL import Image
 
 from benchmarks.experiments import __main__ as experiments
-from benchmarks.experiments import gpu, photos
+from benchmarks.experiments import photos, photos_gpu
 from graphbuild.errors import InputError
 from graphbuild.torch import BatchEdges, CLIPLoss, NTXentLoss, Targets, XSampleLoss
 from graphbuild.torch.calibration import calibrated
@@ -179,8 +179,8 @@ def test_the_losses_of_the_gpu_form_are_graphbuild_s(arm: str) -> None:
     edges = BatchEdges(torch.arange(count), neighbors, near, background, None, 0.1, 40)
     with_texts = arm.startswith("clip")
     taus = calibrated(edges, images=count, other_view=0.6, slots=1 if with_texts else 2)[0][:, 0]
-    target = gpu.soft_target(vectors, taus if "calibrated" in arm else None, 1 if with_texts else 2)
-    found = gpu.loss_of(arm, [z[0], z[1]], z[2] if with_texts else None, torch.tensor(10.0), target)
+    target = photos_gpu.soft_target(vectors, taus if "calibrated" in arm else None, 1 if with_texts else 2)
+    found = photos_gpu.loss_of(arm, [z[0], z[1]], z[2] if with_texts else None, torch.tensor(10.0), target)
     told = Targets(embeddings=vectors, calibration=edges)
     if with_texts:
         loss = CLIPLoss(0.1, tau_s="calibrated" if "calibrated" in arm else None)
@@ -195,7 +195,7 @@ def test_the_losses_of_the_gpu_form_are_graphbuild_s(arm: str) -> None:
 @pytest.mark.slow
 def test_the_gpu_form_runs_with_torch_alone_and_goes_on_where_it_stopped(given: Path) -> None:
     data, results = given / "photos.pt", given / "gpu.jsonl"
-    gpu.prepare(data, given, given / "captions.parquet", photos=40, tests=30, draw=0, work=given / "work")
+    photos_gpu.prepare(data, given, given / "captions.parquet", photos=40, tests=30, draw=0, work=given / "work")
     alone = (
         "import sys, runpy\n"
         "class Others:\n"
@@ -205,12 +205,12 @@ def test_the_gpu_form_runs_with_torch_alone_and_goes_on_where_it_stopped(given: 
         "sys.meta_path.insert(0, Others())\n"
         "runpy.run_path(sys.argv.pop(1), run_name='__main__')\n"
     )
-    command = [sys.executable, "-c", alone, str(ROOT / "benchmarks/experiments/gpu.py"), "run", str(data)]
+    command = [sys.executable, "-c", alone, str(ROOT / "benchmarks/experiments/photos_gpu.py"), "run", str(data)]
     options = ["--results", str(results), "--epochs", "2", "--width", "8"]
     for seeds in ("1", "1", "2"):
         subprocess.run([*command, *options, "--seeds", seeds], check=True, capture_output=True)
     lines = [json.loads(line) for line in results.read_text().splitlines()]
-    cells = [("simclr", None), *((arm, p) for p in gpu.SHARES for arm in gpu.ARMS)]
+    cells = [("simclr", None), *((arm, p) for p in photos_gpu.SHARES for arm in photos_gpu.ARMS)]
     assert [(line["arm"], line["p"], line["seed"]) for line in lines] == [
         (*cell, seed) for seed in (0, 1) for cell in cells
     ]

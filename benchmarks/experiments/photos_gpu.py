@@ -1,7 +1,7 @@
 """F on one GPU in ten minutes: ResNet-18, 10,000 photos, p = 1 and 0.1, four arms. Training needs torch alone.
 
-    python -m benchmarks.experiments.gpu prepare photos.pt --cifar FOLDER --captions FILE  # where graphbuild is
-    python benchmarks/experiments/gpu.py run photos.pt --results results.jsonl             # on the GPU; again: goes on
+    python -m benchmarks.experiments.photos_gpu prepare photos.pt --cifar FOLDER --captions FILE  # with graphbuild
+    python benchmarks/experiments/photos_gpu.py run photos.pt --results photos.jsonl    # on the GPU; again: goes on
 
 `prepare` makes the photos' stores with graphbuild and takes out what training reads: images, vectors of the captions,
 and of each photo the temperature at which it keeps a share of 0.6 of its target. `run` appends a JSON line a run:
