@@ -26,7 +26,7 @@ endef
 
 demo: $(VENV)/.installed
 	$(BIN)/graphbuild demo demo
-	$(BIN)/python training/train.py demo --labels kind,colour,count,background --run-dir runs/demo
+	$(BIN)/python training/train.py demo --config training/demo.yaml --labels kind,colour,count,background --run-dir runs/demo
 	@echo; echo "Now open demo/report/index.html, or search and walk the graph:"
 	@echo "    source $(BIN)/activate && graphbuild explore demo"
 

@@ -68,13 +68,15 @@ class Config:
         "supcon: equal nodes are positives; clip_soft: soft targets over captions",
     ] = "xsample"
     targets: Annotated[
-        Literal["dense", "sketch", "background", "labels"],
+        Literal["dense", "sketch", "background", "labels", "uniform"],
         "similarities of xsample and clip_soft: of embeddings; of stored edges, the others by sketches or background"
-        " values; or 1 for equal nodes, 0 for others",
+        " values; 1 for equal nodes, 0 for others; or the control that knows nothing: what other_view leaves goes to"
+        " all other images alike",
     ] = "dense"
     permute_graph: Annotated[bool, "control: every node gets another node's similarities and neighbours"] = False
     view_weight: Annotated[float, "adds so much of SimCLR's loss, of a head of its own, to the method's"] = 0.0
     tau: Annotated[float, "temperature of the model; where the learned one of clip starts"] = 0.1
+    learn_tau: Annotated[bool, "xsample learns its tau too, as clip does"] = False
     tau_s: Annotated[float, "temperature of the target"] = 0.1
     other_view: Annotated[
         float, "calibrates tau_s: the share of its target that a view's other one, or the own caption, keeps; 0: tau_s"
@@ -143,9 +145,19 @@ class Config:
             (self.full_crops and self.cache, "full_crops with a cache of shrunk images", "pass --no-cache --workers"),
             (self.other_view == 1, "other_view = 1", "use a share of the target in (0, 1), or method simclr or clip"),
             (
-                self.other_view > 0 and not self.reads_similarities,
+                self.other_view > 0 and not self.is_soft,
                 f"other_view with method {self.method!r} and targets {self.targets!r}",
-                "it calibrates similarities: use method xsample or clip_soft with targets from embeddings or edges",
+                "it is the share of soft targets: use method xsample or clip_soft, and not targets labels",
+            ),
+            (
+                self.targets == "uniform" and self.is_soft and self.other_view == 0,
+                "targets = 'uniform' without other_view",
+                "say what share of its target a view's other one keeps: --other-view 0.6",
+            ),
+            (
+                self.learn_tau and self.method != "xsample",
+                f"learn_tau with method {self.method!r}",
+                "use it with xsample; clip and clip_soft learn theirs anyway",
             ),
             (self.warm_up == 1, "warm_up = 1", "use a share of the training in [0, 1)"),
             (math.isinf(self.learning_rate), "learning_rate = inf", "use a number"),
@@ -179,9 +191,14 @@ class Config:
         return self.method in ("clip", "clip_soft")
 
     @property
+    def is_soft(self) -> bool:
+        """Whether the target is a softmax at tau_s, or at a share of the other view."""
+        return self.method in ("xsample", "clip_soft") and self.targets != "labels"
+
+    @property
     def reads_similarities(self) -> bool:
         """Whether the loss reads similarities out of the graph."""
-        return self.method in ("xsample", "clip_soft") and self.targets != "labels"
+        return self.is_soft and self.targets != "uniform"
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from graphbuild import SampleGraph
+from graphbuild.errors import ConfigError
 from graphbuild.torch import BatchEdges, CLIPLoss, NTXentLoss, SupConLoss, Targets, XSampleLoss
 from graphbuild.torch.joint import PairLoss
 
@@ -33,7 +34,9 @@ class Objective(nn.Module):
         super().__init__()
         self.loss: PairLoss
         soft: dict[str, Any] = {"tau_s": config.tau_s}
-        if config.other_view:
+        if config.targets == "uniform" and config.is_soft:
+            soft = {"tau_s": uniform_tau_s(config)}
+        elif config.other_view:
             soft = {"tau_s": "calibrated", "other_view": config.other_view}
         match config.method:
             case "simclr":
@@ -41,7 +44,7 @@ class Objective(nn.Module):
             case "supcon":
                 self.loss = SupConLoss(config.tau)
             case "xsample":
-                self.loss = XSampleLoss(config.tau, **soft)
+                self.loss = XSampleLoss(config.tau, **soft, learnable=config.learn_tau)
             case "clip":
                 self.loss = CLIPLoss(config.tau, learnable=True)
             case "clip_soft":
@@ -69,6 +72,21 @@ class Objective(nn.Module):
         return {"other_view": one, "perplexity": one, **self.loss.target_facts}
 
 
+def uniform_tau_s(config: Config) -> float:
+    """The temperature at which other_view of the target is the other view's, where all others have similarity 0.
+
+    ConfigError: equal parts leave it more.
+    """
+    others = (1 if config.reads_texts else 2) * (config.batch_size - 1)
+    odds = others * config.other_view / (1 - config.other_view)
+    if odds <= 1:
+        raise ConfigError(
+            f"other_view = {config.other_view} with targets 'uniform' in batches of {config.batch_size}",
+            f"ask for more than {1 / (1 + others):.3g}, which equal parts leave",
+        )
+    return 1 / math.log(odds)
+
+
 class GraphReader:
     """What a method reads of the graph for the images of a batch: nothing for SimCLR."""
 
@@ -90,6 +108,8 @@ class GraphReader:
             return Targets()
         if config.method == "supcon" or config.targets == "labels":
             return Targets(labels=batch["node"])
+        if not config.reads_similarities:  # uniform
+            return Targets(similarities=torch.zeros(len(batch["node"]), config.batch_size))
         nodes = self.graph_nodes(batch["node"].numpy())
         dense = torch.from_numpy(graph.embeddings(nodes)) if config.targets == "dense" else None
         if dense is not None and not config.other_view:

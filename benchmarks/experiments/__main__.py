@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import typer
 
 from benchmarks.experiments.plan import Experiment, Form, Run, in_turn, read_experiment
-from benchmarks.experiments.results import Results, plot, summary
+from benchmarks.experiments.results import Results, plot, plot_differences, summary
 from benchmarks.experiments.work import Work, outcomes
 from graphbuild.errors import ConfigError, GraphbuildError
 
@@ -43,7 +43,13 @@ def run(
     every: AllOption = False,
     form: FormOption = "reduced",
     seeds: SeedsOption = None,
-    cifar: Annotated[Path | None, typer.Option(help="folder of cifar_train.tar.xz and cifar_test.tar.xz")] = None,
+    cifar: Annotated[
+        Path | None,
+        typer.Option(envvar="CIFAR_FOLDER", help="folder of cifar_train.tar.xz and cifar_test.tar.xz"),
+    ] = None,
+    captions: Annotated[
+        Path | None, typer.Option(envvar="CAPTIONS_FILE", help="captions of photos: parquet with the column caption")
+    ] = None,
     work: Annotated[Path, typer.Option(help="folder for data and runs")] = Path("runs/experiments"),
     results: ResultsOption = RESULTS,
     groups: Annotated[str, typer.Option(help="only the first N groups of each recipe, or those named: a;b")] = "",
@@ -55,13 +61,17 @@ def run(
     experiments = chosen(recipes, every, form, seeds)
     found = Results(results)
     runs = [run for run in in_turn(experiments) if _wanted(run, experiments, groups)]
-    missing = list({run.name: run for run in runs if found.of(run) is None}.values())  # experiments may share a run
+    shared: dict[str, Run] = {}  # groups and experiments may share a run
+    for one in runs:
+        if found.of(one) is None:
+            shared.setdefault(one.name, one)
+    missing = list(shared.values())
     for name, count in Counter(run.experiment for run in runs).items():
         finished = sum(run.experiment == name and found.of(run) is not None for run in runs)
         print(f"{name}: {finished} of {count} runs are finished", flush=True)
     until = None if minutes is None else began + 60 * minutes
     states: Counter[str] = Counter()
-    for number, outcome in enumerate(outcomes(Work(work, results, cifar, until), missing, processes), 1):
+    for number, outcome in enumerate(outcomes(Work(work, results, cifar, until, captions), missing, processes), 1):
         one = outcome.run
         states[outcome.state] += 1
         if outcome.state == "done":
@@ -92,6 +102,8 @@ def write_summary(
         text = summary(experiment, found)
         if plots and plot(experiment, found, results / f"{name}.png"):
             text += f"\n![{experiment.title}]({name}.png)\n"
+            if plot_differences(experiment, found, results / f"{name}_less.png"):
+                text += f"\n![Differences of paired runs]({name}_less.png)\n"
         results.mkdir(parents=True, exist_ok=True)
         (results / f"{name}.md").write_text(text)
         print(text)

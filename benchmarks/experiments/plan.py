@@ -8,7 +8,7 @@ finished compares like with like. Costs nothing: data and models are made when a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,22 @@ from graphbuild.errors import ConfigError
 
 EVALUATION = 1  # the probes' version: another one makes results incomparable
 PLACE = ("store", "seed", "workers", "cache", "checkpoint_steps", "log")  # settings that decide no result
-SECTIONS = ("title", "question", "kind", "data", "base", "forms", "groups", "measures", "plot", "claims")
+SECTIONS = (
+    "title",
+    "question",
+    "kind",
+    "data",
+    "base",
+    "forms",
+    "groups",
+    "order",
+    "early",
+    "measures",
+    "baselines",
+    "plot",
+    "claims",
+)
+SEED = "seed"  # a value of `draw` in data: each seed trains on a draw of its own
 Form = Literal["reduced", "full"]
 
 
@@ -54,7 +69,7 @@ class Run:
     def fingerprint(self) -> str:
         """Of all that decides the result but the seed: the same run in two experiments has the same one."""
         decisive = {name: value for name, value in self.settings.items() if name not in PLACE}
-        return fingerprint([EVALUATION, self.kind, asdict(self.data), decisive])
+        return fingerprint([EVALUATION, self.kind, self.data.decisive, decisive])
 
     @property
     def name(self) -> str:
@@ -90,6 +105,9 @@ class Experiment:
     measures: list[str]
     plot: list[str]
     claims: list[Claim]
+    baselines: list[str]  # variants that the others of their group are compared with, seed by seed
+    seeds_first: bool  # all groups of a seed before the next seed, not all seeds of a group before the next group
+    early: list[str]  # variants whose runs come before those of all others
 
     @property
     def groups(self) -> list[str]:
@@ -134,6 +152,8 @@ def read_experiment(path: Path, form: Form, seeds: int | None = None) -> Experim
                     )
                 _check_names(path, f"setting of {variant}", settings, settings_known)
                 values = {**recipe["data"][data_name], **data_changes}
+                if values.get("draw") == SEED:
+                    values["draw"] = seed
                 _check_names(path, f"setting of data {data_name}", values, [field.name for field in fields(Data)])
                 kind = recipe.get("kind", "training")
                 runs.append(Run(path.stem, kind, form, group["name"], variant, seed, Data(**values), settings))
@@ -146,17 +166,26 @@ def read_experiment(path: Path, form: Form, seeds: int | None = None) -> Experim
         measures=list(recipe["measures"]),
         plot=list(recipe.get("plot", recipe["measures"][:2])),
         claims=[Claim(**claim) for claim in recipe.get("claims", [])],
+        baselines=list(recipe.get("baselines", [])),
+        seeds_first=recipe.get("order", "groups") == "seeds",
+        early=list(recipe.get("early", [])),
     )
 
 
 def in_turn(experiments: Sequence[Experiment]) -> list[Run]:
-    """The runs of several experiments: first groups first."""
+    """The runs of several experiments: first groups first, or first seeds where a recipe says `order: seeds`; of a
+    recipe that names `early` variants these in this order, then the others."""
     ranked = [
-        (experiment.groups.index(run.group), order, run)
+        (
+            bool(experiment.early) and run.variant not in experiment.early,
+            run.seed if experiment.seeds_first else experiment.groups.index(run.group),
+            order,
+            run,
+        )
         for order, experiment in enumerate(experiments)
         for run in experiment.runs
     ]
-    return [run for _, _, run in sorted(ranked, key=lambda item: item[:2])]
+    return [run for *_, run in sorted(ranked, key=lambda item: item[:3])]
 
 
 def _check_names(path: Path, what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+import numpy as np
+
 from benchmarks.experiments.plan import Claim, Experiment, Run
 from graphbuild.errors import InputError
 
@@ -122,10 +124,36 @@ def summary(experiment: Experiment, results: Results) -> str:
         for variant, lines in variants.items():
             cells = [_cell(values_of(lines, measure), measure, len(lines)) for measure in measures]
             text.append(f"| {variant} | {' | '.join(cells)} |")
+        text += _differences(experiment, variants)
     if experiment.claims:
         text += ["", "## What was expected", "", "Mean of the differences seed by seed, and its 95% interval.", ""]
         text += [f"- {verdict(claim, groups)}" for claim in experiment.claims]
     return "\n".join(text) + "\n"
+
+
+def _differences(experiment: Experiment, variants: dict[str, list[Line | None]]) -> list[str]:
+    """A table of each variant less each baseline, by paired runs, in the measures of the recipe's plot."""
+    compared = [(measure, one) for measure in experiment.plot for one in experiment.baselines if one in variants]
+    rows = []
+    for variant, lines in variants.items():
+        found = [(measure, paired(lines, variants[one], measure)) for measure, one in compared]
+        told = [[_shown(value, measure, "+") for value in less or ()] for measure, less in found]
+        cells = [f"{less[0]} ({less[1]} to {less[2]})" if less else "" for less in told]
+        rows += [f"| {variant} | {' | '.join(cells)} |"] if any(cells) else []
+    if not rows:
+        return []
+    names = [f"{measure}, less {one}" for measure, one in compared]
+    head = "Differences of paired runs: mean (95% interval)."
+    return ["", head, "", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|", *rows]
+
+
+def paired(
+    lines: Sequence[Line | None], others: Sequence[Line | None], measure: str
+) -> tuple[float, float, float] | None:
+    """Mean and 95% interval of the differences of runs of the same seed; None of fewer than two, or of itself."""
+    pairs = [values_of(pair, measure) for pair in zip(lines, others, strict=False)]
+    differences = [pair[0] - pair[1] for pair in pairs if len(pair) == 2]
+    return interval(differences) if len(differences) > 1 and lines is not others else None
 
 
 def verdict(claim: Claim, groups: dict[str, dict[str, list[Line | None]]]) -> str:
@@ -225,6 +253,50 @@ def plot(experiment: Experiment, results: Results, path: Path) -> bool:
     figure.legend(handles, names, fontsize=8, ncols=4, loc="lower center")
     rows = -(-len(names) // 4)
     figure.tight_layout(rect=(0, (0.15 + 0.18 * rows) / figure.get_figheight(), 1, 1))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
+def plot_differences(experiment: Experiment, results: Results, path: Path) -> bool:
+    """Each variant less each baseline, by paired runs, with 95% intervals; a panel a baseline, the first measure."""
+    groups, measure = collect(results.of_experiment(experiment)), experiment.plot[0]
+    found = {
+        one: {
+            group: {
+                variant: less for variant, lines in variants.items() if (less := paired(lines, variants[one], measure))
+            }
+            for group, variants in groups.items()
+            if one in variants
+        }
+        for one in experiment.baselines
+    }
+    found = {one: {group: rows for group, rows in by.items() if rows} for one, by in found.items()}
+    found = {one: by for one, by in found.items() if by}
+    if not found:
+        return False
+    import matplotlib.pyplot as plt
+
+    scale = 100 if is_share(measure) else 1
+    names = list(dict.fromkeys(variant for by in found.values() for rows in by.values() for variant in rows))
+    orders = list(dict.fromkeys(group for by in found.values() for group in by))
+    height = 0.32 * len(names) + 1.6
+    figure, panels = plt.subplots(1, len(found), figsize=(5.2 * len(found) + 2, height), squeeze=False, sharey=True)
+    for axes, (one, by) in zip(panels[0], found.items(), strict=True):
+        for place, group in enumerate(orders):
+            rows = by.get(group, {})
+            at = [names.index(name) + 0.7 * ((place + 0.5) / len(orders) - 0.5) for name in rows]
+            ends = np.array(list(rows.values())).reshape(-1, 3).T * scale
+            reach = [ends[0] - ends[1], ends[2] - ends[0]]
+            axes.errorbar(ends[0], at, xerr=reach, fmt="o", markersize=3, linewidth=1, color=f"C{place}", label=group)
+        axes.axvline(0, color="black", linewidth=0.6)
+        axes.set_xlabel(f"{measure}{' (%)' if scale == 100 else ''}, less {one}", fontsize=8)
+        axes.grid(axis="x", alpha=0.3)
+    panels[0, 0].set_yticks(range(len(names)), names, fontsize=8)
+    panels[0, 0].set_ylim(len(names) - 0.5, -0.5)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), fontsize=7, ncols=4, loc="lower center")
+    figure.suptitle(f"{experiment.title}: paired runs, 95% intervals", fontsize=9)
+    figure.tight_layout(rect=(0, (0.1 + 0.16 * -(-len(orders) // 4)) / height, 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True

@@ -48,10 +48,12 @@ def claimed(name: str, work: Path, wait: bool = False) -> Iterator[bool]:
         yield mine
 
 
-def finish(run: Run, work: Path, device: torch.device, cifar: Path | None) -> tuple[dict[str, float], float]:
+def finish(
+    run: Run, work: Path, device: torch.device, cifar: Path | None, captions: Path | None = None
+) -> tuple[dict[str, float], float]:
     """Prepare, train or go on, and evaluate: the run's metrics, and its seconds of training and evaluation."""
     with claimed(run.data.fingerprint, work, wait=True):
-        prepared = prepare(run.data, work / "data", cifar)
+        prepared = prepare(run.data, work / "data", cifar, captions)
     started = time.perf_counter()
     if run.kind == "cost":
         return step_seconds(run, prepared, device), time.perf_counter() - started
@@ -82,6 +84,8 @@ def trained(
         for name in ("other_view", "perplexity")
         if name in steps[-1]
     }
+    if "tau" in steps[-1]:
+        targets["learned tau"] = steps[-1]["tau"]
     return config, model, {"loss": epochs[-1]["mean_loss"], **means, **targets, **edges_of(config)}, before
 
 

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
 import random
 import shlex
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,12 +27,12 @@ import yaml
 from torch import Tensor
 
 from benchmarks.experiments.labelled import LabelledImages, decoded
+from benchmarks.experiments.photos import MENTIONS, TEMPLATE, write_cifar, write_photos, write_tars
 from graphbuild.demo.captions import caption
 from graphbuild.demo.scenes import ATTRIBUTES, BACKGROUNDS, KINDS, Scene, encode_jpeg, make_scenes, render
-from graphbuild.errors import ConfigError, InputError, StageError
+from graphbuild.errors import StageError
 
 GRAPHBUILD = (sys.executable, "-c", "from graphbuild.cli import main; main()")
-TEMPLATE = "a photo of a {}"
 WORDS, WORDS_DIM = "words", 384  # the encoder that knows words, not meanings: a random vector for each token
 SCENES_SEED = 0
 
@@ -46,9 +44,11 @@ class Data:
     usual_background: share of the scenes that are put on the background usual for their kind; the others have any.
     permuted: every training scene has another one's caption, a control: a graph of the same shape that knows nothing.
     encoder: a name or folder as for `graphbuild embed`, or "words". dim: first coordinates kept.
+    Of photos (benchmarks/experiments/photos.py): relevance: the share whose caption mentions their class; None: class
+    prompts. draw: which photos are trained on, with which captions. validation: test on photos of the training archive.
     """
 
-    images: Literal["scenes", "cifar"]
+    images: Literal["scenes", "cifar", "photos"]
     train: int
     test: int
     probe: int
@@ -59,14 +59,23 @@ class Data:
     encoder: str | None = None
     dim: int | None = None
     shard_size: int = 1000
+    relevance: float | None = None
+    draw: int | None = None
+    validation: bool = False
 
     @property
     def main_label(self) -> str:
         return "kind" if self.images == "scenes" else "class"
 
     @property
+    def decisive(self) -> dict[str, Any]:
+        """The fields; of those of photos the ones that are set, so that other data keep their fingerprints."""
+        later = ("relevance", "draw", "validation")
+        return {name: value for name, value in asdict(self).items() if name not in later or value not in (None, False)}
+
+    @property
     def fingerprint(self) -> str:
-        return fingerprint(asdict(self))
+        return fingerprint(self.decisive)
 
 
 @dataclass(frozen=True)
@@ -97,11 +106,12 @@ def fingerprint(values: object) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def prepare(data: Data, folder: Path, cifar: Path | None = None) -> Prepared:
+def prepare(data: Data, folder: Path, cifar: Path | None = None, captions: Path | None = None) -> Prepared:
     """Make what is missing of `data` under `folder`. cifar: the folder of cifar_train.tar.xz and cifar_test.tar.xz.
+    captions: a list of captions, parquet with the column caption.
 
     Raises:
-        ConfigError: no such images, or CIFAR without its folder. StageError: a graphbuild command failed.
+        ConfigError: no such images, or CIFAR or captions without their place. StageError: a graphbuild command failed.
     """
     root = folder / data.fingerprint
     done = root / "data.json"
@@ -113,15 +123,20 @@ def prepare(data: Data, folder: Path, cifar: Path | None = None) -> Prepared:
         temporary = root / "shards.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        (_write_scenes if data.images == "scenes" else _write_cifar)(data, root, temporary, cifar)
+        if data.images == "scenes":
+            _write_scenes(data, root, temporary)
+        else:
+            (write_cifar if data.images == "cifar" else write_photos)(data, root, temporary, cifar, captions)
         shards.parent.mkdir(exist_ok=True)
         temporary.rename(shards)
     source: dict[str, Any] = {"shards": f"{shards}/*.tar", **_encoder(data, root)}
     if data.images == "cifar":
         source |= {"caption_member": "cls", "class_names": str(root / "classes.txt"), "template": TEMPLATE}
+    elif data.relevance is not None:
+        source = {"shards": f"{shards}/*.tar", "vector_member": "npy"}
     recipe = root / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"embed": source, "index": {"k": data.k}}))
-    _graphbuild("run", recipe, root / "store")
+    graphbuild("run", recipe, root / "store")
     _embed_prompts(data, root)
     done.write_text(json.dumps(asdict(data), indent=2) + "\n")
     return Prepared(root)
@@ -143,7 +158,7 @@ def other_background(scene: Scene) -> str:
     return random.Random(f"swap {scene.seed}").choice([name for name in BACKGROUNDS if name != scene.background])
 
 
-def _write_scenes(data: Data, root: Path, shards: Path, cifar: Path | None) -> None:
+def _write_scenes(data: Data, root: Path, shards: Path) -> None:
     train = scenes_of(data, data.train, SCENES_SEED)
     test = scenes_of(data, data.test, SCENES_SEED + 1)
 
@@ -157,7 +172,7 @@ def _write_scenes(data: Data, root: Path, shards: Path, cifar: Path | None) -> N
             picture = encode_jpeg(render(scene, data.pixels))
             yield {"jpg": picture, "txt": text.encode(), "json": json.dumps(labels).encode()}
 
-    _write_tars(shards, samples(), data.shard_size)
+    write_tars(shards, samples(), data.shard_size)
     for name, scenes in (("probe", train[: data.probe]), ("test", test)):
         _save_scenes(root / f"{name}.npz", scenes, [None] * len(scenes), data.pixels)
     _save_scenes(root / "swapped.npz", test, [other_background(scene) for scene in test], data.pixels)
@@ -175,58 +190,6 @@ def _save_scenes(path: Path, scenes: Sequence[Scene], backgrounds: Sequence[str 
     ]
     labels = {name: [str(getattr(scene, name)) for scene in shown] for name in ATTRIBUTES}
     decoded(pictures, labels, pixels).save(path)
-
-
-def _write_cifar(data: Data, root: Path, shards: Path, cifar: Path | None) -> None:
-    if cifar is None:
-        raise ConfigError(
-            "this recipe trains on CIFAR-10", "--cifar FOLDER, with cifar_train.tar.xz, cifar_test.tar.xz"
-        )
-    pictures, classes = _read_cifar(cifar / "cifar_train.tar.xz", data.train)
-    names = sorted(set(classes))
-    (root / "classes.txt").write_text("".join(f"{name}\n" for name in names))
-    samples = (
-        {"jpg": picture, "cls": str(names.index(name)).encode()}
-        for picture, name in zip(pictures, classes, strict=True)
-    )
-    _write_tars(shards, samples, data.shard_size)
-    decoded(pictures[: data.probe], {"class": classes[: data.probe]}, data.pixels).save(root / "probe.npz")
-    pictures, classes = _read_cifar(cifar / "cifar_test.tar.xz", data.test)
-    decoded(pictures, {"class": classes}, data.pixels).save(root / "test.npz")
-
-
-def _read_cifar(path: Path, count: int) -> tuple[list[bytes], list[str]]:
-    """`count` images of an archive of SPLIT/CLASS/NUMBER.jpg and their classes, in an order that mixes the classes."""
-    if not path.exists():
-        raise InputError(f"there is no {path}", "--cifar names the folder that holds it")
-    found = []
-    with tarfile.open(path) as archive:
-        for member in archive:
-            if member.isfile() and member.name.endswith(".jpg"):
-                content = archive.extractfile(member)
-                assert content is not None
-                found.append((member.name, content.read()))
-    found.sort()
-    random.Random("cifar").shuffle(found)
-    if len(found) < count:
-        raise InputError(f"{path} holds {len(found):,} images, not {count:,}", "lower the recipe's number of images")
-    return [content for _, content in found[:count]], [name.split("/")[-2] for name, _ in found[:count]]
-
-
-def _write_tars(folder: Path, samples: Iterator[dict[str, bytes]], shard_size: int) -> None:
-    archive = None
-    for row, members in enumerate(samples):
-        if row % shard_size == 0:
-            if archive is not None:
-                archive.close()
-            archive = tarfile.open(folder / f"{row // shard_size:05d}.tar", "w")  # noqa: SIM115
-        assert archive is not None
-        for extension, content in members.items():
-            info = tarfile.TarInfo(f"{row:08d}.{extension}")
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    if archive is not None:
-        archive.close()
 
 
 def _encoder(data: Data, root: Path) -> dict[str, Any]:
@@ -252,29 +215,39 @@ def _words_encoder(folder: Path) -> Path:
 
 
 def _embed_prompts(data: Data, root: Path) -> None:
-    """The values of the main label in words, embedded by the store's own encoder."""
-    if data.images == "scenes":
+    """The values of the main label in words, embedded by the store's own encoder; once for all data of photos."""
+    if data.images == "photos":
+        prompts = {name: TEMPLATE.format(name) for name in MENTIONS}
+    elif data.images == "scenes":
         prompts = {kind: f"A {kind}" for kind in KINDS}
     else:
         names = (root / "classes.txt").read_text().split()
         prompts = {name: TEMPLATE.format(name) for name in names}
-    listed, folder = root / "prompts.csv", root / "prompts"
+    place = root.parent / f"photos-prompts-{fingerprint(_encoder(data, root))}" if data.images == "photos" else root
+    place.mkdir(exist_ok=True)
+    if not (place / "prompts.json").exists():
+        _write_prompts(prompts, _encoder(data, root), place)
+    for name in ("prompts.npy", "prompts.json") if place != root else ():
+        shutil.copy(place / name, root / name)
+
+
+def _write_prompts(prompts: dict[str, str], encoder: dict[str, Any], place: Path) -> None:
+    listed, folder = place / "prompts.csv", place / "prompts"
     with listed.open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["caption"])
         writer.writerows([text] for text in prompts.values())
-    encoder = [f"--{name}={value}" for name, value in _encoder(data, root).items()]
-    _graphbuild("embed", folder, "--captions", listed, *encoder)
+    graphbuild("embed", folder, "--captions", listed, *(f"--{name}={value}" for name, value in encoder.items()))
     vectors = np.concatenate([np.load(path) for path in sorted((folder / "nodes").glob("*.npy"))])
     if len(vectors) != len(prompts):
         raise StageError(
             f"{folder} has {len(vectors)} nodes for {len(prompts)} prompts", "give each class its own name"
         )
-    np.save(root / "prompts.npy", vectors)
-    (root / "prompts.json").write_text(json.dumps(list(prompts)) + "\n")
+    np.save(place / "prompts.npy", vectors)
+    (place / "prompts.json").write_text(json.dumps(list(prompts)) + "\n")
 
 
-def _graphbuild(*arguments: str | Path) -> None:
+def graphbuild(*arguments: str | Path) -> None:
     """One graphbuild command, in a process of its own; what it says is shown where it fails."""
     command = [*GRAPHBUILD, *map(str, arguments), "--workers", "0", "--progress", "plain"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

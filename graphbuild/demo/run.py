@@ -74,7 +74,7 @@ look      {page}
 {_activate()}try       graphbuild explore {url}
           graphbuild neighbors {url} --text "two red stars on grass"
           graphbuild verify {url}
-          python training/train.py {url} --labels kind,colour,count,background"""
+          python training/train.py {url} --config training/demo.yaml --labels kind,colour,count,background"""
     )
 
 

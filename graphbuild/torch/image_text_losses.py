@@ -18,30 +18,17 @@ from torch.nn.functional import softplus
 
 from graphbuild.errors import ConfigError
 from graphbuild.torch.calibration import OTHER_VIEW, TauS, check_tau_s
-from graphbuild.torch.joint import JointBatch, PairLoss, cross_entropy, row_normalised
+from graphbuild.torch.joint import JointBatch, PairLoss, TemperedLoss, cross_entropy, row_normalised
 from graphbuild.torch.targets import check_temperature, softmax_, target_facts
 
-MAX_CLIP_SCALE = 100.0
 
-
-class _ClipLikeLoss(PairLoss):
+class _ClipLikeLoss(TemperedLoss):
     """The mean of the image-to-text and the text-to-image cross entropy at one, perhaps learnable, temperature."""
 
     def __init__(
         self, tau: float = 0.07, learnable: bool = False, gather: bool = True, process_group: ProcessGroup | None = None
     ) -> None:
-        super().__init__(gather, process_group)
-        check_temperature("tau", tau)
-        self.tau = tau
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / tau))) if learnable else None
-
-    def scale(self, batch: JointBatch) -> Tensor | float:
-        """1 / tau of this batch."""
-        if self.log_scale is None:
-            return 1 / self.tau
-        with torch.no_grad():  # a clamp in the graph would stop the gradient that leads back
-            self.log_scale.clamp_(max=math.log(MAX_CLIP_SCALE))
-        return self.ranks().average_gradient(self.log_scale.to(batch.own)).exp()
+        super().__init__(tau, gather, process_group, learnable=learnable)
 
     def logits(self, batch: JointBatch, scale: Tensor | float) -> Iterator[Tensor]:
         """Of own images to all texts, then of own texts to all images, [B, N]: one lives at a time."""

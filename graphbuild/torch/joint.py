@@ -16,6 +16,7 @@ stopped, the loss itself differs) is that rank's alone, and the others wait unti
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
@@ -30,6 +31,7 @@ from graphbuild.torch.gather import Fact, Ranks
 from graphbuild.torch.targets import ALONE, Targets, check_temperature, compute_dtype, self_columns
 
 VIEWS = 2
+MAX_SCALE = 100.0  # of one that is learned
 GATHERED = ("embeddings", "similarities", "labels", "class_priors", "node", "sketch", "calibration's background")
 FACTS = (
     *("batch size", "width of z", "dtype of z"),
@@ -56,9 +58,10 @@ class JointBatch:
         """Number in the joint batch of this rank's first image."""
         return self.ranks.rank * self.images
 
-    def products(self) -> Tensor:
-        """z_i.z_j of own views and all views, [2 B, 2 N], to be changed in place."""
-        return self.own.flatten(0, 1) @ self.every.flatten(0, 1).T
+    def products(self, scale: Tensor | float | None = None) -> Tensor:
+        """z_i.z_j of own views and all views, [2 B, 2 N], to be changed in place; times a scale where one is given."""
+        own = self.own.flatten(0, 1)
+        return (own if scale is None else scale * own) @ self.every.flatten(0, 1).T
 
     def pair_products(self) -> Tensor:
         """z_i.z_j of the two views of each own image, or of an image and its text, [B]."""
@@ -147,17 +150,34 @@ class TemperedLoss(PairLoss):
     """A loss at one temperature.
 
     Args:
-        tau: temperature of the model.
+        tau: temperature of the model, where training starts if it is learnable.
         gather, process_group: as for `PairLoss`.
+        learnable: learn the scale 1 / tau, kept at most 100 as CLIP does: a parameter of the loss.
 
     Raises:
         ConfigError: a temperature that is not above 0.
     """
 
-    def __init__(self, tau: float = 0.1, gather: bool = True, process_group: ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        tau: float = 0.1,
+        gather: bool = True,
+        process_group: ProcessGroup | None = None,
+        *,
+        learnable: bool = False,
+    ) -> None:
         super().__init__(gather, process_group)
         check_temperature("tau", tau)
         self.tau = tau
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / tau))) if learnable else None
+
+    def scale(self, batch: JointBatch) -> Tensor | float:
+        """1 / tau of this batch."""
+        if self.log_scale is None:
+            return 1 / self.tau
+        with torch.no_grad():  # a clamp in the graph would stop the gradient that leads back
+            self.log_scale.clamp_(max=math.log(MAX_SCALE))
+        return self.ranks().average_gradient(self.log_scale.to(batch.own)).exp()
 
 
 def cross_entropy(weights: Tensor, logits: Tensor, left_out: Tensor | None = None) -> Tensor:

@@ -34,6 +34,7 @@ class XSampleLoss(TemperedLoss):
         process_group: the ranks that train together, a torch.distributed group such as DDP has; all by default.
         keep_self: keep the self slot in both distributions, at similarity 1, as some public code does.
         other_view: share in (0, 1) of the target beside the self slot.
+        learnable: learn the scale 1 / tau, as `CLIPLoss` does: give `loss.parameters()` to the optimizer.
 
     Raises:
         ConfigError: a temperature that is not above 0, or a share out of range.
@@ -48,8 +49,9 @@ class XSampleLoss(TemperedLoss):
         process_group: ProcessGroup | None = None,
         *,
         other_view: float = OTHER_VIEW,
+        learnable: bool = False,
     ) -> None:
-        super().__init__(tau, gather, process_group)
+        super().__init__(tau, gather, process_group, learnable=learnable)
         check_tau_s(tau_s, other_view)
         self.tau_s, self.other_view = tau_s, other_view
         self.keep_self = keep_self
@@ -59,7 +61,11 @@ class XSampleLoss(TemperedLoss):
         soft = softmax_targets(block, first=batch.first, tau_s=tau_s, views=VIEWS, keep_self=self.keep_self)
         del block  # a quarter of a matrix less beside the product below
         self.target_facts = target_facts(soft[: batch.images], batch.other_columns()[: batch.images])
-        return cross_entropy(soft, batch.products().div_(self.tau), None if self.keep_self else batch.self_columns())
+        return cross_entropy(
+            soft,
+            batch.products().div_(self.tau) if self.log_scale is None else batch.products(self.scale(batch)),
+            None if self.keep_self else batch.self_columns(),
+        )
 
 
 class NTXentLoss(TemperedLoss):

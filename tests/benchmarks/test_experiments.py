@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -10,6 +11,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tarfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -24,7 +26,7 @@ from scipy.stats import ttest_rel
 
 from benchmarks.experiments import __main__ as experiments
 from benchmarks.experiments import cost, plan, runs, sources
-from benchmarks.experiments.results import Results, plot, summary
+from benchmarks.experiments.results import Results, plot, plot_differences, summary
 from benchmarks.experiments.runs import claimed
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError
@@ -352,7 +354,7 @@ def test_what_a_killed_process_was_doing_has_failed_and_is_done_by_the_same_comm
 
 
 @pytest.mark.parametrize("form", ["reduced", "full"])
-@pytest.mark.parametrize("name", ["a", "b", "c", "d", "e"])
+@pytest.mark.parametrize("name", ["a", "b", "c", "d", "e", "f", "g"])
 def test_the_recipes_give_three_seeds_or_more_of_every_variant_and_valid_settings(name: str, form: str) -> None:
     experiment = plan.read_experiment(ROOT / "benchmarks" / "experiments" / f"{name}.yaml", form)
     counts = Counter((run.group, run.variant) for run in experiment.runs)
@@ -365,10 +367,10 @@ def test_the_recipes_give_three_seeds_or_more_of_every_variant_and_valid_setting
         assert {(claim.group, claim.better), (claim.group, claim.worse)} <= counts.keys()
 
 
-@pytest.mark.parametrize("name", ["a", "b", "c", "e"])
+@pytest.mark.parametrize("name", ["a", "b", "c", "e", "f", "f_choices", "g"])
 def test_methods_that_are_compared_differ_in_what_is_compared_alone(name: str) -> None:
     """The same images, network, augmentation, steps and learning rate for every method of a group."""
-    allowed = {"method", "text", "targets", "tau", "tau_s", "batches", "random_share", "permute_graph"}
+    allowed = {"method", "text", "targets", "tau", "tau_s", "other_view", "batches", "random_share", "permute_graph"}
     experiment = plan.read_experiment(ROOT / "benchmarks" / "experiments" / f"{name}.yaml", "reduced")
     for group in experiment.groups:
         settings = [run.settings for run in experiment.runs if run.group == group and run.settings["epochs"]]
@@ -396,6 +398,21 @@ def test_first_groups_come_first_and_seeds_are_whole_comparisons(tmp_path: Path)
     assert order[::2] == [
         (name, group, seed) for group in ("first", "second") for name in "ab" for seed in (0, 1)
     ]  # fmt: skip
+
+
+def test_a_recipe_that_puts_seeds_first_has_all_groups_of_a_seed_before_the_next_and_a_draw_for_each(
+    tmp_path: Path,
+) -> None:
+    two = [{**RECIPE["groups"][0], "name": name} for name in ("first", "second")]
+    data = {"scenes": {**SCENES, "images": "photos", "draw": "seed"}}
+    read = plan.read_experiment(
+        write(tmp_path / "a.yaml", {**RECIPE, "groups": two, "order": "seeds", "data": data}), "reduced", 2
+    )
+    assert [(run.seed, run.group, run.data.draw) for run in plan.in_turn([read])][::2] == [
+        (seed, group, seed) for seed in (0, 1) for group in ("first", "second")
+    ]
+    early = dataclasses.replace(read, early=["X-Sample"])
+    assert [run.variant for run in plan.in_turn([early])] == 4 * ["X-Sample"] + 4 * ["SimCLR"]
 
 
 @pytest.mark.parametrize(
@@ -475,6 +492,20 @@ def test_a_line_that_a_crash_has_cut_is_run_again(tmp_path: Path) -> None:
     assert [line is not None for _, line in read] == 2 * [True] + 4 * [False]
 
 
+def test_differences_from_a_baseline_are_those_of_the_seeds_that_both_have(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    values = {"SimCLR": [0.3, 0.42, 0.37], "X-Sample": [0.41, 0.5]}
+    experiment, results = make_results(tmp_path, values)
+    compared = dataclasses.replace(experiment, baselines=["SimCLR"], plot=["linear kind"])
+    low, high = ttest_rel(values["X-Sample"], values["SimCLR"][:2]).confidence_interval()
+    text = summary(compared, results)
+    assert f"| X-Sample | +9.5 ({100 * low:+.1f} to {100 * high:+.1f}) |" in text
+    assert "less SimCLR" not in summary(experiment, results)
+    assert plot_differences(compared, results, tmp_path / "less.png")
+    assert (tmp_path / "less.png").read_bytes().startswith(b"\x89PNG")
+    assert not plot_differences(experiment, results, tmp_path / "none.png")
+
+
 def test_plots_are_drawn_from_what_is_there(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     experiment, results = make_results(tmp_path, {"SimCLR": [0.3, 0.4], "X-Sample": [0.5]})
@@ -544,10 +575,10 @@ def test_permuted_captions_are_the_same_ones_on_other_scenes(tmp_path: Path) -> 
     for permuted in (False, True):
         folder = tmp_path / str(permuted)
         (folder / "shards").mkdir(parents=True)
-        sources._write_scenes(sources.Data(**{**SCENES, "permuted": permuted}), folder, folder / "shards", None)
+        sources._write_scenes(sources.Data(**{**SCENES, "permuted": permuted}), folder, folder / "shards")
         found = []
         for tar in sorted((folder / "shards").glob("*.tar")):
-            with sources.tarfile.open(tar) as archive:
+            with tarfile.open(tar) as archive:
                 found += [archive.extractfile(m).read() for m in archive if m.name.endswith(".txt")]
         captions[permuted] = found
     assert Counter(captions[False]) == Counter(captions[True])

@@ -188,6 +188,7 @@ LOSSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "x-sample of embeddings, calibrated": (lambda: XSampleLoss(tau_s="calibrated"), "dense and stored"),
     "x-sample of edges, calibrated": (lambda: XSampleLoss(tau_s="calibrated"), "background"),
     "soft clip of edges and sketches, calibrated": (lambda: CLIPLoss(tau_s="calibrated", other_view=0.7), "sketch"),
+    "x-sample with a learned temperature": (lambda: XSampleLoss(learnable=True), "embeddings"),
     "nt-xent": (NTXentLoss, "class_priors"),
     "supcon": (SupConLoss, "labels"),
     "supcon of a block": (lambda: SupConLoss(threshold=0.6), "similarities"),

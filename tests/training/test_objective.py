@@ -131,6 +131,49 @@ def test_calibrated_targets_leave_the_other_view_its_share(scenes_store: str, ta
     assert np.mean(shares) == pytest.approx(0.7, abs=0.05)
 
 
+def test_uniform_targets_leave_the_other_view_its_share_and_others_equal_parts(scenes_store: str) -> None:
+    for method, others in (("xsample", 46), ("clip_soft", 23)):
+        config = config_of(scenes_store, targets="uniform", method=method, other_view=0.7)
+        samples, objective = training_samples(config), Objective(config)
+        told = GraphReader(config, samples.graph).targets(batch_of(config, 24))
+        objective(*torch.randn(2 + config.reads_texts, 24, 8), targets=told)
+        facts = {name: value.item() for name, value in objective.target_facts(torch.zeros(())).items()}
+        assert facts["other_view"] == pytest.approx(0.7, abs=1e-5)
+        assert facts["perplexity"] == pytest.approx(np.exp(-0.7 * np.log(0.7) - 0.3 * np.log(0.3 / others)), rel=1e-4)
+
+
+def test_uniform_targets_are_refused_without_a_share_that_is_more_than_equal_parts(scenes_store: str) -> None:
+    with pytest.raises(ConfigError, match="uniform"):
+        config_of(scenes_store, targets="uniform")
+    with pytest.raises(ConfigError, match="equal parts"):
+        Objective(config_of(scenes_store, targets="uniform", other_view=0.02))
+    with pytest.raises(ConfigError, match="permute_graph"):
+        config_of(scenes_store, targets="uniform", other_view=0.6, permute_graph=True)
+
+
+def test_x_sample_can_learn_its_temperature_and_the_methods_that_have_none_of_it_refuse(scenes_store: str) -> None:
+    objective = Objective(config_of(scenes_store, learn_tau=True, tau=0.2))
+    assert objective.learned() == {"tau": pytest.approx(0.2)}
+    z = torch.nn.functional.normalize(torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(0)), dim=2).double()
+    vectors = torch.randn(9, 5, generator=torch.Generator().manual_seed(1)).double()
+
+    def loss(scale: float) -> float:
+        views, others = z.flatten(0, 1).numpy(), ~np.eye(18, dtype=bool)
+        unit = torch.nn.functional.normalize(vectors, dim=1).numpy()
+        target = np.exp(np.tile(unit @ unit.T, (2, 2)) / 0.1) * others
+        return cross_entropy(target / target.sum(1, keepdims=True), scale * views @ views.T, others)
+
+    found = objective(*z, targets=Targets(embeddings=vectors))
+    assert found.item() == pytest.approx(loss(5), rel=1e-6)
+    found.backward()
+    (parameter,) = objective.parameters()
+    slope = (loss(5 * np.exp(1e-4)) - loss(5 * np.exp(-1e-4))) / 2e-4
+    assert parameter.grad is not None
+    assert parameter.grad.item() == pytest.approx(slope, rel=1e-4)
+    with pytest.raises(ConfigError, match="learn_tau"):
+        config_of(scenes_store, learn_tau=True, method="simclr")
+
+
 def test_a_share_is_refused_where_nothing_is_calibrated(scenes_store: str) -> None:
     for options in ({"method": "simclr"}, {"method": "clip"}, {"targets": "labels"}, {"other_view": 1.0}):
         with pytest.raises(ConfigError, match="other_view"):
