@@ -149,13 +149,23 @@ class Shapes:
 
     def _codes(self, task: Task, store: Store) -> tuple[dict[str, int], Json]:
         d = self.case.job.d
-        made = {"codes": self._array(d), "scales": self._array(8), "leaves": self._array(40), "floors": self._array(4)}
+        made = {"leaves": self._array(40), "floors": self._array(4)}
         made["moments"] = HEADER + 8 * d * (d + 1)
         return {f"_work/{what}/{task.name}.npy": size for what, size in made.items()}, {"largest_rest": 0.04}
 
     def _moments(self, task: Task, store: Store) -> tuple[dict[str, int], Json]:
         d = self.case.job.d
         return {"_state/moments/moments.npy": HEADER + 8 * d * (d + 1), "graph/basis.npy": HEADER + 256 * d}, {}
+
+    def _order(self, task: Task, store: Store) -> tuple[dict[str, int], Json]:
+        d, nodes = self.case.job.d, self.case.job.nodes
+        if task.name == "all":
+            made = {"ids": self._array(4, nodes), "places": self._array(4, nodes), "starts": self._array(8, 1_000)}
+            return {f"_work/ordered/{what}.npy": size for what, size in made.items()}, {}
+        widths = {"ids": 4, "vectors": 2 * d, "codes": d, "scales": 8, "leaves": 40, "floors": 4}
+        rows = round(nodes / self.join_tasks)
+        made = {f"_work/ordered/{what}/{task.name}.npy": self._array(width, rows) for what, width in widths.items()}
+        return made, {"counts": {"nodes": rows}}
 
     def _join(self, task: Task, store: Store) -> tuple[dict[str, int], Json]:
         job, cost = self.case.job, self.case.engine
@@ -168,7 +178,11 @@ class Shapes:
 
     def _merge(self, task: Task, store: Store) -> tuple[dict[str, int], Json]:
         job = self.case.job
-        return {f"_work/merged/{task.name}.npy": self._array(8 * self.case.engine.length(job.k, job.nodes))}, {}
+        width = 8 * self.case.engine.length(job.k, job.nodes)
+        return {f"_work/merged/{task.name}.npy": self._array(width, task.built["nodes"])}, {}
+
+    def _refine(self, task: Task, store: Store) -> tuple[dict[str, int], Json]:
+        return {f"_work/refined/{task.name}.npy": self._array(8 * self.case.job.k, task.built["nodes"])}, {}
 
     def _search(self, task: Task, store: Store) -> tuple[dict[str, int], Json]:
         k = self.case.job.k

@@ -18,14 +18,14 @@ from benchmarks.simulation.files import Shapes
 from graphbuild.graph.tasks import PART_NODES, PARTS
 from graphbuild.job.plan.case import Case, Cost
 from graphbuild.job.plan.costs import IMPORTS
-from graphbuild.knn.partition import EXPAND
 from graphbuild.knn.sample import SAMPLE
 from graphbuild.nodes.distinct import GROUP
 from graphbuild.nodes.fidelity import SAMPLE as FIDELITY_TEXTS
 from graphbuild.runner.stage import Stage, Task
 from graphbuild.store.store import Store
 
-WHOLE = {"join": 4, "search": 3}  # stages of which a worker opens the files of all shards: how many kinds of files
+# Stages of which a worker reads files of all shards: how many kinds. `refine` reads those near its own nodes.
+WHOLE = {"order": 3, "join": 4, "search": 1}
 LISTED = 1_000  # names a request tells
 CAUSES = ("cores", "imports", "checksums", "copies", "disk", "requests", "refused", "network")
 FIRST_LATENCIES = 32  # requests of a task that wait for each other; more are sent side by side, as many at a time
@@ -180,8 +180,8 @@ class Work:
 
     def _disk(self, stage: str, whole: float) -> float:
         """Seconds of random reads of the node's disk, of what its memory does not hold of its copies."""
-        job, machine = self.case.job, self.case.machine
-        reads = EXPAND + self.case.engine.length(job.k, job.nodes) if stage == "search" else 0
+        machine = self.case.machine
+        reads = 1 if stage in ("order", "search") else 0  # the others read near rows for near nodes
         absent = max(1 - 0.8 * machine.memory_bytes / whole, 0.0)
         return self.case.shard_nodes * reads * absent * machine.cores / self.disk_reads_per_second
 
