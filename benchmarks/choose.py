@@ -187,7 +187,7 @@ def batches() -> str:
 def _accuracy(experiment: str, group: str, variant: str, measure: str) -> str:
     """A cell of an experiment's own page, which knows the runs that experiments share; without the number of seeds."""
     page = (RESULTS / "experiments" / f"{experiment}.md").read_text()
-    section = page.split(f"\n## {group}\n")[1].split("\n## ")[0]
+    section = page.split(f"\n## {group}\n")[1].split("\n## ")[0].split("\nDifferences of paired runs")[0]
     head, _, *rows = [line.strip("| ").split(" | ") for line in section.strip().splitlines() if line.startswith("|")]
     cells = {row[0]: dict(zip(["", *head], row, strict=False)) for row in rows}
     return cells.get(variant, {}).get(measure, "").partition(" (")[0] or "-"
