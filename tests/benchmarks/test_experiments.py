@@ -173,6 +173,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(work: Path, tmp_pat
     assert epochs == list(range(30))
 
 
+@pytest.mark.slow
 def test_a_text_side_is_tested_zero_shot_and_an_untrained_network_without_one(work: Path, tmp_path: Path) -> None:
     variants = {"CLIP": {"method": "clip"}, "untrained": {"epochs": 0}}
     recipe = {**RECIPE, "groups": [{"name": "g", "data": "scenes", "variants": variants}]}
@@ -180,7 +181,7 @@ def test_a_text_side_is_tested_zero_shot_and_an_untrained_network_without_one(wo
     clip, untrained = (line["metrics"] for line in lines_of(tmp_path / "results"))
     assert clip.keys() - untrained.keys() == {
         "zero-shot kind", "zero-shot kind swapped", "loss", "edges per anchor", "images per second",
-        "share waiting for data", "target's other view", "target's perplexity",
+        "share waiting for data", "target's other view", "target's perplexity", "learned tau",
     }  # fmt: skip
     probed = {"kind", "colour", "texture", "count", "position", "size", "background"}
     assert {name for name in untrained if name.startswith("linear")} == {
