@@ -251,18 +251,21 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(
 # ---- again
 
 
+def cpu_seconds() -> float:
+    """Of the commands that have ended: other tests run beside them, so time by the clock says little."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 @pytest.mark.parametrize("verb", ["run", "embed", "index", "export"])
 def test_a_second_run_of_a_verb_does_nothing_and_says_so_in_three_seconds(
     verb: str, built: Path, recipe: Path, cli: Cli
 ) -> None:
     before = mtimes(built)
     arguments = ["run", recipe, built] if verb == "run" else [verb, built]
-    for last in (False, True):  # the machine may be busy: one of two
-        begin = time.monotonic()
-        again = cli(*arguments)
-        seconds = time.monotonic() - begin
-        if seconds < 3 or last:
-            break
+    begin = cpu_seconds()
+    again = cli(*arguments)
+    seconds = cpu_seconds() - begin
     assert mtimes(built) == before
     stages = {"run": 10, "embed": 6, "index": 3, "export": 1}[verb]
     assert again.stderr.count("up to date") == len(again.stderr.splitlines()) == stages
@@ -537,9 +540,9 @@ def test_a_job_on_s3_writes_the_same_files_as_on_disk(built: Path, tars: Path, c
 def test_help_is_there_in_half_a_second(cli: Cli) -> None:
     seconds = []
     for _ in range(3):
-        begin = time.monotonic()
+        begin = cpu_seconds()
         cli("--help")
-        seconds.append(time.monotonic() - begin)
+        seconds.append(cpu_seconds() - begin)
     assert min(seconds) < 0.5
 
 

@@ -236,7 +236,7 @@ def test_all_equal_texts_leak_and_the_near_ones_that_brute_force_finds(scenes: S
         sample = samples[row["row"]]
         assert (row["key"], row["node"], row["caption"]) == (sample["key"], sample["node"], sample["caption"])
         assert (row["query_key"], row["query_caption"]) == (f"t{row['query']}", asked[row["query"]])
-    counts = about(scenes, "match/leaks.parquet")["counts"]
+    counts = about(f"{scenes.url}/match/leaks.parquet")["counts"]
     assert counts["leaked_samples"] == len({row["row"] for row in found})
     assert counts["leaked_queries"] == len({row["query"] for row in found})
     assert (counts["by_text"], counts["by_vector"]) == (len(equal), len(near))
@@ -362,7 +362,7 @@ def test_pictures_leak_though_smaller_and_compressed_from_tars_and_from_a_store(
     ]
     assert [tuple(row[name] for name in names) for row in found] == expected
     assert all(0 <= row["bits"] <= 4 for row in found)
-    assert about(store, "match/leaks.parquet")["counts"]["pictures_left_out"] == 2
+    assert about(f"{store.url}/match/leaks.parquet")["counts"]["pictures_left_out"] == 2
     other = make_store(tmp_path / "other", shards=tar)
     match_store(store, "leaks", {"store": other.url, "bits": 4})
     of_store = pl.read_parquet(f"{store.url}/match/leaks.parquet").to_dicts()
