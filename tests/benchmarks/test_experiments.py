@@ -499,6 +499,7 @@ def test_differences_from_a_baseline_are_those_of_the_seeds_that_both_have(tmp_p
     experiment, results = make_results(tmp_path, values)
     compared = dataclasses.replace(experiment, baselines=["SimCLR"], plot=["linear kind"])
     low, high = ttest_rel(values["X-Sample"], values["SimCLR"][:2]).confidence_interval()
+    assert "2 seeds: **open so far**" in summary(experiment, results)  # of three
     text = summary(compared, results)
     assert f"| X-Sample | +9.5 ({100 * low:+.1f} to {100 * high:+.1f}) |" in text
     assert "less SimCLR" not in summary(experiment, results)
