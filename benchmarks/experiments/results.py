@@ -177,6 +177,8 @@ def verdict(claim: Claim, groups: dict[str, dict[str, list[Line | None]]]) -> st
     state = "open" if low <= claim.margin <= high else "does not hold"
     if low > claim.margin and (not claim.deviations or apart > claim.deviations):
         state = "holds"
+    if len(pairs) < len(sides[0]):
+        state += " so far"
     shown = (_shown(value, claim.measure, "+") for value in (mean, low, high))
     return "{}: {} ({} to {}), {:.1f} standard deviations, {} seeds: **{}** ({})".format(
         name, *shown, apart, len(pairs), state, wanted
