@@ -80,7 +80,10 @@ def test_the_commands_without_make_are_those_of_make() -> None:
     without = INSTALL.split("### Without make")[1].split("```")[1]
     plain = [re.sub(r" --(quiet|disable-pip-version-check)", "", line).strip() for line in made]
     assert plain == re.findall(r"pip install .*$", without, re.M)
-    for command in ("graphbuild demo demo", "python training/train.py demo --labels kind,colour,count,background"):
+    for command in (
+        "graphbuild demo demo",
+        "python training/train.py demo --config training/demo.yaml --labels kind,colour,count,background",
+    ):
         assert command in without
         assert command in said
 

@@ -186,8 +186,9 @@ def run_join(task: Task, store: Store, writer: Writer) -> Json:
 
     from graphbuild.knn.inputs import Inputs
 
-    engine = _engine(task, store.manifest())
-    inputs = Inputs(store, ordered=engine.ordered)
+    manifest = store.manifest()
+    engine = _engine(task, manifest)
+    inputs = Inputs(store, ordered=engine.ordered, manifest=manifest)
     length = engine.length(task.settings["k"], node_count(inputs.manifest))
     with torch_threads(1), torch.inference_mode():
         ids, keys = engine.join(task.built["argument"], inputs, length, task.hints["device"])
@@ -213,7 +214,7 @@ def run_merge(task: Task, store: Store, writer: Writer) -> Json:
     engine = _engine(task, manifest)
     length = engine.length(task.settings["k"], node_count(manifest))
     if first < first_new_node(manifest):
-        inputs = Inputs(store, ordered=engine.ordered)
+        inputs = Inputs(store, ordered=engine.ordered, manifest=manifest)
         keys = base_lists(inputs, first, count, length, whole=engine.name == "exact")
     else:
         keys = np.full((count, length), EMPTY, np.int64)
@@ -272,7 +273,7 @@ def run_search(task: Task, store: Store, writer: Writer) -> Json:
     first, count, k = task.built["first_node"], task.built["nodes"], task.settings["k"]
     vectors = inputs.vectors
     if engine.ordered:
-        ordered = Inputs(store, ordered=True)
+        ordered = Inputs(store, ordered=True, manifest=inputs.manifest)
         keys, searched_again = ordered.of("refined").take(ordered.places(np.arange(first, first + count))), 0
     else:
         keys, searched_again = exact_lists(inputs, engine.name, first, count, k)

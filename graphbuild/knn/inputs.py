@@ -24,12 +24,12 @@ class Inputs:
     """What a task reads: the node's vectors, and what earlier stages of the build left in scratch.
 
     ordered: rows of all arrays, and the numbers in lists, are places in the order of leaders
-    (`graphbuild.graph.order`), not node ids.
+    (`graphbuild.graph.order`), not node ids. manifest: the store's, where it has been read.
     """
 
-    def __init__(self, store: Store, *, ordered: bool = False) -> None:
+    def __init__(self, store: Store, *, ordered: bool = False, manifest: Json | None = None) -> None:
         self.store, self.ordered = store, ordered
-        self.manifest = store.manifest()
+        self.manifest = store.manifest() if manifest is None else manifest
 
     def of(self, what: str) -> ShardedArray:
         """codes, scales, floors, leaves or gone, or the merged lists; ordered: also vectors and refined lists."""
