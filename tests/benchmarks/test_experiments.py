@@ -294,7 +294,7 @@ def test_readers_that_cannot_fill_a_batch_are_an_error_not_a_wait(work: Path) ->
         next(cost.endless(cost.plain(tars, 10_000, 16), 0))
 
 
-@pytest.mark.parametrize("kind", ["training", "cost"])
+@pytest.mark.parametrize("kind", [pytest.param("training", marks=pytest.mark.slow), "cost"])
 def test_a_run_on_another_device_has_the_metrics_of_the_cpu_s(work: Path, tmp_path: Path, kind: Any) -> None:
     settings = {"method": "clip_soft", "pixels": 32, "width": 8, "batch_size": 40, "epochs": 1, "held_out": 0}
     run = plan.Run("x", kind, "full", "group", "variant", 0, sources.Data(**SCENES), settings)

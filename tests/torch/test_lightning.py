@@ -142,6 +142,7 @@ def test_the_data_module_itself_goes_on_by_its_state(scenes: str) -> None:
     assert [batch["key"] for batch in second.train_dataloader()] == whole[3:]
 
 
+@pytest.mark.slow
 def test_ranks_have_equally_many_batches_and_each_sample_once_also_after_a_resume(scenes: str, tmp_path: Path) -> None:
     """Two processes under DDP."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
