@@ -6,8 +6,9 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,3 +73,51 @@ def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
         return folder
 
     return folder_of
+
+
+@pytest.fixture(scope="session")
+def letters(make_once: MakeOnce) -> str:
+    """A static encoder of the letters a to z; "q" has NaN, "x" infinities, and all else, digits too, no vector."""
+
+    def fill(folder: Path) -> None:
+        import torch
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        alphabet = "abcdefghijklmnopqrstuvwxyz"
+        tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        odd = {alphabet.index("q"): torch.nan, alphabet.index("x"): torch.inf}
+        _save_static(folder, tokenizer, 16, odd)
+
+    return str(make_once("letters", fill))
+
+
+@pytest.fixture(scope="session")
+def words(make_once: MakeOnce) -> str:
+    """A static encoder of the default encoder's word pieces, for tests that need texts' vectors but not its own: in no
+    time captions with common words are similar."""
+
+    def fill(folder: Path) -> None:
+        from tokenizers import Tokenizer
+
+        from graphbuild.nodes.encoder import DEFAULT_ENCODER, find_encoder
+
+        tokenizer = Tokenizer.from_file(str(find_encoder(DEFAULT_ENCODER).folder / "tokenizer.json"))
+        tokenizer.no_padding()
+        _save_static(folder, tokenizer, 64, {})
+
+    return str(make_once("words", fill))
+
+
+def _save_static(folder: Path, tokenizer: Any, width: int, values: Mapping[int, float]) -> None:
+    """An encoder with random vectors of its tokens; `values` stand in all places of their tokens' own."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import StaticEmbedding
+
+    torch.manual_seed(0)
+    static = StaticEmbedding(tokenizer, embedding_dim=width)
+    with torch.no_grad():
+        for token, value in values.items():
+            static.embedding.weight[token] = value
+    SentenceTransformer(modules=[static], device="cpu").save(str(folder))

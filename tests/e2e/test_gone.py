@@ -42,8 +42,8 @@ def write_tar(path: Path, captions: Iterable[str]) -> None:
             archive.addfile(info, io.BytesIO(caption.encode()))
 
 
-def build(store: Path, tars: Path, *options: object) -> None:
-    succeeded(graphbuild("embed", store, "--shards", tars, "--workers", 0, *options))
+def build(store: Path, tars: Path, encoder: str) -> None:
+    succeeded(graphbuild("embed", store, "--shards", tars, "--encoder", encoder, "--workers", 0))
 
 
 def index(store: Path, engine: str = "exact") -> None:
@@ -58,11 +58,11 @@ def parts() -> list[list[str]]:
 
 
 @pytest.fixture
-def made(tmp_path: Path, parts: list[list[str]]) -> tuple[Path, Path]:
+def made(tmp_path: Path, parts: list[list[str]], words: str) -> tuple[Path, Path]:
     """A finished store of four tars, and their folder."""
     for number, captions in enumerate(parts):
         write_tar(tmp_path / f"tars/{number}.tar", captions)
-    build(tmp_path / "store", tmp_path / "tars")
+    build(tmp_path / "store", tmp_path / "tars", words)
     return tmp_path / "store", tmp_path / "tars"
 
 
@@ -98,6 +98,7 @@ def certificate(store: Path) -> dict[str, float]:
 def test_a_tar_that_goes_leaves_all_other_numbers_and_no_trace_in_the_lists(
     made: tuple[Path, Path],
     parts: list[list[str]],
+    words: str,
     tmp_path: Path,
     engine: str,
     mended: float,
@@ -122,7 +123,7 @@ def test_a_tar_that_goes_leaves_all_other_numbers_and_no_trace_in_the_lists(
     refused(graphbuild("export", store, "--workers", 0), "index")
     index(store, engine)
     # The same captions in a store that never had the tar.
-    build(tmp_path / "fresh", tars)
+    build(tmp_path / "fresh", tars, words)
     index(tmp_path / "fresh", engine)
     only = set(parts[1]) - set(parts[0]) - set(parts[2])
     found, fresh = lists_by_text(store, only), lists_by_text(tmp_path / "fresh")
@@ -162,6 +163,7 @@ def test_a_tar_that_goes_leaves_all_other_numbers_and_no_trace_in_the_lists(
 def test_a_tar_with_other_captions_has_new_rows_and_all_else_is_kept(
     made: tuple[Path, Path],
     parts: list[list[str]],
+    words: str,
     tmp_path: Path,
     engine: str,
     mended: float,
@@ -189,7 +191,7 @@ def test_a_tar_with_other_captions_has_new_rows_and_all_else_is_kept(
     for name, content in vectors.items():
         assert (store / "nodes" / name).read_bytes() == content
     index(store, engine)
-    build(tmp_path / "fresh", tars)
+    build(tmp_path / "fresh", tars, words)
     index(tmp_path / "fresh", engine)
     found, fresh = lists_by_text(store), lists_by_text(tmp_path / "fresh")
     assert found.keys() == fresh.keys()

@@ -21,17 +21,11 @@ from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.sources.tables import TableSpec, read_chunks
 from graphbuild.store.store import Store
-from tests.conftest import MakeOnce
 from tests.e2e.test_switches import Picture
 from tests.e2e.web import Refusal, serving
-from tests.nodes.test_no_vector import column, content, fill
+from tests.nodes.test_no_vector import column, content
 
 TEXTS = {"part-1": ["one", "two", "three"], "part-2": ["four", "five"], "part-10": ["ten", "one", "seven", "eight"]}
-
-
-@pytest.fixture(scope="module")
-def encoder(make_once: MakeOnce) -> str:
-    return str(make_once("letters", fill))
 
 
 def embed(store: Path, verbs: str = "embed", **settings: Any) -> dict[str, Any]:
@@ -50,11 +44,11 @@ def write_part(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("pattern", ["{folder}", "{folder}/*.parquet", "{folder}/part-{{10,2,1}}.parquet"])
 def test_captions_of_many_files_are_one_list_in_the_order_of_their_numbers(
-    tmp_path: Path, encoder: str, pattern: str
+    tmp_path: Path, letters: str, pattern: str
 ) -> None:
     for name in TEXTS:
         write_part(tmp_path / "list", name)
-    embed(tmp_path / "store", encoder=encoder, captions=pattern.format(folder=tmp_path / "list"))
+    embed(tmp_path / "store", encoder=letters, captions=pattern.format(folder=tmp_path / "list"))
     assert column(tmp_path / "store", "samples", "caption") == [text for texts in TEXTS.values() for text in texts]
     assert column(tmp_path / "store", "samples", "key") == [str(row) for row in range(9)]
     sizes = [pq.read_metadata(path).num_rows for path in sorted((tmp_path / "store/samples").iterdir())]
@@ -62,18 +56,18 @@ def test_captions_of_many_files_are_one_list_in_the_order_of_their_numbers(
     assert verify_store(Store(str(tmp_path / "store"))).problems == []
 
 
-def test_a_folder_of_one_file_gives_the_bytes_of_that_file(tmp_path: Path, encoder: str) -> None:
+def test_a_folder_of_one_file_gives_the_bytes_of_that_file(tmp_path: Path, letters: str) -> None:
     write_part(tmp_path / "list", "part-10")
-    embed(tmp_path / "folder", encoder=encoder, captions=str(tmp_path / "list"))
-    embed(tmp_path / "file", encoder=encoder, captions=str(tmp_path / "list/part-10.parquet"))
+    embed(tmp_path / "folder", encoder=letters, captions=str(tmp_path / "list"))
+    embed(tmp_path / "file", encoder=letters, captions=str(tmp_path / "list/part-10.parquet"))
     found, expected = content(tmp_path / "folder"), content(tmp_path / "file")
     assert found.pop("manifest.json") != expected.pop("manifest.json"), "of two recipes"
     assert found == expected
 
 
-def test_a_file_that_is_added_is_no_change_and_one_that_changed_or_is_gone_is(tmp_path: Path, encoder: str) -> None:
+def test_a_file_that_is_added_is_no_change_and_one_that_changed_or_is_gone_is(tmp_path: Path, letters: str) -> None:
     write_part(tmp_path / "list", "part-10")
-    store, given = tmp_path / "store", {"encoder": encoder, "captions": str(tmp_path / "list")}
+    store, given = tmp_path / "store", {"encoder": letters, "captions": str(tmp_path / "list")}
     embed(store, "embed index", **given)
     before = {path: path.read_bytes() for name in ("samples", "nodes") for path in (store / name).iterdir()}
     write_part(tmp_path / "list", "part-2")  # before the other by its number, behind it in the store
@@ -90,12 +84,12 @@ def test_a_file_that_is_added_is_no_change_and_one_that_changed_or_is_gone_is(tm
         embed(store, **given)
 
 
-def test_a_dozen_files_keep_their_order_when_more_are_added(tmp_path: Path, encoder: str) -> None:
+def test_a_dozen_files_keep_their_order_when_more_are_added(tmp_path: Path, letters: str) -> None:
     texts = [
         f"{first} {second}" for first in ("old", "new", "red") for second in ("house", "tree", "dog", "cat", "man")
     ]
     (tmp_path / "list").mkdir()
-    store, given = tmp_path / "store", {"encoder": encoder, "captions": str(tmp_path / "list")}
+    store, given = tmp_path / "store", {"encoder": letters, "captions": str(tmp_path / "list")}
     for count in (12, 12, 15):  # twice the same: nothing is a change
         for number in range(count):
             path = tmp_path / f"list/part-{number}.csv"
@@ -105,11 +99,11 @@ def test_a_dozen_files_keep_their_order_when_more_are_added(tmp_path: Path, enco
         assert column(store, "samples", "caption") == texts[:count]
 
 
-def test_a_rejected_row_is_named_by_its_file(tmp_path: Path, encoder: str) -> None:
+def test_a_rejected_row_is_named_by_its_file(tmp_path: Path, letters: str) -> None:
     (tmp_path / "list").mkdir()
     (tmp_path / "list/1.csv").write_text('caption\none\n""\n')
     (tmp_path / "list/2.jsonl").write_text('{"caption": "two"}\n{"caption"\n{"caption": "three"}\n{"caption": " "}\n')
-    manifest = embed(tmp_path / "store", encoder=encoder, captions=str(tmp_path / "list"))
+    manifest = embed(tmp_path / "store", encoder=letters, captions=str(tmp_path / "list"))
     rows = [
         (row["position"], row["reason"])
         for path in sorted((tmp_path / "store/rejected/scan").iterdir())
@@ -122,7 +116,7 @@ def test_a_rejected_row_is_named_by_its_file(tmp_path: Path, encoder: str) -> No
 
 
 def test_an_option_that_is_given_again_adds_its_files(
-    tmp_path: Path, encoder: str, cli: Callable[..., CompletedProcess[str]]
+    tmp_path: Path, letters: str, cli: Callable[..., CompletedProcess[str]]
 ) -> None:
     odd = tmp_path / "a,{1} [v].csv"  # each mark of a pattern
     odd.write_text("caption\nodd\n")
@@ -130,7 +124,7 @@ def test_an_option_that_is_given_again_adds_its_files(
         write_part(tmp_path / "list", name)
     files = [odd, tmp_path / "list/*-10.parquet", tmp_path / "list/part-2.parquet"]
     options = [part for path in files for part in ("--captions", path)]
-    cli("embed", tmp_path / "store", *options, "--encoder", encoder, "--workers", 0)
+    cli("embed", tmp_path / "store", *options, "--encoder", letters, "--workers", 0)
     assert column(tmp_path / "store", "samples", "caption") == ["odd", *TEXTS["part-2"], *TEXTS["part-10"]]
     cli("embed", tmp_path / "store", "--workers", 0)  # by the store's recipe
     done = cli("download", tmp_path / "other", tmp_path / "x.csv", odd, "--workers", 0, code=2)
@@ -143,7 +137,7 @@ def zst(text: bytes) -> bytes:
     return bytes(pa.compress(text, codec="zstd", asbytes=True))
 
 
-def test_parts_may_be_packed_empty_and_of_several_formats(tmp_path: Path, encoder: str) -> None:
+def test_parts_may_be_packed_empty_and_of_several_formats(tmp_path: Path, letters: str) -> None:
     folder = tmp_path / "list"
     folder.mkdir()
     (folder / "0.csv").write_text("caption\none\ntwo\n")
@@ -152,7 +146,7 @@ def test_parts_may_be_packed_empty_and_of_several_formats(tmp_path: Path, encode
     pq.write_table(pa.table({"caption": pa.array([], pa.string())}), folder / "3.parquet")
     pq.write_table(pa.table({"caption": ["six"]}), folder / "4.parquet")
     (folder / "_SUCCESS").write_text("")
-    embed(tmp_path / "store", encoder=encoder, captions=str(folder))
+    embed(tmp_path / "store", encoder=letters, captions=str(folder))
     assert column(tmp_path / "store", "samples", "caption") == ["one", "two", "three", "four", "five", "six"]
 
 
@@ -172,17 +166,17 @@ def test_zstd_is_read_as_what_it_holds_and_damage_is_named(tmp_path: Path, rows:
         list(read_chunks(TableSpec(path=str(tmp_path / "list.csv"), columns={"caption": "caption"})))
 
 
-def test_a_column_of_another_type_or_name_in_one_part_is_refused_by_its_file(tmp_path: Path, encoder: str) -> None:
+def test_a_column_of_another_type_or_name_in_one_part_is_refused_by_its_file(tmp_path: Path, letters: str) -> None:
     write_part(tmp_path / "list", "part-1")
     pq.write_table(pa.table({"caption": [1.5]}), tmp_path / "list/part-2.parquet")
     with pytest.raises(InputError, match=r"part-2\.parquet: column 'caption' is double, not text"):
-        embed(tmp_path / "store", encoder=encoder, captions=str(tmp_path / "list"))
+        embed(tmp_path / "store", encoder=letters, captions=str(tmp_path / "list"))
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "list/part-2.parquet")
     with pytest.raises(InputError, match=r"part-2\.parquet has no column 'caption'"):
-        embed(tmp_path / "store", encoder=encoder, captions=str(tmp_path / "list"))
+        embed(tmp_path / "store", encoder=letters, captions=str(tmp_path / "list"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"no file matches .*empty/\*\.parquet"):
-        embed(tmp_path / "store", encoder=encoder, captions=str(tmp_path / "empty"))
+        embed(tmp_path / "store", encoder=letters, captions=str(tmp_path / "empty"))
 
 
 def test_vectors_of_many_files_are_nodes_in_the_order_of_their_numbers(tmp_path: Path) -> None:

@@ -39,7 +39,6 @@ from graphbuild.sources.tars import member_header
 from graphbuild.store.store import Store
 from tests.conftest import MakeOnce
 from tests.e2e.test_bounds import limited
-from tests.nodes.test_no_vector import fill
 from tests.nodes.test_plural import jpeg
 
 TARS, SAMPLES, CHUNK, SIZE = 36, 8, 4, 40
@@ -89,9 +88,8 @@ def run(store: str, verb: str, *, force: bool = False, **changes: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(make_once: MakeOnce) -> Path:
+def folder(make_once: MakeOnce, letters: str) -> Path:
     """tars/, and a store of them with its graph and a selection."""
-    encoder = make_once("letters", fill)
 
     def build(folder: Path) -> None:
         (folder / "tars").mkdir()
@@ -100,7 +98,7 @@ def folder(make_once: MakeOnce) -> Path:
             some = every[number * SAMPLES : (number + 1) * SAMPLES]
             keys = [f"{number}-{place}" if (number, place) != (3, 1) else "k" * 120 for place in range(SAMPLES)]
             (folder / f"tars/{number:03}.tar").write_bytes(tar_of(dict(zip(keys, some, strict=True))))
-        given = {"caption_member": "txt;json:captions", "encoder": str(encoder), "precision": "float32"}
+        given = {"caption_member": "txt;json:captions", "encoder": letters, "precision": "float32"}
         run(f"{folder}/store", "embed", shards=f"{folder}/tars", **given)
         run(f"{folder}/store", "index", k=4)
         select_store(Store(f"{folder}/store"), "some", {"where": "row % 3 != 1"})
@@ -268,13 +266,12 @@ def test_a_selection_passes_over_what_it_leaves_out(folder: Path, tmp_path: Path
     assert sum(reads.values()) < 0.8 * sum(path.stat().st_size for path in (folder / "tars").glob("*.tar"))
 
 
-def test_samples_of_a_tar_that_is_gone_have_no_place_and_no_other_one_is_lost(folder: Path, tmp_path: Path) -> None:
+def test_samples_of_a_tar_that_is_gone_have_no_place_and_no_other_one_is_lost(folder: Path, tmp_path: Path, letters: str) -> None:
     (tmp_path / "tars").mkdir()
     numbers, store = (0, 2, 5, 32), f"{tmp_path}/store"  # the first and the last have a sample without a caption
     for number in numbers:
         shutil.copy(folder / f"tars/{number:03}.tar", tmp_path / "tars")
-    encoder = str(folder.parent / "letters")
-    given = {"caption_member": "txt;json:captions", "encoder": encoder, "precision": "float32"}
+    given = {"caption_member": "txt;json:captions", "encoder": letters, "precision": "float32"}
     run(store, "embed", shards=f"{tmp_path}/tars", **given)
     (tmp_path / "tars/002.tar").unlink()
     run(store, "embed", force=True)

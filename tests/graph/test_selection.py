@@ -37,7 +37,6 @@ from graphbuild.store.store import Store
 from graphbuild.torch import GraphDataset, NeighborBatchSampler, graph_webdataset
 from graphbuild.torch.graph_loader import GraphLoader
 from tests.conftest import MakeOnce
-from tests.nodes.test_no_vector import fill
 
 K = 4
 WORDS = ["hen", "bird", "tree", "house", "car", "dog", "cat", "man", "sea", "sun", "bus", "cup"]
@@ -71,13 +70,12 @@ def write_tars(folder: Path, *, plural: bool) -> None:
 
 
 @pytest.fixture(scope="module", params=["one caption", "three captions"])
-def store(request: pytest.FixtureRequest, make_once: MakeOnce) -> Path:
+def store(request: pytest.FixtureRequest, make_once: MakeOnce, letters: str) -> Path:
     plural = request.param == "three captions"
-    encoder = make_once("letters", fill)
 
     def build(folder: Path) -> None:
         write_tars(folder / "tars", plural=plural)
-        run(folder / "store", "embed", shards=f"{folder}/tars/*.tar", caption_member="json:captions", encoder=encoder)
+        run(folder / "store", "embed", shards=f"{folder}/tars/*.tar", caption_member="json:captions", encoder=letters)
         run(folder / "store", "index", k=K)
         run(folder / "store", "export")
 

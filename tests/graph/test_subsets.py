@@ -32,7 +32,7 @@ NODES = {"sparse": 2_000, "full": 400}
 
 
 @pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SampleGraph]:
+def stores(tmp_path_factory: pytest.TempPathFactory, words: str) -> dict[str, SampleGraph]:
     folder = tmp_path_factory.mktemp("subsets")
     texts: list[str | None] = [f"{caption(scene)}, no. {n % 7}" for n, scene in enumerate(make_scenes(SCENES))]
     distinct = list(dict.fromkeys(texts))
@@ -41,7 +41,8 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SampleGraph]:
         some = texts[: texts.index(distinct[NODES[name] - 1]) + 1]
         some[40:40] = [None, None]  # rows without a node
         pl.DataFrame({"caption": some}).write_parquet(folder / f"{name}.parquet")
-        recipe = Recipe(embed=Embed(captions=str(folder / f"{name}.parquet"), shard_size=900), index=Index(k=k))
+        embed = Embed(captions=str(folder / f"{name}.parquet"), encoder=words, shard_size=900)
+        recipe = Recipe(embed=embed, index=Index(k=k))
         store = Store(str(folder / name))
         with Runner(workers=0) as runner:
             run_verb("embed", recipe, store, runner)

@@ -14,19 +14,12 @@ from graphbuild.nodes import fidelity
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store
-from tests.conftest import MakeOnce
-from tests.nodes.test_no_vector import fill
 
 
-@pytest.fixture(scope="session")
-def encoder(make_once: MakeOnce) -> str:
-    return str(make_once("letters", fill))
-
-
-def recipe_of(folder: Path, encoder: str, **embed: object) -> Recipe:
+def recipe_of(folder: Path, letters: str, **embed: object) -> Recipe:
     if not (folder / "list.csv").exists():
         (folder / "list.csv").write_text("caption\nred\nblue\nold\nnew\ngreen\ngrass\n")
-    source = {"captions": str(folder / "list.csv"), "shard_size": 2, "encoder": encoder}
+    source = {"captions": str(folder / "list.csv"), "shard_size": 2, "encoder": letters}
     return Recipe(embed=Embed.model_validate({**source, **embed}), index=Index(k=2))
 
 
@@ -38,13 +31,13 @@ def run(verbs: str, recipe: Recipe, store: Path, *, force: bool = False) -> None
 
 @pytest.mark.parametrize("other", [{"prompt": "old "}, {"dim": 8}])
 def test_shards_of_two_settings_are_refused_by_index_and_export_until_they_are_built_anew(
-    tmp_path: Path, encoder: str, other: dict[str, object]
+    tmp_path: Path, letters: str, other: dict[str, object]
 ) -> None:
     (tmp_path / "list").mkdir()
-    recipe, mixed = recipe_of(tmp_path / "list", encoder), tmp_path / "mixed"
+    recipe, mixed = recipe_of(tmp_path / "list", letters), tmp_path / "mixed"
     run("embed index export", recipe, mixed)
     shutil.copytree(mixed, tmp_path / "good")
-    run("embed", recipe_of(tmp_path / "list", encoder, **other), tmp_path / "other")
+    run("embed", recipe_of(tmp_path / "list", letters, **other), tmp_path / "other")
     for name in ("_state/encode/00001.done.json", "nodes/00001.npy"):
         shutil.copy(tmp_path / "other" / name, mixed / name)
     assert verify_store(Store(str(mixed))).problems
@@ -61,8 +54,8 @@ def test_shards_of_two_settings_are_refused_by_index_and_export_until_they_are_b
         assert (mixed / "graph" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_half_a_run_is_refused_and_finished_by_the_verb_that_the_error_names(tmp_path: Path, encoder: str) -> None:
-    recipe, store = recipe_of(tmp_path, encoder), tmp_path / "store"
+def test_half_a_run_is_refused_and_finished_by_the_verb_that_the_error_names(tmp_path: Path, letters: str) -> None:
+    recipe, store = recipe_of(tmp_path, letters), tmp_path / "store"
     run("embed", recipe, store)
     (store / "_state/assign/00002.done.json").unlink()
     with pytest.raises(StageError, match=r"_state/assign/ are not those"):
@@ -72,9 +65,9 @@ def test_half_a_run_is_refused_and_finished_by_the_verb_that_the_error_names(tmp
 
 
 def test_vectors_that_failed_fidelity_are_indexed_once_they_pass(
-    tmp_path: Path, encoder: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, letters: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, store = recipe_of(tmp_path, encoder), tmp_path / "store"
+    recipe, store = recipe_of(tmp_path, letters), tmp_path / "store"
     with monkeypatch.context() as patch:
         patch.setattr(fidelity, "MEAN_FLOOR", 1.1)  # of cosines: none reaches it
         with pytest.raises(StageError, match="mean cosine of"):

@@ -13,14 +13,10 @@ from graphbuild.look.verify import verify_store
 from graphbuild.recipe import Embed, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store
-from tests.conftest import MakeOnce
-from tests.nodes.test_no_vector import fill
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_a_tar_that_another_of_the_same_keys_has_replaced_is_named(
-    tmp_path: Path, make_once: MakeOnce, mode: str
-) -> None:
+def test_a_tar_that_another_of_the_same_keys_has_replaced_is_named(tmp_path: Path, letters: str, mode: str) -> None:
     path = tmp_path / ("a.tar.gz" if mode == "w:gz" else "a.tar")
 
     def write(captions: list[bytes]) -> None:
@@ -32,7 +28,7 @@ def test_a_tar_that_another_of_the_same_keys_has_replaced_is_named(
 
     write([b"red", b"old", b"new"])
     store = Store(str(tmp_path / "store"))
-    embed = Embed(shards=str(path), encoder=str(make_once("letters", fill)))
+    embed = Embed(shards=str(path), encoder=letters)
     with Runner(workers=0) as runner:
         run_verb("embed", Recipe(embed=embed), store, runner)
     assert verify_store(store).problems == []
@@ -41,12 +37,12 @@ def test_a_tar_that_another_of_the_same_keys_has_replaced_is_named(
     assert problem == f"{path.name}: its content has changed (sha256 differs)"
 
 
-def test_an_older_record_of_a_shards_texts_is_named(tmp_path: Path, make_once: MakeOnce) -> None:
+def test_an_older_record_of_a_shards_texts_is_named(tmp_path: Path, letters: str) -> None:
     stores = []
     for captions in ("red\nold\nnew\nblue\n", "red\nold\nnew\ngrass\n"):
         (tmp_path / "list.csv").write_text(f"caption\n{captions}")
         stores.append(Store(str(tmp_path / str(len(stores)))))
-        embed = Embed(captions=str(tmp_path / "list.csv"), encoder=str(make_once("letters", fill)), shard_size=2)
+        embed = Embed(captions=str(tmp_path / "list.csv"), encoder=letters, shard_size=2)
         with Runner(workers=0) as runner:
             run_verb("embed", Recipe(embed=embed), stores[-1], runner)
     name = "_state/texts/00001.done.json"

@@ -25,17 +25,11 @@ from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import Stage, Task, records
 from graphbuild.store.layout import SCANNED, shard_name
 from graphbuild.store.store import Json, Store, Writer
-from tests.conftest import MakeOnce
-from tests.nodes.test_no_vector import column, content, fill
+from tests.nodes.test_no_vector import column, content
 from tests.nodes.test_plural import sample, write_tar
 
 WORDS = ["red", "blue", "green", "old", "new", "small", "grey", "tall", "q", "hen", "tree", "car", "house", "man"]
 SIZES = [7, 1, 0, 12, 5, 9, 3, 8, 20, 6]  # samples a tar
-
-
-@pytest.fixture(scope="session")
-def encoder(make_once: MakeOnce) -> str:
-    return str(make_once("letters", fill))
 
 
 def captions_of(tar: int, size: int) -> list[str | None]:
@@ -54,8 +48,8 @@ def write_tars(folder: Path, count: int) -> list[list[str | None]]:
     return captions
 
 
-def embed(store: Path, tars: Path, encoder: str, workers: int = 0, force: bool = False, **options: str) -> None:
-    recipe = Recipe(embed=Embed(shards=f"{tars}/*.tar", encoder=encoder, **options), index=Index(k=2))
+def embed(store: Path, tars: Path, letters: str, workers: int = 0, force: bool = False, **options: str) -> None:
+    recipe = Recipe(embed=Embed(shards=f"{tars}/*.tar", encoder=letters, **options), index=Index(k=2))
     with Runner(workers=workers) as runner:
         run_verb("embed", recipe, Store(str(store)), runner, force=force)
 
@@ -81,12 +75,12 @@ def expected(captions: list[list[str | None]]) -> list[int | None]:
 
 @pytest.mark.parametrize("captions_a_group", [1, 10, 25])
 def test_groups_give_the_numbers_of_a_dictionary_and_the_bytes_of_one_task(
-    tmp_path: Path, encoder: str, monkeypatch: pytest.MonkeyPatch, captions_a_group: int
+    tmp_path: Path, letters: str, monkeypatch: pytest.MonkeyPatch, captions_a_group: int
 ) -> None:
     captions = write_tars(tmp_path / "tars", len(SIZES))
-    embed(tmp_path / "one", tmp_path / "tars", encoder)
+    embed(tmp_path / "one", tmp_path / "tars", letters)
     monkeypatch.setattr(distinct, "GROUP", captions_a_group)
-    embed(tmp_path / "many", tmp_path / "tars", encoder)
+    embed(tmp_path / "many", tmp_path / "tars", letters)
     assert len(records(Store(str(tmp_path / "one")), "number")) == 1
     held = records(Store(str(tmp_path / "many")), "number")
     sizes = [sum(shard["samples"] for shard in record["facts"]["shards"].values()) for record in held.values()]
@@ -105,15 +99,15 @@ def test_groups_give_the_numbers_of_a_dictionary_and_the_bytes_of_one_task(
 
 
 def test_samples_of_several_captions_are_numbered_alike(
-    tmp_path: Path, encoder: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, letters: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw = random.Random(0)
     for tar in range(6):
         own = [sample(None, texts=draw.choices(WORDS, k=draw.choice((1, 2, 3)))) for _ in range(tar + 2)]
         write_tar(tmp_path / f"tars/{tar:02}.tar", own)
-    embed(tmp_path / "one", tmp_path / "tars", encoder, caption_member="json:texts")
+    embed(tmp_path / "one", tmp_path / "tars", letters, caption_member="json:texts")
     monkeypatch.setattr(distinct, "GROUP", 12)
-    embed(tmp_path / "many", tmp_path / "tars", encoder, caption_member="json:texts")
+    embed(tmp_path / "many", tmp_path / "tars", letters, caption_member="json:texts")
     held = records(Store(str(tmp_path / "many")), "number").values()
     assert len(held) > 3
     assert all(
@@ -124,10 +118,10 @@ def test_samples_of_several_captions_are_numbered_alike(
 
 
 def test_a_stop_anywhere_in_it_loses_finished_tasks_alone(
-    tmp_path: Path, encoder: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, letters: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tars(tmp_path / "tars", len(SIZES))
-    embed(tmp_path / "one", tmp_path / "tars", encoder)
+    embed(tmp_path / "one", tmp_path / "tars", letters)
     monkeypatch.setattr(distinct, "GROUP", 25)
     write = Writer.array
     files: list[str] = []
@@ -141,7 +135,7 @@ def test_a_stop_anywhere_in_it_loses_finished_tasks_alone(
 
     monkeypatch.setattr(Writer, "array", killed)
     kills, seen = 0, set()
-    while status := in_a_child(tmp_path / "many", tmp_path / "tars", encoder):
+    while status := in_a_child(tmp_path / "many", tmp_path / "tars", letters):
         assert status == signal.SIGKILL
         kills += 1
         seen |= {path.parent.name for path in (tmp_path / "many/_state").glob("*/*.done.json")}
@@ -150,14 +144,14 @@ def test_a_stop_anywhere_in_it_loses_finished_tasks_alone(
     assert told(tmp_path / "many") == told(tmp_path / "one")
 
 
-def in_a_child(store: Path, tars: Path, encoder: str) -> int:
+def in_a_child(store: Path, tars: Path, letters: str) -> int:
     """The wait status of a fork of this process that embeds."""
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]
     status = 1
     try:
-        embed(store, tars, encoder)
+        embed(store, tars, letters)
         status = 0
     except Exception:  # noqa: BLE001 whatever it is must not run the rest of the tests twice
         traceback.print_exc()
@@ -166,35 +160,35 @@ def in_a_child(store: Path, tars: Path, encoder: str) -> int:
 
 
 def test_tars_added_keep_old_numbers_whether_one_task_made_them_or_many(
-    tmp_path: Path, encoder: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, letters: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captions = write_tars(tmp_path / "tars", 4)
-    embed(tmp_path / "store", tmp_path / "tars", encoder)
+    embed(tmp_path / "store", tmp_path / "tars", letters)
     old = expected(captions)
     for count, captions_a_group in ((6, 15), (9, 15), (10, 1_000)):
         captions = write_tars(tmp_path / "tars", count)
         monkeypatch.setattr(distinct, "GROUP", captions_a_group)
-        embed(tmp_path / "store", tmp_path / "tars", encoder)
+        embed(tmp_path / "store", tmp_path / "tars", letters)
         nodes = column(tmp_path / "store", "samples", "node")
         assert nodes == expected(captions)
         assert nodes[: len(old)] == old
-        embed(tmp_path / f"anew{count}", tmp_path / "tars", encoder)
+        embed(tmp_path / f"anew{count}", tmp_path / "tars", letters)
         assert content(tmp_path / "store") == content(tmp_path / f"anew{count}")
         old = expected(captions)
 
 
 def test_captions_of_tars_that_are_gone_count_for_no_node(
-    tmp_path: Path, encoder: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, letters: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captions = write_tars(tmp_path / "tars", len(SIZES))
     for captions_a_group in (1_000, 10):
         monkeypatch.setattr(distinct, "GROUP", captions_a_group)
-        embed(tmp_path / f"of {captions_a_group}", tmp_path / "tars", encoder)
+        embed(tmp_path / f"of {captions_a_group}", tmp_path / "tars", letters)
     for tar in (0, 4, 8):
         (tmp_path / f"tars/{tar:02}.tar").unlink()
     for captions_a_group in (1_000, 10):
         monkeypatch.setattr(distinct, "GROUP", captions_a_group)
-        embed(tmp_path / f"of {captions_a_group}", tmp_path / "tars", encoder, force=True)
+        embed(tmp_path / f"of {captions_a_group}", tmp_path / "tars", letters, force=True)
     there = [text for tar, own in enumerate(captions) for text in own if tar not in (0, 4, 8) and text]
     texts, counts = (column(tmp_path / "of 10", "nodes", name) for name in ("text", "samples"))
     assert counts == [there.count(text) for text in texts]
@@ -205,13 +199,13 @@ def test_captions_of_tars_that_are_gone_count_for_no_node(
 
 
 def test_a_store_that_one_task_numbered_stays_as_it_is(
-    tmp_path: Path, encoder: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, letters: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tars(tmp_path / "tars", 4)
-    embed(tmp_path / "store", tmp_path / "tars", encoder)
+    embed(tmp_path / "store", tmp_path / "tars", letters)
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file()}
     monkeypatch.setattr(distinct, "GROUP", 5)
-    embed(tmp_path / "store", tmp_path / "tars", encoder)
+    embed(tmp_path / "store", tmp_path / "tars", letters)
     assert before == {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.rglob("*") if p.is_file()}
 
 
@@ -258,7 +252,7 @@ def test_a_task_holds_no_more_than_the_plan_says(tmp_path: Path, monkeypatch: py
 
 
 def test_where_no_sample_of_any_group_has_a_caption_it_is_said(
-    tmp_path: Path, encoder: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, letters: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distinct, "GROUP", 2)
     lines = "".join(json.dumps({"caption": text}) + "\n" for text in ("", " ", ""))
@@ -270,10 +264,10 @@ def test_where_no_sample_of_any_group_has_a_caption_it_is_said(
 
 
 @pytest.mark.slow
-def test_workers_give_the_same_bytes(tmp_path: Path, encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_give_the_same_bytes(tmp_path: Path, letters: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tars(tmp_path / "tars", len(SIZES))
-    embed(tmp_path / "one", tmp_path / "tars", encoder)
+    embed(tmp_path / "one", tmp_path / "tars", letters)
     monkeypatch.setattr(distinct, "GROUP", 10)
-    embed(tmp_path / "many", tmp_path / "tars", encoder, workers=2)
+    embed(tmp_path / "many", tmp_path / "tars", letters, workers=2)
     assert told(tmp_path / "many") == told(tmp_path / "one")
     assert numbered(tmp_path / "many") == numbered(tmp_path / "one")

@@ -10,10 +10,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.models import StaticEmbedding
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from graphbuild.errors import QualityError, StageError
 from graphbuild.job.relocate import relocate
@@ -24,34 +20,15 @@ from graphbuild.nodes import fidelity
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store, Writer, json_text
-from tests.conftest import MakeOnce
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 EMOJI = "\U0001f600"  # the tokenizer has no token for it: zeros
-NONE = {EMOJI, "q", "x y"}  # with the weights of `fill`: zeros, NaN, infinities
+NONE = {EMOJI, "q", "x y"}  # with the weights of `letters`: zeros, NaN, infinities
 REASON = "the encoder gives no vector"
 TARS = {
     "a": ["red", EMOJI, "blue", "q", "red", "old"],
     "b": [EMOJI, "x y", "q"],
     "c": ["x y", "green", "blue", "new", EMOJI, "green grass"],
 }
-
-
-def fill(folder: Path) -> None:
-    """A static encoder of letters, of which one is NaN and one infinite."""
-    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(LETTERS)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    torch.manual_seed(0)
-    static = StaticEmbedding(tokenizer, embedding_dim=16)
-    with torch.no_grad():
-        static.embedding.weight[LETTERS.index("q")] = torch.nan
-        static.embedding.weight[LETTERS.index("x")] = torch.inf
-    SentenceTransformer(modules=[static], device="cpu").save(str(folder))
-
-
-@pytest.fixture(scope="session")
-def encoder(make_once: MakeOnce) -> str:
-    return str(make_once("letters", fill))
 
 
 def write_tars(folder: Path, names: str) -> None:
@@ -92,9 +69,9 @@ def expected_nodes(captions: list[str]) -> list[int | None]:
     return [None if caption in NONE else first.setdefault(caption, len(first)) for caption in captions]
 
 
-def test_such_captions_of_tars_keep_their_rows_without_a_node_and_the_job_goes_on(tmp_path: Path, encoder: str) -> None:
+def test_such_captions_of_tars_keep_their_rows_without_a_node_and_the_job_goes_on(tmp_path: Path, letters: str) -> None:
     write_tars(tmp_path / "tars", "abc")
-    embed, store = Embed(shards=str(tmp_path / "tars/*.tar"), encoder=encoder), tmp_path / "store"
+    embed, store = Embed(shards=str(tmp_path / "tars/*.tar"), encoder=letters), tmp_path / "store"
     manifest = run(store, "embed index export", embed)
     captions = [caption for name in "abc" for caption in TARS[name]]
     nodes = expected_nodes(captions)
@@ -105,7 +82,9 @@ def test_such_captions_of_tars_keep_their_rows_without_a_node_and_the_job_goes_o
     assert column(store, "nodes", "text") == texts
     assert column(store, "nodes", "node") == list(range(len(texts)))
     assert column(store, "nodes", "samples") == [captions.count(text) for text in texts]
-    own = SentenceTransformer(encoder, device="cpu").encode(texts, normalize_embeddings=True)
+    from sentence_transformers import SentenceTransformer
+
+    own = SentenceTransformer(letters, device="cpu").encode(texts, normalize_embeddings=True)
     stored = np.concatenate([np.load(path) for path in sorted(store.glob("nodes/*.npy"))])
     np.testing.assert_allclose(stored.astype(np.float32), own, atol=1e-3)
     lost = [(f"{name}{at}", at, caption) for name in "abc" for at, caption in enumerate(TARS[name]) if caption in NONE]
@@ -127,14 +106,14 @@ def test_such_captions_of_tars_keep_their_rows_without_a_node_and_the_job_goes_o
 
 
 @pytest.mark.slow
-def test_the_bytes_are_the_same_with_workers_and_when_tars_come_later(tmp_path: Path, encoder: str) -> None:
+def test_the_bytes_are_the_same_with_workers_and_when_tars_come_later(tmp_path: Path, letters: str) -> None:
     write_tars(tmp_path / "tars", "abc")
-    embed = Embed(shards=str(tmp_path / "tars/*.tar"), encoder=encoder)
+    embed = Embed(shards=str(tmp_path / "tars/*.tar"), encoder=letters)
     run(tmp_path / "one", "embed", embed)
     run(tmp_path / "two", "embed", embed, workers=2)
     assert content(tmp_path / "two") == content(tmp_path / "one")
     write_tars(tmp_path / "grown", "ab")
-    grown = Embed(shards=str(tmp_path / "grown/*.tar"), encoder=encoder)
+    grown = Embed(shards=str(tmp_path / "grown/*.tar"), encoder=letters)
     run(tmp_path / "three", "embed index", grown)
     write_tars(tmp_path / "grown", "c")
     run(tmp_path / "three", "embed", grown)
@@ -143,28 +122,28 @@ def test_the_bytes_are_the_same_with_workers_and_when_tars_come_later(tmp_path: 
             assert (tmp_path / "three" / folder / path.name).read_bytes() == path.read_bytes()
 
 
-def test_such_captions_of_a_list_keep_their_rows_without_a_node(tmp_path: Path, encoder: str) -> None:
+def test_such_captions_of_a_list_keep_their_rows_without_a_node(tmp_path: Path, letters: str) -> None:
     captions = ["q", "red", EMOJI, "blue", "x y", "red", "old"]
     (tmp_path / "list.csv").write_text("\n".join(["caption", *captions]) + "\n")
     store = tmp_path / "store"
-    embed = Embed(captions=str(tmp_path / "list.csv"), encoder=encoder, shard_size=3)
+    embed = Embed(captions=str(tmp_path / "list.csv"), encoder=letters, shard_size=3)
     run(store, "embed index export", embed)
     assert column(store, "samples", "node") == column(store, "shards", "node") == expected_nodes(captions)
     assert column(store, "rejected/assign", "key") == ["0", "2", "4"]
     assert verify_store(Store(str(store))).problems == []
 
 
-def test_an_encoder_without_any_vector_is_refused(tmp_path: Path, encoder: str) -> None:
+def test_an_encoder_without_any_vector_is_refused(tmp_path: Path, letters: str) -> None:
     (tmp_path / "list.csv").write_text(f"caption\nq\n{EMOJI}\n")
     with pytest.raises(StageError, match="no vector for any of 2 texts"):
-        run(tmp_path / "store", "embed", Embed(captions=str(tmp_path / "list.csv"), encoder=encoder))
+        run(tmp_path / "store", "embed", Embed(captions=str(tmp_path / "list.csv"), encoder=letters))
 
 
 def test_zeros_among_the_stored_vectors_fail_fidelity_and_index_and_the_way_out_works(
-    tmp_path: Path, encoder: str
+    tmp_path: Path, letters: str
 ) -> None:
     (tmp_path / "list.csv").write_text("caption\nred\nblue\nold\nnew\n")
-    embed, store = Embed(captions=str(tmp_path / "list.csv"), encoder=encoder), Store(str(tmp_path / "store"))
+    embed, store = Embed(captions=str(tmp_path / "list.csv"), encoder=letters), Store(str(tmp_path / "store"))
     run(tmp_path / "store", "embed", embed)
     path = tmp_path / "store/nodes/00000.npy"
     np.save(path, np.zeros_like(np.load(path)))

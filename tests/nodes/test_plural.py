@@ -32,15 +32,10 @@ from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store
 from graphbuild.torch import GraphDataset, graph_webdataset, similarity_targets
 from tests.conftest import MakeOnce
-from tests.nodes.test_no_vector import EMOJI, fill
+from tests.nodes.test_no_vector import EMOJI
 
 K = 4
 WORDS = ["red hen", "blue bird", "green tree", "old house", "new car", "small dog", "grey cat", "tall man"]
-
-
-@pytest.fixture(scope="session")
-def encoder(make_once: MakeOnce) -> str:
-    return str(make_once("letters", fill))
 
 
 def jpeg(number: int) -> bytes:
@@ -64,14 +59,14 @@ def sample(txt: str | None, **fields: Any) -> dict[str, bytes]:
     return members | ({"json": json.dumps(fields).encode()} if fields else {})
 
 
-def build(store: Path, encoder: str, verbs: str = "embed index export", **changes: Any) -> Path:
+def build(store: Path, letters: str, verbs: str = "embed index export", **changes: Any) -> Path:
     """Run verbs, each with those of the changes that are its own."""
     opened = Store(str(store))
     own = {"index": {"k": K, "engine": "exact"}, "export": {"embeddings": changes.pop("embeddings", "float16")}}
     own["export"]["layout"] = changes.pop("layout", "sidecars")
     with Runner(workers=0) as runner:
         for verb in verbs.split():
-            given = own.get(verb, {"encoder": encoder, "precision": "float32", **changes})
+            given = own.get(verb, {"encoder": letters, "precision": "float32", **changes})
             run_verb(verb, resolve(opened, verb, given), opened, runner)
     return store
 
@@ -89,13 +84,13 @@ def captions_of(members: dict[str, bytes]) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def big(make_once: MakeOnce, encoder: str) -> Path:
+def big(make_once: MakeOnce, letters: str) -> Path:
     """A store of three tars with 40 samples each; "-" has no vector."""
 
     def fill_store(folder: Path) -> None:
         for tar, members in enumerate(np.array_split(np.array(many(120)), 3)):
             write_tar(folder / "tars" / f"{tar}.tar", list(members), 40 * tar)
-        build(folder / "store", encoder, shards=str(folder / "tars"), caption_member="txt;json:captions")
+        build(folder / "store", letters, shards=str(folder / "tars"), caption_member="txt;json:captions")
 
     return make_once("plural", fill_store)
 
@@ -138,10 +133,10 @@ TARS = [
 ]
 
 
-def test_captions_of_several_members_lists_and_fields_are_one_sample_s(tmp_path: Path, encoder: str) -> None:
+def test_captions_of_several_members_lists_and_fields_are_one_sample_s(tmp_path: Path, letters: str) -> None:
     write_tar(tmp_path / "tars/a.tar", TARS)
     store = build(
-        tmp_path / "s", encoder, "embed", shards=f"{tmp_path}/tars", caption_member="txt;json:caption;json:captions"
+        tmp_path / "s", letters, "embed", shards=f"{tmp_path}/tars", caption_member="txt;json:caption;json:captions"
     )
     quarter = 0.25
     assert captions_in(store) == [
@@ -162,21 +157,21 @@ def test_captions_of_several_members_lists_and_fields_are_one_sample_s(tmp_path:
     assert counts["samples"] == 5
     assert counts["rejected"] == sum(reasons.values())
     assert counts["captions"] == 8
-    build(store, encoder, "index export")
+    build(store, letters, "index export")
     assert verify_store(Store(str(store))).problems == []
 
 
-def test_lines_of_a_text_are_captions_where_asked_for(tmp_path: Path, encoder: str) -> None:
+def test_lines_of_a_text_are_captions_where_asked_for(tmp_path: Path, letters: str) -> None:
     write_tar(tmp_path / "tars/a.tar", [sample("a b\n\n c d \r\ne f\n"), sample("one line")])
-    store = build(tmp_path / "s", encoder, "embed", shards=f"{tmp_path}/tars", caption_member="txt:lines")
+    store = build(tmp_path / "s", letters, "embed", shards=f"{tmp_path}/tars", caption_member="txt:lines")
     third = round(1 / 3, 6)
     assert captions_in(store) == [[("a b", third), (" c d ", third), ("e f", third)], [("one line", 1.0)]]
 
 
-def test_more_than_a_hundred_captions_are_rejected_beyond(tmp_path: Path, encoder: str) -> None:
+def test_more_than_a_hundred_captions_are_rejected_beyond(tmp_path: Path, letters: str) -> None:
     texts = [f"{a} {b}" for a in "abcdefghijk" for b in "lmnoprstuv"]
     write_tar(tmp_path / "tars/a.tar", [sample(None, captions=texts), sample("a")])
-    store = build(tmp_path / "s", encoder, "embed", shards=f"{tmp_path}/tars", caption_member="txt;json:captions")
+    store = build(tmp_path / "s", letters, "embed", shards=f"{tmp_path}/tars", caption_member="txt;json:captions")
     assert [text for text, _ in captions_in(store)[0]] == texts[: MAX_CAPTIONS - 1]  # the missing txt is one
     assert rejected_in(store)[0, "over 100 captions of one sample"] == len(texts) - MAX_CAPTIONS + 1
 
@@ -190,13 +185,13 @@ def test_more_than_a_hundred_captions_are_rejected_beyond(tmp_path: Path, encode
     ],
 )
 def test_weights_are_of_the_captions_that_are_there(
-    tmp_path: Path, encoder: str, weights: str, expected: list[list[float]]
+    tmp_path: Path, letters: str, weights: str, expected: list[list[float]]
 ) -> None:
     given = [sample("a b", r="c d", w=[1, 4]), sample("", r="e f", w=[2, 3]), sample("g h", w=[1, 2, 3])]
     write_tar(tmp_path / "tars/a.tar", given)
     store = build(
         tmp_path / "s",
-        encoder,
+        letters,
         "embed",
         shards=f"{tmp_path}/tars",
         caption_member="txt;json:r",
@@ -210,7 +205,7 @@ def test_weights_are_of_the_captions_that_are_there(
 
 
 @pytest.mark.parametrize("kind", ["columns.csv", "columns.parquet", "lists.parquet", "lists.jsonl"])
-def test_captions_of_several_columns_or_lists(tmp_path: Path, encoder: str, kind: str) -> None:
+def test_captions_of_several_columns_or_lists(tmp_path: Path, letters: str, kind: str) -> None:
     rows = [["a b", "c d"], ["e f", ""], ["", ""], ["g h", "a b"]]
     columns = {"one": [row[0] for row in rows], "two": [row[1] for row in rows]}
     path, changes = tmp_path / kind, {"caption_column": "one;two", "caption_weights": "0.25,0.75"}
@@ -225,16 +220,16 @@ def test_captions_of_several_columns_or_lists(tmp_path: Path, encoder: str, kind
             pq.write_table(table, path)
         else:
             path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
-    store = build(tmp_path / "s", encoder, "embed", captions=str(path), **changes)
+    store = build(tmp_path / "s", letters, "embed", captions=str(path), **changes)
     assert captions_in(store) == [[("a b", 0.25), ("c d", 0.75)], [("e f", 1.0)], [("g h", 0.25), ("a b", 0.75)]]
     assert [row["key"] for row in rows_of(store)] == ["0", "1", "3"]
     assert rejected_in(store) == {(1, "empty caption"): 1, (2, "empty caption"): 2}
 
 
-def test_a_caption_without_a_vector_leaves_the_others_and_a_first_one_its_place(tmp_path: Path, encoder: str) -> None:
+def test_a_caption_without_a_vector_leaves_the_others_and_a_first_one_its_place(tmp_path: Path, letters: str) -> None:
     given = [sample(EMOJI, r="a b"), sample("c d", r=EMOJI), sample(EMOJI, r=EMOJI), sample("a b", r="c d")]
     write_tar(tmp_path / "tars/a.tar", given)
-    store = build(tmp_path / "s", encoder, "embed", shards=f"{tmp_path}/tars", caption_member="txt;json:r")
+    store = build(tmp_path / "s", letters, "embed", shards=f"{tmp_path}/tars", caption_member="txt;json:r")
     assert captions_in(store) == [[("a b", 1.0)], [("c d", 1.0)], [], [("a b", 0.5), ("c d", 0.5)]]
     lost = "the encoder gives no vector"
     assert rejected_in(store, "assign") == {(0, lost): 1, (1, lost): 1, (2, lost): 2}
@@ -257,18 +252,18 @@ def test_sources_and_weights_that_do_not_fit_are_refused(tmp_path: Path, changes
         resolve(Store(str(tmp_path / "s")), "embed", {"shards": str(tmp_path), **changes})
 
 
-def test_tars_that_come_later_may_have_one_caption_and_change_nothing(tmp_path: Path, encoder: str) -> None:
+def test_tars_that_come_later_may_have_one_caption_and_change_nothing(tmp_path: Path, letters: str) -> None:
     write_tar(tmp_path / "tars/a.tar", many(9))
-    store = build(tmp_path / "s", encoder, shards=f"{tmp_path}/tars", caption_member="txt;json:captions")
+    store = build(tmp_path / "s", letters, shards=f"{tmp_path}/tars", caption_member="txt;json:captions")
     before = captions_in(store)
     write_tar(tmp_path / "tars/b.tar", [sample(f"{word} {word}") for word in WORDS], 9)
-    build(store, encoder, shards=f"{tmp_path}/tars", caption_member="txt;json:captions")
+    build(store, letters, shards=f"{tmp_path}/tars", caption_member="txt;json:captions")
     assert captions_in(store)[:9] == before
     assert "more_captions" not in pq.read_schema(store / "samples/00001.parquet").names
     assert verify_store(Store(str(store))).problems == []
     batch = next(iter(graph_webdataset(f"{tmp_path}/tars/*.tar", sidecars=store / "shards", batch_size=17, shuffle=0)))
     assert batch["caption"] == [own[0][0] for own in captions_in(store)]
-    fresh = build(tmp_path / "t", encoder, shards=f"{tmp_path}/tars", caption_member="txt;json:captions")
+    fresh = build(tmp_path / "t", letters, shards=f"{tmp_path}/tars", caption_member="txt;json:captions")
     for path in (*fresh.glob("samples/*"), *fresh.glob("nodes/*"), *fresh.glob("shards/*.graph.parquet")):
         assert path.read_bytes() == (store / path.relative_to(fresh)).read_bytes(), path.name
 
@@ -317,11 +312,11 @@ def test_a_stream_that_goes_on_draws_what_it_would_have_drawn(big: Path) -> None
     assert [batch["caption"] for batch in rest] == [batch["caption"] for batch in whole[5:]]
 
 
-def test_targets_of_drawn_captions_are_those_of_their_vectors(big: Path, encoder: str) -> None:
+def test_targets_of_drawn_captions_are_those_of_their_vectors(big: Path, letters: str) -> None:
     """By stored vectors to 1e-6, and by vectors that the encoder makes anew to float16."""
     stored = np.concatenate([np.load(path) for path in sorted((big / "store/nodes").glob("*.npy"))]).astype(np.float64)
     stored /= np.linalg.norm(stored, axis=1, keepdims=True)
-    texts, model = texts_of(big / "store"), SentenceTransformer(encoder, device="cpu")
+    texts, model = texts_of(big / "store"), SentenceTransformer(letters, device="cpu")
     for batch in streamed(big, captions="draw", epoch=2)[:4]:
         places = [texts.index(" ".join(caption.split())) for caption in batch["caption"]]
         assert batch["node"].tolist() == places
@@ -337,14 +332,14 @@ def test_targets_of_drawn_captions_are_those_of_their_vectors(big: Path, encoder
             assert sorted(similarity[listed]) == pytest.approx(sorted(similarity)[-K:], abs=1e-6)
 
 
-def test_draws_follow_the_weights_as_an_order_of_priorities_does(tmp_path: Path, encoder: str) -> None:
+def test_draws_follow_the_weights_as_an_order_of_priorities_does(tmp_path: Path, letters: str) -> None:
     """Keys are drawn into an order by their weights, and the first that is there is taken: with open_clip's flags."""
     weights, keys, rng = [0.5, 0.3, 0.2], "abc", random.Random(0)
     given = [{key: f"{key} {n}" for key in keys if rng.random() < 0.7} or {"a": "a"} for n in range(6)]
     write_tar(tmp_path / "tars/a.tar", [sample(None, **fields) for fields in given])
     store = build(
         tmp_path / "s",
-        encoder,
+        letters,
         shards=f"{tmp_path}/tars",
         caption_member=";".join(f"json:{key}" for key in keys),
         caption_weights=",".join(map(str, weights)),
@@ -406,9 +401,9 @@ def test_the_mean_is_of_all_captions_with_all_their_neighbors(big: Path) -> None
             assert int(listed.sum()) == len(most)
 
 
-def test_the_mean_needs_embeddings_and_a_choice_a_known_name(tmp_path: Path, encoder: str) -> None:
+def test_the_mean_needs_embeddings_and_a_choice_a_known_name(tmp_path: Path, letters: str) -> None:
     write_tar(tmp_path / "tars/a.tar", many(9))
-    store = build(tmp_path / "s", encoder, shards=f"{tmp_path}/tars", embeddings="none")
+    store = build(tmp_path / "s", letters, shards=f"{tmp_path}/tars", embeddings="none")
     for choice, message in (("mean", "needs embeddings"), ("some", "use one of")):
         for loader in (graph_webdataset, GraphDataset):
             with pytest.raises(ConfigError) as error:
@@ -424,9 +419,9 @@ def test_the_mean_needs_embeddings_and_a_choice_a_known_name(tmp_path: Path, enc
 # -- other layouts, and what looks at a store
 
 
-def test_new_tars_carry_all_captions(big: Path, tmp_path: Path, encoder: str) -> None:
+def test_new_tars_carry_all_captions(big: Path, tmp_path: Path, letters: str) -> None:
     expected = [captions_of(members) for members in many(120)]
-    store = build(tmp_path / "s", encoder, shards=f"{big}/tars", caption_member="txt;json:captions", layout="inline")
+    store = build(tmp_path / "s", letters, shards=f"{big}/tars", caption_member="txt;json:captions", layout="inline")
     with tarfile.open(store / "inline/1.tar") as archive:
         found = {name: archive.extractfile(name).read() for name in archive.getnames() if name.endswith(".npz")}  # type: ignore[union-attr]
     graph = SampleGraph.open(str(store))
@@ -438,7 +433,7 @@ def test_new_tars_carry_all_captions(big: Path, tmp_path: Path, encoder: str) ->
         nodes = [int(arrays["node"]), *(arrays["more_node"].tolist() if len(own) > 1 else [])]
         vectors = np.stack([arrays["embedding"], *(arrays["more_embedding"] if len(own) > 1 else [])])
         assert np.abs(vectors.astype(np.float32) - graph.embeddings(nodes)).max() < 1e-3
-    build(store, encoder, "export", layout="clustered")
+    build(store, letters, "export", layout="clustered")
     batches = graph_webdataset(f"{store}/clustered/*.tar", batch_size=120, shuffle=0, captions="all")
     (batch,) = list(batches)
     bounds = batch["offsets"].tolist()

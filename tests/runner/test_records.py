@@ -20,8 +20,6 @@ from graphbuild.runner.stage import records
 from graphbuild.store import sharded
 from graphbuild.store.sharded import ShardedArray
 from graphbuild.store.store import Json, Store, Writer
-from tests.conftest import MakeOnce
-from tests.nodes.test_no_vector import fill
 
 CONTENTS = [b'{"a": 1}', b'{"a": [1', b"2]}", b'{"b": 2}, {"c": 3}', b"", b"[1]", b"null", b'{"a": "\xff"}', b"{} {}"]
 
@@ -101,17 +99,12 @@ def test_objects_that_are_read_together_are_those_that_each_file_holds(order: li
     assert store.read_jsons({f"{number}.json": len(content) for number, content in enumerate(order)}) == expected
 
 
-@pytest.fixture(scope="session")
-def encoder(make_once: MakeOnce) -> str:
-    return str(make_once("letters", fill))
-
-
 def test_a_command_with_nothing_to_do_reads_each_record_once(
-    tmp_path: Path, encoder: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, letters: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stages, "_kept", {})
     (tmp_path / "list.csv").write_text("caption\nred\nblue\nold\nnew\ngreen\ngrass\n")
-    source = {"captions": str(tmp_path / "list.csv"), "shard_size": 2, "encoder": encoder}
+    source = {"captions": str(tmp_path / "list.csv"), "shard_size": 2, "encoder": letters}
     recipe, store = Recipe(embed=Embed.model_validate(source), index=Index(k=2)), Counting(str(tmp_path / "store"))
     with Runner(workers=0) as runner:
         run_verb("run", recipe, store, runner)
