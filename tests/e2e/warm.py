@@ -12,6 +12,8 @@ import importlib.util
 import os
 from pathlib import Path
 
+from graphbuild.recipe import Download
+
 IMPORTED = (
     "sentence_transformers", "transformers.models.bert.modeling_bert", "ray", "polars", "pyarrow.parquet", "numba",
     "scipy.sparse", "cffi", "graphbuild.cli", "graphbuild.job.steps", "graphbuild.job.summary", "graphbuild.torch",
@@ -20,10 +22,12 @@ IMPORTED = (
 )  # fmt: skip
 
 
-OPTIONAL = ("s3fs", "aiobotocore.session")
+OPTIONAL = ("s3fs", "aiobotocore.session", "img2dataset.downloader")
 
 
 def warm() -> None:
+    # What a download sets before it imports OpenCV, which reads it then.
+    os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(Download.model_fields["max_pixels"].default)
     for name in (*IMPORTED, *(name for name in OPTIONAL if importlib.util.find_spec(name.partition(".")[0]))):
         importlib.import_module(name)
     _compilers()
