@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
+import yaml
 
 from graphbuild.cli import app
 from graphbuild.recipe import Recipe, read_recipe
@@ -52,6 +54,20 @@ def test_every_command_in_the_documents_has_such_a_verb_and_options(line: str) -
     verb = group.commands[words[0]]  # type: ignore[attr-defined]
     options = {option for parameter in verb.params for option in parameter.opts}
     assert {word for word in words if word.startswith("--")} <= options | {"--help"}
+
+
+def test_every_page_has_a_line_of_its_own_in_the_navigation_of_the_site() -> None:
+    entries = re.findall(r"^ +- (?:[^:\n]+: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2])
+    assert sorted(entries) == sorted(leaves(nav))
+    assert {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")} <= set(entries)
+
+
+def leaves(nav: Any) -> list[str]:
+    """The pages of a navigation, which is a list of pages and of {title: a page or a list}."""
+    if isinstance(nav, str):
+        return [nav]
+    return [page for part in (nav.values() if isinstance(nav, dict) else nav) for page in leaves(part)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
