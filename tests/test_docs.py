@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,21 @@ def test_the_architecture_has_every_floor_from_the_ground_up() -> None:
     page = (ROOT / "docs" / "explanation" / "architecture.md").read_text()
     rows = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", page, re.M)
     assert rows == [name for floor in FLOORS for name in floor]
+
+
+@pytest.mark.parametrize(("page", "count"), [("reference/recipe.md", 3), ("how-to/sources.md", 1)])
+def test_every_recipe_that_a_page_prints_is_valid(page: str, count: int, tmp_path: Path) -> None:
+    printed = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.M | re.S)
+    assert len(printed) == count
+    for number, text in enumerate(printed):
+        (tmp_path / f"{number}.yaml").write_text(text)
+        read_recipe(str(tmp_path / f"{number}.yaml"))
+
+
+def test_the_recipe_in_the_help_of_run_is_valid(tmp_path: Path) -> None:
+    (recipe,) = re.findall(r"^  embed:\n(?:    .*\n)+", (ROOT / "tests/cli/help/run.txt").read_text(), re.M)
+    (tmp_path / "job.yaml").write_text(textwrap.dedent(recipe))
+    assert read_recipe(str(tmp_path / "job.yaml")).embed.shards == "/data/tars"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pipelines").glob("*.yaml")), ids=lambda path: path.name)
