@@ -72,6 +72,12 @@ def leaves(nav: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_printed_code_imports_nothing_of_the_repository_but_the_package(page: Path) -> None:
+    code = "".join(re.findall(r"^```python.*?\n(.*?)^```", page.read_text(), re.M | re.S))
+    assert not re.findall(r"^ *(?:from|import) (?:training|benchmarks|tests|docs)\b.*", code, re.M)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_and_named_file_exists(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if "://" not in target:

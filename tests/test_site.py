@@ -82,4 +82,4 @@ def test_every_link_in_the_text_leads_to_something_that_llms_txt_and_the_whole_h
                 assert path in known, f"{page} links {target}"
                 followed.add(path)
     assert {"how-to/choosing.md", "project/pipelines/about.md", "project/pipelines/cc3m.yaml"} <= followed
-    assert {"project/benchmarks/results/simulation.md", "notebooks/graph.ipynb"} <= followed
+    assert {"project/benchmarks/results/simulation.md", "notebooks/graph.ipynb", "tutorials/scenes.py"} <= followed
