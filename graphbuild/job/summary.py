@@ -7,6 +7,7 @@ import re
 from graphbuild.graph.tasks import living_nodes
 from graphbuild.job.steps import STEPS
 from graphbuild.machine.terminal import counted
+from graphbuild.recipe import resolve
 from graphbuild.sources.fetched import OPT_OUT, REFUSED, fetch_failed, fetch_refused, refused
 from graphbuild.store.shards import node_count, present_shards
 from graphbuild.store.store import Json, Store
@@ -44,14 +45,11 @@ def summary(verb: str, manifest: Json, store: Store) -> str:
 def _training(manifest: Json, store: Store) -> list[str]:
     """How a loader gets at the exported tars, a line each; none where the samples came from no tars."""
     lines = []
-    if "export" in manifest["stages"]:
-        urls = present_shards(store, manifest).table["tar_url"].drop_null().to_pylist()
-        folders = {url.rpartition("/")[0] for url in urls}
-        if folders == {"shards"}:
-            lines = [f'"{store.url}/shards"']
-        elif folders:
-            tars = f'"{min(folders)}"' if len(folders) == 1 else "TARS"
-            lines = [f'{tars}, sidecars="{store.url}/shards"']
+    urls = present_shards(store, manifest).table["tar_url"].drop_null()
+    if "export" in manifest["stages"] and len(urls):
+        elsewhere = resolve(store, "export", {}).embed.shards
+        sidecars = f'"{store.url}/shards"'
+        lines.append(sidecars if elsewhere is None else f'"{elsewhere}", sidecars={sidecars}')
     if "cluster" in manifest["stages"]:
         lines.append(f'"{store.url}/clustered"')
     return [f"train     graphbuild.torch.graph_webdataset({each}, batch_size=...)" for each in lines]

@@ -85,6 +85,18 @@ class Sources:
         if what.startswith("tars"):
             self.tars(*(extra for word, extra in extras.items() if word in what))
         match what:
+            case "tars with `0001.txt`, or with `0001.json` that has a field `caption`":
+                self.write_tar(  # the second has no txt
+                    folder / "tars/1.tar",
+                    [
+                        (f"{KEYS[row]}.{name}", content)
+                        for row in range(ROWS)[1::2]
+                        for name, content in (
+                            ("jpg", self.pictures[row][0]),
+                            ("json", json.dumps({"caption": f"caption {row}"}).encode()),
+                        )
+                    ],
+                )
             case "tars with the caption in another field of `0001.json`":
                 return ROWS, 7
             case _ if what.startswith("tars with several captions an image"):
