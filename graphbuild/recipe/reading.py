@@ -29,7 +29,7 @@ def read_recipe(path: str) -> Recipe:
         with reaching(path):
             content = fs.cat_file(root)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise ConfigError(f"there is no recipe {path}", "`graphbuild run --help` shows one") from None
+        raise ConfigError(f"there is no recipe {path}", "`graphbuild run --help` shows a recipe") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"the recipe {path} cannot be read ({error})", "check the path") from None
     recipe = _parse(content, path)
