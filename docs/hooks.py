@@ -6,6 +6,7 @@ as a page, others as they are. Markdown that comes along may link further files,
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tomllib
@@ -24,7 +25,9 @@ ROOT = DOCS.parent
 LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
 FENCE = re.compile(r"^([ ]*)```.*?^\1```[ ]*$", re.M | re.S)
 HELP = ROOT / "tests" / "cli" / "help"
-pages: list[tuple[str, Page]] = []  # in the order of the navigation, with the name of its part
+OTHERS = "Pages of measurements"  # which the navigation has not
+pages: list[tuple[str, Page]] = []  # in the order of the navigation, with the name of its part; then the others
+texts: dict[str, Path] = {}  # programs, recipes and notebooks that pages link, by their place on the site
 
 
 def source(uri: str) -> Path:
@@ -50,6 +53,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     config.copyright = f"graphbuild {version}, Apache-2.0"
     pages.clear()
+    texts.clear()
     return config
 
 
@@ -61,6 +65,8 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
             if target in known or not target.is_file():
                 continue
             known.add(target)
+            if target.suffix in (".py", ".yaml", ".ipynb"):
+                texts[place(target)] = target
             if not target.is_relative_to(DOCS):
                 file = File.generated(config, place(target), abs_src_path=str(target))
                 file.inclusion = InclusionLevel.INCLUDED if target.suffix != ".md" else InclusionLevel.NOT_IN_NAV
@@ -74,6 +80,12 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     here = source(page.file.src_uri)
     if here.is_relative_to(ROOT / "benchmarks"):
         page.meta["search"] = {"exclude": True}  # tables of numbers, which would come first for every word in them
+    return with_links(markdown, page).replace("<!-- the help of every verb -->", commands())
+
+
+def with_links(markdown: str, page: Page) -> str:
+    """A page's text with its links as they are on the site."""
+    here = source(page.file.src_uri)
 
     def moved(match: re.Match[str]) -> str:
         if "://" in match[2]:
@@ -83,8 +95,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
             return match[0]  # the build names it
         return match[1] + os.path.relpath(place(target), Path(page.file.src_uri).parent) + match[3]
 
-    markdown = LINK.sub(moved, markdown)
-    return markdown.replace("<!-- the help of every verb -->", commands())
+    return LINK.sub(moved, markdown)
 
 
 def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -105,6 +116,9 @@ def on_nav(nav: Navigation, *, config: MkDocsConfig, files: Files) -> Navigation
     for page in nav.pages:
         part = page.ancestors[-1].title if page.ancestors else ""
         pages.append((part, page))
+    listed = {page.file.src_uri for page in nav.pages}
+    others = [file for file in files.documentation_pages() if file.src_uri not in listed]
+    pages.extend((OTHERS, file.page) for file in sorted(others, key=lambda file: file.src_uri) if file.page)
     return nav
 
 
@@ -139,8 +153,17 @@ def signatures(markdown: str) -> str:
 
 
 def text_of(page: Page) -> str:
-    markdown = source(page.file.src_uri).read_text().replace("<!-- the help of every verb -->", commands())
+    markdown = with_links(source(page.file.src_uri).read_text(), page)
+    markdown = markdown.replace("<!-- the help of every verb -->", commands())
     return signatures(markdown) if "\n::: " in markdown else markdown
+
+
+def file_text(path: Path) -> str:
+    """A linked file as Markdown; of a notebook what it says and runs."""
+    if path.suffix != ".ipynb":
+        return f"```{path.suffix[1:]}\n{path.read_text()}```\n"
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(path.read_text())["cells"]]
+    return "\n\n".join(f"```python\n{text}\n```" if kind == "code" else text for kind, text in cells) + "\n"
 
 
 def on_post_build(*, config: MkDocsConfig) -> None:
@@ -152,18 +175,22 @@ def on_post_build(*, config: MkDocsConfig) -> None:
         text = text_of(page)
         title = re.search(r"^# (.*)$", text, re.M)
         first = re.search(r"\n\n(?!```|[#>|!<-])(\S.+?)\n\n", text, re.S)
-        if title is None or first is None:
+        if part != OTHERS and (title is None or first is None):
             raise PluginError(f"{page.file.src_uri} begins with no title and sentence")
         if part != part_before:
             index += ["", f"## {part}", ""] if part else []
             part_before = part
-        says = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", " ".join(first[1].split()))
+        says = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", " ".join(first[1].split())) if first else "results"
         says = re.split(r"(?<=[.:]) (?=[A-Z])", says)[0].rstrip(":")
-        index.append(f"- [{title[1]}]({page.file.src_uri}): {says}")
+        index.append(f"- [{title[1] if title else page.file.src_uri}]({page.file.src_uri}): {says}")
         copy = site / page.file.src_uri
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(text)
         whole.append(f"<!-- {page.file.src_uri} -->\n\n{text.rstrip()}\n")
-    index += ["", "## All of it", "", "- [llms-full.txt](llms-full.txt): every page above, in one file"]
+    index += ["", "## Programs, recipes and notebooks", ""]
+    for name, path in sorted(texts.items()):
+        index.append(f"- [{path.name}]({name}): linked by the pages above")
+        whole.append(f"<!-- {name} -->\n\n{file_text(path)}")
+    index += ["", "## All of it", "", "- [llms-full.txt](llms-full.txt): every page and file above, in one file"]
     (site / "llms.txt").write_text("\n".join(index) + "\n")
     (site / "llms-full.txt").write_text("\n\n".join(whole))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
+import yaml
 
 from graphbuild.cli import app
 from graphbuild.recipe import Recipe, read_recipe
@@ -54,6 +57,26 @@ def test_every_command_in_the_documents_has_such_a_verb_and_options(line: str) -
     assert {word for word in words if word.startswith("--")} <= options | {"--help"}
 
 
+def test_every_page_has_a_line_of_its_own_in_the_navigation_of_the_site() -> None:
+    entries = re.findall(r"^ +- (?:[^:\n]+: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2])
+    assert sorted(entries) == sorted(leaves(nav))
+    assert {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")} <= set(entries)
+
+
+def leaves(nav: Any) -> list[str]:
+    """The pages of a navigation, which is a list of pages and of {title: a page or a list}."""
+    if isinstance(nav, str):
+        return [nav]
+    return [page for part in (nav.values() if isinstance(nav, dict) else nav) for page in leaves(part)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_printed_code_imports_nothing_of_the_repository_but_the_package(page: Path) -> None:
+    code = "".join(re.findall(r"^```python.*?\n(.*?)^```", page.read_text(), re.M | re.S))
+    assert not re.findall(r"^ *(?:from|import) (?:training|benchmarks|tests|docs)\b.*", code, re.M)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_and_named_file_exists(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
@@ -92,6 +115,21 @@ def test_the_architecture_has_every_floor_from_the_ground_up() -> None:
     page = (ROOT / "docs" / "explanation" / "architecture.md").read_text()
     rows = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", page, re.M)
     assert rows == [name for floor in FLOORS for name in floor]
+
+
+@pytest.mark.parametrize(("page", "count"), [("reference/recipe.md", 3), ("how-to/sources.md", 1)])
+def test_every_recipe_that_a_page_prints_is_valid(page: str, count: int, tmp_path: Path) -> None:
+    printed = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.M | re.S)
+    assert len(printed) == count
+    for number, text in enumerate(printed):
+        (tmp_path / f"{number}.yaml").write_text(text)
+        read_recipe(str(tmp_path / f"{number}.yaml"))
+
+
+def test_the_recipe_in_the_help_of_run_is_valid(tmp_path: Path) -> None:
+    (recipe,) = re.findall(r"^  embed:\n(?:    .*\n)+", (ROOT / "tests/cli/help/run.txt").read_text(), re.M)
+    (tmp_path / "job.yaml").write_text(textwrap.dedent(recipe))
+    assert read_recipe(str(tmp_path / "job.yaml")).embed.shards == "/data/tars"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pipelines").glob("*.yaml")), ids=lambda path: path.name)

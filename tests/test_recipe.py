@@ -29,7 +29,7 @@ def test_a_recipe_writes_every_default_out_and_reads_back_the_same(tmp_path: Pat
         name: set(field.annotation.model_fields) - switches  # type: ignore[union-attr]
         for name, field in Recipe.model_fields.items()
     }
-    assert (written["index"]["k"], written["export"]["embeddings"]) == (64, "int8")
+    assert (written["index"]["recall"], written["export"]["embeddings"]) == (0.99, "int8")
 
 
 @pytest.mark.parametrize("content", ["", "# nothing\n", "embed:\n  template: '{}'\n"])

@@ -57,10 +57,29 @@ def test_no_page_loads_anything_from_elsewhere_and_every_link_leads_to_a_file(si
 
 
 def test_llms_txt_leads_to_every_page_and_the_whole_has_the_python_reference(site: Path) -> None:
-    listed = re.findall(r"^- \[.+\]\((.+\.md)\): \S", (site / "llms.txt").read_text(), re.M)
+    listed = re.findall(r"^- \[.+\]\((.+\.(?:md|py|yaml|ipynb))\): \S", (site / "llms.txt").read_text(), re.M)
     assert {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")} <= set(listed)
+    for page in site.rglob("index.html"):  # x/index.html is made of x.md, or of x/index.md
+        folder = page.parent.relative_to(site)
+        assert {f"{folder}.md", str(folder / "index.md")} & set(listed), page
     assert all((site / name).exists() for name in listed)
     whole = (site / "llms-full.txt").read_text()
-    assert all((site / name).read_text().rstrip() in whole for name in listed)
+    assert all(f"<!-- {name} -->" in whole for name in listed)
+    assert all((site / name).read_text().rstrip() in whole for name in listed if not name.endswith(".ipynb"))
     assert "class XSampleLoss(tau: float" in whole
     assert "--caption-member <str>" in whole
+
+
+def test_every_link_in_the_text_leads_to_something_that_llms_txt_and_the_whole_have(site: Path) -> None:
+    lists = [(site / "llms.txt").read_text(), (site / "llms-full.txt").read_text()]
+    known = set(re.findall(r"\]\((.+)\): ", lists[0])) & set(re.findall(r"^<!-- (.+) -->$", lists[1], re.M))
+    followed = set()
+    for page in (site / name for name in known if name.endswith(".md")):
+        prose = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.M | re.S)
+        for target in re.findall(r"\]\(([^)#\s]+)", prose):
+            if "://" not in target and not target.endswith((".png", ".svg")):
+                path = os.path.relpath(page.parent / target, site)
+                assert path in known, f"{page} links {target}"
+                followed.add(path)
+    assert {"how-to/choosing.md", "project/pipelines/about.md", "project/pipelines/cc3m.yaml"} <= followed
+    assert {"project/benchmarks/results/simulation.md", "notebooks/graph.ipynb", "tutorials/scenes.py"} <= followed

@@ -36,7 +36,14 @@ def demo(
 
 @builds()
 def run(recipe: RecipeArg, store: StoreArg, how: How) -> None:
-    """Every stage of a recipe, from its source to sidecars."""
+    """Every stage of a recipe, from its source to sidecars.
+
+    A recipe for tars with captions, two lines (other settings have their defaults, which STORE/recipe.yaml then shows):
+
+    \b
+    embed:
+      shards: /data/tars
+    """
     from graphbuild.recipe import read_recipe
 
     _run_verb("run", lambda: read_recipe(recipe), open_store(store), how)

@@ -40,7 +40,9 @@ StoreArg = Annotated[
         metavar="STORE", help="the job's output folder, or any fsspec URL such as s3://...", show_default=False
     ),
 ]
-RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, see pipelines/", show_default=False)]
+RecipeArg = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="a YAML file, as `graphbuild run --help` shows one", show_default=False)
+]
 Workers = Annotated[
     int | None,
     option("worker processes, at most; 0: this one alone  [default: one a CPU or GPU; small jobs: 0]", min=0),

@@ -66,7 +66,7 @@ def _engine(task: Task, manifest: Json) -> engines.Engine:
 def check_k(recipe: Recipe) -> None:
     """ConfigError before anything is embedded, where class names say that there are too few nodes for k."""
     path, k = recipe.embed.class_names, recipe.index.k
-    if path is not None and is_there(path) and k >= (nodes := len(read_class_names(path))):
+    if k is not None and path is not None and is_there(path) and k >= (nodes := len(read_class_names(path))):
         raise ConfigError(
             f"--k {k}: {path} names {nodes:,} classes, so a node has {nodes - 1:,} possible neighbours",
             "use --k 0: all others",
@@ -76,10 +76,10 @@ def check_k(recipe: Recipe) -> None:
 def plan_prepare(recipe: Recipe, store: Store) -> list[Task]:
     manifest = nodes_entry(store)
     nodes, living = node_count(manifest), living_nodes(manifest)
-    if not 0 < recipe.index.neighbors(nodes) < living:
+    if not 0 < (k := recipe.index.neighbors(nodes)) < living:
         nodes = living
         raise ConfigError(
-            f"--k {recipe.index.k}: the store has {nodes:,} nodes, so a node has {nodes - 1:,} possible neighbours",
+            f"--k {k}: the store has {nodes:,} nodes, so a node has {nodes - 1:,} possible neighbours",
             f"use --k {max(nodes - 1, 1)} or fewer" if nodes > 1 else "give at least two different captions",
         )
     if nodes > LARGEST_ID:

@@ -7,8 +7,9 @@ import re
 from graphbuild.graph.tasks import living_nodes
 from graphbuild.job.steps import STEPS
 from graphbuild.machine.terminal import counted
+from graphbuild.recipe import resolve
 from graphbuild.sources.fetched import OPT_OUT, REFUSED, fetch_failed, fetch_refused, refused
-from graphbuild.store.shards import node_count
+from graphbuild.store.shards import node_count, present_shards
 from graphbuild.store.store import Json, Store
 
 NEXT = {"download": "embed", "pack": "embed", "embed": "index", "index": "export", "export": "verify", "run": "verify"}
@@ -36,7 +37,22 @@ def summary(verb: str, manifest: Json, store: Store) -> str:
         lines += [f"next      {command}"] if command else []
     elif verb in NEXT:
         lines.append(f"next      graphbuild {NEXT[verb]} {store.url}")
+    if NEXT.get(verb) == "verify":
+        lines += _training(manifest, store)
     return "\n".join(lines)
+
+
+def _training(manifest: Json, store: Store) -> list[str]:
+    """How a loader gets at the exported tars, a line each; none where the samples came from no tars."""
+    lines = []
+    urls = present_shards(store, manifest).table["tar_url"].drop_null()
+    if "export" in manifest["stages"] and len(urls):
+        elsewhere = resolve(store, "export", {}).embed.shards
+        sidecars = f'"{store.url}/shards"'
+        lines.append(sidecars if elsewhere is None else f'"{elsewhere}", sidecars={sidecars}')
+    if "cluster" in manifest["stages"]:
+        lines.append(f'"{store.url}/clustered"')
+    return [f"train     graphbuild.torch.graph_webdataset({each}, batch_size=...)" for each in lines]
 
 
 def refused_line(count: int, store: Store) -> str:
@@ -108,8 +124,8 @@ def _embed(manifest: Json) -> list[str]:
     fidelity = manifest.get("fidelity", {})
     if fidelity.get("mean_cosine") is not None:  # older versions stored NaN
         lines.append(
-            f"          cosine to float32 {fidelity['mean_cosine']:.6f} in the mean, {fidelity['min_cosine']:.6f} "
-            f"at least, of {fidelity['texts']} texts"
+            f"          {fidelity['texts']} texts encoded again in float32, to check: cosine to the stored vectors "
+            f"{fidelity['mean_cosine']:.6f} on average, {fidelity['min_cosine']:.6f} at worst"
         )
     lines += [f"          {count:6,} rejected: {reason}" for reason, count in manifest["rejected"].items()]
     return lines + _without_image(manifest)

@@ -68,7 +68,7 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
     if embed.class_names is not None:
         settings["class_names"] = kept_apart(read_class_names(embed.class_names))
     if embed.shards is not None:
-        identities = file_identities(expand_shards(embed.shards))
+        identities = file_identities(expand_shards(embed.shards, embed.beside_tars))
         numbers = _shard_numbers(identities, store, anew=embed.source != BESIDE)
         return [
             Task(stage="scan", name=name, settings=settings, inputs={"tar": identities[url]}, hints={"url": url})

@@ -29,7 +29,7 @@ def read_recipe(path: str) -> Recipe:
         with reaching(path):
             content = fs.cat_file(root)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise ConfigError(f"there is no recipe {path}", "see pipelines/ for examples") from None
+        raise ConfigError(f"there is no recipe {path}", "`graphbuild run --help` shows a recipe") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"the recipe {path} cannot be read ({error})", "check the path") from None
     recipe = _parse(content, path)
@@ -112,7 +112,9 @@ def _parse(content: bytes, where: str) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{where} is not valid YAML: {error}", "fix the line named above") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{where} must hold sections ({', '.join(SECTIONS)})", "see pipelines/ for examples")
+        raise ConfigError(
+            f"{where} must hold sections ({', '.join(SECTIONS)})", "`graphbuild run --help` shows a recipe"
+        )
     return _validate(values, where)
 
 

@@ -168,7 +168,8 @@ class Embed(Section):
     )
     caption_member: str = setting(
         "auto",
-        "in tars: txt, cls, json:FIELD; auto: txt, then json:caption; txt:lines; 'txt;json:FIELD': several",
+        "in tars: txt, cls, or json:FIELD, a text or a list of texts; auto: txt, else json:caption; txt:lines: each"
+        " line is one; 'txt;json:FIELD': several",
         "of source",
         sources=[*TARS, BESIDE],
     )
@@ -280,6 +281,11 @@ class Embed(Section):
         return source_of(vars(self))
 
     @property
+    def beside_tars(self) -> list[str]:
+        """What other settings than shards name: it may lie in the tars' folder."""
+        return [path for path in (self.class_names, self.vectors, self.vector_keys) if path is not None]
+
+    @property
     def is_ready(self) -> bool:
         """Whether vectors are given, and no encoder makes them."""
         return self.source in ("vectors", BESIDE)
@@ -294,12 +300,19 @@ def source_of(settings: Mapping[str, Any]) -> str:
 
 
 MOST_NEIGHBORS = 2048
+NEIGHBORS = 64  # where none is asked for
 
 
 class Index(Section):
     """Nodes to the k-nearest-neighbour graph, with its recall certificate."""
 
-    k: int = setting(64, "neighbours a node; 0: all others, 2,048 at most", ge=0, le=MOST_NEIGHBORS)
+    k: int | None = setting(
+        None,
+        "neighbours a node; 0: all others, 2,048 at most",
+        unset=f"{NEIGHBORS}, or all others where there are fewer",
+        ge=0,
+        le=MOST_NEIGHBORS,
+    )
     engine: str = setting("auto", "auto, exact, partition or faiss:FACTORY")
     recall: float = setting(0.99, "recall@k to aim for, unless exact", gt=0, lt=1)
     min_recall: float | None = setting(
@@ -313,7 +326,7 @@ class Index(Section):
 
     def neighbors(self, nodes: int) -> int:
         """k, of a graph of so many nodes."""
-        return self.k or min(nodes - 1, MOST_NEIGHBORS)
+        return self.k or min(nodes - 1, NEIGHBORS if self.k is None else MOST_NEIGHBORS)
 
     @field_validator("engine")
     @classmethod

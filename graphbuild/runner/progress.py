@@ -222,7 +222,9 @@ def lines(state: State) -> list[str]:
 
 
 def described(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items() if value)
+    """Without computed_tokens: those of whole batches, empty rows included, which only the records keep."""
+    told = {key: value for key, value in counts.items() if value and key != "computed_tokens"}
+    return ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in told.items())
 
 
 def duration(seconds: float) -> str:

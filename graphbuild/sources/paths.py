@@ -12,10 +12,12 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 
 from braceexpand import braceexpand
 
 from graphbuild.errors import InputError, public
+from graphbuild.machine.terminal import counted
 from graphbuild.recipe import absolute
 from graphbuild.store.remote import file_system, reaching
 
@@ -32,7 +34,7 @@ def named_files(pattern: str, ending: re.Pattern[str], option: str) -> list[str]
     """
     try:
         with reaching(pattern):
-            found = [path for named in expand(pattern) for path in in_folder(named, ending, "files")]
+            found = [path for named in expand(pattern) for path in in_folder(named, ending, "file")]
     except FileNotFoundError as error:
         raise InputError(
             f"no file matches {error}", f"check {option}; quote a pattern with * so that the shell leaves it alone"
@@ -79,8 +81,9 @@ def _name(identity: str) -> str:
     return identity.rsplit(", ", 2)[0]
 
 
-def in_folder(url: str, ending: re.Pattern[str], what: str) -> list[str]:
-    """The files in a folder with such an ending, in order of name; any other path as it is. what: their name, "files".
+def in_folder(url: str, ending: re.Pattern[str], what: str, used: Iterable[str] = ()) -> list[str]:
+    """The files in a folder with such an ending, in order of name; any other path as it is. what: their name, "file".
+    What is left out is told once a process, but for `used`: files that other options name.
 
     Raises:
         FileNotFoundError: a folder without one; it is named.
@@ -94,10 +97,18 @@ def in_folder(url: str, ending: re.Pattern[str], what: str) -> list[str]:
     if not found:
         first = re.findall("[a-z]+", ending.pattern)[0]
         raise FileNotFoundError(f"{url.rstrip('/')}/*.{first}")
-    if others := sorted({f".{name.rpartition('/')[2].partition('.')[2]}" for name in names if name not in found}):
-        left, tell = len(names) - len(found), ", ".join(others)
-        logger.info("%-9s %s: %d %s; %d others are left out (%s)", "source", url, len(found), what, left, tell)
+    told = {*found, *(file_system(other)[1] for other in used)}
+    if left := [name.rpartition("/")[2] for name in names if name not in told]:
+        kinds = left if len(left) == 1 else sorted({f".{name.partition('.')[2]}" for name in left})
+        are = "other is" if len(left) == 1 else "others are"
+        _tell(f"{url}: {counted(len(found), what)}; {len(left):,} {are} left out ({', '.join(kinds)})")
     return [fs.unstrip_protocol(name) if "://" in url else name for name in found]
+
+
+@cache
+def _tell(line: str) -> None:
+    """Log it, once a process: a source is looked at several times."""
+    logger.info("%-9s %s", "source", line)
 
 
 def is_hidden(path: str) -> bool:

@@ -194,14 +194,14 @@ def member_header(name: str, size: int) -> bytes:
     return bytes(header)
 
 
-def expand_shards(pattern: str) -> list[str]:
-    """The tars that a path, folder or pattern names (`named_tars`), of different names.
+def expand_shards(pattern: str, used: Iterable[str] = ()) -> list[str]:
+    """The tars that a path, folder or pattern names (`named_tars`), of different names. used: as for `in_folder`.
 
     Raises:
         InputError: there are none, a part of the pattern names none, or two have the same name.
     """
     try:
-        urls = named_tars(pattern)
+        urls = named_tars(pattern, used)
     except FileNotFoundError as error:
         raise InputError(
             f"no tar matches {error}", "check --shards; quote a pattern with * so that the shell leaves it alone"
@@ -212,7 +212,7 @@ def expand_shards(pattern: str) -> list[str]:
     return urls
 
 
-def named_tars(pattern: str) -> list[str]:
+def named_tars(pattern: str, used: Iterable[str] = ()) -> list[str]:
     """The paths that `paths.expand` finds, and in place of a folder all tars in it, in order of name.
 
     Raises:
@@ -221,7 +221,7 @@ def named_tars(pattern: str) -> list[str]:
     urls: list[str] = []
     with reaching(pattern):
         for path in expand(pattern):
-            urls += [path] if _ENDING.search(public(path)) else in_folder(path, _ENDING, "tars")
+            urls += [path] if _ENDING.search(public(path)) else in_folder(path, _ENDING, "tar", used)
     return urls
 
 

@@ -222,7 +222,12 @@ def _check_lengths(z1: Tensor, z2: Tensor, targets: Targets) -> None:
         raise InputError(f"z1 and z2 are {z1.dtype} and {z2.dtype}", "pass two float tensors of one dtype")
     for name, tensor in targets.tensors().items():
         if len(tensor) != len(z1):
-            raise InputError(f"{len(tensor)} {name} for {len(z1)} images", "pass one row per image, in z's order")
+            several = name == "embeddings" and len(tensor) > len(z1)  # as of a loader with captions="all"
+            raise InputError(
+                f"{len(tensor)} {name} for {len(z1)} images",
+                "pass one row per image, in z's order"
+                + '; the loader\'s captions="mean" makes one of several' * several,
+            )
 
 
 def _facts(z: Tensor, targets: Targets) -> dict[str, Fact]:

@@ -85,9 +85,11 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
         Dicts: image uint8 [B, 3, P, P], a list of [3, H, W] without image_pixels, or the
         collated results of transform; caption and key: lists of B; row and node int64 [B]; embedding float32
         [B, d], unit norm (absent from a store exported without); neighbors int64 [B, k], node ids;
-        similarities float32 [B, k], descending; background float32 [B, 2], mean and deviation; node_count int64 [B],
-        nodes of the whole graph (absent with sidecars of older versions, and with captions="mean"); and a list of B
-        for each name in extra.
+        similarities float32 [B, k], descending (with captions="mean" the lists of a sample's captions are merged: both
+        are as wide as the longest of the batch, and shorter ones end in -1 and 0); background float32 [B, 2], mean and
+        deviation; node_count int64 [B], nodes of the whole graph (absent with sidecars of older versions, and with
+        captions="mean"); and a list of B for each name in extra. A node is no class number: nodes are numbered as they
+        are first seen.
 
     Raises:
         ConfigError: an option out of range, or a pattern that names no tar.

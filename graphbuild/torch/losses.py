@@ -23,7 +23,8 @@ class XSampleLoss(TemperedLoss):
     With s the target of `similarity_targets` and p_ij = exp(z_i.z_j / tau) / sum over j' != i of exp(z_i.z_j'
     / tau): loss = mean over the 2 B views i of - sum over j != i of s_ij log p_ij. The self slot is left out
     of both distributions. As tau_s falls to 0 this is SupCon for captions that are class prompts, and NT-Xent
-    where all captions differ. A row without edges leaves its mass to the other view and the background.
+    where all captions differ. A row without edges leaves its mass to the other view and the background. Views and
+    embeddings are scaled to unit norm inside.
 
     Args:
         tau: temperature of the model.

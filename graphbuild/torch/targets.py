@@ -29,12 +29,14 @@ class Targets:
     """What the losses may know of a batch's B images besides z; each loss says what it reads. No gradient flows.
 
     Args:
-        embeddings: [B, d] of the captions, any float type or int8; only directions count. Similarity is the cosine.
+        embeddings: [B, d] of the captions, any float type or int8; they are scaled to unit norm inside, so only
+            directions count. Similarity is the cosine.
         similarities: [B, B], such as torch.from_numpy(values), values the first of `SampleGraph.block`'s two results;
             row i belongs to anchor i and is read as it is, so a directed graph stays directed. Under W ranks that
             gather: [B, W B], this rank's rows against the images of all ranks in rank order, as a [B, B] block
             knows nothing of other ranks' images.
-        labels: [B], any integer type, 0 or above: similarity is 1 between equal labels, 0 otherwise.
+        labels: [B], any integer type, 0 or above: similarity is 1 between equal labels, 0 otherwise. A batch's node
+            is one: equal for equal captions or classes, but not the class number.
         edges: a `BatchEdges`: the graph's own lists, completed by sketches or background values.
         class_priors: [B] in [0, 1): the share of the samples that are of an anchor's class, for `DebiasedLoss`.
         calibration: what losses with tau_s="calibrated" read beside embeddings or similarities: a `BatchEdges` with its

@@ -64,6 +64,16 @@ no source
   -> name the source by --shards, --captions or --vectors
   embed {store} --captions {csv}
 
+no recipe
+  run {nowhere} {store}
+  -> `graphbuild run --help` shows a recipe
+  run {recipe} {store}
+
+a text that is no recipe
+  run {blank} {store}
+  -> `graphbuild run --help` shows a recipe
+  run {recipe} {store}
+
 too many neighbours [embedded]
   index {store} --k 9
   -> use --k 4 or fewer

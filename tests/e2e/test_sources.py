@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from graphbuild.torch import graph_webdataset
 from tests.e2e.web import serving
 from tests.sources.test_pack import COUNT, hugging_face, img2dataset, metadata_jsonl, twins
 
@@ -51,8 +52,13 @@ class Sources:
                 for row in range(ROWS)[tar::2]
                 for member in (
                     (f"{KEYS[row]}.jpg", self.pictures[row][0]),
-                    (f"{KEYS[row]}.txt", f"caption {row}".encode()),
-                    *((f"{KEYS[row]}.{name}", content) for name, content in (extra(row) for extra in extras)),
+                    *(
+                        (f"{KEYS[row]}.{name}", content)
+                        for name, content in {
+                            "txt": f"caption {row}".encode(),
+                            **dict(extra(row) for extra in extras),
+                        }.items()
+                    ),
                 )
             ]
             self.write_tar(self.folder / f"tars/{tar}.tar", members)
@@ -60,15 +66,40 @@ class Sources:
     def make(self, what: str) -> tuple[int, int]:
         folder, one_each = self.folder, (ROWS, ROWS)
         lines = [f"{self.site}/{row},caption {row}\n" for row in range(ROWS)]
+
+        def as_json(row: int) -> tuple[str, bytes]:
+            told = {
+                "recaption": f"another {row % 5}",
+                "text": f"text {row % 7}",
+                "captions": [f"a {row}", f"b {row % 5}"],
+            }
+            return "json", json.dumps(told).encode()
+
         extras = {
-            "several": lambda row: ("json", json.dumps({"recaption": f"another {row % 5}"}).encode()),
+            "json": as_json,
+            "several places": as_json,
+            "a line each": lambda row: ("txt", f"a {row}\nb {row % 5}\n".encode()),
             "class": lambda row: ("cls", str(row % 3).encode()),
             "hold": lambda row: ("npy", npy(VECTORS[row])),
         }
-        if what.startswith(("tars", "WebDataset")):
+        if what.startswith("tars"):
             self.tars(*(extra for word, extra in extras.items() if word in what))
         match what:
-            case "tars with several captions an image":
+            case "tars with `0001.txt`, or with `0001.json` that has a field `caption`":
+                self.write_tar(  # the second has no txt
+                    folder / "tars/1.tar",
+                    [
+                        (f"{KEYS[row]}.{name}", content)
+                        for row in range(ROWS)[1::2]
+                        for name, content in (
+                            ("jpg", self.pictures[row][0]),
+                            ("json", json.dumps({"caption": f"caption {row}"}).encode()),
+                        )
+                    ],
+                )
+            case "tars with the caption in another field of `0001.json`":
+                return ROWS, 7
+            case _ if what.startswith("tars with several captions an image"):
                 return ROWS, ROWS + 5
             case "tars with class numbers":
                 (folder / "names.txt").write_text("cat\ndog\nox\n")
@@ -128,13 +159,19 @@ def test_what_one_has_becomes_a_graph_by_the_command_beside_it(
     samples, nodes = sources.make(what)
     monkeypatch.chdir(tmp_path)
     store = tmp_path / "store"
+    said = ""
     for command in [*table()[what].split(" && "), "graphbuild index STORE --k 2", "graphbuild export STORE"]:
         words = [str(store) if word == "STORE" else word for word in shlex.split(command)[1:]]
-        cli(*words, "--workers", 0, *(["--allow-private-hosts"] if words[0] == "download" else []))
+        said = cli(*words, "--workers", 0, *(["--allow-private-hosts"] if words[0] == "download" else [])).stdout
     tables = [pq.read_table(path) for path in sorted((store / "shards").glob("*.graph.parquet"))]
     assert sum(map(len, tables)) == samples
     assert sum(len(pq.read_table(path)) for path in (store / "nodes").glob("*.parquet")) == nodes
     assert all(table["node"].null_count == 0 for table in tables)
+    (loader,) = re.findall("^train     graphbuild.torch.(.*)$", said, re.M) or [None]
+    assert (loader is None) == ("--captions" in table()[what] or what == "vectors alone")
+    if loader is not None:
+        batch = next(iter(eval(loader.replace("...", str(samples)), {"graph_webdataset": graph_webdataset})))
+        assert sorted(batch["key"]) == sorted(key for table in tables for key in table["key"].to_pylist())
     if "vectors of them" in what or "clip-retrieval" in what or "hold vectors" in what:
         for part in tables:
             stored = np.concatenate([np.load(path) for path in sorted((store / "nodes").glob("*.npy"))])[part["node"]]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError
@@ -74,6 +75,16 @@ def test_k_0_is_all_the_other_nodes(tmp_path: Path) -> None:
 def test_k_0_is_2048_of_more_nodes() -> None:
     assert [Index(k=0).neighbors(nodes) for nodes in (2, 2049, 2050, 10**6)] == [1, 2048, 2048, 2048]
     assert Index(k=7).neighbors(100) == 7
+
+
+def test_k_that_is_not_given_is_64_or_all_the_others_of_fewer_nodes(tmp_path: Path) -> None:
+    assert [Index().neighbors(nodes) for nodes in (2, 64, 65, 66, 10**6)] == [1, 63, 64, 64, 64]
+    store = build(tmp_path, "embed", "index")
+    assert SampleGraph.open(str(store)).k == 4
+    assert json.loads((store / "manifest.json").read_text())["graph"]["k"] == 4
+    assert yaml.safe_load((store / "recipe.yaml").read_text())["index"]["k"] is None
+    with pytest.raises(ConfigError, match="--k 64"):
+        build(tmp_path, "index", k=64)
 
 
 def test_a_k_that_the_classes_are_too_few_for_is_refused_before_anything_is_embedded(tmp_path: Path) -> None:

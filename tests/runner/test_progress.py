@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from graphbuild.runner import progress
-from graphbuild.runner.progress import State, duration, lines
+from graphbuild.runner.progress import State, described, duration, lines
 
 SCRIPT = """
 import logging, sys, time
@@ -162,6 +162,11 @@ def test_a_job_told_as_json_writes_nothing_else_to_stderr(tmp_path: Path) -> Non
     assert list(ends) == ["captions", "numbering", "texts", "encoding", "nodes", "fidelity"]
     assert ends["captions"]["all_counts"]["rejected"] == 1
     assert ends["encoding"]["all_counts"]["embeddings"] == 50
+
+
+def test_counts_are_told_in_words_without_those_of_empty_rows() -> None:
+    counts = {"embeddings": 10, "truncated": 0, "tokens": 1071, "computed_tokens": 4096}
+    assert described(counts) == "10 embeddings, 1,071 tokens"
 
 
 def test_time_left_and_rate_follow_from_this_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers
 
 
 def plan(recipe: Recipe, store: Store) -> list[Task]:
-    settings = {"k": recipe.index.k}
+    settings = {"k": recipe.index.neighbors(1000)}
     return [Task(stage="search", name=f"{n:05d}", settings=settings, inputs={"x": "same"}) for n in range(4)]
 
 

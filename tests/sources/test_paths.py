@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from graphbuild.errors import ConfigError, InputError, public
-from graphbuild.recipe import absolute
+from graphbuild.recipe import Embed, absolute
 from graphbuild.sources.paths import expand, several
 from graphbuild.sources.tars import expand_shards, named_tars
 from graphbuild.torch.shards import find_shards
@@ -99,12 +99,24 @@ def test_a_folder_gives_tars_of_all_endings_in_order_and_says_what_it_leaves_out
     make(*(tmp_path / name for name in [*tars, "._a.tar", ".hidden.tar", "a.json", "notes.txt", "more/f.tar"]))
     with caplog.at_level(logging.INFO, "graphbuild"):
         assert [Path(url).name for url in expand_shards(str(tmp_path))] == tars
-    assert "5 tars; 3 others are left out" in caplog.text
+        expand_shards(str(tmp_path))
+    assert caplog.text.count("5 tars; 3 others are left out") == 1  # of two looks at the folder
     assert ".json" in caplog.text
     assert ".txt" in caplog.text
     (tmp_path / "more/empty").mkdir()
     with pytest.raises(InputError, match=r"no tar matches .*more/empty/\*\.tar"):
         expand_shards(f"{tmp_path}/more/empty")
+
+
+def test_what_other_options_name_is_not_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make(*(tmp_path / name for name in ("a.tar", "names.txt", "notes.md")))
+    with caplog.at_level(logging.INFO, "graphbuild"):
+        expand_shards(str(tmp_path), Embed(shards=str(tmp_path), class_names=f"{tmp_path}/names.txt").beside_tars)
+        assert [record.message.split("; ")[1] for record in caplog.records] == ["1 other is left out (notes.md)"]
+        caplog.clear()
+        (tmp_path / "notes.md").unlink()
+        expand_shards(str(tmp_path), [f"{tmp_path}/names.txt"])
+    assert not caplog.records
 
 
 def test_a_part_of_a_pattern_that_names_nothing_is_told(tmp_path: Path) -> None:

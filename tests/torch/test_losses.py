@@ -165,6 +165,8 @@ def test_wrong_shapes_raise(batch: tuple[np.ndarray, ...]) -> None:
         XSampleLoss()(z1, z2[:-1], texts)
     with pytest.raises(InputError, match="7 embeddings for 8 images"):
         XSampleLoss()(z1, z2, texts[:-1])
+    with pytest.raises(InputError, match=r'(?s)16 embeddings for 8 images.*captions="mean"'):
+        XSampleLoss()(z1, z2, texts.repeat_interleave(2, dim=0))
     with pytest.raises(InputError, match="dtype"):
         XSampleLoss()(z1, z2.double(), texts)
     with pytest.raises(InputError, match="shape"):

@@ -164,7 +164,7 @@ def _sizes(urls: list[str]) -> list[int]:
 
 
 def _of_tars(recipe: Recipe, shards: str, rows: int | None) -> Job:
-    urls = expand_shards(shards)
+    urls = expand_shards(shards, recipe.embed.beside_tars)
     sizes = _sizes(urls)
     with open_tar(urls[0]) as tar:
         first = len(tar.samples())

@@ -196,6 +196,7 @@ def attention_of_any_shape() -> Iterator[None]:
 
 @lru_cache(maxsize=2)
 def _load(encoder: Encoder, device: str, precision: str) -> SentenceTransformer:
+    logger.info("%-9s loading %s", "encoder", encoder.name)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if device == "cpu" else "true")
     import torch
     from sentence_transformers import SentenceTransformer

@@ -256,11 +256,14 @@ def test_a_dense_layer_after_pooling_is_applied(tmp_path):
     np.testing.assert_allclose(found.astype(np.float32), expected, atol=5e-4)
 
 
-def test_a_static_encoder_is_told_and_agrees(tmp_path):
+def test_a_static_encoder_is_told_and_agrees(tmp_path, caplog):
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(find_encoder(DEFAULT_ENCODER).folder).backend_tokenizer
     SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=32), Normalize()]).save(str(tmp_path / "s"))
-    model = open_model(find_encoder(str(tmp_path / "s")), "cpu")
+    with caplog.at_level("INFO", "graphbuild"):
+        model = open_model(find_encoder(str(tmp_path / "s")), "cpu")
+        model.encode(captions(2))
+    assert [record.message for record in caplog.records] == [f"encoder   loading {tmp_path}/s"]  # once a process
     assert model.is_static
     assert not default("float32").is_static
     expected = SentenceTransformer(str(tmp_path / "s"), device="cpu").encode(captions(50), normalize_embeddings=True)
