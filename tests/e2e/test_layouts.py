@@ -48,9 +48,9 @@ def source(flickr: list[Picture], write_tar: WriteTar, tmp_path_factory: pytest.
 
 
 @pytest.fixture(scope="module")
-def store(source: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def store(source: Path, cli: Cli, words: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layouts") / "store"
-    cli("embed", folder, "--shards", source, "--workers", 0)
+    cli("embed", folder, "--shards", source, "--encoder", words, "--workers", 0)
     cli("index", folder, "--k", K, "--workers", 0)
     cli("export", folder, *CLUSTERED)
     return folder

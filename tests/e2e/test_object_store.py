@@ -68,10 +68,10 @@ def tars(pictures: list[Picture], write_tar: WriteTar, tmp_path_factory: pytest.
 
 
 @pytest.fixture(scope="module")
-def built(tars: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tars: Path, cli: Cli, words: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The store that the same tars make on a disk."""
     folder = tmp_path_factory.mktemp("disk")
-    (folder / "recipe.yaml").write_text(f"embed:\n  shards: {tars}/part-*.tar\nindex:\n  k: {K}\n")
+    (folder / "recipe.yaml").write_text(f"embed:\n  shards: {tars}/part-*.tar\n  encoder: {words}\nindex:\n  k: {K}\n")
     cli("run", folder / "recipe.yaml", folder / "store", "--workers", 0)
     return folder / "store"
 
@@ -86,9 +86,9 @@ def s3(tars: Path) -> Iterator[S3]:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Path:
+def recipe(words: str, tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
-    path.write_text(f"embed:\n  shards: s3://jobs/tars/part-*.tar\nindex:\n  k: {K}\n")
+    path.write_text(f"embed:\n  shards: s3://jobs/tars/part-*.tar\n  encoder: {words}\nindex:\n  k: {K}\n")
     return path
 
 

@@ -49,11 +49,11 @@ def source(pictures: list[Picture], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def built(source: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(source: Path, cli: Cli, words: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Packed and exported by a recipe, with columns."""
     folder = tmp_path_factory.mktemp("built")
     (folder / "recipe.yaml").write_text(
-        f"pack: {{source: {source}, shard_size: {SHARD}}}\nindex: {{k: {K}}}\n"
+        f"pack: {{source: {source}, shard_size: {SHARD}}}\nembed: {{encoder: {words}}}\nindex: {{k: {K}}}\n"
         "export: {layout: columns, embeddings: float16}\n"
     )
     said = cli("run", folder / "recipe.yaml", folder / "store", "--workers", 0).stdout
@@ -62,7 +62,9 @@ def built(source: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder / "store"
 
 
-def test_the_verbs_one_by_one_give_the_bytes_of_the_recipe(source: Path, built: Path, cli: Cli, tmp_path: Path) -> None:
+def test_the_verbs_one_by_one_give_the_bytes_of_the_recipe(
+    source: Path, built: Path, cli: Cli, words: str, tmp_path: Path
+) -> None:
     store = tmp_path / "store"
     said = cli("pack", store, source, "--shard-size", SHARD, "--dry-run").stdout
     assert "90 samples; 6 shards" in said
@@ -70,7 +72,7 @@ def test_the_verbs_one_by_one_give_the_bytes_of_the_recipe(source: Path, built: 
     said = cli("pack", store, source, "--shard-size", SHARD, "--workers", 0).stdout
     assert f"next      graphbuild embed {store}" in said
     assert "6 rejected: no image" in said
-    cli("embed", store, "--workers", 0)
+    cli("embed", store, "--encoder", words, "--workers", 0)
     cli("index", store, "--k", K, "--workers", 0)
     cli("export", store, "--layout", "columns", "--embeddings", "float16", "--workers", 0)
     assert digests(store) == digests(built)

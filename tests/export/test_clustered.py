@@ -266,7 +266,9 @@ def test_a_selection_passes_over_what_it_leaves_out(folder: Path, tmp_path: Path
     assert sum(reads.values()) < 0.8 * sum(path.stat().st_size for path in (folder / "tars").glob("*.tar"))
 
 
-def test_samples_of_a_tar_that_is_gone_have_no_place_and_no_other_one_is_lost(folder: Path, tmp_path: Path, letters: str) -> None:
+def test_samples_of_a_tar_that_is_gone_have_no_place_and_no_other_one_is_lost(
+    folder: Path, tmp_path: Path, letters: str
+) -> None:
     (tmp_path / "tars").mkdir()
     numbers, store = (0, 2, 5, 32), f"{tmp_path}/store"  # the first and the last have a sample without a caption
     for number in numbers:

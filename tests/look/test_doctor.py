@@ -44,6 +44,7 @@ def examined(*arguments: str, hidden: tuple[str, ...] = (), **environment: str) 
     return done.returncode, said
 
 
+@pytest.mark.slow  # it starts Ray, and loads all that the product can use
 def test_a_sound_machine_passes_every_check_and_nothing_is_left_behind(tmp_path: Path) -> None:
     code, said = examined(str(tmp_path / "new/below/it"))
     assert code == 0
