@@ -53,7 +53,7 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
     caption are left out.
 
     Args:
-        urls: tars as a brace pattern, a glob, or a list of these; local paths or fsspec URLs. DIR/NAME.tar
+        urls: a folder of tars, a brace pattern, a glob, or a list of these; local paths or fsspec URLs. DIR/NAME.tar
             has its sidecar at DIR/NAME.graph.parquet.
         batch_size: samples of a batch, B. Batches do not span workers.
         sidecars: another folder or URL that holds the NAME.graph.parquet.
@@ -84,10 +84,10 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
     Yields:
         Dicts: image uint8 [B, 3, P, P], a list of [3, H, W] without image_pixels, or the
         collated results of transform; caption and key: lists of B; row and node int64 [B]; embedding float32
-        [B, d], unit norm (absent from a store exported without); neighbors int64 [B, k], node ids;
-        similarities float32 [B, k], descending (with captions="mean" the lists of a sample's captions are merged: both
-        are as wide as the longest of the batch, and shorter ones end in -1 and 0); background float32 [B, 2], mean and
-        deviation; node_count int64 [B], nodes of the whole graph (absent with sidecars of older versions, and with
+        [B, d], unit norm, from int8 unless exported otherwise, so cosines are right to about 0.003 (absent from a store
+        exported without); neighbors int64 [B, k], node ids; similarities float32 [B, k], descending (with
+        captions="mean" the lists of a sample's captions are merged: both are as wide as the longest of the batch, and
+        shorter ones end in -1 and 0); background float32 [B, 2], mean and deviation; node_count int64 [B], nodes of the whole graph (absent with sidecars of older versions, and with
         captions="mean"); and a list of B for each name in extra. A node is no class number: nodes are numbered as they
         are first seen.
 
