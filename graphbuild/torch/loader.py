@@ -87,9 +87,9 @@ class GraphWebDataset(IterableDataset[dict[str, Any]]):
         [B, d], unit norm, from int8 unless exported otherwise, so cosines are right to about 0.003 (absent from a store
         exported without); neighbors int64 [B, k], node ids; similarities float32 [B, k], descending (with
         captions="mean" the lists of a sample's captions are merged: both are as wide as the longest of the batch, and
-        shorter ones end in -1 and 0); background float32 [B, 2], mean and deviation; node_count int64 [B], nodes of the whole graph (absent with sidecars of older versions, and with
-        captions="mean"); and a list of B for each name in extra. A node is no class number: nodes are numbered as they
-        are first seen.
+        shorter ones end in -1 and 0); background float32 [B, 2], mean and deviation; node_count
+        int64 [B], nodes of the whole graph (absent with sidecars of older versions, and with captions="mean"); and a
+        list of B for each name in extra. A node is no class number: nodes are numbered as they are first seen.
 
     Raises:
         ConfigError: an option out of range, or a pattern that names no tar.
