@@ -139,7 +139,7 @@ def ray_calls() -> dict[str, float]:
     kind = ray.remote(num_cpus=0.1)(Worker)
     worker, held = kind.remote(), kind.remote()
     task = Task(stage="search", name="00001", settings={"k": 32}, built={"vectors": "0" * 64}, hints={"index": {}})
-    store, metrics, state = Store("/tmp/store"), Metrics("/tmp/store"), State("search")
+    store, metrics, state = Store("memory://store"), Metrics("memory://store"), State("search")
     state.counts.update({"nodes": 1, "edges": 1})
     ray.get(worker.done.remote(SEARCH, task, store))
     seconds = {}
