@@ -31,9 +31,9 @@ class Targets:
     Args:
         embeddings: [B, d] of the captions, any float type or int8; they are scaled to unit norm inside, so only
             directions count. Similarity is the cosine.
-        similarities: [B, B], such as torch.from_numpy(values), values the first of `SampleGraph.block`'s two results;
-            row i belongs to anchor i and is read as it is, so a directed graph stays directed. Under W ranks that
-            gather: [B, W B], this rank's rows against the images of all ranks in rank order, as a [B, B] block
+        similarities: [B, B], such as torch.from_numpy(values), values the first of `SampleGraph.block`'s two results,
+            and not a finished target: losses with tau_s take the softmax themselves. Row i belongs to anchor i and is
+            read as it is, so a directed graph stays directed. Under W ranks that gather: [B, W B], this rank's rows against the images of all ranks in rank order, as a [B, B] block
             knows nothing of other ranks' images.
         labels: [B], any integer type, 0 or above: similarity is 1 between equal labels, 0 otherwise. A batch's node
             is one: equal for equal captions or classes, but not the class number.
@@ -196,12 +196,15 @@ def similarity_targets(
     Args:
         embeddings: [B, d], any float type or int8; only directions count.
         tau_s: temperature of the target, above 0; or "calibrated": for each anchor the one at which its other views
-            keep `other_view` of its target beside the self slot, in the mean over random batches of this size.
+            (with keep_self and one view: its own slot) keep `other_view` of its target, in the mean over random batches
+            of this size. Where many samples share a caption, as class prompts do, they keep less: use labels there.
         views: V, views of each image.
         similarities: [B, B], given instead of embeddings, such as torch.from_numpy(values), values the first of
             `SampleGraph.block`'s two results. The diagonal is not read.
-        keep_self: leave the self slot in, at G_ii = 1, as some public code does; it takes mass from the other view.
-        other_view, calibration: that share, and what the graph stores of the images, as for `Targets`.
+        keep_self: leave the self slot in, at G_ii = 1. With views=1 this is the target of `CLIPLoss(tau_s)`: the own
+            text, and similar ones. With two views some public code does so; it takes mass from the other view.
+        other_view, calibration: that share, and what the graph stores of the images, as for `Targets`: of a loader's
+            batch `Targets.from_batch(batch).calibration`.
 
     Returns:
         [V B, V B] float32 (float64 for float64 input), rows sum to 1, detached, on the input's device.
