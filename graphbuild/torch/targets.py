@@ -33,8 +33,9 @@ class Targets:
             directions count. Similarity is the cosine.
         similarities: [B, B], such as torch.from_numpy(values), values the first of `SampleGraph.block`'s two results,
             and not a finished target: losses with tau_s take the softmax themselves. Row i belongs to anchor i and is
-            read as it is, so a directed graph stays directed. Under W ranks that gather: [B, W B], this rank's rows against the images of all ranks in rank order, as a [B, B] block
-            knows nothing of other ranks' images.
+            read as it is, so a directed graph stays directed. Under W ranks that gather:
+            [B, W B], this rank's rows against the images of all ranks in rank order, as a [B, B] block knows nothing of
+            other ranks' images.
         labels: [B], any integer type, 0 or above: similarity is 1 between equal labels, 0 otherwise. A batch's node
             is one: equal for equal captions or classes, but not the class number.
         edges: a `BatchEdges`: the graph's own lists, completed by sketches or background values.
