@@ -189,6 +189,7 @@ def test_a_text_side_is_tested_zero_shot_and_an_untrained_network_without_one(wo
     }
 
 
+@pytest.mark.slow
 def test_a_failing_run_is_told_and_the_others_are_done(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,6 +239,7 @@ def test_two_processes_share_a_work_folder_and_none_does_the_other_s_run(tmp_pat
     assert sorted(done) in ([1, 3], [2, 2]), told
 
 
+@pytest.mark.slow
 def test_a_run_that_another_process_does_is_left_to_it(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

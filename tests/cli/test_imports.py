@@ -35,6 +35,7 @@ def test_no_module_of_the_library_imports_the_cli_framework_and_none_imports_ric
         assert "rich" not in set(imported(tree, at_start=True)), path
 
 
+@pytest.mark.slow
 def test_the_whole_library_is_imported_without_the_cli_framework() -> None:
     names = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in MODULES]
     names = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]

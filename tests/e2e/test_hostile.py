@@ -271,6 +271,7 @@ def test_names_with_nul_links_and_pipes_are_neutralised(pictures: list[Picture],
     assert "no problems" in cli("verify", store).stdout
 
 
+@pytest.mark.slow
 def test_a_caption_of_100_megabytes_is_rejected_and_the_others_go_on(cli: Cli, tmp_path: Path) -> None:
     huge = b"dog " * (25 << 20)
     tar = write_tar(tmp_path / "a.tar", [("0.txt", b"a dog"), ("1.txt", huge), ("2.json", b"[" * 200_000)])

@@ -116,8 +116,9 @@ def in_tars(store: Path) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("mode", ["keep_ratio", pytest.param("no", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["keep_ratio", "no"])
 def test_of_866_odd_images_the_decodable_are_kept_and_no_url_is_lost(
     mode: str,
     images: dict[str, bytes],

@@ -234,6 +234,7 @@ def test_who_loses_its_lock_on_s3_is_told(s3: tuple[Any, dict[str, str]], monkey
     assert keys(client, "lost/") == [f"lost/{LOCK}"]
 
 
+@pytest.mark.slow
 def test_a_faulty_network_neither_loses_a_lock_nor_leaves_one(
     s3: tuple[Any, dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,7 @@ def test_the_certificate_is_the_cosine_to_sentence_transformers_in_float32(job):
     assert not manifest["embeddings"]["static"]
 
 
+@pytest.mark.slow
 def test_vectors_do_not_depend_on_how_a_list_is_cut(job, tmp_path):
     folder, recipe = job
     other = Recipe(embed=recipe.embed.model_copy(update={"shard_size": 17}))

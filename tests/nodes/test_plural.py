@@ -332,6 +332,7 @@ def test_targets_of_drawn_captions_are_those_of_their_vectors(big: Path, letters
             assert sorted(similarity[listed]) == pytest.approx(sorted(similarity)[-K:], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_draws_follow_the_weights_as_an_order_of_priorities_does(tmp_path: Path, letters: str) -> None:
     """Keys are drawn into an order by their weights, and the first that is there is taken: with open_clip's flags."""
     weights, keys, rng = [0.5, 0.3, 0.2], "abc", random.Random(0)

@@ -108,7 +108,11 @@ def everything(scenes: str, kind: str, workers: int, folder: Path) -> list[tuple
 
 @pytest.mark.parametrize(
     ("kind", "workers"),
-    [("stream", 0), ("stream", 2), ("neighbours", 0), pytest.param("neighbours", 2, marks=pytest.mark.slow)],
+    [
+        ("stream", 0),
+        ("neighbours", 0),
+        *(pytest.param(kind, 2, marks=pytest.mark.slow) for kind in ("stream", "neighbours")),
+    ],
 )
 def test_a_resumed_run_has_the_batches_and_losses_of_the_uninterrupted_one(
     scenes: str, tmp_path: Path, one_thread: None, kind: str, workers: int

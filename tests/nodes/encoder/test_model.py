@@ -214,6 +214,7 @@ def test_int8_is_near_float32_for_each_family(tmp_path, family, pooling):
     assert found.truncated > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not find_spec("openvino"), reason="needs graphbuild[int8]")
 def test_int8_of_the_default_encoder_keeps_a_mean_cosine_of_0_995():
     found = default("int8").encode(captions(200))
@@ -221,6 +222,7 @@ def test_int8_of_the_default_encoder_keeps_a_mean_cosine_of_0_995():
     assert 0.995 < cosines.mean() < 0.99999  # else its products are not of 8 bits
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not find_spec("openvino"), reason="needs graphbuild[int8]")
 def test_signals_are_heard_after_int8_encoders_are_gone():
     """As when a DataLoader's worker ends. In a process of its own, for the fault is its end."""
@@ -288,7 +290,7 @@ def two_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", INT8])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow), INT8])
 def test_a_text_has_the_same_bytes_in_any_batch(two_layers, precision):
     if precision == "int8" and not VNNI:
         pytest.skip("OpenVINO's sums depend on the batch where the CPU has no 8-bit products (VNNI)")
