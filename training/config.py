@@ -23,6 +23,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "samples": (0, math.inf),
     "random_share": (0, 1),
     "view_weight": (0, math.inf),
+    "similar": (-1, 1),
     "other_view": (0, 1),
     "width": (
         8,
@@ -64,14 +65,25 @@ class Config:
     selection: Annotated[str, "only the samples of this file of `graphbuild select`"] = ""
 
     method: Annotated[
-        Literal["simclr", "supcon", "xsample", "clip", "clip_soft"],
-        "supcon: equal nodes are positives; clip_soft: soft targets over captions",
+        Literal[
+            "simclr",
+            "supcon",
+            "xsample",
+            "clip",
+            "clip_soft",
+            "siglip",
+            "siglip_mask",
+            "siglip_positive",
+            "siglip_soft",
+        ],
+        "supcon: equal nodes are positives; clip_soft: soft targets over captions; siglip_*: other captions that are"
+        " `similar` are left out, are positives, or are so in part",
     ] = "xsample"
     targets: Annotated[
         Literal["dense", "sketch", "background", "labels", "uniform"],
-        "similarities of xsample and clip_soft: of embeddings; of stored edges, the others by sketches or background"
-        " values; 1 for equal nodes, 0 for others; or the control that knows nothing: what other_view leaves goes to"
-        " all other images alike",
+        "similarities of xsample, clip_soft and siglip_*: of embeddings; of stored edges, the others by sketches or"
+        " background values; 1 for equal nodes, 0 for others; or the control that knows nothing: what other_view leaves"
+        " goes to all other images alike",
     ] = "dense"
     permute_graph: Annotated[bool, "control: every node gets another node's similarities and neighbours"] = False
     view_weight: Annotated[float, "adds so much of SimCLR's loss, of a head of its own, to the method's"] = 0.0
@@ -81,9 +93,12 @@ class Config:
     other_view: Annotated[
         float, "calibrates tau_s: the share of its target that a view's other one, or the own caption, keeps; 0: tau_s"
     ] = 0.0
+    similar: Annotated[
+        float, "similarity from which siglip_mask and siglip_positive repair a pair, and siglip_soft's target rises"
+    ] = 0.6
     text: Annotated[
         Literal["projection", "tower"],
-        "text side of clip: a projection of the caption's frozen embedding, or a small transformer on its words",
+        "text side of clip and siglip: a projection of the caption's embedding, or a small transformer on its words",
     ] = "projection"
 
     batches: Annotated[
@@ -157,8 +172,14 @@ class Config:
             (
                 self.learn_tau and self.method != "xsample",
                 f"learn_tau with method {self.method!r}",
-                "use it with xsample; clip and clip_soft learn theirs anyway",
+                "use it with xsample; methods with texts learn theirs anyway",
             ),
+            (
+                self.targets == "uniform" and self.method.startswith("siglip_"),
+                f"targets = 'uniform' with method {self.method!r}",
+                "it has no share to give away: use method siglip, or another target",
+            ),
+            (self.similar == 1 and self.method == "siglip_soft", "similar = 1", "use a similarity below 1"),
             (self.warm_up == 1, "warm_up = 1", "use a share of the training in [0, 1)"),
             (math.isinf(self.learning_rate), "learning_rate = inf", "use a number"),
             (
@@ -188,7 +209,7 @@ class Config:
     @property
     def reads_texts(self) -> bool:
         """Whether the model has a text side."""
-        return self.method in ("clip", "clip_soft")
+        return self.method.startswith(("clip", "siglip"))
 
     @property
     def is_soft(self) -> bool:
@@ -198,7 +219,8 @@ class Config:
     @property
     def reads_similarities(self) -> bool:
         """Whether the loss reads similarities out of the graph."""
-        return self.is_soft and self.targets != "uniform"
+        repaired = self.method.startswith("siglip_") and self.targets != "labels"
+        return repaired or (self.is_soft and self.targets != "uniform")
 
 
 @dataclass(frozen=True)

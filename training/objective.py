@@ -1,7 +1,8 @@
 """What a method learns from: its loss, and what the loss is told of a batch by the graph.
 
 SimCLR, SupCon and X-Sample compare the two views of an image; CLIP compares each of the two with the text, and has the
-mean of both losses: so every method sees the same images. The temperature of CLIP is learned, as published. With a
+mean of both losses: so every method sees the same images, and so does SigLIP. What these two learn beside the model,
+the temperature and SigLIP's bias, is learned, as published. With a
 view_weight SimCLR's loss of another head is added, as SLIP does it for CLIP (Mu et al., arXiv 2112.12750).
 """
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError
-from graphbuild.torch import BatchEdges, CLIPLoss, NTXentLoss, SupConLoss, Targets, XSampleLoss
+from graphbuild.torch import BatchEdges, CLIPLoss, NTXentLoss, SigLIPLoss, SupConLoss, Targets, XSampleLoss
 from graphbuild.torch.joint import PairLoss
 
 PERMUTATION_SEED = 0
@@ -49,6 +50,11 @@ class Objective(nn.Module):
                 self.loss = CLIPLoss(config.tau, learnable=True)
             case "clip_soft":
                 self.loss = CLIPLoss(config.tau, **soft, learnable=True)
+            case "siglip":
+                self.loss = SigLIPLoss(1 / config.tau, learnable=True)
+            case "siglip_mask" | "siglip_positive" | "siglip_soft":
+                kind = {"siglip_mask": "mask", "siglip_positive": "positive", "siglip_soft": "threshold"}[config.method]
+                self.loss = SigLIPLoss(1 / config.tau, learnable=True, **{kind: config.similar})
         self.reads_texts, self.view_weight = config.reads_texts, config.view_weight
         self.of_views = NTXentLoss(config.tau)
 
@@ -61,7 +67,10 @@ class Objective(nn.Module):
         return loss + self.view_weight * self.of_views(*others) if self.view_weight else loss
 
     def learned(self) -> dict[str, float]:
-        """The temperature, where it is learned."""
+        """The temperature, where it is learned, and SigLIP's bias."""
+        if isinstance(self.loss, SigLIPLoss) and self.loss.log_scale_and_bias is not None:
+            log_scale, bias = self.loss.log_scale_and_bias.unbind()
+            return {"tau": math.exp(-log_scale.item()), "bias": bias.item()}
         scale = getattr(self.loss, "log_scale", None)
         return {} if scale is None else {"tau": math.exp(-scale.item())}
 
@@ -104,7 +113,7 @@ class GraphReader:
     def targets(self, batch: Batch) -> Targets:
         """What the loss is told of the batch's B images."""
         config, graph = self._config, self._graph
-        if config.method in ("simclr", "clip"):
+        if config.method in ("simclr", "clip", "siglip"):
             return Targets()
         if config.method == "supcon" or config.targets == "labels":
             return Targets(labels=batch["node"])

@@ -50,6 +50,9 @@ def run(
     captions: Annotated[
         Path | None, typer.Option(envvar="CAPTIONS_FILE", help="captions of photos: parquet with the column caption")
     ] = None,
+    icons: Annotated[
+        Path | None, typer.Option(envvar="ICONS_FILE", help="the tar that `npm pack @iconify/json` makes")
+    ] = None,
     work: Annotated[Path, typer.Option(help="folder for data and runs")] = Path("runs/experiments"),
     results: ResultsOption = RESULTS,
     groups: Annotated[str, typer.Option(help="only the first N groups of each recipe, or those named: a;b")] = "",
@@ -71,7 +74,9 @@ def run(
         print(f"{name}: {finished} of {count} runs are finished", flush=True)
     until = None if minutes is None else began + 60 * minutes
     states: Counter[str] = Counter()
-    for number, outcome in enumerate(outcomes(Work(work, results, cifar, until, captions), missing, processes), 1):
+    for number, outcome in enumerate(
+        outcomes(Work(work, results, cifar, until, captions, icons), missing, processes), 1
+    ):
         one = outcome.run
         states[outcome.state] += 1
         if outcome.state == "done":

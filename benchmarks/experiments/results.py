@@ -19,7 +19,7 @@ from benchmarks.experiments.plan import Claim, Experiment, Run
 from graphbuild.errors import InputError
 
 Line = dict[str, Any]
-SHARES = ("linear", "knn", "shot", "zero-shot")  # measures in percent
+SHARES = ("linear", "knn", "shot", "zero-shot", "recall", "reciprocal")  # measures in percent
 
 
 class Results:

@@ -25,6 +25,7 @@ from train import load_run, new_model, train
 
 from benchmarks.experiments.cost import step_seconds
 from benchmarks.experiments.plan import Run
+from benchmarks.experiments.retrieval import retrieval
 from benchmarks.experiments.sources import Prepared, prepare
 
 
@@ -49,11 +50,16 @@ def claimed(name: str, work: Path, wait: bool = False) -> Iterator[bool]:
 
 
 def finish(
-    run: Run, work: Path, device: torch.device, cifar: Path | None, captions: Path | None = None
+    run: Run,
+    work: Path,
+    device: torch.device,
+    cifar: Path | None,
+    captions: Path | None = None,
+    icons: Path | None = None,
 ) -> tuple[dict[str, float], float]:
     """Prepare, train or go on, and evaluate: the run's metrics, and its seconds of training and evaluation."""
     with claimed(run.data.fingerprint, work, wait=True):
-        prepared = prepare(run.data, work / "data", cifar, captions)
+        prepared = prepare(run.data, work / "data", cifar, captions, icons)
     started = time.perf_counter()
     if run.kind == "cost":
         return step_seconds(run, prepared, device), time.perf_counter() - started
@@ -116,13 +122,17 @@ def edges_of(config: Config) -> dict[str, float]:
 
 
 def evaluated(config: Config, model: Model, run: Run, prepared: Prepared, device: torch.device) -> dict[str, float]:
-    """All probes of the frozen encoder, and zero-shot where the model has a text side on frozen embeddings."""
+    """All probes of the frozen encoder, retrieval where there is a gallery, and zero-shot where the model has a text
+    side on frozen embeddings."""
     labelled = prepared.labelled()
     features = {name: features_of(model.encoder, part.images, device) for name, part in labelled.items()}
     labels = {("train" if name == "probe" else name): part.labels for name, part in labelled.items()}
     main = run.data.main_label
     tests = {name: part for name, part in features.items() if name != "probe"}
     metrics = probes(features["probe"], tests, labels, main)
+    if gallery := prepared.gallery():
+        found = features_of(model.encoder, gallery.images, device)
+        metrics |= retrieval(found, gallery.labels["class"], gallery.labels["author"])
     if run.settings["epochs"] and config.reads_texts and config.text == "projection":
         assert model.text_projection is not None
         prompts = prepared.prompts()

@@ -1,9 +1,9 @@
 """Data of the experiments, made once: tars and their store through graphbuild's own commands, and labelled images.
 
 A folder FOLDER/<fingerprint>/ holds store/ (with the training tars in store/shards), probe.npz and test.npz (images
-and labels), for scenes swapped.npz (the test scenes on other backgrounds), and prompts.json and .npy (the embedded
-names of classes, for zero-shot). Images are made or read one by one; the labelled sets are held whole: 12 KB an image
-of 64 pixels.
+and labels), for scenes swapped.npz (the test scenes on other backgrounds), for icons gallery.npz (for retrieval), and
+prompts.json and .npy (the embedded names of classes, for zero-shot). Images are made or read one by one; the labelled
+sets are held whole: 12 KB an image of 64 pixels.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from benchmarks.experiments.icons import write_icons
 from benchmarks.experiments.labelled import LabelledImages, decoded
 from benchmarks.experiments.photos import MENTIONS, TEMPLATE, write_cifar, write_photos, write_tars
 from graphbuild.demo.captions import caption
@@ -46,9 +47,11 @@ class Data:
     encoder: a name or folder as for `graphbuild embed`, or "words". dim: first coordinates kept.
     Of photos (benchmarks/experiments/photos.py): relevance: the share whose caption mentions their class; None: class
     prompts. draw: which photos are trained on, with which captions. validation: test on photos of the training archive.
+    Of icons (benchmarks/experiments/icons.py): draw: which authors' icons are trained on; test: the gallery's number;
+    shared: train on names alone that so many authors have.
     """
 
-    images: Literal["scenes", "cifar", "photos"]
+    images: Literal["scenes", "cifar", "photos", "icons"]
     train: int
     test: int
     probe: int
@@ -62,6 +65,7 @@ class Data:
     relevance: float | None = None
     draw: int | None = None
     validation: bool = False
+    shared: int | None = None
 
     @property
     def main_label(self) -> str:
@@ -69,8 +73,8 @@ class Data:
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """The fields; of those of photos the ones that are set, so that other data keep their fingerprints."""
-        later = ("relevance", "draw", "validation")
+        """The fields; of those that came later the ones that are set, so that other data keep their fingerprints."""
+        later = ("relevance", "draw", "validation", "shared")
         return {name: value for name, value in asdict(self).items() if name not in later or value not in (None, False)}
 
     @property
@@ -94,6 +98,11 @@ class Prepared:
         paths = [self.folder / f"{name}.npz" for name in names]
         return {path.stem: LabelledImages.load(path) for path in paths if path.exists()}
 
+    def gallery(self) -> LabelledImages | None:
+        """Of icons, those that are looked for among each other."""
+        path = self.folder / "gallery.npz"
+        return LabelledImages.load(path) if path.exists() else None
+
     def prompts(self) -> dict[str, Tensor]:
         """Of each value of the main label its embedding, float32 [d], unit norm."""
         names = json.loads((self.folder / "prompts.json").read_text())
@@ -106,12 +115,15 @@ def fingerprint(values: object) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def prepare(data: Data, folder: Path, cifar: Path | None = None, captions: Path | None = None) -> Prepared:
+def prepare(
+    data: Data, folder: Path, cifar: Path | None = None, captions: Path | None = None, icons: Path | None = None
+) -> Prepared:
     """Make what is missing of `data` under `folder`. cifar: the folder of cifar_train.tar.xz and cifar_test.tar.xz.
-    captions: a list of captions, parquet with the column caption.
+    captions: a list of captions, parquet with the column caption. icons: the tar of the npm package @iconify/json.
 
     Raises:
-        ConfigError: no such images, or CIFAR or captions without their place. StageError: a graphbuild command failed.
+        ConfigError: no such images, or CIFAR, captions or icons without their place.
+        StageError: a graphbuild command failed.
     """
     root = folder / data.fingerprint
     done = root / "data.json"
@@ -125,6 +137,8 @@ def prepare(data: Data, folder: Path, cifar: Path | None = None, captions: Path 
         temporary.mkdir()
         if data.images == "scenes":
             _write_scenes(data, root, temporary)
+        elif data.images == "icons":
+            write_icons(data, root, temporary, icons)
         else:
             (write_cifar if data.images == "cifar" else write_photos)(data, root, temporary, cifar, captions)
         shards.parent.mkdir(exist_ok=True)
@@ -220,6 +234,8 @@ def _embed_prompts(data: Data, root: Path) -> None:
         prompts = {name: TEMPLATE.format(name) for name in MENTIONS}
     elif data.images == "scenes":
         prompts = {kind: f"A {kind}" for kind in KINDS}
+    elif data.images == "icons":
+        prompts = {name: name for name in (root / "classes.txt").read_text().splitlines()}
     else:
         names = (root / "classes.txt").read_text().split()
         prompts = {name: TEMPLATE.format(name) for name in names}

@@ -48,6 +48,7 @@ class Work:
     cifar: Path | None
     until: float | None = None
     captions: Path | None = None
+    icons: Path | None = None
 
     def attempt(self, run: Run) -> Outcome:
         """Do the run, unless it is done or another process's."""
@@ -61,7 +62,7 @@ class Work:
                 return Outcome(run, "late")
             started, device = time.perf_counter(), torch_device()
             try:
-                metrics, seconds = finish(run, self.folder, device, self.cifar, self.captions)
+                metrics, seconds = finish(run, self.folder, device, self.cifar, self.captions, self.icons)
             except GraphbuildError as error:
                 return Outcome(run, "failed", told=str(error))
             except Exception as error:  # noqa: BLE001 - a fault of one run must not end the others

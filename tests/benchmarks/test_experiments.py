@@ -357,7 +357,7 @@ def test_what_a_killed_process_was_doing_has_failed_and_is_done_by_the_same_comm
 
 
 @pytest.mark.parametrize("form", ["reduced", "full"])
-@pytest.mark.parametrize("name", ["a", "b", "c", "d", "e", "f", "g"])
+@pytest.mark.parametrize("name", ["a", "b", "c", "d", "e", "f", "g", "i"])
 def test_the_recipes_give_three_seeds_or_more_of_every_variant_and_valid_settings(name: str, form: str) -> None:
     experiment = plan.read_experiment(ROOT / "benchmarks" / "experiments" / f"{name}.yaml", form)
     counts = Counter((run.group, run.variant) for run in experiment.runs)
@@ -370,10 +370,11 @@ def test_the_recipes_give_three_seeds_or_more_of_every_variant_and_valid_setting
         assert {(claim.group, claim.better), (claim.group, claim.worse)} <= counts.keys()
 
 
-@pytest.mark.parametrize("name", ["a", "b", "c", "e", "f", "f_choices", "g"])
+@pytest.mark.parametrize("name", ["a", "b", "c", "e", "f", "f_choices", "g", "i"])
 def test_methods_that_are_compared_differ_in_what_is_compared_alone(name: str) -> None:
     """The same images, network, augmentation, steps and learning rate for every method of a group."""
     allowed = {"method", "text", "targets", "tau", "tau_s", "other_view", "batches", "random_share", "permute_graph"}
+    allowed |= {"similar"}
     experiment = plan.read_experiment(ROOT / "benchmarks" / "experiments" / f"{name}.yaml", "reduced")
     for group in experiment.groups:
         settings = [run.settings for run in experiment.runs if run.group == group and run.settings["epochs"]]

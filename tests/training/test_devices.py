@@ -32,6 +32,8 @@ def losses(config: Config, run_dir: Path, device: torch.device) -> list[float]:
         {"method": "clip", "text": "tower"},
         {"method": "clip_soft"},
         {"method": "clip_soft", "targets": "sketch", "permute_graph": True},
+        {"method": "siglip_mask"},
+        {"method": "siglip_positive", "targets": "labels"},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )

@@ -16,6 +16,7 @@ from graphbuild.errors import ConfigError
 from graphbuild.torch import Targets
 
 Array = np.ndarray[Any, np.dtype[Any]]
+SIGLIPS = ("siglip", "siglip_mask", "siglip_positive", "siglip_soft")
 
 
 def config_of(store: str, **more: Any) -> Config:
@@ -189,7 +190,7 @@ def cross_entropy(target: Array, logits: Array, slots: Array) -> float:
 
 
 @pytest.mark.parametrize("view_weight", [0.0, 0.7])
-@pytest.mark.parametrize("method", ["simclr", "supcon", "xsample", "clip", "clip_soft"])
+@pytest.mark.parametrize("method", ["simclr", "supcon", "xsample", "clip", "clip_soft", *SIGLIPS])
 def test_each_method_has_its_published_loss(method: Any, view_weight: float) -> None:
     tau, tau_s, count = 0.2, 0.3, 9
     rng = np.random.default_rng(0)
@@ -212,6 +213,15 @@ def test_each_method_has_its_published_loss(method: Any, view_weight: float) -> 
     elif method == "xsample":
         target = np.exp(np.tile(similar, (2, 2)) / tau_s) * others
         expected = cross_entropy(target / target.sum(axis=1, keepdims=True), views @ views.T / tau, others)
+    elif method in SIGLIPS:
+        own = np.eye(count, dtype=bool)
+        near = similar >= 0.4
+        assert 0 < (near & ~own).sum() < count * (count - 1)
+        target = {"siglip_positive": near | own, "siglip_soft": np.clip((similar - 0.4) / 0.6, 0, 1)}.get(method, own)
+        counted = ~near | own if method == "siglip_mask" else np.ones_like(own)
+        logits = [view @ z[2].T / tau - 10 for view in z[:2]]
+        each = [target * np.log1p(np.exp(-at)) + (1 - target) * np.log1p(np.exp(at)) for at in logits]
+        expected = np.mean([(loss * counted).sum() / count for loss in each])
     else:
         target = np.eye(count) if method == "clip" else np.exp(similar / tau_s)
         target = target / target.sum(axis=1, keepdims=True)
@@ -219,7 +229,7 @@ def test_each_method_has_its_published_loss(method: Any, view_weight: float) -> 
         logits = [view @ z[2].T / tau for view in z[:2]]
         expected = np.mean([cross_entropy(target, each, both) for pair in logits for each in (pair, pair.T)])
     expected += view_weight * simclr(z[3:].reshape(2 * count, 8))
-    config = Config(store="", method=method, tau=tau, tau_s=tau_s, view_weight=view_weight)
+    config = Config(store="", method=method, tau=tau, tau_s=tau_s, similar=0.4, view_weight=view_weight)
     objective = Objective(config).double()
     given = [torch.from_numpy(each) for each in (*z[: 2 + config.reads_texts], *(z[3:] if view_weight else ()))]
     if method == "supcon":
@@ -227,4 +237,5 @@ def test_each_method_has_its_published_loss(method: Any, view_weight: float) -> 
     else:
         targets = Targets(embeddings=torch.from_numpy(vectors))
     assert objective(*given, targets=targets).item() == pytest.approx(expected, abs=1e-6)
-    assert len(list(objective.parameters())) == method.startswith("clip")
+    assert len(list(objective.parameters())) == method.startswith(("clip", "siglip"))
+    assert list(objective.learned()) == (["tau", "bias"] if method in SIGLIPS else ["tau"] if "clip" in method else [])
