@@ -6,7 +6,7 @@ endif
 VENV := .venv
 BIN := $(VENV)/bin
 # Tests side by side: more processes than cores, because many wait.
-JOBS := -n 4 --dist loadfile --no-loadscope-reorder
+JOBS := -n 3 --dist loadfile --no-loadscope-reorder
 export NO_ALBUMENTATIONS_UPDATE := 1
 
 .PHONY: demo notebooks test test-all test-oldest test-open-clip pytest lint docs wheel resolve clean

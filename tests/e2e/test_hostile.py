@@ -97,7 +97,7 @@ def tame(*texts: str) -> None:
     "way", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("parquet", "jsonl")), "tars"]
 )
 def test_every_hostile_string_becomes_a_node_or_is_rejected_and_the_whole_job_goes_on(
-    way: str, strings: list[str], pictures: list[Picture], cli: Cli, words: str, tmp_path: Path
+    way: str, strings: list[str], pictures: list[Picture], cli: Cli, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
     jpeg = pictures[0][0]
@@ -116,7 +116,6 @@ def test_every_hostile_string_becomes_a_node_or_is_rejected_and_the_whole_job_go
         pq.write_table(pa.table({"caption": strings}), tmp_path / "a.parquet")
         source, order = ["--captions", tmp_path / "a.parquet"], list(range(len(strings)))
     usable = [strings[n] for n in order if by_hand(strings[n])]
-    source += ["--encoder", words]
     done = [cli("embed", store, *source, "--workers", 0), cli("index", store, "--k", K, "--workers", 0)]
     done += [cli("export", store, "--workers", 0)]
 
