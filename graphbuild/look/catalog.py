@@ -171,7 +171,7 @@ class Catalog:
                 f"the text {text[:40]!r} cannot be searched for: {reason}", "give some words to search by (--text)"
             )
         with self._one_encodes:
-            vector = np.asarray(self._model.encode([normalized]).vectors)[0]
+            vector = self._model.query(normalized)
         if np.isnan(vector).any():
             raise InputError(f"the encoder gives no vector for {text[:40]!r}", "give other words to search by (--text)")
         return self.describe(*self._vectors.nearest(vector, count))

@@ -35,7 +35,7 @@ class PackedLayers(Packed):
         if "position_ids" not in inputs:
             raise TypeError("it takes no position_ids")
         self.with_types = "token_type_ids" in inputs and "token_type_ids" in tokenizer.model_input_names
-        super().__init__(pooling, rows=rows, device=model.device)
+        super().__init__(pooling, rows=rows, device=model.device, dtype=model.dtype)
         self.model = model
         model.config.use_cache = False
         model.set_attn_implementation(NAME)

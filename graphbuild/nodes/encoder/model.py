@@ -114,8 +114,16 @@ class Model:
 
     def reference(self, texts: Sequence[str]) -> Single:
         """The same by sentence-transformers' own `encode` in float32: unit-norm vectors, float32 [n, d]."""
+        return self._by(_load(self.encoder, self.device, "float32"), texts)
+
+    def query(self, text: str) -> Half:
+        """One text's [d], `encode`'s but for rounding, in the time of its own tokens and not of a full batch."""
+        vector: Half = _half(self._by(self.whole, [text]))[0]
+        return vector
+
+    def _by(self, whole: SentenceTransformer, texts: Sequence[str]) -> Single:
         with torch_threads(1), attention_of_any_shape():
-            vectors = _load(self.encoder, self.device, "float32").encode(
+            vectors = whole.encode(
                 list(texts), prompt=self._prompt(), batch_size=32, show_progress_bar=False, convert_to_tensor=True
             )
             return self._finished(vectors.float())

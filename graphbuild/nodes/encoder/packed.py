@@ -1,9 +1,10 @@
 """Encoders over packed tokens; the forward pass of BERT-like ones (BERT, RoBERTa, XLM-RoBERTa, CamemBERT, MPNet).
 
 A batch is one array of tokens, text after text, shortest text first, without padding. Linear layers see all its rows
-at once; attention runs over each run of texts of one length, so it needs no mask. A batch always has the same number
-of rows, the last ones empty, and the fused attention takes each text by itself (a batched product may take another
-path for another count): so a text's embedding is the same to the last bit in any batch (tests/nodes/encoder).
+at once; attention runs over each run of texts of one length, so it needs no mask. Batches of texts of a kind, short or
+not, always have the same number of rows, the last ones empty, and the fused attention takes each text by itself (a
+batched product may take another path for another count): so a text's embedding is the same to the last bit in any batch
+(tests/nodes/encoder).
 Cost: 2 x (weights of the layers) FLOP a token, and attention.
 """
 
@@ -27,16 +28,22 @@ Run = tuple[int, int, int]
 """First row, texts, and tokens a text, of texts of one length."""
 
 
+SHORT, SHORT_ROWS = 64, 512
+"""Tokens of a short text at most, and of a batch of such."""
+
+
 class Packed(ABC):
     """An encoder's transformer and pooling.
 
-    rows: tokens a batch; a longer text has a batch of its own length.
+    rows: tokens a batch; a longer text has a batch of its own length. Short texts have batches of SHORT_ROWS where
+    these cost no more a token: in float32 on a CPU.
     """
 
     first_position = 0
 
-    def __init__(self, pooling: str, *, rows: int, device: torch.device) -> None:
+    def __init__(self, pooling: str, *, rows: int, device: torch.device, dtype: torch.dtype) -> None:
         self.pooling, self.rows, self.device = pooling, rows, device
+        self.short_rows = min(rows, SHORT_ROWS) if device.type == "cpu" and dtype == torch.float32 else rows
 
     @abstractmethod
     def _forward(self, ids: Tensor, places: Tensor, runs: list[Run]) -> Tensor:
@@ -48,19 +55,21 @@ class Packed(ABC):
         threads: of a CPU, each of which computes batches of its own, and all of such a batch.
         """
         threads = threads if self.device.type == "cpu" else 1
-        chosen = batches(tokens.lengths, self.rows)
+        short = tokens.lengths <= SHORT  # by a text's own length: so its bytes depend on no other text
+        kinds = ((np.flatnonzero(short), self.short_rows), (np.flatnonzero(~short), self.rows))
+        chosen = [(some[at], rows) for some, rows in kinds for at in batches(tokens.lengths[some], rows)]
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as others:
-            parts = list((others.map if threads > 1 else map)(lambda batch: self._batch(tokens, batch), chosen))
-        place = torch.from_numpy(np.argsort(np.concatenate(chosen))).to(self.device)
+            parts = list((others.map if threads > 1 else map)(lambda batch: self._batch(tokens, *batch), chosen))
+        place = torch.from_numpy(np.argsort(np.concatenate([texts for texts, _ in chosen]))).to(self.device)
         return torch.cat([found for found, _ in parts])[place], sum(computed for _, computed in parts)
 
     @torch.inference_mode()  # which holds for one thread
-    def _batch(self, tokens: Tokens, chosen: Ints) -> tuple[Tensor, int]:
+    def _batch(self, tokens: Tokens, chosen: Ints, rows: int) -> tuple[Tensor, int]:
         """Pooled vectors of those texts, and the rows computed."""
         lengths = tokens.lengths[chosen]
         total = int(lengths.sum())
         runs = _runs(lengths)
-        ids = np.zeros(max(self.rows, total), dtype=np.int64)
+        ids = np.zeros(max(rows, total), dtype=np.int64)
         places = np.zeros_like(ids)
         offsets = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         ids[:total] = tokens.ids[np.repeat(tokens.starts[chosen], lengths) + offsets]
@@ -74,7 +83,7 @@ class PackedBert(Packed):
     """A BERT-like encoder, copied from a transformers model at the given dtype."""
 
     def __init__(self, model: nn.Module, pooling: str, *, dtype: torch.dtype, rows: int) -> None:
-        super().__init__(pooling, rows=rows, device=next(model.parameters()).device)
+        super().__init__(pooling, rows=rows, device=next(model.parameters()).device, dtype=dtype)
         config: Any = model.config
         embeddings: Any = model.embeddings
         encoder: Any = model.encoder

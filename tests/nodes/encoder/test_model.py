@@ -336,6 +336,15 @@ def test_less_than_a_twentieth_of_the_rows_computed_is_empty(tmp_path):
     assert found.computed < 1.05 * found.tokens
 
 
+def test_a_query_has_the_vector_of_its_text_whatever_the_precision():
+    whole = SentenceTransformer(str(find_encoder(DEFAULT_ENCODER).folder), device="cpu")
+    for text in captions(3):
+        expected = whole.encode(f"query: {text}", normalize_embeddings=True)
+        for precision in ("float32", "bfloat16"):
+            found = default(precision, prompt="query: ").query(text)
+            np.testing.assert_allclose(found.astype(np.float32), expected, atol=5e-4)
+
+
 def test_a_prompt_goes_before_each_text_and_dim_keeps_the_first_coordinates():
     whole = SentenceTransformer(str(find_encoder(DEFAULT_ENCODER).folder), device="cpu")
     expected = whole.encode(captions(30), prompt="query: ")[:, :100]
