@@ -211,10 +211,16 @@ def similarity_targets(
         [V B, V B] float32 (float64 for float64 input), rows sum to 1, detached, on the input's device.
 
     Raises:
-        ConfigError: a number out of range, no calibration, or not exactly one of embeddings and similarities.
+        ConfigError: a number out of range, no calibration or nothing to calibrate, or not exactly one of embeddings and
+            similarities.
         InputError: a wrong shape or dtype, a zero or non-finite embedding, a non-finite similarity.
     """
     check_tau_s(tau_s, other_view)
+    if isinstance(tau_s, str) and views == 1 and not keep_self:
+        raise ConfigError(
+            'tau_s = "calibrated" with one view: no slot of its own whose share could be kept',
+            "use two views, or keep_self=True",
+        )
     targets = Targets(embeddings=embeddings, similarities=similarities, calibration=calibration)
     given = embeddings if embeddings is not None else similarities
     with torch.autocast(given.device.type if given is not None else "cpu", enabled=False):

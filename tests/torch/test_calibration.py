@@ -168,6 +168,8 @@ def test_what_cannot_be_calibrated_is_refused(graph: SampleGraph) -> None:
             loss(*z, targets)
     with pytest.raises(ConfigError, match="no calibration"):
         similarity_targets(embeddings, tau_s="calibrated")
+    with pytest.raises(ConfigError, match=r"no slot of its own.*\n.*keep_self=True"):
+        similarity_targets(embeddings, tau_s="calibrated", views=1, calibration=stored(graph, nodes))
     block = Targets(similarities=torch.eye(2), keep_diagonal=True, calibration=stored(graph, nodes))
     with pytest.raises(ConfigError, match="keep their diagonal"):
         loss(*z, block)
