@@ -34,7 +34,8 @@ def report(results: Path) -> None:
             for (name, settings), runs in groups.items()
         ]
         machines = sorted({row["machine"] for row in rows if (row["vectors"], row["k"]) == (vectors, k)})
-        text = [f"# {vectors}, k = {k}", "", f"{'; '.join(machines)}; medians of the runs.", ""]
+        on = ", ".join(sorted({machine.split(",")[0] for machine in machines}))
+        text = [f"# {k} neighbours of {vectors} on {on}", "", f"{'; '.join(machines)}; medians of the runs.", ""]
         text += ["| engine | settings | seconds | recall | peak GB | runs |", "|---|---|---|---|---|---|"]
         for name, settings, seconds, found, peak, runs in sorted(points, key=lambda point: (point[0], point[2])):
             text.append(
