@@ -5,8 +5,8 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c "
 endif
 VENV := .venv
 BIN := $(VENV)/bin
-# Tests side by side: more processes than cores, because many wait.
-JOBS := -n 3 --dist loadfile --no-loadscope-reorder
+# Tests side by side, a process a core.
+JOBS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 export NO_ALBUMENTATIONS_UPDATE := 1
 
 .PHONY: demo notebooks test test-all test-oldest test-open-clip pytest lint docs wheel resolve clean

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # they say what CPUs do, also on a machine with a GPU
-# Read when torch is loaded: OpenMP threads that wait for others must not spin on cores that other tests need.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # other tests need the other cores, and who waits for such a core waits long
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
 
 MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 

@@ -365,7 +365,8 @@ class Recipe(Section):
             del values[section][name]
         for section, name in marked("path"):
             values[section][name] = values[section][name] and public(values[section][name])
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast, where PyYAML was built with libyaml
+        return yaml.dump(values, Dumper=dumper, sort_keys=False, allow_unicode=True)
 
 
 SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Recipe.model_fields.items()}

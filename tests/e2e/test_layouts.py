@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import itertools
 import json
@@ -70,7 +71,10 @@ def samples_of(store: Path) -> dict[str, list[Any]]:
 
 
 def test_every_sample_lies_once_in_a_clustered_tar_with_all_its_members(store: Path, source: Path) -> None:
-    samples = samples_of(store)
+    samples, of_source = (
+        samples_of(store),
+        functools.cache(lambda tar: {k.lower(): v for k, v in members_of(tar).items()}),
+    )
     rows: list[int] = []
     for tar in sorted((store / "clustered").glob("*.tar")):
         found = members_of(tar)
@@ -81,7 +85,7 @@ def test_every_sample_lies_once_in_a_clustered_tar_with_all_its_members(store: P
         for line in sidecar:
             row = line["row"]
             shard, key = f"part{row // 140}", samples["key"][row]
-            old = {k.lower(): v for k, v in members_of_cached(source / f"{shard}.tar").items()}
+            old = of_source(source / f"{shard}.tar")
             mine = {name: body for name, body in found.items() if name.startswith(f"{line['key']}.")}
             assert line["key"] == f"{row:012d}"
             expected = {k.removeprefix(f"{key}."): v for k, v in old.items() if k.startswith(f"{key}.")}
@@ -97,13 +101,6 @@ def test_every_sample_lies_once_in_a_clustered_tar_with_all_its_members(store: P
     nodes = [samples["node"][row] for row in rows]
     assert nodes[-WITHOUT_CAPTION:] == [None] * WITHOUT_CAPTION, "samples without a caption come last"
     assert None not in nodes[:-WITHOUT_CAPTION]
-
-
-_CACHE: dict[Path, dict[str, bytes]] = {}
-
-
-def members_of_cached(tar: Path) -> dict[str, bytes]:
-    return _CACHE.setdefault(tar, members_of(tar))
 
 
 def share_with_edge(nodes: np.ndarray, neighbors: np.ndarray) -> float:

@@ -164,10 +164,10 @@ def mutations(store: Path, older: Path) -> Iterator[tuple[str, str, dict[str, by
             yield kind, "older version", {name: before[name]}
 
 
-@pytest.mark.parametrize("share", [4, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [8, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.timeout(300)
 def test_every_damage_to_every_kind_of_file_is_found_and_named(stores: tuple[Path, Path], share: int) -> None:
-    """share: every so many mutations are tried, so with 4 some damage to each kind of file, and each damage to some."""
+    """share: every so many mutations are tried, so with 8 some damage to each kind of file, and each damage to some."""
     store, older = stores
     tried: Counter[tuple[str, str]] = Counter()
     missed = []

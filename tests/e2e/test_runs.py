@@ -70,9 +70,9 @@ def tars(pictures: list[Picture], write_tar: WriteTar, tmp_path_factory: pytest.
 
 
 @pytest.fixture(scope="session")
-def recipe(tars: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recipe(tars: Path, words: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
-    path.write_text(f"embed:\n  shards: {tars}/part-*.tar\nindex:\n  k: {K}\n")
+    path.write_text(f"embed:\n  shards: {tars}/part-*.tar\n  encoder: {words}\nindex:\n  k: {K}\n")
     return path
 
 
@@ -384,12 +384,12 @@ def test_a_new_tar_is_taken_or_refused_before_anything_changes(copy: Path, extra
 
 
 def test_a_new_tar_gets_the_next_numbers_and_the_others_are_not_touched(
-    built: Path, copy: Path, extra: str, pictures: list[Picture], cli: Cli, tmp_path: Path
+    built: Path, copy: Path, recipe: Path, tars: Path, extra: str, pictures: list[Picture], cli: Cli, tmp_path: Path
 ) -> None:
     before = mtimes(copy)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"embed:\n  shards: '{extra}'\nindex:\n  k: {K}\n")
-    cli("run", recipe, copy, "--workers", 0)
+    wider = tmp_path / "recipe.yaml"
+    wider.write_text(recipe.read_text().replace(f"{tars}/part-*.tar", f"'{extra}'"))
+    cli("run", wider, copy, "--workers", 0)
     after = mtimes(copy)
     kept = [
         name for name in before if name.startswith(("_state/scan/", "_state/encode/")) or re.match(r"nodes/.*npy", name)

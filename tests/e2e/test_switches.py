@@ -27,7 +27,7 @@ from tests.e2e.test_runs import digests
 from tests.e2e.web import serving
 
 SOURCES = ("tars", "list", "vectors", "matrix", "beside", "download")
-SAMPLES, SHARD, WIDTH, K = 12, 4, 384, 3
+SAMPLES, SHARD, WIDTH, K = 12, 4, 64, 3  # as wide as `words`
 ANIMALS = ["dog", "cat", "horse", "owl"]
 Picture = tuple[bytes, str]
 
@@ -48,7 +48,7 @@ def write_tars(folder: Path, texts: list[str], extension: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def recipes(tmp_path_factory: pytest.TempPathFactory, words: str) -> dict[str, dict[str, Any]]:
     """The settings of `embed`, by source."""
     folder = tmp_path_factory.mktemp("sources")
     (folder / "list.csv").write_text("caption\n" + "".join(f"{text}\n" for text in captions("by the sea")))
@@ -63,16 +63,16 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     tars = write_tars(folder / "tars", captions("in the snow"), "txt")
     (folder / "keys.csv").write_text("key\n" + "".join(f"{row:04d}\n" for row in reversed(range(SAMPLES))))
     return {
-        "tars": {"shards": tars},
+        "tars": {"shards": tars, "encoder": words},
         "beside": {
             "shards": tars,
             "vectors": str(folder / "vectors.npy"),
             "vector_keys": str(folder / "keys.csv"),
         },
-        "list": {"captions": str(folder / "list.csv"), "shard_size": SHARD},
+        "list": {"captions": str(folder / "list.csv"), "shard_size": SHARD, "encoder": words},
         "vectors": {"vectors": str(folder / "vectors.npy"), "shard_size": SHARD},
         "matrix": {"shards": classes, "encoder": f"matrix:{folder / 'matrix.npy'}", **matrix},
-        "download": {},
+        "download": {"encoder": words},
     }
 
 

@@ -445,12 +445,18 @@ def test_prepare_in_ranges_of_shards_makes_the_graph_that_one_task_makes(
         object.__setattr__(index.PREPARE, "run", run)
     assert ran == ["00000", "00001", "00002", "00003", "00004", "all"]
     assert ranged.manifest()["graph"] == once.manifest()["graph"]
-    with_workers = build(tmp_path / "workers", x, workers=2, **options)
-    assert with_workers.manifest()["graph"] == once.manifest()["graph"]
-    assert with_workers.manifest()["recall"] == once.manifest()["recall"]
+
+
+@pytest.mark.slow
+def test_workers_certify_in_ranges_what_this_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "PART_NODES", 700)
+    options = {"shard_size": 250, "engine": "partition", "k": 8, "recall": 0.9}
+    here, there = (build(tmp_path / str(workers), clustered(3_000), workers=workers, **options) for workers in (0, 2))
+    assert there.manifest()["graph"] == here.manifest()["graph"]
+    assert there.manifest()["recall"] == here.manifest()["recall"]
     certified = [
         {path.name: path.read_bytes() for path in Path(store.url).glob("_state/certify/*.npy")}
-        for store in (ranged, with_workers)
+        for store in (here, there)
     ]
     assert certified[0] == certified[1] != {}
 

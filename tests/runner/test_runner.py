@@ -358,6 +358,7 @@ def run_alone(store: Store, program: str, **environment: str) -> subprocess.Comp
     return subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.slow
 def test_who_uses_the_library_keeps_its_environment_and_can_start_a_ray_of_its_own(store: Store) -> None:
     done = run_alone(store, IN_A_PROCESS)
     assert done.returncode == 0, done.stderr

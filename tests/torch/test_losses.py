@@ -414,7 +414,12 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two processes left their results; what they assert themselves has passed."""
     folder = tmp_path_factory.mktemp("ranks")
     refusals = [unequal_batches, a_zero_embedding_on_one_rank, targets_that_do_not_fit]
-    mp.spawn(on_rank, ([train_step, step_of_every_loss, *refusals, without_gather], str(folder)), nprocs=2)
+    mp.start_processes(
+        on_rank,
+        ([train_step, step_of_every_loss, *refusals, without_gather], str(folder)),
+        nprocs=2,
+        start_method="fork",
+    )
     return folder
 
 

@@ -104,7 +104,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *(dtypes_that_differ, refusals_of_one_rank, integers_that_no_backend_gathers),
         *(gather_and_differentiate, learn_without_gathering),
     ]
-    mp.spawn(on_rank, (jobs, str(folder)), nprocs=2)
+    mp.start_processes(on_rank, (jobs, str(folder)), nprocs=2, start_method="fork")
     return folder
 
 
@@ -134,7 +134,7 @@ def train_in_a_group(rank: int, folder: str) -> None:
 
 
 def test_a_process_group_is_one_joint_batch_and_shares_its_scale(tmp_path: Path) -> None:
-    mp.spawn(on_rank, ([train_in_a_group], str(tmp_path), 3), nprocs=3)
+    mp.start_processes(on_rank, ([train_in_a_group], str(tmp_path), 3), nprocs=3, start_method="fork")
     ranks = [torch.load(tmp_path / f"group{rank}.pt") for rank in range(2)]
     joint = all_views(2)
     value = (ranks[0]["value"] + ranks[1]["value"]) / 2

@@ -72,7 +72,7 @@ def one_rank(rank: int, folder: str) -> None:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder where both ranks left their losses, gradients and statistics."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(one_rank, (str(folder),), nprocs=RANKS)
+    mp.start_processes(one_rank, (str(folder),), nprocs=RANKS, start_method="fork")
     return folder
 
 
