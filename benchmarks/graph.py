@@ -73,7 +73,7 @@ def make_store(folder: Path, nodes: int, *, content: bool) -> Store:
         store.manifest()
         | {
             "stages": {"certify": {}},
-            "graph": {"k": K},
+            "graph": {"k": K, "fingerprint": "random"},
             "embeddings": {"d": D, "encoder": "random"},
             "recall": {},
             **write_shards(store, shards),

@@ -94,7 +94,7 @@ def _refine(inputs: Inputs, first: int, candidates: Array) -> None:
 def _complete_by_walk(inputs: Inputs, first: int, keys: Array, rows: Array, gone: ShardedArray | None) -> None:
     """Fill short lists, rows of exact keys int64 [n, k], by walking the other nodes' lists towards each row's node.
 
-    A floor that was too high has emptied them, by chance: about one in 10,000. A full search of one would cost a pass
+    A floor that was too high has emptied them, by chance: about one in 5,000. A full search of one would cost a pass
     over all vectors, and once a shard that adds up. A walk begins at the nearest leaders, keeps the WALK nearest nodes
     that it has met, and ends when their lists hold no others: some thousand products, however many nodes there are.
     """

@@ -36,7 +36,7 @@ from graphbuild.store.layout import SAMPLES, TEXTS
 from graphbuild.store.shards import shards_of
 from graphbuild.store.store import Store
 
-SHARDS = 32
+SHARDS, READERS = 32, 8
 COLUMNS = ["row", "key", "node", "caption", "image_offset", "image_size", MORE]
 
 
@@ -152,10 +152,14 @@ class Catalog:
 
     def describe(self, nodes: Any, similarities: Any) -> list[Neighbor]:
         """Nodes with their similarities, texts and numbers of samples."""
+        ids: list[int] = np.asarray(nodes).tolist()
+        numbers = [self._shard_of(node) for node in ids]
+        distinct = sorted(set(numbers))
+        with ThreadPoolExecutor(READERS) as readers:  # neighbours lie in many shards, and each read waits for a disk
+            tables = dict(zip(distinct, readers.map(self._texts, distinct), strict=True))
         found = []
-        for node, similarity in zip(np.asarray(nodes).tolist(), np.asarray(similarities).tolist(), strict=True):
-            number = self._shard_of(node)
-            table, at = self._texts(number), node - self._shards[number].first_node
+        for node, number, similarity in zip(ids, numbers, np.asarray(similarities).tolist(), strict=True):
+            table, at = tables[number], node - self._shards[number].first_node
             found.append(Neighbor(node, similarity, table["samples"][at].as_py(), table["text"][at].as_py()))
         return found
 
@@ -256,7 +260,7 @@ class Catalog:
             raise InputError(
                 f"{self.store.url} was built from ready vectors, which have no keys", "ask by node (--node)"
             )
-        with ThreadPoolExecutor(8) as pool:
+        with ThreadPoolExecutor(READERS) as pool:
             return list(pool.map(lambda name: key_range(self.store, name), self._shards.names))
 
     @cached_property

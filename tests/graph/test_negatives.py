@@ -281,6 +281,11 @@ def test_what_does_not_fit_is_refused_by_name(
     path = f"{vectors.url}/match/neighbors.parquet"
     with pytest.raises(InputError, match="is of another graph"):
         hard_negatives(graph, matches=path)
-    with pytest.raises(ConfigError, match="the anchors of --matches are queries"):
-        hard_negatives(vectors, matches=path, count=1, positive="captions")
+    for options in (
+        {"positive": "captions"},
+        {"positive": np.ones(5)},
+        {"positive": np.ones(5), "rescore": str(cross_encoder)},
+    ):
+        with pytest.raises(ConfigError, match="the anchors of --matches are queries"):
+            hard_negatives(vectors, matches=path, count=1, **options)
     assert len(hard_negatives(vectors, matches=path, count=1, skip=1).table())

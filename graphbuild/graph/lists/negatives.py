@@ -99,7 +99,7 @@ def hard_negatives(
     score = _cross_encoder(rescore) if isinstance(rescore, str) else rescore
     if positive is None:
         positive = CAPTIONS if score is not None else 1.0
-    if matches is not None and score is None and (isinstance(positive, str) or np.ndim(positive)):
+    if matches is not None and (np.ndim(positive) or (isinstance(positive, str) and score is None)):
         raise ConfigError("--positive is of rows, but the anchors of --matches are queries", "give a number")
     scores = None if isinstance(positive, str) else _scores(graph, positive)
     options: Json = {"count": count, "skip": skip}

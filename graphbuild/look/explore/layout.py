@@ -7,8 +7,8 @@ nodes their groups are laid out, and groups of groups; they are those of Louvain
 0803.0476) over the directed lists, and the coarsest are the map's communities. Nothing is drawn at random, and no sum
 depends on the number of threads: one graph has one map.
 
-Cost: about 75 microseconds of one core and 150 bytes a node, whatever their number, and at most 0.3 GB for the grid
-(`benchmarks/layout.py`).
+Cost: 100 to 150 microseconds of one core and up to 530 bytes a node, whatever their number, and at most 0.3 GB for the
+grid (`benchmarks/layout.py`).
 """
 
 from __future__ import annotations
