@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 # Tests side by side, a process a core.
 JOBS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 export NO_ALBUMENTATIONS_UPDATE := 1
+unexport PYTHONDONTWRITEBYTECODE  # else every process compiles all it imports, and pytest all tests
 
 .PHONY: demo notebooks test test-all test-oldest test-open-clip pytest lint docs wheel resolve clean
 
