@@ -123,6 +123,7 @@ def _key(row: Row, config: Pack, number: str, seen: set[str]) -> str:
 def _caption(row: Row, config: Pack) -> tuple[str | None, bytes | None]:
     """The name of its column, and its bytes; None: it has none."""
     named = [name for name in CAPTIONS if isinstance(row.values.get(name, 0), str | None)]
+    named.sort(key=lambda name: not row.values[name])  # those of a row that hold text go first
     column = config.caption_column or next(iter(named), None)
     value = row.values.get(column) if column else None
     if not isinstance(value, str | None):

@@ -297,6 +297,16 @@ def test_keys_of_a_column_are_kept_and_those_that_are_unfit_or_there_twice_are_c
     assert [row for row, _ in rejections(tmp_path / "store")] == [3, 4, 5, 6, 7, 8]
 
 
+def test_a_row_s_caption_is_of_the_first_column_that_has_one(tmp_path: Path) -> None:
+    columns = {"txt": ["a", None, "", None], "caption": ["b", "c", "d", None], "text": ["e", "f", "g", None]}
+    pq.write_table(pa.table({"image": [image(number)[0] for number in range(4)], **columns}), tmp_path / "a.parquet")
+    pack(tmp_path / "store", tmp_path / "a.parquet")
+    found = list(members(tmp_path / "store").values())
+    assert [parts["txt"].decode() for parts in found[:3]] == ["a", "c", "d"]
+    assert "txt" not in found[3]
+    assert [json.loads(parts["json"]).get("text") for parts in found[:3]] == ["e", "f", "g"]
+
+
 def test_larger_images_are_scaled_where_a_size_is_asked_for_and_others_keep_their_bytes(tmp_path: Path) -> None:
     small, large = image(0, 20)[0], image(0, 64)[0]
     pq.write_table(pa.table({"image": [small, large, large[:-40]]}), tmp_path / "a.parquet")
