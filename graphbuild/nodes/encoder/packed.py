@@ -55,7 +55,8 @@ class Packed(ABC):
         threads: of a CPU, each of which computes batches of its own, and all of such a batch.
         """
         threads = threads if self.device.type == "cpu" else 1
-        short = tokens.lengths <= SHORT  # by a text's own length: so its bytes depend on no other text
+        # By a text's own length, so that its bytes depend on no other text; where all batches are alike, in one kind.
+        short = (tokens.lengths <= SHORT) & (self.short_rows < self.rows)
         kinds = ((np.flatnonzero(short), self.short_rows), (np.flatnonzero(~short), self.rows))
         chosen = [(some[at], rows) for some, rows in kinds for at in batches(tokens.lengths[some], rows)]
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as others:

@@ -336,6 +336,12 @@ def test_less_than_a_twentieth_of_the_rows_computed_is_empty(tmp_path):
     assert found.computed < 1.05 * found.tokens
 
 
+@pytest.mark.parametrize(("precision", "computed"), [("float32", 512 + 1024), ("bfloat16", 1024)])
+def test_short_and_long_texts_share_a_batch_where_all_batches_are_alike(two_layers, precision, computed):
+    model = open_model(find_encoder(str(two_layers)), "cpu", precision)
+    assert model.encode(["a dog", "dog " * 100]).computed == computed
+
+
 def test_a_query_has_the_vector_of_its_text_whatever_the_precision():
     whole = SentenceTransformer(str(find_encoder(DEFAULT_ENCODER).folder), device="cpu")
     for text in captions(3):
