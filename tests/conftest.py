@@ -15,6 +15,7 @@ import pytest
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # they say what CPUs do, also on a machine with a GPU
 if "PYTEST_XDIST_WORKER" in os.environ:  # other tests need the other cores, and who waits for such a core waits long
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not spin on cores that others need
 
 MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 
