@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import functools
+import gc
 import os
 import shutil
 import tempfile
@@ -11,11 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
+import typer.testing
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # they say what CPUs do, also on a machine with a GPU
 if "PYTEST_XDIST_WORKER" in os.environ:  # other tests need the other cores, and who waits for such a core waits long
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not spin on cores that others need
+
+# Typer makes the command line's parser anew for each call, which costs more than most calls.
+typer.main.get_command = typer.testing._get_command = functools.cache(typer.main.get_command)
+
+
+def pytest_collection_finish() -> None:
+    """What tests import stays for good: garbage collection, which trainers and tests ask for, need not look through it."""
+    gc.collect()
+    gc.freeze()
+
 
 MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 

@@ -7,6 +7,7 @@ stream a pass over the tars read so far, of a sampler nothing.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,12 @@ class GraphLoader:
             collate = collate_fn or dataset.collate
             self._loader = DataLoader(dataset, batch_sampler=batch_sampler, collate_fn=collate, **options)
 
+        # A trainer that ends leaves circles of references. Garbage collection would take the queues of an iterator in them
+        # before its workers are told to end, and each worker would be waited for, five seconds long. What a finalizer
+        # holds is in no circle.
+        self._running: set[Iterator[Any]] = set()
+        weakref.finalize(self, self._running.clear)
+
     @property
     def epoch(self) -> int:
         """The epoch in progress, or of the next iteration."""
@@ -104,9 +111,15 @@ class GraphLoader:
         self._dataset.set_epoch(place["epoch"])
         self._ordered.set_epoch(place["epoch"], place["taken"])
         left = None if self._batches is None else max(self._batches - place["taken"], 0)
-        for batch in islice(self._loader, left):
-            place["taken"] += 1
-            yield batch
+        batches = iter(self._loader)
+        self._running.add(batches)
+        try:
+            for batch in islice(batches, left):
+                place["taken"] += 1
+                yield batch
+        finally:
+            if not self._loader.persistent_workers:
+                self._running.discard(batches)
 
     def _options(self) -> dict[str, Any]:
         return {**self._ordered.order_options(self._loader.num_workers), "batches_at_most": self._batches}

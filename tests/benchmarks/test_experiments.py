@@ -14,7 +14,9 @@ import sys
 import tarfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ from benchmarks.experiments.runs import claimed
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError
 from graphbuild.torch import graph_webdataset
+from tests.e2e import forked
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "benchmarks.experiments", "run"]
@@ -65,6 +68,18 @@ RECIPE: dict[str, Any] = {
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def commands_are_forked() -> Iterator[None]:
+    """What prepares the data runs graphbuild's commands, each of which would begin with its imports."""
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return forked.run(["graphbuild", *command[len(sources.GRAPHBUILD) :]], os.environ, 300)
+
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(sources, "subprocess", SimpleNamespace(run=run))
+        yield
 
 
 @pytest.fixture(scope="session")

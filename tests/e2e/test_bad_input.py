@@ -582,6 +582,7 @@ def test_hostile_strings_come_back_unchanged_from_a_list(naughty: list[str], nau
     assert "no problems" in succeeded(graphbuild("verify", naughty_store))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["csv", "tar"])
 def test_hostile_strings_come_back_unchanged_from_csv_and_from_tars(
     naughty: list[str], naughty_store: Path, tmp_path: Path, store: Path, kind: str

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from graphbuild import SampleGraph
+from tests.e2e import forked
 from tests.e2e.test_runs import digests, wait_for
 from tests.e2e.web import serving
 
@@ -147,20 +148,21 @@ def test_loaders_take_packed_tars(built: Path, cli: Cli, pictures: list[Picture]
     assert len(SampleGraph.open(str(store))) == len(dataset)
 
 
-@pytest.mark.parametrize("after", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("after", "workers"), [(1, 0), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_a_killed_pack_is_resumed_to_the_same_bytes(
-    after: int, source: Path, program: Path, environment: dict[str, str], cli: Cli, tmp_path: Path
+    after: int, workers: int, source: Path, program: Path, environment: dict[str, str], cli: Cli, tmp_path: Path
 ) -> None:
     arguments = ("pack", tmp_path / "store", source, "--shard-size", 7, "--workers", 0)
     command = [str(program), *map(str, arguments)]
     records = tmp_path / "store/_state/pack"
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        wait_for(lambda: len(list(records.glob("*.done.json"))) >= after, process)
-        os.kill(process.pid, signal.SIGKILL)
+    process = forked.Started(command, environment)
+    wait_for(lambda: len(list(records.glob("*.done.json"))) >= after, process)
+    process.kill()
+    process.wait()
     kept = {path: path.stat().st_mtime_ns for path in records.glob("*.done.json")}
     cli(*arguments)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    cli("pack", tmp_path / "whole", source, "--shard-size", 7, "--workers", 2)
+    cli("pack", tmp_path / "whole", source, "--shard-size", 7, "--workers", workers)
     assert digests(tmp_path / "store") == digests(tmp_path / "whole")
 
 

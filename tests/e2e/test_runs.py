@@ -227,11 +227,12 @@ def test_a_run_outlives_a_killed_worker_with_the_same_bytes(
 
 
 @needs_proc
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_run_is_resumed_to_the_same_bytes(
-    built: Path, recipe: Path, start: Callable[..., forked.Started], cli: Cli, tmp_path: Path
+    built: Path, recipe: Path, start: Callable[..., forked.Started], cli: Cli, tmp_path: Path, workers: int
 ) -> None:
     store = tmp_path / "store"
-    process = start("run", recipe, store, "--workers", 1)
+    process = start("run", recipe, store, "--workers", workers)
     wait_for(lambda: done(store, "encode") >= 1, process)
     workers = workers_of(process)
     process.kill()

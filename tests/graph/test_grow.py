@@ -148,7 +148,7 @@ def test_old_vectors_that_changed_keep_nothing(tmp_path: Path, vectors: np.ndarr
     assert graph(store) == graph(build(tmp_path / "whole", changed))
 
 
-@pytest.mark.parametrize("engine", ["exact", "partition"])
+@pytest.mark.parametrize("engine", [pytest.param("exact", marks=pytest.mark.slow), "partition"])
 def test_a_stop_at_any_stage_loses_no_old_list(engine: str, tmp_path: Path, vectors: np.ndarray, begun: Begun) -> None:
     options = {"engine": engine, "min_recall": 0.0, "recall_sample": 100}
     (tmp_path / "straight").mkdir()

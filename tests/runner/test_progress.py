@@ -22,6 +22,7 @@ import pytest
 
 from graphbuild.runner import progress
 from graphbuild.runner.progress import State, described, duration, lines
+from tests.e2e import forked
 
 SCRIPT = """
 import logging, sys, time
@@ -150,13 +151,8 @@ def test_a_job_told_as_json_writes_nothing_else_to_stderr(tmp_path: Path) -> Non
     captions = tmp_path / "captions.tsv"
     captions.write_text("caption\n\n" + "".join(f"a picture of {number} things\n" for number in range(50)))
     command = [str(Path(sys.executable).with_name("graphbuild")), "embed", str(tmp_path / "out"), "--workers", "0"]
-    done = subprocess.run(
-        [*command, "--captions", str(captions), "--progress", "json"],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=True,
-    )
+    done = forked.run([*command, "--captions", str(captions), "--progress", "json"], os.environ, 200)
+    assert done.returncode == 0
     found = [json.loads(line) for line in done.stderr.splitlines()]
     ends = {one["stage"]: one for one in found if one["event"] == "end"}
     assert list(ends) == ["captions", "numbering", "texts", "encoding", "nodes", "fidelity"]

@@ -272,7 +272,7 @@ def whole_sidecar(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return fields_of(Sidecar.read(str(path)))
 
 
-@settings(quick, max_examples=1_500)
+@settings(quick, max_examples=500)
 @given(data=st.data(), once=st.booleans())
 def test_a_damaged_sidecar_is_refused_or_reads_the_same(
     tmp_path: Path, whole_sidecar: dict[str, Any], data: st.DataObject, once: bool

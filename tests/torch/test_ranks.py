@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # DistributedDataParallel does it: once here, not in each rank
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn

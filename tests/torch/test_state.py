@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import multiprocessing
 import pickle
 import re
+import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -191,6 +194,22 @@ def test_a_loader_refuses_what_has_no_order(store: Path) -> None:
     ):
         with pytest.raises(ConfigError, match="batches come in order"):
             GraphLoader(*parts, **options)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_of_an_epoch_left_to_the_garbage_collection_are_not_waited_for(store: Path, persistent: bool) -> None:
+    """A trainer leaves its loader, or the iterator of an unfinished epoch, in a circle of references."""
+    loader = GraphLoader(stream_of(store), num_workers=2, persistent_workers=persistent)
+    circle: list[Any] = [loader if persistent else iter(loader)]
+    circle.append(circle)
+    assert next(iter(circle[0]))
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    del circle, loader
+    begin = time.monotonic()
+    gc.collect()
+    assert time.monotonic() - begin < 4, "five seconds is the least that torch waits for a worker that heard nothing"
+    assert not set(workers) & set(multiprocessing.active_children())
 
 
 def test_an_epoch_ends_after_as_many_batches_as_it_may_have(store: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # DistributedDataParallel does it: once here, not in each rank
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from config import Config, Place

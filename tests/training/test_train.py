@@ -396,6 +396,7 @@ def test_a_run_is_not_continued_on_another_graph(scenes_store: str, tmp_path: Pa
         train(config, tmp_path, HERE)
 
 
+@pytest.mark.slow  # two ranks of a launcher import for as long as others test
 def test_ranks_that_do_not_see_the_same_checkpoint_do_not_begin(scenes_store: str, tmp_path: Path) -> None:
     train(small(scenes_store, epochs=1), tmp_path / "0", HERE)  # rank 1 has a folder of its own, and nothing in it
     script = tmp_path / "ranks.py"

@@ -31,16 +31,17 @@ class Tab:
             self.page.wait_for_timeout(20)
 
     def accessible(self) -> None:
-        """axe finds no fault, in both colour schemes, at the widths of a phone, a laptop and a wide screen."""
+        """axe finds no fault in either colour scheme; nothing scrolls sideways on a phone, a laptop or a wide screen."""
         axe = pytest.importorskip(
             "axe_playwright_python.sync_playwright", reason="no axe: pip install axe-playwright-python"
         )
-        for width, scheme in ((390, "light"), (1280, "dark"), (2560, "light")):  # colours do not depend on the width
+        for width, scheme in ((390, "light"), (1280, "dark"), (2560, "")):
             self.page.set_viewport_size({"width": width, "height": 900})
-            if self.page.evaluate("document.documentElement.dataset.theme") != scheme:
-                self.page.click("#theme")
-            found = axe.Axe().run(self.page)
-            assert found.violations_count == 0, (width, scheme, found.generate_report())
+            if scheme:  # colours do not depend on the width
+                if self.page.evaluate("document.documentElement.dataset.theme") != scheme:
+                    self.page.click("#theme")
+                found = axe.Axe().run(self.page)
+                assert found.violations_count == 0, (width, scheme, found.generate_report())
             assert self.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
                 f"scrolls sideways at {width}"
             )
