@@ -72,7 +72,7 @@ def is_to_blame(deaths: Sequence[str]) -> bool:
 
     end = time.monotonic() + NOTICE_SECONDS
     while len(deaths) < MOST_DEATHS:
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         if sum(node in alive for node in deaths) < ATTEMPTS:
             return False
         if time.monotonic() >= end:

@@ -68,9 +68,9 @@ class GraphLoader:
             collate = collate_fn or dataset.collate
             self._loader = DataLoader(dataset, batch_sampler=batch_sampler, collate_fn=collate, **options)
 
-        # A trainer that ends leaves circles of references. Garbage collection would take the queues of an iterator in them
-        # before its workers are told to end, and each worker would be waited for, five seconds long. What a finalizer
-        # holds is in no circle.
+        # A trainer that ends leaves circles of references. Of an iterator in them garbage collection would take the
+        # queues before its workers are told to end, and each worker would be waited for, five seconds long. What a
+        # finalizer holds is in no circle.
         self._running: set[Iterator[Any]] = set()
         weakref.finalize(self, self._running.clear)
 

@@ -25,13 +25,11 @@ SCENES = 200  # the fewest that the command takes
 GRAPHBUILD = Path(sys.executable).parent / "graphbuild"
 
 
-def demo(folder: Path, *, is_forked: bool = True) -> subprocess.CompletedProcess[str]:
+def demo(folder: Path) -> subprocess.CompletedProcess[str]:
     command = [str(GRAPHBUILD), "demo", "demo", "--scenes", str(SCENES)]
     folders = [path for path in os.environ["PATH"].split(os.pathsep) if Path(path).absolute() != GRAPHBUILD.parent]
     environment = {**os.environ, "PATH": os.pathsep.join(folders)}  # as of a shell that has not activated its own
-    if is_forked:
-        return forked.run(command, environment, 300, folder)
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return forked.run(command, environment, 300, folder)
 
 
 def on_a_terminal(folder: Path) -> tuple[str, str]:
@@ -58,7 +56,7 @@ def on_a_terminal(folder: Path) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     folder = tmp_path_factory.mktemp("demo")
-    return folder, demo(folder, is_forked=False)
+    return folder, demo(folder)
 
 
 def test_demo_succeeds_and_says_what_to_look_at(run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

@@ -63,7 +63,7 @@ def read_as_a_rank(rank: int, dataset: Any, folder: Path) -> None:
 
 def test_a_dataset_made_before_the_process_group_is_split_over_its_ranks(store: Path) -> None:
     dataset = graph_webdataset(f"{store}/*.tar", batch_size=8)
-    multiprocessing.spawn(read_as_a_rank, (dataset, store), nprocs=2)
+    multiprocessing.start_processes(read_as_a_rank, (dataset, store), nprocs=2, start_method="fork")
     first, second = (json.loads((store / f"{rank}.json").read_text()) for rank in range(2))
     for rows, others in zip(first, second, strict=True):
         assert len(rows) == len(others) == len(EVERY_ROW) // 2

@@ -60,7 +60,8 @@ def _attention(
     """Outputs [1, rows, heads, width] of queries [1, heads, rows, width]; attention_mask: by the length of a text."""
     runs: list[Run] | None = getattr(_batch, "runs", None)
     if runs is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        outputs: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return outputs
     mixed = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
     for at, count, size in runs:
         part = slice(at, at + count * size)

@@ -123,8 +123,8 @@ class Model:
 
     def _by(self, whole: SentenceTransformer, texts: Sequence[str]) -> Single:
         with torch_threads(1), attention_of_any_shape():
-            vectors = whole.encode(
-                list(texts), prompt=self._prompt(), batch_size=32, show_progress_bar=False, convert_to_tensor=True
+            vectors = whole.encode(  # few at a time, of like lengths: all of a batch have the length of its longest
+                list(texts), prompt=self._prompt(), batch_size=4, show_progress_bar=False, convert_to_tensor=True
             )
             return self._finished(vectors.float())
 
@@ -210,8 +210,8 @@ def _load(encoder: Encoder, device: str, precision: str) -> SentenceTransformer:
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
     try:
         return SentenceTransformer(

@@ -31,7 +31,7 @@ class Tab:
             self.page.wait_for_timeout(20)
 
     def accessible(self) -> None:
-        """axe finds no fault in either colour scheme; nothing scrolls sideways on a phone, a laptop or a wide screen."""
+        """axe finds no fault in either colour scheme, and no screen, from a phone's to a wide one, scrolls sideways."""
         axe = pytest.importorskip(
             "axe_playwright_python.sync_playwright", reason="no axe: pip install axe-playwright-python"
         )
