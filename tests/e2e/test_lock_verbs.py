@@ -169,6 +169,7 @@ def others() -> Iterator[list[Other]]:
         other.process.communicate()
 
 
+@pytest.mark.slow
 def test_a_command_on_s3_is_refused_while_the_lock_is_fresh_and_follows_it_later(
     s3: tuple[Any, dict[str, str]], recipe: Path, built: Path, cli: Cli
 ) -> None:

@@ -208,6 +208,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_loaders_on_a_faulty_network_give_every_sample_once(s3: S3, built: Path, environment: dict[str, str]) -> None:
     for path in (built / "shards").glob("*.graph.parquet"):
         s3.client.upload_file(str(path), "jobs", f"sidecars/{path.name}")

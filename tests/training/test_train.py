@@ -114,6 +114,7 @@ def test_the_script_can_be_read_at_a_sitting() -> None:
     assert len(SCRIPT.read_text().splitlines()) < 400
 
 
+@pytest.mark.slow  # the next test stops one between two steps
 def test_a_killed_run_goes_on_with_the_same_losses(scenes_store: str, whole_run: Path, tmp_path: Path) -> None:
     arguments = command(scenes_store, tmp_path, labels="colour,background", checkpoint_steps=4)
     process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, env=ONE_THREAD)
