@@ -214,7 +214,7 @@ def test_a_damaged_tar_is_refused_or_read_as_tarfile_reads_it(
     check_tar(path)
 
 
-@settings(quick, max_examples=600)
+@settings(quick, max_examples=300)
 @given(data=st.data(), whole=st.sampled_from(TARS))
 def test_a_tar_of_forged_headers_is_refused_or_read_as_tarfile_reads_it(
     tmp_path: Path, data: st.DataObject, whole: bytes
@@ -272,7 +272,7 @@ def whole_sidecar(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return fields_of(Sidecar.read(str(path)))
 
 
-@settings(quick, max_examples=500)
+@settings(quick, max_examples=300)
 @given(data=st.data(), once=st.booleans())
 def test_a_damaged_sidecar_is_refused_or_reads_the_same(
     tmp_path: Path, whole_sidecar: dict[str, Any], data: st.DataObject, once: bool
@@ -295,7 +295,7 @@ def test_a_damaged_sidecar_is_refused_or_reads_the_same(
 # -- text
 
 
-@settings(quick, max_examples=1_000)
+@settings(quick, max_examples=500)
 @given(
     st.text(max_size=40)
     | st.text(st.sampled_from(" \t\n\r\x0b\x1c\x85\xa0\u2028\u3000e\u0301\u200d\0\ud800"), max_size=12)

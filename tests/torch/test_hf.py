@@ -103,8 +103,10 @@ def expected(scenes: str, kind: str, workers: int) -> list[list[str]]:
     ("kind", "workers"),
     [
         ("stream", 0),
-        ("neighbours", 0),
-        *(pytest.param(kind, 2, marks=pytest.mark.slow) for kind in ("stream", "neighbours")),
+        *(
+            pytest.param(*some, marks=pytest.mark.slow)
+            for some in (("neighbours", 0), ("stream", 2), ("neighbours", 2))
+        ),
     ],
 )
 def test_a_resumed_run_has_the_batches_and_losses_of_the_uninterrupted_one(

@@ -301,6 +301,7 @@ def test_a_run_is_read_back_with_its_projections(scenes_store: str, tmp_path: Pa
         assert model.text_projection(given).shape == (3, 128)
 
 
+@pytest.mark.slow  # test_norms.py has both ranks without a launcher
 def test_two_ranks_have_the_losses_of_one_process_with_the_joint_batch(scenes_store: str, tmp_path: Path) -> None:
     """Under a real torchrun. Adam turns the rounding of near-zero gradients into steps, which small ones keep small."""
     options = {"epochs": 1, "learning_rate": 1e-5, "batches": "window", "pixels": 16}

@@ -394,7 +394,8 @@ function pressed(event) {
 
 // -- start
 
-async function draw() {
+async function draw() { // once: a map that is there is drawn with the page, which a click may precede
+  if ($("map-show").disabled) return;
   $("map-show").disabled = true;
   try {
     const about = await ask("api/0/map", (share) => { $("map-note").textContent = `The map is being made: ${Math.round(100 * (share ?? 0))}%`; });

@@ -359,6 +359,22 @@ def test_the_map_is_drawn_walked_coloured_and_selected_from_by_keyboard(
     tab.accessible()
 
 
+def test_a_click_before_the_page_draws_its_map_draws_no_second_one(tab: Tab, serve: Serve, mapped: Path) -> None:
+    held: list[Any] = []
+
+    def hold(route: Any) -> None:
+        held.append(route)
+
+    tab.page.route("**/api/stores", hold)
+    tab.page.goto(serve(mapped))
+    draw(tab)
+    held[0].continue_()
+    tab.wait("document.getElementById('stores').children.length === 1")
+    tab.page.wait_for_load_state("networkidle")
+    assert sum("/api/0/map" in url for url in tab.requests) == 1
+    assert tab.page.evaluate("chart.places.some((one) => one)")
+
+
 def test_a_lasso_is_drawn_by_hand_and_a_click_opens_the_point(tab: Tab, serve: Serve, mapped: Path) -> None:
     tab.page.goto(serve(mapped))
     draw(tab)
