@@ -503,17 +503,18 @@ def objects(client: Any, prefix: str) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_a_job_on_s3_writes_the_same_files_as_on_disk(built: Path, tars: Path, cli: Cli) -> None:
+def test_a_job_on_s3_writes_the_same_files_as_on_disk(built: Path, tars: Path, words: str, cli: Cli) -> None:
     with s3_server() as (client, env):
         client.create_bucket(Bucket="jobs")
         for tar in tars.glob("part-*.tar"):
             client.upload_file(str(tar), "jobs", f"tars/{tar.name}")
         store = "s3://jobs/made/store"
-        cli("embed", store, "--shards", "s3://jobs/tars/part-*.tar", "--workers", 1, env=env)
+        source = ("--shards", "s3://jobs/tars/part-*.tar", "--encoder", words)
+        cli("embed", store, *source, "--workers", 1, env=env)
         cli("index", store, "--k", K, "--workers", 0, env=env)
         cli("export", store, "--workers", 0, env=env)
         first = objects(client, "made/store/")
-        assert cli("embed", store, env=env).stderr.count("up to date") == 5
+        assert cli("embed", store, env=env).stderr.count("up to date") == 6
         assert objects(client, "made/store/") == first
         assert "no problems" in cli("verify", store, env=env).stdout
         client.put_object(Bucket="jobs", Key="made/store/nodes/00001.npy", Body=b"\x00" + first["nodes/00001.npy"][1:])
