@@ -16,10 +16,15 @@ import pytest
 import typer.main
 import typer.testing
 
+import graphbuild.store.store
+
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # they say what CPUs do, also on a machine with a GPU
 if "PYTEST_XDIST_WORKER" in os.environ:  # other tests need the other cores, and who waits for such a core waits long
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not spin on cores that others need
+
+# Written to the disk at once or later: that shows when a machine stops, which none does here.
+graphbuild.store.store._flush = lambda path: None
 
 # Typer makes the command line's parser anew for each call, which costs more than most calls.
 typer.main.get_command = typer.testing._get_command = functools.cache(typer.main.get_command)
@@ -34,6 +39,7 @@ def pytest_collection_finish() -> None:
     """What tests import stays: garbage collection, which trainers and tests ask for, need not look through it."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000)
 
 
 MakeOnce = Callable[[str, Callable[[Path], object]], Path]

@@ -286,7 +286,8 @@ def test_no_run_begins_when_the_minutes_are_over(
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize(("workers", "processes"), [(0, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("workers", "processes"), [(0, 1), (1, 2)])
+@pytest.mark.slow
 def test_the_cost_of_the_graph_is_the_share_by_which_steps_are_longer(
     work: Path, tmp_path: Path, workers: int, processes: int
 ) -> None:

@@ -99,16 +99,9 @@ def expected(scenes: str, kind: str, workers: int) -> list[list[str]]:
     return keys
 
 
-@pytest.mark.parametrize(
-    ("kind", "workers"),
-    [
-        ("stream", 0),
-        *(
-            pytest.param(*some, marks=pytest.mark.slow)
-            for some in (("neighbours", 0), ("stream", 2), ("neighbours", 2))
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["stream", "neighbours"])
 def test_a_resumed_run_has_the_batches_and_losses_of_the_uninterrupted_one(
     scenes: str, tmp_path: Path, kind: str, workers: int
 ) -> None:

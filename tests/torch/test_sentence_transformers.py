@@ -91,6 +91,7 @@ def trained(graph: SampleGraph, folder: Path, resume: Path | None = None) -> tup
     return loss.seen, losses
 
 
+@pytest.mark.slow
 def test_the_trainer_takes_the_batches_of_the_graph_also_after_a_resume(graph: SampleGraph, tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     pytest.importorskip("accelerate")
