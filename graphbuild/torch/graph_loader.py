@@ -7,10 +7,10 @@ stream a pass over the tars read so far, of a sampler nothing.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from torch.utils.data import DataLoader
 
@@ -68,12 +68,6 @@ class GraphLoader:
             collate = collate_fn or dataset.collate
             self._loader = DataLoader(dataset, batch_sampler=batch_sampler, collate_fn=collate, **options)
 
-        # A trainer that ends leaves circles of references. Of an iterator in them garbage collection would take the
-        # queues before its workers are told to end, and each worker would be waited for, five seconds long. What a
-        # finalizer holds is in no circle.
-        self._running: set[Iterator[Any]] = set()
-        weakref.finalize(self, self._running.clear)
-
     @property
     def epoch(self) -> int:
         """The epoch in progress, or of the next iteration."""
@@ -112,14 +106,20 @@ class GraphLoader:
         self._ordered.set_epoch(place["epoch"], place["taken"])
         left = None if self._batches is None else max(self._batches - place["taken"], 0)
         batches = iter(self._loader)
-        self._running.add(batches)
+        running = _running.setdefault(self, set())
+        running.add(batches)
         try:
             for batch in islice(batches, left):
                 place["taken"] += 1
                 yield batch
         finally:
             if not self._loader.persistent_workers:
-                self._running.discard(batches)
+                running.discard(batches)
 
     def _options(self) -> dict[str, Any]:
         return {**self._ordered.order_options(self._loader.num_workers), "batches_at_most": self._batches}
+
+
+# The iterators in use of each loader. A trainer that ends leaves circles of references: garbage collection would take
+# the queues of an iterator in them before its workers are told to end, and wait five seconds for each worker.
+_running: WeakKeyDictionary[GraphLoader, set[Iterator[Any]]] = WeakKeyDictionary()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import multiprocessing
@@ -194,6 +195,16 @@ def test_a_loader_refuses_what_has_no_order(store: Path) -> None:
     ):
         with pytest.raises(ConfigError, match="batches come in order"):
             GraphLoader(*parts, **options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_copy_made_within_an_epoch_goes_on_as_the_loader_does(store: Path, workers: int) -> None:
+    loader = GraphLoader(stream_of(store), num_workers=workers)
+    batches = iter(loader)
+    next(batches)
+    again = copy.deepcopy(loader)
+    again.load_state_dict(loader.state_dict())
+    assert [batch["key"] for batch in again] == [batch["key"] for batch in batches]
 
 
 @pytest.mark.parametrize("persistent", [False, True])
