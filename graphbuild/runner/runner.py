@@ -7,6 +7,7 @@ another; a task that raises is recorded and the others go on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -19,12 +20,13 @@ from typing import Any
 from graphbuild.errors import ConfigError, GraphbuildError, InputError, StageError
 from graphbuild.machine.gpus import cores_here, gpu_here
 from graphbuild.recipe import Recipe
+from graphbuild.runner.child import Child
 from graphbuild.runner.connection import connect
 from graphbuild.runner.progress import Metrics, Progress
 from graphbuild.runner.small import is_small
 from graphbuild.runner.stage import Stage, Task, digest, records, state_path, write_manifest
 from graphbuild.runner.state import invalidate, pending, write_recipe
-from graphbuild.runner.workers import ATTEMPTS, Failure, Pool, attempt, is_to_blame, record_failure
+from graphbuild.runner.workers import ATTEMPTS, Failure, Pool, attempt, died, is_to_blame, record_failure
 from graphbuild.store.store import Json, Store
 
 logger = logging.getLogger(__name__)
@@ -145,11 +147,14 @@ class Runner:
         if self._is_here(stage, tasks, store):
             gpu = self._on_gpus(stage, tasks[0])
             self.progress.running(1)
-            for task in tasks:
-                result = attempt(stage, _placed(task, gpu=gpu, threads=cores_here()), store)
-                yield task, result
-                if isinstance(result, Failure) and result.storage:
-                    return
+            beside = stage.may_crash and self.workers is None
+            with Child() if beside else contextlib.nullcontext() as child:
+                do = child.attempt if child else attempt
+                for task in tasks:
+                    result = do(stage, _placed(task, gpu=gpu, threads=cores_here()), store)
+                    yield task, result
+                    if isinstance(result, Failure) and result.storage:
+                        return
         else:
             yield from self._ray_results(stage, tasks, store)
 
@@ -208,12 +213,7 @@ class Runner:
                         queue.append((task, deaths))
                         self.progress.again()
                         continue
-                    result = Failure(
-                        f"its worker died {len(deaths)} times ({name}: {str(error).splitlines()[0]})",
-                        "most often memory ran out: use fewer --workers or a smaller shard_size, then rerun",
-                        str(error),
-                        1,
-                    )
+                    result = died(len(deaths), f"{name}: {str(error).splitlines()[0]}", str(error))
                     record_failure(store, task, result)
                 else:
                     pool.idle.append((worker, node))

@@ -62,6 +62,12 @@ def record_failure(store: Store, task: Task, failure: Failure) -> None:
         logger.warning("%s %s: its failure cannot be recorded (%s)", task.stage, task.name, error)
 
 
+def died(times: int, how: str, trace: str) -> Failure:
+    """Of a task that ended its worker so many times."""
+    fix = "most often memory ran out: use fewer --workers or a smaller shard_size, then rerun"
+    return Failure(f"its worker died {times} times ({how})", fix, trace, 1)
+
+
 def is_to_blame(deaths: Sequence[str]) -> bool:
     """Whether a task may be what ended its workers, ATTEMPTS or more, each given by its node's id.
 

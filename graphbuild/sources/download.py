@@ -342,5 +342,6 @@ DOWNLOAD = Stage(
     finish=finish_download,
     entries=("download",),
     counts=fetched.counts,
-    in_process=lambda tasks: False,  # the web is slow, and may send what crashes a decoder
+    in_process=lambda tasks: len(tasks) == 1,  # most of the time they wait
+    may_crash=True,  # the web may send what ends a decoder
 )

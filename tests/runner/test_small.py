@@ -107,7 +107,8 @@ def test_a_store_counts_by_what_its_finished_stages_counted(store: Store, unit: 
 
 def test_stages_say_what_no_size_tells(store: Store, tmp_path: Path) -> None:
     one = task()
-    assert not is_small(download.DOWNLOAD, [one], store)
+    assert is_small(download.DOWNLOAD, [one], store)
+    assert not is_small(download.DOWNLOAD, [one, task("00001")], store)
     for size, small in ((None, True), (256, False)):
         packing = dataclasses.replace(one, settings={"image_size": size})
         assert is_small(pack.STAGE, [packing], store) is small
