@@ -147,7 +147,7 @@ class Runner:
         if self._is_here(stage, tasks, store):
             gpu = self._on_gpus(stage, tasks[0])
             self.progress.running(1)
-            beside = stage.may_crash and self.workers is None
+            beside = self.workers is None and any(map(stage.may_crash, tasks))
             with Child() if beside else contextlib.nullcontext() as child:
                 do = child.attempt if child else attempt
                 for task in tasks:

@@ -14,6 +14,7 @@ from graphbuild.store.store import Store
 SAMPLES = 10_000  # of the whole store, or URLs, or nodes: those of one shard of a list
 BYTES = 200e6  # of files outside the store
 IMAGE_BYTES = 100e3  # taken for an image in a folder
+FEW = 0.1  # of both: no stage gains by workers there
 SIZE = re.compile(r", (\d+) (bytes|images), ")
 COUNTED = ("urls", "rows", "samples", "nodes")
 
@@ -22,12 +23,13 @@ def is_small(stage: Stage, tasks: Sequence[Task], store: Store) -> bool:
     """Whether these tasks of a stage run in the command's own process, where nobody asks for workers.
 
     They do where the store, by its finished stages, has at most SAMPLES samples, the tasks read at most BYTES from
-    outside it, and the stage has no reason of its own against it.
+    outside it, and the stage has no reason of its own against it; of a tenth of that it is not asked.
     """
     counts = [entry["counts"] for entry in store.manifest()["stages"].values()]
     most = max((each.get(name, 0) for each in counts for name in COUNTED), default=0)
     outside = sum(map(_bytes, {identity for task in tasks for identity in task.inputs.values()}))
-    return most <= SAMPLES and outside <= BYTES and stage.in_process(tasks)
+    share = max(most / SAMPLES, outside / BYTES)
+    return share <= FEW or (share <= 1 and stage.in_process(tasks))
 
 
 def _bytes(identity: str) -> float:

@@ -82,8 +82,8 @@ class Stage:
     whether what it made stays, for others have numbers that follow from it: with --force it then has the state `gone`.
     on_device: a GPU serves it, if there is one. sharing: workers to a GPU: one computes while another reads, prepares
     or writes. in_process: whether these tasks may run without workers where the job is small: not where many would do
-    them sooner. may_crash: without workers they run in a process beside the command's (child.py). grows: its plan goes
-    on from what its tasks have found, and is asked again when they are done, until it names no other.
+    them sooner. may_crash: without workers such a task has a process beside the command's (child.py). grows: its plan
+    goes on from what its tasks have found, and is asked again when they are done, until it names no other.
     """
 
     name: str
@@ -100,7 +100,7 @@ class Stage:
     on_device: bool = False
     sharing: int = 1
     in_process: Callable[[Sequence[Task]], bool] = lambda tasks: True
-    may_crash: bool = False
+    may_crash: Callable[[Task], bool] = lambda task: False
     grows: bool = False
     note: Callable[[Recipe, Store], str] | None = None
 

@@ -343,5 +343,5 @@ DOWNLOAD = Stage(
     entries=("download",),
     counts=fetched.counts,
     in_process=lambda tasks: len(tasks) == 1,  # most of the time they wait
-    may_crash=True,  # the web may send what ends a decoder
+    may_crash=lambda task: True,  # the web may send what ends a decoder
 )

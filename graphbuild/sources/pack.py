@@ -70,6 +70,10 @@ def _numbers(ranges: list[tuple[Part, int, int]], settings: Json, store: Store) 
     return [kept.get((part.name, first)) or next(free) for part, first, _ in ranges]
 
 
+def decodes(task: Task) -> bool:
+    return task.settings["image_size"] is not None
+
+
 def run(task: Task, store: Store, writer: Writer) -> Json:
     settings: Any = task.settings
     config = Pack(**{name: settings[name] for name in Pack.model_fields if name in settings})
@@ -188,5 +192,6 @@ STAGE = Stage(
     run=run,
     finish=finish,
     entries=("pack",),
-    in_process=lambda tasks: tasks[0].settings["image_size"] is None,  # else images are decoded, which takes long
+    in_process=lambda tasks: not decodes(tasks[0]),
+    may_crash=decodes,
 )

@@ -107,6 +107,7 @@ def test_a_store_counts_by_what_its_finished_stages_counted(store: Store, unit: 
 
 def test_stages_say_what_no_size_tells(store: Store, tmp_path: Path) -> None:
     one = task()
+    finished(store, scan={"samples": 1_001})
     assert is_small(download.DOWNLOAD, [one], store)
     assert not is_small(download.DOWNLOAD, [one, task("00001")], store)
     for size, small in ((None, True), (256, False)):
@@ -128,6 +129,9 @@ def test_stages_say_what_no_size_tells(store: Store, tmp_path: Path) -> None:
     assert not is_small(encode.STAGE, [int8, int8], store)  # which takes one thread a process
     assert not is_small(encode.STAGE, [other, other], store)
     assert is_small(encode.STAGE, [other], store)
+    finished(store, scan={"samples": 1_000})
+    assert is_small(encode.STAGE, [other, other], store)
+    assert not is_small(encode.STAGE, [dataclasses.replace(other, inputs={"tar": FILE.format(20_000_001)})] * 2, store)
 
 
 WITHOUT_RAY = """
