@@ -122,6 +122,7 @@ def test_a_resumed_run_has_the_batches_and_losses_of_the_uninterrupted_one(
             other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_resumed_goes_on_too(scenes: str, tmp_path: Path) -> None:
     whole = seen_by(trainer_of(scenes, "stream", tmp_path))
     seen_by(trainer_of(scenes, "stream", tmp_path / "again", max_steps=12), tmp_path / "checkpoint-9")

@@ -51,6 +51,7 @@ def words(rates: Rates, recipe: Recipe, *machines: str, rows: int | None = None)
     return tell(job_of("run", recipe, None, rows), recipe, rates, [machine.parse(text) for text in machines])
 
 
+@pytest.mark.slow
 def test_the_first_plan_on_a_new_machine_prints_everything_within_15_seconds(tmp_path: Path) -> None:
     environment = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
