@@ -8,6 +8,7 @@ import gc
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,10 @@ typer.main.get_command = typer.testing._get_command = functools.cache(typer.main
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files with the longest tests first: processes side by side then end at the same time."""
-    items.sort(key=lambda item: item.path.parent.name not in ("e2e", "training", "pages", "torch"))  # stable
+    """The files with the longest tests first: processes side by side then end at the same time. Else files are mixed:
+    where one process has tests that wait, the other has some that compute."""
+    long = ("e2e", "training", "pages", "torch")
+    items.sort(key=lambda item: (item.path.parent.name not in long, zlib.crc32(item.path.name.encode())))  # stable
 
 
 def pytest_collection_finish() -> None:

@@ -30,6 +30,12 @@ ROOT = Path(__file__).parents[2]
 BATCH, EPOCHS = 60, 3  # of four tars of 120 scenes, 480 in all
 
 
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the workers of stock loaders that a trainer left in the middle of an epoch, when they are collected."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
+
+
 @pytest.fixture(scope="session")
 def scenes(make_once: MakeOnce) -> str:
     return str(make_once("scenes", make_scenes_store))

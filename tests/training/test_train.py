@@ -12,7 +12,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from config import Config, Place, read_command_line
 from data import EpochBatches, split_shards, training_samples
 from records import Checkpoint
 from torch import nn
-from train import load_run, main, new_model, train, two_views, update
+from train import ASKED_TO_END, load_run, main, new_model, train, two_views, update
 
 from graphbuild.errors import ConfigError, StageError
 from graphbuild.torch import GraphDataset, Targets
@@ -57,6 +59,27 @@ def start_here(arguments: list[str]) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as told:
         main(arguments[1:])
     return told.getvalue()
+
+
+@contextlib.contextmanager
+def asked_to_end(when: Callable[[], bool]) -> Iterator[None]:
+    """This process is sent SIGTERM as soon as that is so, and takes it as before afterwards."""
+    over = threading.Event()
+
+    def ask() -> None:
+        while not over.wait(0.01):
+            if when():
+                return os.kill(os.getpid(), signal.SIGTERM)
+
+    thread, before = threading.Thread(target=ask), signal.getsignal(signal.SIGTERM)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        signal.signal(signal.SIGTERM, before)
+        ASKED_TO_END.clear()
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
@@ -139,12 +162,17 @@ def test_a_run_that_is_asked_to_end_leaves_a_checkpoint_of_its_last_step(
     scenes_store: str, whole_run: Path, tmp_path: Path, launcher: list[str]
 ) -> None:
     arguments = [*launcher, *command(scenes_store, tmp_path)]
-    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, env=ONE_THREAD)
-    path = tmp_path / "metrics.jsonl"
-    while process.poll() is None and not (path.exists() and '"epoch": 1, "step": 1' in path.read_text()):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == (1 if launcher else 128 + signal.SIGTERM)
+    path, began = tmp_path / "metrics.jsonl", '"epoch": 1, "step": 1'
+    if launcher:
+        process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, env=ONE_THREAD)
+        while process.poll() is None and not (path.exists() and began in path.read_text()):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 1
+    else:
+        with asked_to_end(lambda: path.exists() and began in path.read_text()), pytest.raises(SystemExit) as ended:
+            start_here(arguments)
+        assert ended.value.code == 128 + signal.SIGTERM
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     last = steps(tmp_path)[-1]
     taken = (last["epoch"], last["step"] + 1) if last["step"] + 1 < STEPS else (last["epoch"] + 1, 0)
