@@ -552,14 +552,14 @@ def naughty(shared_data: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def naughty_store(naughty: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def naughty_store(naughty: list[str], shallow: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every string as a caption of a list, its sha as the key; every node's neighbours are all the others."""
     folder = tmp_path_factory.mktemp("naughty")
     path = folder / "a.jsonl"
     path.write_text("".join(json.dumps({"caption": s, "key": f"k{n}"}) + "\n" for n, s in enumerate(naughty)))
     store = folder / "store"
     nodes = len({by_hand(s) for s in naughty if by_hand(s)})
-    options = ["--key-column", "key", "--workers", 0]
+    options = ["--key-column", "key", "--workers", 0, "--encoder", shallow]
     assert f"-> {nodes} nodes" in succeeded(graphbuild("embed", store, "--captions", path, *options))
     succeeded(graphbuild("index", store, "--k", nodes - 1, "--workers", 0))
     succeeded(graphbuild("export", store, "--workers", 0))
@@ -585,7 +585,7 @@ def test_hostile_strings_come_back_unchanged_from_a_list(naughty: list[str], nau
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["csv", "tar"])
 def test_hostile_strings_come_back_unchanged_from_csv_and_from_tars(
-    naughty: list[str], naughty_store: Path, tmp_path: Path, store: Path, kind: str
+    naughty: list[str], naughty_store: Path, shallow: str, tmp_path: Path, store: Path, kind: str
 ) -> None:
     path = tmp_path / f"a.{kind}"
     if kind == "tar":
@@ -593,7 +593,8 @@ def test_hostile_strings_come_back_unchanged_from_csv_and_from_tars(
     else:
         with path.open("w", newline="") as file:
             csv.writer(file).writerows([["caption", "number"], *([s, n] for n, s in enumerate(naughty))])
-    succeeded(graphbuild("embed", store, "--shards" if kind == "tar" else "--captions", path, "--workers", 0))
+    source = "--shards" if kind == "tar" else "--captions"
+    succeeded(graphbuild("embed", store, source, path, "--workers", 0, "--encoder", shallow))
     captions = column(store, "samples", "caption")
     in_tar = [string.removeprefix("\ufeff") for string in naughty]  # a member's byte order mark is none of its text
     assert captions == (in_tar if kind == "tar" else [string for string in naughty if by_hand(string)])
