@@ -20,6 +20,7 @@ import typer.testing
 
 import graphbuild.store.store
 
+gc.disable()  # until all is imported
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # they say what CPUs do, also on a machine with a GPU
 if "PYTEST_XDIST_WORKER" in os.environ:  # other tests need the other cores, and who waits for such a core waits long
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
@@ -44,6 +45,7 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000)
+    gc.enable()
 
 
 MakeOnce = Callable[[str, Callable[[Path], object]], Path]

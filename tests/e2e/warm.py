@@ -34,6 +34,7 @@ OPTIONAL = ("s3fs", "aiobotocore.session", "img2dataset.downloader")
 
 
 def warm() -> None:
+    gc.disable()
     # What a download sets before it imports what reads it.
     os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(Download.model_fields["max_pixels"].default)
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
@@ -52,6 +53,7 @@ def warm() -> None:
     os.environ.clear()
     os.environ.update(environment)
     gc.freeze()  # what collectors do not touch, forked processes need not copy
+    gc.enable()
     for left in list(weakref.finalize._registry):  # type: ignore[attr-defined]  # what is to be done at the end of this process
         left.atexit = False
 

@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from numpy.typing import NDArray
 
 from graphbuild.export.sidecar import SidecarHeader, sidecar_schema
@@ -51,6 +52,7 @@ def class_sidecar() -> pa.Table:
     return pa.table(columns, schema=schema.with_metadata(header.metadata()))
 
 
+@pytest.mark.slow
 def test_a_row_of_imagenet_s_sidecars_takes_at_most_0_4_kb_and_any_reader_reads_it(tmp_path: Path) -> None:
     table, path = class_sidecar(), tmp_path / "00000.graph.parquet"
     pq.write_table(table, path, compression="zstd", write_page_checksum=True, **packed(table))

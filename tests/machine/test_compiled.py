@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import graphbuild
 
 PACKAGE = Path(graphbuild.__file__).parent
@@ -20,6 +22,7 @@ def python(code: str, folder: Path, **environment: str) -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, text=True, env={**inherited, **environment}, cwd=folder)
 
 
+@pytest.mark.slow
 def test_loops_compile_where_no_cache_can_be_written_and_say_so_once(tmp_path: Path) -> None:
     copy = shutil.copytree(PACKAGE, tmp_path / "graphbuild", ignore=shutil.ignore_patterns("__pycache__"))
     for folder in [copy, *(path for path in copy.rglob("*") if path.is_dir())]:
