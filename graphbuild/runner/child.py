@@ -6,6 +6,7 @@ command, however that ends, and a task whose process died is tried again in a ne
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -42,6 +43,7 @@ class Child:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._process:
+            self._process.kill()  # it has nothing to do, or nobody waits for it
             self._end()
         self._said.close()
 
@@ -68,7 +70,8 @@ class Child:
         return failure
 
     def _started(self) -> subprocess.Popen[bytes]:
-        self._said.truncate(0)
+        self._said.seek(0)
+        self._said.truncate()
         return subprocess.Popen(
             [sys.executable, "-P", "-c", "from graphbuild.runner.child import serve; serve()"],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
@@ -78,9 +81,9 @@ class Child:
         )
 
     def _end(self) -> int:
-        """The exit code of the process, which ends when it is given nothing more."""
+        """The exit code of the process, which has ended or is about to."""
         process, self._process = self._process, None
-        with process:  # closes the pipes
+        with contextlib.suppress(BrokenPipeError), process:  # closes the pipes; a task may not have been sent
             pass
         return int(process.returncode)
 

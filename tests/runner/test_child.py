@@ -15,6 +15,7 @@ import pytest
 
 from graphbuild.errors import InputError, StageError
 from graphbuild.recipe import Recipe
+from graphbuild.runner.child import Child
 from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import Stage, Task
 from graphbuild.store.store import Json, Store, Writer
@@ -68,6 +69,7 @@ def test_a_task_that_crashes_three_times_is_named_with_where_and_the_others_are_
     assert "memory ran out" in failed["fix"]
     assert "Segmentation fault" in failed["traceback"]
     assert "test_child.py" in failed["traceback"], "the line where it crashed"
+    assert "\0" not in failed["traceback"]
     assert Path(store.url, "times").read_text().split() == ["first", "crash", "crash", "crash", "last"]
     assert record(store, "first")["facts"]["process"] != record(store, "last")["facts"]["process"]
 
@@ -76,6 +78,19 @@ def test_one_crash_is_said_and_tried_again(store: Store, caplog: pytest.LogCaptu
     with Runner() as runner:
         assert runner.run(stage("crash once", "last"), Recipe(), store)["counts"] == {"tasks": 2}
     assert "work crash once: its process died (SIGSEGV); trying again" in caplog.text
+
+
+def test_a_process_that_ends_between_tasks_is_replaced(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    work = stage("first", "last")
+    first, last = work.plan(Recipe(), store)
+    with Child() as child:
+        done = child.attempt(work, first, store)
+        process = psutil.Process(done["facts"]["process"])  # type: ignore[index]
+        process.kill()
+        while process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        assert child.attempt(work, last, store)["facts"]["process"] != process.pid  # type: ignore[index]
+    assert "work last: its process died (SIGKILL); trying again" in caplog.text
 
 
 def test_what_a_task_raises_or_prints_comes_back_as_from_this_process(store: Store) -> None:
