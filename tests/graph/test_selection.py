@@ -201,8 +201,17 @@ def test_which_of_a_group_of_duplicates_stays(store: Path, tmp_path: Path) -> No
 
 def test_a_list_without_groups_has_none_to_choose_from(store: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "rows.npy", np.arange(3))
-    with pytest.raises(InputError, match="has no groups"):
+    with pytest.raises(InputError, match=r"rows\.npy without groups"):
         select(graph_of(store), drop=[str(tmp_path / "rows.npy")], prefer="longest")
+
+
+def test_beside_groups_a_list_without_any_is_dropped_as_it_is(store: Path, tmp_path: Path) -> None:
+    groups, rows = tmp_path / "duplicates.parquet", tmp_path / "rows.npy"
+    near_duplicates(graph_of(store), 0.985).write(groups)
+    by_groups = left(store, drop=[str(groups)], prefer="longest")
+    np.save(rows, np.array(by_groups[:5]))
+    for drop in ([groups, rows], [rows, groups]):
+        assert left(store, drop=list(map(str, drop)), prefer="longest") == by_groups[5:]
 
 
 def test_a_budget_is_of_what_is_left(store: Path) -> None:

@@ -54,8 +54,9 @@ def select(
     """Which rows of a store, and which of their captions, are kept, with why each other went.
 
     keep, drop: lists (row_lists.py); all of keep are joined, and nothing else stays. prefer: which one of each group of
-    `mine --what duplicates` stays, in the place of the list's own choice: the first row; the sharpest image (variance
+    `mine --what duplicates` stays, in the place of that list's own choice: the first row; the sharpest image (variance
     of the Laplacian of its grey values at 256 pixels); that whose node most lists name; that of the longest caption.
+    Other lists to drop are dropped as they are.
     where: an SQL expression over the columns of `SampleColumns`. min_degree: least number of lists that name the node.
     budget: rows to keep, or a share of those left, chosen by `subsets.choose`. scores, labels: for the method, a column
     or a .npy by row.
@@ -107,6 +108,7 @@ class _Choice:
     def __init__(self, graph: SampleGraph, rules: Json) -> None:
         self.graph, self.columns = graph, SampleColumns(graph)
         self.nodes = graph.sample_nodes()
+        self.has_groups = False  # of the lists to drop, one at least
         self.why, self.reasons = np.zeros(len(self.nodes), np.int8), [""]
         if graph.is_plural:
             self.text_rows, self.text_nodes = map(np.concatenate, zip(*texts(graph), strict=True))
@@ -119,6 +121,9 @@ class _Choice:
             self._out(~wanted, f"keep: in none of {', '.join(map(_short, rules['keep']))}")
         for url in rules.get("drop", ()):
             self._out(self._listed(url, meant=False, prefer=rules.get("prefer")), f"drop: {_short(url)}")
+        if "prefer" in rules and not self.has_groups:
+            lists = " and ".join(map(_short, rules["drop"]))
+            raise InputError(f"prefer: {lists} without groups", "give --drop a list of `mine --what duplicates` too")
         if "where" in rules:
             kept, of_captions = rows_where(self.columns, rules["where"], plural=graph.is_plural)
             (self._only_captions if of_captions else self._only_rows)(kept, f"where: {rules['where']}")
@@ -147,9 +152,8 @@ class _Choice:
     def _listed(self, url: str, *, meant: bool, prefer: Prefer | None = None) -> NDArray[np.bool_]:
         """The rows that a list means: to be kept or, not meant, to be dropped."""
         lines = read_list(url, self.graph)
-        if prefer is not None:
-            if not {"group", "row", "node", "caption"} <= set(lines.columns):
-                raise InputError(f"{url} has no groups", "prefer needs a list of `mine --what duplicates`")
+        if prefer is not None and {"group", "row", "node", "caption"} <= set(lines.columns):
+            self.has_groups = True
             lines = lines.with_columns(score=pl.Series(self._scores(lines, prefer)))
             best = lines.sort("group", "score", "row", descending=[False, True, False]).unique("group", keep="first")
             lines = lines.with_columns(keep=pl.col("row").is_in(best["row"].implode()))
