@@ -123,7 +123,7 @@ class _Choice:
             self._out(self._listed(url, meant=False, prefer=rules.get("prefer")), f"drop: {_short(url)}")
         if "prefer" in rules and not self.has_groups:
             lists = " and ".join(map(_short, rules["drop"]))
-            raise InputError(f"prefer: {lists} without groups", "give --drop a list of `mine --what duplicates` too")
+            raise InputError(f"prefer: {lists} without groups", "prefer needs a list of `mine --what duplicates`")
         if "where" in rules:
             kept, of_captions = rows_where(self.columns, rules["where"], plural=graph.is_plural)
             (self._only_captions if of_captions else self._only_rows)(kept, f"where: {rules['where']}")
