@@ -16,7 +16,7 @@ from graphbuild.job.plan.case import Case, Cost
 from graphbuild.job.plan.formulas import FORMULAS
 from graphbuild.job.plan.rates import WORKER_BYTES
 from graphbuild.job.steps import Step
-from graphbuild.runner.small import BYTES, SAMPLES
+from graphbuild.runner.small import BYTES, FEW, SAMPLES
 
 KEPT_BYTES = 200e6  # of earlier stages' small arrays, that a worker does not give back; large ones it does
 IMPORTS = {
@@ -45,7 +45,8 @@ def costs(case: Case, steps: Sequence[Step]) -> list[Cost]:
         new = set(IMPORTS.get(step.name, "").split()) - imported
         loading = sum(getattr(case.rates, f"load_{part}", 0.0) for part in new)
         read = job.list_bytes + job.tar_bytes if step.reads_outside else 0.0
-        here = small and step.name != "download" and read <= BYTES
+        few = cost.tasks == 1 or job.rows <= FEW * SAMPLES
+        here = small and read <= BYTES and (few or step.name != "download")
         cost = _timed(cost, case, loading + (0.0 if here or begun else case.rates.start))
         if cost.tasks:
             begun |= not here
