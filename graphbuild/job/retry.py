@@ -1,14 +1,12 @@
 """Retry: what failed, once more. URLs that failed get shards of their own; tasks with a failed.json run again.
 
 The URLs go, with all their columns and the key that they had, to further lists `_state/urls/<shard>.parquet`: new
-shards behind the old ones, so nothing that is finished changes, and no URL is fetched that has its image. Memory: all
-rows of the list.
+shards behind the old ones, so nothing that is finished changes, and no URL is fetched that has its image.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,9 +16,9 @@ from graphbuild.job.summary import NEXT, refused_line
 from graphbuild.recipe import Recipe, resolve
 from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import Task, digest, outputs, records
-from graphbuild.sources.again import Wanted, matches
+from graphbuild.sources.again import Wanted, by_reason
 from graphbuild.sources.download import DOWNLOAD, URLS, plan_urls
-from graphbuild.sources.fetched import failed_urls, refused, require_images
+from graphbuild.sources.fetched import RETRY, refused, require_images
 from graphbuild.store.layout import shard_name
 from graphbuild.store.store import Json, Store
 
@@ -82,9 +80,8 @@ def nothing_failed(store: Store) -> ConfigError:
 
 def _retry_urls(store: Store, recipe: Recipe, runner: Runner, wanted: Wanted) -> tuple[int, str]:
     """How many images the wanted URLs gave, and what to say of it."""
-    failed = failed_urls(store)
-    chosen = failed.filter(matches(failed, wanted))
-    if chosen.height:
+    again, others = (found.total() for found in by_reason(store, wanted))
+    if again:
         lists = outputs(list(records(store, "urls").values()), "_state/urls/")
         built = {
             "list": plan_urls(recipe, store)[0].fingerprint,
@@ -92,22 +89,21 @@ def _retry_urls(store: Store, recipe: Recipe, runner: Runner, wanted: Wanted) ->
         }
         task = Task(
             stage="urls",
-            name=f"retry-{shard_name(len(lists))}",
+            name=f"{RETRY}{shard_name(len(lists))}",
             settings={"reasons": wanted, "shard_size": recipe.download.shard_size, "first": len(lists)},
             built=built,
         )
         stage = dataclasses.replace(URLS, plan=lambda recipe, store: [*plan_urls(recipe, store), task])
         run_step(step_of(URLS), recipe, store, runner, stage=stage)
         run_step(step_of(DOWNLOAD), recipe, store, runner)
-    still = failed_urls(store)
-    images = failed.height - still.height
+    still, _ = by_reason(store, [""])
+    images = again + others - still.total()
     lines = [
-        f"retry     {chosen.height:,} of {failed.height:,} failed URLs -> {images:,} images; "
-        f"{still.height:,} without one"
+        f"retry     {again:,} of {again + others:,} failed URLs -> {images:,} images; {still.total():,} without one"
     ]
-    if wanted == "passing" and chosen.height < failed.height:
+    if wanted == "passing" and others:
         lines.append("          others failed for good (--reason TEXT, --all)")
-    left = refused(Counter(still["reason"].to_list()))
+    left = refused(still)
     if left:
         lines.append(refused_line(left, store))
     return images, "\n".join(lines)

@@ -28,6 +28,9 @@ from graphbuild.store.store import Json, Store
 
 logger = logging.getLogger(__name__)
 
+KILLED = "most often memory ran out: use a smaller shard_size, or a machine with more memory, then rerun"
+CRASHED = "a library crashed on what it read: its .failed.json says where; leave that file or row out, then rerun"
+
 
 class Child:
     """A context manager, whose process starts with its first task. It costs one more import of what the task uses."""
@@ -65,7 +68,8 @@ class Child:
             if times < ATTEMPTS:
                 logger.warning("%s %s: its process died (%s); trying again", stage.name, task.title, name)
         self._said.seek(0)
-        failure = died(ATTEMPTS, name, public(self._said.read().decode(errors="replace")))
+        fix = KILLED if name == "SIGKILL" else CRASHED
+        failure = died(ATTEMPTS, name, public(self._said.read().decode(errors="replace")), fix)
         record_failure(store, task, failure)
         return failure
 

@@ -22,6 +22,7 @@ ATTEMPTS = 3  # of a task whose worker dies
 MOST_DEATHS = 20  # of its workers, with their nodes too
 NOTICE_SECONDS = 10  # in which Ray sees that a node is gone, after the end of its workers
 STARTS_IN_VAIN = 10  # one after the other, before none is tried any more
+OUT_OF_MEMORY = "most often memory ran out: use fewer --workers or a smaller shard_size, then rerun"
 UNKNOWN = "rerun the same command; if it fails again, its traceback lies in the failed.json named above"
 GPU_IS_FULL = "use --workers 1, so that no two tasks share the GPU, one with more memory, or --device cpu; then rerun"
 
@@ -62,9 +63,8 @@ def record_failure(store: Store, task: Task, failure: Failure) -> None:
         logger.warning("%s %s: its failure cannot be recorded (%s)", task.stage, task.name, error)
 
 
-def died(times: int, how: str, trace: str) -> Failure:
+def died(times: int, how: str, trace: str, fix: str = OUT_OF_MEMORY) -> Failure:
     """Of a task that ended its worker so many times."""
-    fix = "most often memory ran out: use fewer --workers or a smaller shard_size, then rerun"
     return Failure(f"its worker died {times} times ({how})", fix, trace, 1)
 
 

@@ -15,21 +15,49 @@ from graphbuild.store.store import Json, Store, Writer
 Wanted = str | list[str]
 
 
+def by_reason(store: Store, wanted: Wanted) -> tuple[Counter[str], Counter[str]]:
+    """How many failed URLs are wanted again, by reason, and how many others."""
+    chosen: Counter[str] = Counter()
+    others: Counter[str] = Counter()
+    for failed in failed_urls(store):
+        mine = _are_wanted(failed, wanted)
+        chosen.update(failed["reason"].filter(mine).to_list())
+        others.update(failed["reason"].filter(~mine).to_list())
+    return chosen, others
+
+
 def cut_retry(task: Task, store: Store, writer: Writer) -> Json:
-    """Write the lists of one retry, `_state/urls/<first>.parquet` and on."""
-    first = task.settings["first"]
-    failed = failed_urls(store, shards=first)
-    chosen = failed.filter(matches(failed, task.settings["reasons"]))
-    sources = list(outputs(list(records(store, "urls").values()), "_state/urls/"))[:first]
-    every = pl.concat([pl.DataFrame(pl.from_arrow(store.table(path))) for path in sources], how="diagonal_relaxed")
-    rows = every.with_row_index("place").join(chosen.select("place", "key"), on="place", maintain_order="left")
-    rows = rows.with_columns(pl.col("key").alias("retry_of")).drop("place", "key")
-    for number, part in enumerate(rows.iter_slices(task.settings["shard_size"])):
-        writer.table(layout.URLS.format(shard_name(first + number)), part.to_arrow())
-    return {"retried": dict(Counter(chosen["reason"].to_list()))}
+    """Write the lists of one retry, `_state/urls/<first>.parquet` and on. Memory: two of these, and one of before."""
+    number, size = task.settings["first"], task.settings["shard_size"]
+    sources = list(outputs(list(records(store, "urls").values()), "_state/urls/"))[:number]
+    waiting: list[pl.DataFrame] = []
+    retried: Counter[str] = Counter()
+
+    def cut(least: int) -> None:
+        nonlocal waiting, number
+        rows = pl.concat(waiting, how="diagonal_relaxed")
+        waiting = [rows]
+        while len(rows) >= least:
+            writer.table(layout.URLS.format(shard_name(number)), rows[:size].to_arrow())
+            rows = rows[size:]
+            waiting, number = [rows], number + 1
+
+    before = 0  # rows of the lists so far
+    for path, failed in zip(sources, failed_urls(store, shards=number), strict=True):
+        chosen = failed.filter(_are_wanted(failed, task.settings["reasons"]))
+        every = pl.DataFrame(pl.from_arrow(store.table(path)))
+        rows = every[(chosen["place"] - before).to_list()].with_columns(retry_of=chosen["key"])
+        before += len(every)
+        retried.update(chosen["reason"].to_list())
+        waiting.append(rows)
+        if sum(map(len, waiting)) >= size:
+            cut(size)
+    if waiting:
+        cut(1)
+    return {"retried": dict(retried)}
 
 
-def matches(failed: pl.DataFrame, wanted: Wanted) -> pl.Series:
+def _are_wanted(failed: pl.DataFrame, wanted: Wanted) -> pl.Series:
     """Which failures are wanted, bool [n]."""
     if wanted == "all":
         kept = [OPT_OUT not in reason for reason in failed["reason"]]

@@ -203,19 +203,10 @@ def run_download(task: Task, store: Store, writer: Writer) -> Json:
 
 
 def finish_download(recipe: Recipe, store: Store, done: list[Json]) -> Json:
-    """What became of the list: failures by reason and host, placeholders; a URL tried again counts once. And how many
-    URLs were fetched whatever their sites say, if any."""
+    """What became of the list, and how many URLs were fetched whatever their sites say, if any."""
     ignored = sum(record["facts"].get("opt_out_ignored", 0) for record in done)
-    tries = fetched.last_tries(store, ["url", "status", "error_message", "sha256"])
-    return {
-        "download": {
-            "failures": dict(fetched.failures(tries).most_common()),
-            "retried": fetched.retried(store).total(),
-            "hosts": fetched.failing_hosts(tries),
-            "placeholders": fetched.placeholders(tries),
-            **({"opt_out_ignored": ignored} if ignored else {}),
-        }
-    }
+    retried = {"retried": fetched.retried(store).total()}
+    return {"download": {**fetched.told(store), **retried, **({"opt_out_ignored": ignored} if ignored else {})}}
 
 
 def downloaded_tars(store: Store) -> dict[str, str]:

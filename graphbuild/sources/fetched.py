@@ -1,14 +1,17 @@
 """What became of a list's URLs, read from img2dataset's rows of the finished shards: each URL once, by its last try.
 
-Memory: the asked columns of all rows.
+A shard after the other. Memory: a shard's rows, the keys of URLs tried again, and what `told` counts.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from graphbuild.errors import StageError
 from graphbuild.runner.stage import outputs, records, summed, total_counts
@@ -18,6 +21,9 @@ if TYPE_CHECKING:
     import polars as pl
 
 REFUSED = "refused: not a public address"  # how the reason begins
+RETRY = "retry-"  # how the name of a list of URLs tried again begins
+REPEATED = 5  # an image that so many URLs gave may be a placeholder
+MOST_HOSTS = 20
 OPT_OUT = "opt-out"  # and of a site that says no, which is not asked again (`graphbuild.sources.optout`)
 _PASSING = re.compile(
     r"HTTP Error (408|425|429|500|502|503|504)\b|timed out|time-outs|reset by peer|Connection (refused|aborted)"
@@ -39,36 +45,38 @@ def reason_of(status: str, message: str | None) -> str:
     return f"{status.removeprefix('failed_to_')}: {line}"[:100]
 
 
-def last_tries(store: Store, columns: Sequence[str], shards: int | None = None) -> pl.DataFrame:
-    """Those columns, `key` and `place` (the row's among all of all lists) of each URL's last try in all or the first
-    shards."""
+def last_tries(store: Store, columns: Sequence[str], shards: int | None = None) -> Iterator[pl.DataFrame]:
+    """Of all or the first shards one after the other: those columns, `key` and `place` (the row's among all of all
+    lists) of the URLs that were not tried again in these shards."""
     import polars as pl
 
-    names = list(outputs(list(records(store, "download").values()), "shards/", ".parquet"))
-    wanted = {"key", "retry_of", *columns}
-    parts = []
-    for name in names[:shards]:
-        table = store.table(name)
-        parts.append(pl.DataFrame(pl.from_arrow(table.select([c for c in table.column_names if c in wanted]))))
-    if not parts:
-        return pl.DataFrame({name: [] for name in ("place", "key", *columns)})
-    rows = pl.concat([part.sort("key") for part in parts], how="diagonal_relaxed").with_row_index("place")
-    if "retry_of" in rows.columns:
-        rows = rows.join(rows.select("retry_of").drop_nulls().unique(), left_on="key", right_on="retry_of", how="anti")
-    return rows.select("place", "key", *columns)
+    names = list(outputs(list(records(store, "download").values()), "shards/", ".parquet"))[:shards]
+    retries = [record for name, record in records(store, "urls").items() if name.startswith(RETRY)]
+    later = {Path(path).stem for path in outputs(retries, "_state/urls/")}
+    again = pl.concat(
+        [pl.Series("key", [], pl.String)]
+        + [pl.Series("key", store.table(name, ["retry_of"])["retry_of"]) for name in names if Path(name).stem in later]
+    )
+    place = 0
+    for name in names:
+        rows = pl.DataFrame(pl.from_arrow(store.table(name, ["key", *columns]))).sort("key")
+        rows = rows.select(pl.int_range(place, place + len(rows)).alias("place"), "key", *columns)
+        place += len(rows)
+        yield rows.filter(~pl.col("key").is_in(again.implode()))
 
 
-def failed_urls(store: Store, shards: int | None = None) -> pl.DataFrame:
-    """The URLs of all or the first shards that have no image and were not tried again there since.
+def failed_urls(store: Store, shards: int | None = None) -> Iterator[pl.DataFrame]:
+    """The URLs that have no image, as `last_tries`.
 
-    Columns: place, among all rows of these lists; key; reason; message.
+    Columns: place; key; reason; message.
     """
     import polars as pl
 
-    failed = last_tries(store, ["status", "error_message"], shards).filter(pl.col("status") != "success")
-    reasons = [reason_of(*pair) for pair in failed.select("status", "error_message").iter_rows()]
-    messages = failed["error_message"].fill_null("")
-    return failed.select("place", "key").with_columns(reason=pl.Series(reasons, dtype=pl.String), message=messages)
+    for tries in last_tries(store, ["status", "error_message"], shards):
+        failed = tries.filter(pl.col("status") != "success")
+        reasons = [reason_of(*pair) for pair in failed.select("status", "error_message").iter_rows()]
+        messages = failed["error_message"].fill_null("")
+        yield failed.select("place", "key").with_columns(reason=pl.Series(reasons, dtype=pl.String), message=messages)
 
 
 # -- counts
@@ -97,24 +105,47 @@ def counts(store: Store, done: Sequence[Json]) -> dict[str, int]:
     return {**found, "failed": found["failed"] - again, "urls": found["urls"] - again} if again else found
 
 
-def failing_hosts(tries: pl.DataFrame, most: int = 20) -> Json:
-    """The hosts with most URLs that gave no image, and how many of how many."""
+def told(store: Store) -> Json:
+    """Of all last tries: failures by reason; the hosts with most URLs that gave no image, and how many of how many;
+    how many images came byte for byte from REPEATED URLs or more, and how many URLs gave those.
+
+    Rows are read once, those of images twice. Memory: a line a host, and 1 to 2 bytes an image: how many URLs gave an
+    image is counted by some bits of its SHA-256 first, and by all of them only where that is many.
+    """
     import polars as pl
 
-    host = pl.col("url").str.extract(r"^[A-Za-z]+://(?:[^/?#]*@)?([^/?#]*)").str.to_lowercase().alias("host")
-    failed = (pl.col("status") != "success").sum().alias("failed")
-    counted = tries.group_by(host).agg(failed, pl.len().alias("urls")).filter(pl.col("failed") > 0)
-    worst = counted.sort(["failed", "host"], descending=[True, False]).head(most)
-    return {row["host"] or "": {"failed": row["failed"], "urls": row["urls"]} for row in worst.to_dicts()}
+    total: Counter[str] = Counter()
+    failed: Counter[str] = Counter()  # by host
+    tried: Counter[str] = Counter()
+    images = sum(record["facts"]["counts"]["images"] for record in records(store, "download").values())
+    seen = np.zeros(1 << max(images - 1, 1).bit_length(), np.uint8)
+    host = pl.col("url").str.extract(r"^[A-Za-z]+://(?:[^/?#]*@)?([^/?#]*)").str.to_lowercase().fill_null("")
+    for tries in last_tries(store, ["url", "status", "error_message", "sha256"]):
+        total.update(failures(tries))
+        by_host = tries.group_by(host.alias("host")).agg(
+            (pl.col("status") != "success").sum().alias("failed"), pl.len()
+        )
+        failed.update({name: count for name, count, _ in by_host.iter_rows() if count})
+        tried.update({name: count for name, _, count in by_host.iter_rows()})
+        cells, here = np.unique(_cells(tries["sha256"].drop_nulls(), len(seen)), return_counts=True)
+        seen[cells] = np.minimum(seen[cells] + here, REPEATED)
+    many = pl.DataFrame(schema={"sha256": pl.UInt64, "url": pl.UInt64})  # hashes of both
+    for tries in last_tries(store, ["url", "sha256"]) if (seen == REPEATED).any() else ():
+        had = tries.select("sha256", "url").drop_nulls()
+        had = had.filter(seen[_cells(had["sha256"], len(seen))] == REPEATED)
+        many = many.extend(had.select(pl.all().hash())).unique()
+    repeated = many.group_by("sha256").len().filter(pl.col("len") >= REPEATED)
+    worst = sorted(failed, key=lambda name: (-failed[name], name))[:MOST_HOSTS]
+    return {
+        "failures": dict(sorted(total.items(), key=lambda found: (-found[1], found[0]))),
+        "hosts": {name: {"failed": failed[name], "urls": tried[name]} for name in worst},
+        "placeholders": {"images": repeated.height, "urls": int(repeated["len"].sum())},
+    }
 
 
-def placeholders(tries: pl.DataFrame, at_least: int = 5) -> Json:
-    """How many images came byte for byte from `at_least` or more URLs, and how many URLs gave them."""
-    import polars as pl
-
-    hashed = tries.select("sha256", "url").drop_nulls().unique()
-    repeated = hashed.group_by("sha256").len().filter(pl.col("len") >= at_least)
-    return {"images": repeated.height, "urls": int(repeated["len"].sum())}
+def _cells(sha256: pl.Series, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """0..count-1 of each hexadecimal SHA-256; count: a power of 2."""
+    return sha256.str.slice(0, 15).str.to_integer(base=16).to_numpy() % count
 
 
 # -- what to do next

@@ -29,6 +29,8 @@ def work(task: Task, store: Store, writer: Writer) -> Json:
     match task.name:
         case "crash":
             os.kill(os.getpid(), signal.SIGSEGV)
+        case "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
         case "crash once":
             if (folder / "times").read_text().count(task.name) == 1:
                 os.kill(os.getpid(), signal.SIGSEGV)
@@ -66,7 +68,7 @@ def test_a_task_that_crashes_three_times_is_named_with_where_and_the_others_are_
     ):
         runner.run(stage("first", "crash", "last"), Recipe(), store)
     failed = record(store, "crash", "failed")
-    assert "memory ran out" in failed["fix"]
+    assert "a library crashed on what it read" in failed["fix"]
     assert "Segmentation fault" in failed["traceback"]
     assert "test_child.py" in failed["traceback"], "the line where it crashed"
     assert "\0" not in failed["traceback"]
@@ -78,6 +80,14 @@ def test_one_crash_is_said_and_tried_again(store: Store, caplog: pytest.LogCaptu
     with Runner() as runner:
         assert runner.run(stage("crash once", "last"), Recipe(), store)["counts"] == {"tasks": 2}
     assert "work crash once: its process died (SIGSEGV); trying again" in caplog.text
+
+
+def test_of_a_task_that_is_killed_memory_is_thought_of_first(store: Store) -> None:
+    with Runner() as runner, pytest.raises(StageError, match=r"died 3 times \(SIGKILL\)"):
+        runner.run(stage("killed"), Recipe(), store)
+    fix = record(store, "killed", "failed")["fix"]
+    assert "memory ran out: use a smaller shard_size" in fix
+    assert "--workers" not in fix, "it had no workers"
 
 
 def test_a_process_that_ends_between_tasks_is_replaced(store: Store, caplog: pytest.LogCaptureFixture) -> None:

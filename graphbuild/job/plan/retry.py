@@ -6,16 +6,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
-import polars as pl
-
 from graphbuild.job.plan.job import job_of, shares_done
 from graphbuild.job.plan.show import plan_job, plan_verb
 from graphbuild.job.retry import failed_tasks, nothing_failed
 from graphbuild.machine.terminal import counted
 from graphbuild.recipe import resolve
 from graphbuild.runner.stage import records
-from graphbuild.sources.again import Wanted, matches
-from graphbuild.sources.fetched import failed_urls
+from graphbuild.sources.again import Wanted, by_reason
 from graphbuild.store.store import Json, Store
 
 MOST_TASKS = 10
@@ -38,10 +35,9 @@ def plan_retry(store: Store, wanted: Wanted, workers: int | None) -> Iterator[st
         yield from plan_verb("download", recipe, store, workers)
     if fetched:
         shares_done("download", recipe, store)
-        failed = failed_urls(store)
-        chosen = failed.filter(matches(failed, wanted))
-        yield _urls(failed, chosen, wanted)
-        if again := chosen.height:
+        chosen, others = by_reason(store, wanted)
+        yield _urls(chosen, others, wanted)
+        if again := chosen.total():
             known = False
             job = job_of("download", recipe, rows=again)
             said = ("each gives an image this time",)
@@ -62,14 +58,14 @@ def _tasks(verb: str, failed: list[Json]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _urls(failed: pl.DataFrame, chosen: pl.DataFrame, wanted: Wanted) -> str:
-    lines = [f"retry     would fetch {chosen.height:,} of {failed.height:,} failed URLs again", *_by_reason(chosen)]
-    left = failed.join(chosen, on="place", how="anti")
-    if left.height:
+def _urls(chosen: Counter[str], others: Counter[str], wanted: Wanted) -> str:
+    again, left = chosen.total(), others.total()
+    lines = [f"retry     would fetch {again:,} of {again + left:,} failed URLs again", *_by_reason(chosen)]
+    if left:
         why = "failed for good (--reason TEXT, --all)" if wanted == "passing" else "failed for other reasons"
-        lines += [f"{'':10}and leave {left.height:,} that {why}", *_by_reason(left)]
+        lines += [f"{'':10}and leave {left:,} that {why}", *_by_reason(others)]
     return "\n".join([*lines, ""])
 
 
-def _by_reason(urls: pl.DataFrame) -> list[str]:
-    return [f"{'':10}{count:6,} {reason}" for reason, count in Counter(urls["reason"].to_list()).most_common()]
+def _by_reason(urls: Counter[str]) -> list[str]:
+    return [f"{'':10}{count:6,} {reason}" for reason, count in urls.most_common()]
