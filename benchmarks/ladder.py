@@ -112,7 +112,7 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
                     "scratch": bytes_in(folder / "_work"),
                 }
         manifest = store.manifest()
-        return {"stages": stages, "recall": manifest["recall"], "graph": manifest["graph"]}
+        return {"stages": stages, "asked": job["recall"], "recall": manifest["recall"], "graph": manifest["graph"]}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -150,7 +150,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         rows.append([f"{nodes:,}", *(f"{cpu:.1f}" for cpu in [*each, sum(each)]), f"{seconds:.0f}"])
         rows[-1] += [*(f"{value:.2f}" for value in most), f"{recall:.4f}"]
     cells = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([cells[0], "|" + "---|" * len(rows[0]), *cells[1:], *growth(runs)])
+    return "\n".join([cells[0], "|" + "---|" * len(rows[0]), *cells[1:], *growth(runs), *forecast(runs)])
 
 
 def growth(runs: dict[int, list[dict[str, Any]]]) -> list[str]:
@@ -164,6 +164,43 @@ def growth(runs: dict[int, list[dict[str, Any]]]) -> list[str]:
         f"from {a:,} to {b:,} nodes: exponent {math.log(total[b] / total[a]) / math.log(b / a):.2f}"
         for a, b in itertools.pairwise(sizes)
     ]
+
+
+def forecast(runs: dict[int, list[dict[str, Any]]]) -> list[str]:
+    """What was forecast from each size for the next, over what it took: a size's seconds and scratch times the plan's
+    ratio of both sizes; of the stages with a twentieth of the whole or more."""
+    said = []
+    for sizes in itertools.pairwise(sorted(runs)):
+        before, after = (runs[nodes] for nodes in sizes)
+        planned = [plan(lines[0]) for lines in (before, after)]
+        seconds, scratch = [], [0.0, 0.0]
+        for name in before[0]["stages"]:
+            took = [statistics.median(line["stages"][name]["seconds"] for line in lines) for lines in (before, after)]
+            if name in planned[0]:
+                kept = name in ("search", "certify")  # what they write is the graph
+                scratch = [had + cost[name].written * (not kept) for had, cost in zip(scratch, planned, strict=True)]
+                seconds.append((name, took[0] * planned[1][name].seconds / planned[0][name].seconds, took[1]))
+        whole = [sum(stage[at] for stage in seconds) for at in (1, 2)]
+        shown = [f"{name} {said / took:.2f}" for name, said, took in seconds if took >= 0.05 * whole[1]]
+        had = [max(stage["scratch"] for stage in lines[0]["stages"].values()) for lines in (before, after)]
+        shown += [f"all {whole[0] / whole[1]:.2f}", f"scratch {had[0] * scratch[1] / scratch[0] / had[1]:.2f}"]
+        said.append(f"forecast from {sizes[0]:,} for {sizes[1]:,} nodes, over what it took: {', '.join(shown)}")
+    return said
+
+
+def plan(line: dict[str, Any]) -> dict[str, Any]:
+    """What the plan says of each stage of a line's job, a `Cost`."""
+    from graphbuild.job.plan.job import Job
+    from graphbuild.job.plan.machine import Machine
+    from graphbuild.job.plan.rates import rates_here
+    from graphbuild.job.plan.show import cases
+    from graphbuild.recipe import Recipe
+
+    read = Recipe.model_validate({"index": {"k": line["k"], "recall": line["asked"], "engine": line["engine"]}})
+    nodes = line["nodes"]
+    job = Job("vectors", nodes, nodes, nodes, -(-nodes // read.embed.shard_size), verb="index", k=line["k"])
+    here = Machine(1, line["workers"], 24e9, 1e9, workers=line["workers"], own=True)
+    return {cost.name: cost for cost in cases(job, read, rates_here(), [here])[0][1]}
 
 
 def show(asked: argparse.Namespace) -> None:

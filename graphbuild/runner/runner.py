@@ -24,7 +24,7 @@ from graphbuild.runner.child import Child
 from graphbuild.runner.connection import connect
 from graphbuild.runner.progress import Metrics, Progress
 from graphbuild.runner.small import is_small
-from graphbuild.runner.stage import Stage, Task, digest, records, state_path, write_manifest
+from graphbuild.runner.stage import Stage, Task, digest, records, state_path, write_manifest, write_together
 from graphbuild.runner.state import invalidate, pending, write_recipe
 from graphbuild.runner.workers import ATTEMPTS, Failure, Pool, attempt, died, is_to_blame, record_failure
 from graphbuild.store.store import Json, Store
@@ -123,6 +123,8 @@ class Runner:
             invalidate(store, (stage.name, *stale), stage.entries)
             self.progress.end()
             return {}
+        if stage.name in self.ran:
+            write_together(store, stage.name, done)
         entry = self._finish(stage, recipe, store, [done[task.name] for task in tasks])
         self.progress.end(entry["counts"])
         self.seconds[stage.name] = time.monotonic() - begin

@@ -65,6 +65,8 @@ class Task:
 
 logger = logging.getLogger(__name__)
 KEPT = 250_000  # records in memory, beside those that are in use: about a gigabyte
+MANY = 1_000  # records of a stage that are also kept in one file
+TOGETHER = f"{STATE}/all.records"
 _kept: dict[tuple[str, str, str], dict[str, tuple[tuple[int, object], Json]]] = {}  # by store, stage and state
 Run = Callable[[Task, Store, Writer], Json]
 
@@ -138,11 +140,14 @@ def records(store: Store, stage: str, state: str = "done") -> dict[str, Json]:
     """Task name -> record, of all tasks of a stage in that state, in order of number (`by_number`).
 
     A file is read again when its listing tells another size or `version`: plans ask for the same ones many times. At
-    most KEPT records are kept, of the stages that were asked for last; nobody changes one.
+    most KEPT records are kept, of the stages that were asked for last; nobody changes one. Of many that are not, those
+    of a finished stage come from one file (`write_together`).
     """
-    suffix = f".{state}.json"
-    listed = {name: told for name, told in store.listed(STATE.format(stage)).items() if name.endswith(suffix)}
+    suffix, every = f".{state}.json", store.listed(STATE.format(stage))
+    listed = {name: told for name, told in every.items() if name.endswith(suffix)}
     before = _kept.pop((store.url, stage, state), {})
+    if TOGETHER.format(stage) in every and len(listed) - len(before) >= MANY:
+        before = _read_together(store, stage) | before
     kept = {name: before[name] for name, told in listed.items() if name in before and before[name][0] == told}
     new = {name: told[0] for name, told in listed.items() if name not in kept}
     shared: dict[str, Json] = {}  # settings are most often those of all tasks: each once in memory
@@ -157,6 +162,30 @@ def records(store: Store, stage: str, state: str = "done") -> dict[str, Json]:
     while sum(map(len, _kept.values())) > KEPT:
         _kept.pop(next(iter(_kept)))
     return {name.rsplit("/", 1)[-1].removesuffix(suffix): kept[name][1] for name in sorted(kept, key=by_number)}
+
+
+def write_together(store: Store, stage: str, done: Mapping[str, Json]) -> None:
+    """Write the records of a finished stage, where they are MANY, into one file too, with what their listing tells: one
+    request to an object store, in place of one a record, for each command and each later stage that reads them."""
+    if len(done) < MANY:
+        return
+    listed = store.listed(STATE.format(stage))
+    named = ((state_path(stage, name), record) for name, record in done.items())
+    told = ([name, *listed.get(name, (0, None)), record] for name, record in named)
+    body = f"[{','.join(json.dumps(one) for one in told if one[2] is not None)}]".encode()
+    sha256 = hashlib.sha256(body).hexdigest().encode()
+    store.write_bytes(TOGETHER.format(stage), b"\n".join([sha256, body]), durable=False)
+
+
+def _read_together(store: Store, stage: str) -> dict[str, tuple[tuple[int, object], Json]]:
+    """Path -> what was listed of it, and the record; none where the file is damaged."""
+    sha256, _, body = store.read_bytes(TOGETHER.format(stage)).partition(b"\n")
+    if hashlib.sha256(body).hexdigest().encode() != sha256:
+        return {}
+    return {
+        name: ((size, tuple(version) if isinstance(version, list) else version), record)
+        for name, size, version, record in json.loads(body)
+    }
 
 
 def finished_tasks(store: Store, stage: str) -> Callable[[Task], bool]:

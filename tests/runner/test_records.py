@@ -16,7 +16,7 @@ from graphbuild.job.steps import run_verb
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner import stage as stages
 from graphbuild.runner.runner import Runner
-from graphbuild.runner.stage import records
+from graphbuild.runner.stage import records, write_together
 from graphbuild.store import sharded
 from graphbuild.store.sharded import ShardedArray
 from graphbuild.store.store import Json, Store, Writer
@@ -149,3 +149,57 @@ def test_of_many_files_of_an_object_store_a_listing_is_asked_for_in_place_of_eac
     again = opened()
     again.table()
     np.testing.assert_array_equal(again.take(np.array([13])), [[7, 7]])
+
+
+@pytest.mark.parametrize("place", ["{}", "memory://together/{}"])
+def test_records_of_a_finished_stage_come_from_one_file_as_long_as_they_are_what_it_holds(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "MANY", 3)
+    monkeypatch.setattr(stages, "_kept", {})
+    store, path = Counting(place.format(tmp_path)), "_state/s/{}.done.json"
+    for name in "abcde":
+        store.write_json(path.format(name), {"task": name, "settings": {"k": 1}, "facts": {"é": [1, None]}})
+    settle(tmp_path)
+    first = records(store, "s")
+    write_together(store, "s", first)
+
+    def read() -> set[str]:
+        stages._kept.clear()  # as another process
+        store.reads()
+        found = records(store, "s")
+        assert found == {name: store.read_json(path.format(name)) for name in found}
+        return {name.split("/")[-1][0] for name in store.reads()}
+
+    assert read() == set()
+    store.write_json(path.format("b"), {"task": "B", "settings": {"k": 1}, "facts": {"é": [1, None]}})
+    store.remove(path.format("c"))
+    store.write_json(path.format("f"), {"task": "f"})
+    assert read() == {"b", "f"}
+    assert list(records(store, "s")) == list("abdef")
+    whole = store.read_bytes("_state/s/all.records")
+    for damaged in (whole.replace(b"null", b"true"), whole[:-9], b""):
+        store.write_bytes("_state/s/all.records", damaged)
+        assert read() == set("abdef"), "each from its own file"
+    store.remove("_state/s/all.records")
+    assert read() == set("abdef")
+
+
+def test_a_stage_of_many_tasks_leaves_that_file_and_few_leave_none(
+    letters: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "MANY", 3)
+    monkeypatch.setattr(stages, "_kept", {})
+    (tmp_path / "list.csv").write_text("caption\nred\nblue\nold\nnew\ngreen\ngrass\n")
+    source = {"captions": str(tmp_path / "list.csv"), "shard_size": 2, "encoder": letters}
+    recipe, store = Recipe(embed=Embed.model_validate(source), index=Index(k=2)), Counting("memory://many/records")
+    with Runner(workers=0) as runner:
+        run_verb("run", recipe, store, runner)
+    together = {path.split("/")[-2] for path in store.fs.find(store.path("_state")) if path.endswith("all.records")}
+    assert together == {"texts", "encode", "assign", "search", "export"}
+    store.reads()
+    stages._kept.clear()
+    with Runner(workers=0) as runner:
+        run_verb("run", recipe, store, runner)
+    assert not together & {path.split("/")[1] for path in store.reads()}
+    assert runner.ran == set()
