@@ -16,6 +16,7 @@ from graphbuild.errors import InputError
 Array = np.ndarray[Any, np.dtype[Any]]
 Name = Literal["cosine", "inner-product", "l2"]
 TOLERANCE = 2.0**-23  # similarities that a graph rounds to one float32 number are ties
+FAR = 1e15  # from 1, where squares of float32 come near their end
 PAIR_NUMBERS = 1 << 18  # of vectors that are gathered at a time
 BACKGROUND = 16_384  # nodes that lists without similarities are compared with
 FOREIGN, ASTRAY = 0.05, 16  # shares of a neighbour's lead over a random node, and of the usual error: see `explain`
@@ -54,6 +55,8 @@ class Metric:
         if self.name == "cosine":
             rough = dtype is np.float32  # einsum takes half the time, and its error lies within `margin`
             norms = np.sqrt(_squares(exact))[:, None] if rough else np.linalg.norm(exact, axis=1, keepdims=True)
+            if rough and not ((norms > 1 / FAR) & (norms < FAR)).all():
+                return self.prepare(raw).astype(dtype)
             exact /= np.where(norms > 0, norms, 1)
         return exact
 
@@ -67,8 +70,8 @@ class Metric:
         return scores
 
     def margin(self, queries: Array, others: Array) -> Array:
-        """How wrong float32 scores may be, and as much for preparing the vectors, [n, 1] (Higham 2002, section 3.1)."""
-        unit = (queries.shape[1] + 8) * 2.0**-23
+        """How wrong float32 scores may be, with the vectors' preparation, [n, 1]."""
+        unit = rounding(queries.shape[1])
         if self.name == "cosine":
             return np.full((len(queries), 1), unit)
         own, other = np.sqrt(_squares(queries))[:, None], float(np.sqrt(_squares(others).max()))
@@ -100,6 +103,12 @@ class Metric:
             others = self.prepare(vectors.take(listed[part][query, place]))
             scores[part][query, place] = self.of_pairs(queries[part], query, others, np.arange(len(others)))
         return scores
+
+
+def rounding(numbers: int) -> float:
+    """By how much a float32 product of two vectors of so many numbers may be wrong, where both have unit norm, and as
+    much for preparing them (Higham 2002, section 3.1)."""
+    return (numbers + 8) * 2.0**-23
 
 
 class Form(NamedTuple):
