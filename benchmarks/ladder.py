@@ -150,7 +150,8 @@ def table(lines: list[dict[str, Any]]) -> str:
         rows.append([f"{nodes:,}", *(f"{cpu:.1f}" for cpu in [*each, sum(each)]), f"{seconds:.0f}"])
         rows[-1] += [*(f"{value:.2f}" for value in most), f"{recall:.4f}"]
     cells = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([cells[0], "|" + "---|" * len(rows[0]), *cells[1:], *growth(runs), *forecast(runs)])
+    told = [f"- {one}." for one in (*growth(runs), *forecast(runs))]
+    return "\n".join([cells[0], "|" + "---|" * len(rows[0]), *cells[1:], "", *told])
 
 
 def growth(runs: dict[int, list[dict[str, Any]]]) -> list[str]:
@@ -161,7 +162,7 @@ def growth(runs: dict[int, list[dict[str, Any]]]) -> list[str]:
         for nodes in sizes
     }
     return [
-        f"from {a:,} to {b:,} nodes: exponent {math.log(total[b] / total[a]) / math.log(b / a):.2f}"
+        f"From {a:,} to {b:,} nodes CPU seconds grow by exponent {math.log(total[b] / total[a]) / math.log(b / a):.2f}"
         for a, b in itertools.pairwise(sizes)
     ]
 
@@ -184,7 +185,7 @@ def forecast(runs: dict[int, list[dict[str, Any]]]) -> list[str]:
         shown = [f"{name} {said / took:.2f}" for name, said, took in seconds if took >= 0.05 * whole[1]]
         had = [max(stage["scratch"] for stage in lines[0]["stages"].values()) for lines in (before, after)]
         shown += [f"all {whole[0] / whole[1]:.2f}", f"scratch {had[0] * scratch[1] / scratch[0] / had[1]:.2f}"]
-        said.append(f"forecast from {sizes[0]:,} for {sizes[1]:,} nodes, over what it took: {', '.join(shown)}")
+        said.append(f"Forecast from {sizes[0]:,} for {sizes[1]:,} nodes, over what it took: {', '.join(shown)}")
     return said
 
 
@@ -205,6 +206,14 @@ def plan(line: dict[str, Any]) -> dict[str, Any]:
 
 def show(asked: argparse.Namespace) -> None:
     lines = [json.loads(line) for line in asked.results.read_text().splitlines()]
+    first = lines[0]
+    print(f"# What an index costs as nodes grow: {first['machine']}\n")
+    print(
+        f"`python benchmarks/ladder.py`: engine {first['engine']}, k = {first['k']}, recall {first['asked']} asked, "
+        f"{first['workers']} workers, vectors of 384 mixed from those of captions. By stage microseconds of CPU a "
+        "node. Seconds are those of all stages; RSS and PSS the largest sum over the processes in any stage; scratch "
+        "the most that lay there after one.\n"
+    )
     print(table(lines))
     if asked.plot is None:
         return
