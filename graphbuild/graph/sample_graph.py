@@ -150,7 +150,7 @@ class SampleGraph:
         firsts, rows, nodes = [], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for first, name in zip(self._shards.column("first_row"), self._shards.names, strict=True):
             table = self._store.table(SAMPLES.format(name), ["node", f"{MORE}.list.element.node"])
-            firsts.append(pl.Series(pl.from_arrow(table["node"])).fill_null(-1).to_numpy())
+            firsts.append(pl.Series(table["node"]).fill_null(-1).to_numpy())
             if MORE in table.column_names:
                 more = table[MORE].combine_chunks()
                 rows.append(first + np.asarray(pc.list_parent_indices(more)))

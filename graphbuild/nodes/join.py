@@ -193,7 +193,7 @@ def _keys(url: str, column: str, count: int, begin: int, vectors: str) -> pl.Dat
 
 
 def _keys_frame(table: pa.Table) -> pl.DataFrame:
-    return pl.DataFrame(pl.from_arrow(table.select(["key"]))).cast(pl.String)
+    return pl.DataFrame(table.select(["key"])).cast(pl.String)
 
 
 def _some(frame: pl.DataFrame) -> str:

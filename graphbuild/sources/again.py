@@ -45,7 +45,7 @@ def cut_retry(task: Task, store: Store, writer: Writer) -> Json:
     before = 0  # rows of the lists so far
     for path, failed in zip(sources, failed_urls(store, shards=number), strict=True):
         chosen = failed.filter(_are_wanted(failed, task.settings["reasons"]))
-        every = pl.DataFrame(pl.from_arrow(store.table(path)))
+        every = pl.DataFrame(store.table(path))
         rows = every[(chosen["place"] - before).to_list()].with_columns(retry_of=chosen["key"])
         before += len(every)
         retried.update(chosen["reason"].to_list())

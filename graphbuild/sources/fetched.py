@@ -59,7 +59,7 @@ def last_tries(store: Store, columns: Sequence[str], shards: int | None = None) 
     )
     place = 0
     for name in names:
-        rows = pl.DataFrame(pl.from_arrow(store.table(name, ["key", *columns]))).sort("key")
+        rows = pl.DataFrame(store.table(name, ["key", *columns])).sort("key")
         rows = rows.select(pl.int_range(place, place + len(rows)).alias("place"), "key", *columns)
         place += len(rows)
         yield rows.filter(~pl.col("key").is_in(again.implode()))

@@ -259,7 +259,7 @@ def _ask(
                 pairs.append((at + begin, node, similarity))
             begin += len(about)
     joined = (np.concatenate(part) for part in zip(*pairs, strict=True))
-    return _frame(pa.concat_tables(asked)).with_row_index("at").cast({"at": pl.Int64}), pl.DataFrame(
+    return pl.DataFrame(pa.concat_tables(asked)).with_row_index("at").cast({"at": pl.Int64}), pl.DataFrame(
         dict(zip(("at", "node", "similarity"), joined, strict=True))
     )
 
@@ -269,7 +269,7 @@ def _equal(graph: SampleGraph, asked: pl.DataFrame) -> pl.DataFrame:
     store, texts = Store(graph.url), asked.select("at", "text").drop_nulls()
     found = [pl.DataFrame(schema={"at": pl.Int64, "node": pl.Int64})]
     for name in shards_of(store, store.manifest()).with_nodes.names if len(texts) else []:
-        nodes = _frame(store.table(TEXTS.format(name), ["node", "text"])).drop_nulls()
+        nodes = pl.DataFrame(store.table(TEXTS.format(name), ["node", "text"])).drop_nulls()
         found.append(nodes.join(texts, on="text").select("at", "node"))
     return pl.concat(found).with_columns(similarity=pl.lit(1.0, pl.Float32), by=pl.lit("text"))
 
@@ -278,7 +278,7 @@ def _samples(graph: SampleGraph, wanted: pl.DataFrame, by: str, *, every: bool =
     """row, key, node and caption of the samples of these nodes or rows, as `by` says: of each the first, or every."""
     found = [pl.DataFrame(schema={"row": pl.Int64, "key": pl.String, "node": pl.Int64, "caption": pl.String})]
     for table in captions(Store(graph.url), ["row", "key", "node", "caption"]):
-        found.append(_frame(table).join(wanted, on=by, how="semi"))
+        found.append(pl.DataFrame(table).join(wanted, on=by, how="semi"))
     joined = pl.concat(found)
     return joined if every else joined.unique(by, keep="first", maintain_order=True)
 
@@ -290,9 +290,3 @@ def _counts(asked: pl.DataFrame, queries: Queries | None) -> dict[str, int]:
 def _table(what: str, found: pl.DataFrame) -> pa.Table:
     schema = SCHEMAS[what]
     return found.select(schema.names).to_arrow(compat_level=pl.CompatLevel.oldest()).cast(schema)
-
-
-def _frame(table: pa.Table) -> pl.DataFrame:
-    found = pl.from_arrow(table)
-    assert isinstance(found, pl.DataFrame)
-    return found

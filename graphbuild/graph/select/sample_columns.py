@@ -87,8 +87,7 @@ class SampleColumns:
                     columns[name] = pa.concat_arrays([columns[name], behind]).take(pa.array(order))
                 else:
                     columns[name] = columns[name].take(pa.array(parents[order]))
-        frame = pl.from_arrow(pa.table(columns))
-        assert isinstance(frame, pl.DataFrame)
+        frame = pl.DataFrame(pa.table(columns))
         return frame.with_columns(shard=pl.lit(shard.tar["name"] if shard.tar else shard.name))
 
     def _place(self, shard: Shard, name: str) -> Callable[[Shard, pa.Table, list[str]], pl.DataFrame]:
@@ -114,8 +113,7 @@ class SampleColumns:
         if not url or not is_there(url):
             return pl.DataFrame()
         with open_parts(url) as stream:
-            frame = pl.from_arrow(pq.read_table(stream))
-        assert isinstance(frame, pl.DataFrame)
+            frame = pl.DataFrame(pq.read_table(stream))
         return frame.unique("key", keep="first") if "key" in frame.columns else pl.DataFrame()
 
     def _listed(self, shard: Shard, table: pa.Table, names: list[str]) -> pl.DataFrame:
@@ -135,7 +133,7 @@ class SampleColumns:
         found: list[dict[str, Any]] = [{} for _ in range(len(table))]
         if shard.tar is None:
             return found
-        members = pl.Series(pl.from_arrow(table["members"])).to_frame("member").with_row_index("at").explode("member")
+        members = pl.Series(table["members"]).to_frame("member").with_row_index("at").explode("member")
         places = members.unnest("member").filter(pl.col("extension").str.split(".").list.last() == "json")
         places = places.unique("at", keep="first", maintain_order=True)
         starts = places["offset"].to_numpy()

@@ -7,7 +7,6 @@ to be counted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import numpy as np
 import polars as pl
@@ -43,7 +42,7 @@ def suspicious(catalog: Catalog, random_mean: float, random_deviation: float) ->
     pieces, repeated, marked, mixed, far = [], [], [], [], []
     nearest, limit = catalog.graph.nearest_similarities, random_mean + 2 * random_deviation
     for name in shards_of(store, store.manifest()).with_nodes.names:
-        table = cast(pl.DataFrame, pl.from_arrow(store.table(TEXTS.format(name), ["node", "samples", "text"])))
+        table = pl.DataFrame(store.table(TEXTS.format(name), ["node", "samples", "text"]))
         table = table.filter(pl.col("samples") > 0)  # without nodes of tars that are gone
         far.append(table.with_columns(nearest=nearest[table["node"].to_numpy()]).filter(pl.col("nearest") <= limit))
         table = table.drop_nulls("text")

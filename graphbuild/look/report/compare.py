@@ -6,8 +6,6 @@ of SAMPLED nodes, and the targets of ANCHORS nodes of a random batch. Memory: 40
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import numpy as np
 import polars as pl
 import pyarrow.compute as pc
@@ -131,18 +129,15 @@ def _names(catalog: Catalog, by: str) -> Array:
     shards = shards_of(store, store.manifest())
     if by == "caption":
         texts = (store.table(TEXTS.format(name), ["text"])["text"] for name in shards.with_nodes.names)
-        return np.concatenate([_hashed(text) for text in texts])
+        return np.concatenate([pl.Series(text).hash().to_numpy() for text in texts])
     names = np.arange(count, dtype=np.uint64)
     if by == "key" and catalog.has_samples:
         for name in reversed(shards.names):
             table = store.table(SAMPLES.format(name), ["key", "node"])
             table = table.filter(pc.is_valid(table["node"]))
-            names[table["node"].to_numpy()[::-1]] = _hashed(table["key"])[::-1]  # the first sample's stays
+            hashes = pl.Series(table["key"]).hash().to_numpy()
+            names[table["node"].to_numpy()[::-1]] = hashes[::-1]  # the first sample's stays
     return names
-
-
-def _hashed(column: Any) -> Array:
-    return cast(pl.Series, pl.from_arrow(column)).hash().to_numpy()
 
 
 # -- how alike

@@ -214,8 +214,7 @@ def repeated_images(store: Store) -> list[Json]:
     tables = []
     for name in sorted(store.sizes("shards"), key=by_number):
         if name.endswith(".parquet") and not name.endswith(".graph.parquet"):
-            table = pl.from_arrow(store.table(name, ["key", "caption", "status", "sha256"]))
-            assert isinstance(table, pl.DataFrame)
+            table = pl.DataFrame(store.table(name, ["key", "caption", "status", "sha256"]))
             tables.append(table.filter((pl.col("status") == "success") & pl.col("sha256").is_not_null()))
     if not tables:
         return []
