@@ -40,12 +40,10 @@ def builds(store: Store, folder: Store) -> list[Json]:
         {
             **one,
             "changed": [
-                f"{name}: {before.get(name)} to {after[name]}" for name in after if _differ(name, before, after)
+                f"{name}: {before.get(name)} to {after[name]}"
+                for name in after
+                if name != "fingerprint" and before.get(name) != after[name]
             ],
         }
         for one, before, after in zip(past, [told[0], *told], told, strict=False)
     ]
-
-
-def _differ(name: str, before: Json, after: Json) -> bool:
-    return bool(name != "fingerprint" and before.get(name) != after[name])
