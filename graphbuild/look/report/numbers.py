@@ -91,12 +91,12 @@ def funnel(store: Store, manifest: Json) -> list[Json]:
     steps: list[Json] = []
 
     def step(name: str, count: int, lost: dict[str, int], note: str = "") -> None:
-        steps.append({"name": name, "count": count, "lost": _descending(lost), "note": note})
+        steps.append({"name": name, "count": count, "lost": dict(Counter(lost).most_common()), "note": note})
 
     if "urls" in counts:
         listed = counts["urls"]
         step("rows of the list", listed["urls"] + listed["rejected"], {})
-        step("usable URLs", listed["urls"], _rejected(store, "urls"))
+        step("usable URLs", listed["urls"], _rejected_urls(store))
     if "download" in counts:
         failures = manifest["download"]["failures"]
         step("images", counts["download"]["images"], failures)
@@ -125,16 +125,12 @@ def funnel(store: Store, manifest: Json) -> list[Json]:
     return steps
 
 
-def _rejected(store: Store, stage: str) -> dict[str, int]:
+def _rejected_urls(store: Store) -> dict[str, int]:
     counts: Counter[str] = Counter()
-    for name in sorted(store.sizes(REJECTED.format(stage))):
+    for name in sorted(store.sizes(REJECTED.format("urls"))):
         for one in store.table(name, ["reason"])["reason"].value_counts().to_pylist():
             counts[one["values"]] += one["counts"]
     return counts
-
-
-def _descending(counts: dict[str, int]) -> dict[str, int]:
-    return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
 def stage_times(store: Store, manifest: Json) -> list[Json]:
