@@ -19,6 +19,7 @@ from braceexpand import braceexpand
 from graphbuild.errors import InputError, public
 from graphbuild.machine.terminal import counted
 from graphbuild.recipe import absolute
+from graphbuild.runner.stage import named_file
 from graphbuild.store.remote import file_system, reaching
 
 logger = logging.getLogger(__name__)
@@ -56,10 +57,10 @@ def by_numbers(url: str) -> tuple[list[str | int], str]:
 def known_first(identities: Mapping[str, str], known: Sequence[str]) -> dict[str, str]:
     """URL -> identity: first those that a store knows, in its order, by their identity or else name; then new ones."""
     places = {identity: place for place, identity in enumerate(known)}
-    by_name = {_name(identity): place for identity, place in places.items()}
+    by_name = {named_file(identity): place for identity, place in places.items()}
 
     def place(url: str) -> int:
-        return places.get(identities[url], by_name.get(_name(identities[url]), len(known)))
+        return places.get(identities[url], by_name.get(named_file(identities[url]), len(known)))
 
     return {url: identities[url] for url in sorted(identities, key=place)}
 
@@ -74,11 +75,6 @@ def parts_of(inputs: Mapping[str, str], what: str) -> list[str]:
     "captions 2"."""
     numbers = {name: name.removeprefix(what) or "1" for name in inputs if name.rstrip("0123456789 ") == what}
     return [inputs[name] for name in sorted(numbers, key=lambda name: int(numbers[name]))]
-
-
-def _name(identity: str) -> str:
-    """The name in what `store.files.file_identity` says of a file."""
-    return identity.rsplit(", ", 2)[0]
 
 
 def in_folder(url: str, ending: re.Pattern[str], what: str, used: Iterable[str] = ()) -> list[str]:
