@@ -93,7 +93,9 @@ def shards_of(store: Store, manifest: Json) -> Shards:
         StageError: the table is gone, damaged, or of another state than the manifest.
     """
     entry = manifest.get("shards", [])
-    return _read(store, entry["sha256"]) if isinstance(entry, dict) else _listed(entry, manifest.get("checksum", ""))
+    if isinstance(entry, dict):
+        return _read(store, entry["sha256"])
+    return Shards(manifest.get("checksum", ""), _table(entry))  # as format version 1 lists them
 
 
 def latest_shards(store: Store) -> Iterable[Shard]:
@@ -149,11 +151,6 @@ def _read(store: Store, sha256: str) -> Shards:
             f"{fix}; if it is damaged, delete it before",
         )
     return Shards(sha256, pq.read_table(io.BytesIO(content), use_threads=False, pre_buffer=False))
-
-
-def _listed(entries: list[Json], checksum: str) -> Shards:
-    """Shards as format version 1 lists them in the manifest."""
-    return Shards(checksum, _table(entries))
 
 
 def _table(rows: list[Json]) -> pa.Table:
