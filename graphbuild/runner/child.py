@@ -18,7 +18,6 @@ import sys
 import tempfile
 import threading
 import traceback
-from types import TracebackType
 from typing import Any, Self
 
 from graphbuild.errors import public
@@ -42,9 +41,7 @@ class Child:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._process:
             self._process.kill()  # it has nothing to do, or nobody waits for it
             self._end()

@@ -14,7 +14,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 from graphbuild.errors import ConfigError, GraphbuildError, InputError, StageError
@@ -57,9 +56,7 @@ class Runner:
     def __enter__(self) -> Runner:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.progress.close()
         if kind is KeyboardInterrupt:
             logger.info("%-9s the same command goes on from here", "stopped")
