@@ -131,13 +131,14 @@ class Catalog:
             positions = sorted(positions + pc.list_parent_indices(more).take(pa.array(behind, pa.int64())).to_pylist())
         return positions
 
-    def image(self, sample: Sample, pixels: int) -> bytes | None:
-        """The sample's image as a new JPEG of at most [pixels, pixels]; None when it has none that can be read.
+    def image(self, sample: Sample | None, pixels: int) -> bytes | None:
+        """The sample's image as a new JPEG of at most [pixels, pixels]; None without a sample, or
+        when it has none that can be read.
 
         Raises:
             ShardError, ImageError: the tar is gone, or its bytes are no image.
         """
-        if sample.image is None:
+        if sample is None or sample.image is None:
             return None
         number, offset, size = sample.image
         with self._one_reads:

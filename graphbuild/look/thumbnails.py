@@ -59,7 +59,7 @@ def _aligned(texts: Sequence[str]) -> list[str]:
 def _image(catalog: Catalog, sample: Sample | None) -> bytes | str:
     """The thumbnail, or what to say in its place."""
     try:
-        content = catalog.image(sample, PIXELS) if sample else None
+        content = catalog.image(sample, PIXELS)
     except GraphbuildError as error:
         return printable(error.cause, 40)
     return "" if content is None else content

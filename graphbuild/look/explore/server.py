@@ -241,7 +241,8 @@ class Explorer:
 
     async def _image(self, request: web.Request) -> web.Response:
         catalog = self._catalog(request)
-        content = await asyncio.to_thread(_image_of, catalog, _node_of(request, catalog))
+        node = _node_of(request, catalog)
+        content = await asyncio.to_thread(lambda: catalog.image(catalog.sample_of(node), PIXELS))
         if content is None:
             raise web.HTTPNotFound(text="no image")
         return web.Response(body=content, content_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
@@ -257,11 +258,6 @@ def _described(catalog: Catalog, node: int, count: int) -> Json:
         "background": {"mean": mean, "deviation": deviation},
         "neighbors": [dataclasses.asdict(one) for one in catalog.neighbors(node, count)],
     }
-
-
-def _image_of(catalog: Catalog, node: int) -> bytes | None:
-    sample = catalog.sample_of(node)
-    return catalog.image(sample, PIXELS) if sample else None
 
 
 def _public(sample: Sample) -> Json:

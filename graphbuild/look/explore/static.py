@@ -100,9 +100,8 @@ def _images(catalog: Catalog, folder: Store) -> dict[int, int]:
     """Thumbnails of some nodes; returns the bytes of each."""
     sizes: dict[int, int] = {}
     for node in _spread(len(catalog.graph), IMAGES if catalog.has_images else 0).tolist():
-        sample = catalog.sample_of(node)
         try:
-            content = catalog.image(sample, IMAGE_PIXELS) if sample else None
+            content = catalog.image(catalog.sample_of(node), IMAGE_PIXELS)
         except GraphbuildError:  # gone, or broken: shown without one, as the explorer does
             content = None
         if content:
