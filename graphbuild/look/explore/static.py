@@ -14,7 +14,7 @@ import numpy as np
 from graphbuild.errors import GraphbuildError
 from graphbuild.look.catalog import Catalog
 from graphbuild.look.explore.duplicates import duplicates
-from graphbuild.look.explore.map import COMMUNITY, NodeMap, codes_by, columns_of, node_map
+from graphbuild.look.explore.map import NodeMap, codes_by, columns_of, node_map
 from graphbuild.look.pages import base_css, own_text
 from graphbuild.store.sharded import Array
 from graphbuild.store.store import Json, Store
@@ -25,7 +25,6 @@ NEIGHBORS = 12
 CHUNK = 1_024  # nodes of a file
 TRIED = 2_000  # nodes from whose size that of all is told
 LONGEST = 500  # characters of a text
-COLOURS = (COMMUNITY, "shard", "LENGTH(caption)", "degree", "nearest")
 
 
 def write_static(store: Store, out: str, most_bytes: int = BYTES) -> str:
@@ -40,7 +39,7 @@ def write_static(store: Store, out: str, most_bytes: int = BYTES) -> str:
     made, total = node_map(catalog), len(catalog.graph)
     images = _images(catalog, folder)
     found = json.dumps(duplicates(catalog)).encode()
-    colours = [name for name in columns_of(catalog) if name in COLOURS or name not in ("row", "key", "node", "caption")]
+    colours = [name for name in columns_of(catalog) if name not in ("row", "key", "node", "caption")]
     left = 0.93 * (most_bytes - sum(images.values()) - len(found) - 200_000)
     tried = _entries(catalog, _spread(total, TRIED), np.arange(total), images)
     each = 8 + len(colours) + sum(map(len, tried)) / len(tried)
