@@ -27,10 +27,9 @@ def connect(address: str | None, workers: int | None) -> tuple[Any, bool]:
 
 
 def _init(ray: Any, address: str | None, workers: int | None) -> None:
-    if address:
-        check_address(address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
+        check_address(address)
         options["address"] = address
     else:  # tasks exchange file names: Ray's object store may be small
         options.update(
