@@ -8,7 +8,7 @@ once, on the tensors' device; with other ranks an all-gather of the lists, 12 k 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,8 +61,7 @@ class BatchEdges:
 
     def tensors(self) -> dict[str, Tensor]:
         """The given tensors by name."""
-        named = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def to(self, device: torch.device) -> BatchEdges:
         """The same on a device."""

@@ -8,7 +8,7 @@ matrix of 4 (V B)(V N) bytes. How to choose tau_s, or have it calibrated: docs/e
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -99,8 +99,7 @@ class Targets:
 
     def tensors(self) -> dict[str, Tensor]:
         """The given tensors by name."""
-        named = {field.name: getattr(self, field.name) for field in fields(self)}
-        given = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+        given = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         stored = self.calibration.tensors() if self.calibration is not None else {}
         given |= {f"calibration's {name}": value for name, value in stored.items()}
         return given | (self.edges.tensors() if self.edges is not None else {})
@@ -108,9 +107,7 @@ class Targets:
     def to(self, device: torch.device) -> Targets:
         """The same targets on a device."""
         moved: dict[str, Any] = {
-            field.name: value.to(device)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor | BatchEdges)
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | BatchEdges)
         }
         return replace(self, **moved)
 
@@ -292,17 +289,16 @@ def check_temperature(name: str, value: float) -> None:
 
 
 def _check_types(targets: Targets) -> None:
-    for field in fields(targets):
-        value: Any = getattr(targets, field.name)
-        if value is None or field.name == "keep_diagonal":
+    for name, value in vars(targets).items():
+        if value is None or name == "keep_diagonal":
             continue
-        if field.name in ("edges", "calibration"):
+        if name in ("edges", "calibration"):
             if not isinstance(value, BatchEdges):
                 raise InputError(
-                    f"{field.name} are a {type(value).__name__}", "pass a BatchEdges, or Targets.from_batch(batch)"
+                    f"{name} are a {type(value).__name__}", "pass a BatchEdges, or Targets.from_batch(batch)"
                 )
         elif not isinstance(value, Tensor):
-            raise InputError(f"{field.name} are a {type(value).__name__}, not a Tensor", _tensor_of(value))
+            raise InputError(f"{name} are a {type(value).__name__}, not a Tensor", _tensor_of(value))
 
 
 def _tensor_of(value: Any) -> str:
