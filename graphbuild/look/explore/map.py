@@ -119,13 +119,13 @@ def _community(catalog: Catalog, members: Array, places: Array) -> Json:
     return {"name": (central.text or f"node {central.node}")[:200], "size": len(members), "x": x, "y": y}
 
 
-def kept(x: Array, lists: Array, most: int = 2_000) -> float:
+def kept(x: Array, lists: Array) -> float:
     """Of the nodes that the lists [n, k] name, the share that is among the k nearest in the plane, x [n, 2]; measured
     on some nodes, spread evenly."""
     n, k = lists.shape
     if n <= k + 1:
         return 1.0
-    some = np.linspace(0, n - 1, int(np.clip(1e9 / n, 100, min(most, n)))).astype(np.int64)
+    some = np.linspace(0, n - 1, int(np.clip(1e9 / n, 100, min(2_000, n)))).astype(np.int64)
     found = 0
     for node in some.tolist():
         away = np.square(x - x[node]).sum(axis=1)
