@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gzip
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
@@ -53,11 +53,6 @@ def read_chunks(spec: TableSpec, *, keep_others: bool = False, chunk_rows: int =
         InputError: the file is missing, a folder, empty, of another format or damaged; a column is missing,
             ambiguous or not text.
     """
-    return _some_chunks(spec, keep_others, chunk_rows)
-
-
-def _some_chunks(spec: TableSpec, keep_others: bool, chunk_rows: int) -> Iterator[Chunk]:
-    """At least one; else InputError."""
     chunks = _chunks(spec, keep_others, chunk_rows)
     first = next(chunks, None)
     if first is None:
@@ -78,8 +73,8 @@ def read_parts(
     begin = 0
     for part, path in enumerate(paths):
         one, rows = replace(spec, path=path), 0
-        read = _chunks if len(paths) > 1 else _some_chunks
-        for chunk in read(one, keep_others, chunk_rows):
+        read: Callable[..., Iterator[Chunk]] = _chunks if len(paths) > 1 else read_chunks
+        for chunk in read(one, keep_others=keep_others, chunk_rows=chunk_rows):
             rows += len(chunk.rows) + len(chunk.rejected)
             yield part, begin, placed(chunk, begin, path if len(paths) > 1 else "")
         begin += rows
