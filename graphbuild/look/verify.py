@@ -20,7 +20,7 @@ from graphbuild.graph import sketch
 from graphbuild.graph.certify import certify_afresh, check_lists
 from graphbuild.graph.select.selection import Selection, selection_of
 from graphbuild.job.steps import STEPS
-from graphbuild.look.checksums import check_files
+from graphbuild.look.checksums import Checked, check_files
 from graphbuild.machine.terminal import counted
 from graphbuild.runner.stage import records
 from graphbuild.sources.tars import TarSample, open_tar, tar_stem
@@ -36,14 +36,11 @@ FRESH_SEED = 104_729  # another draw of nodes than the build's certificate
 
 
 @dataclass
-class Report:
+class Report(Checked):
     """What verify found: problems, a line each naming the file, and what was checked."""
 
-    files: int = 0
-    bytes: int = 0
     shards: int = 0
     recall: Json = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
     missing_tars: int = 0
 
     def fix(self, store: Store) -> str:
@@ -76,8 +73,7 @@ def verify_store(store: Store) -> Report:
             f"{store.url} has nothing finished to verify",
             "run a stage first, for instance `graphbuild embed`",
         )
-    checked = check_files(store, manifest)
-    report = Report(files=checked.files, bytes=checked.bytes, problems=checked.problems)
+    report = Report(**vars(check_files(store, manifest)))
     if report.problems:  # what does not even match its checksum is not worth comparing further
         return report
     shards = present_shards(store, manifest) if {"assign", "vectors"} & manifest["stages"].keys() else ()
