@@ -46,9 +46,7 @@ def check_files(store: Store, manifest: Json) -> Checked:
         return Checked(problems=[problem])
     checked = Checked(problems=list(_recipe(store, manifest)))
     shards = _table(store, manifest, checked)
-    done = {}
-    for step in STEPS:
-        done[step.name] = _records(store, step, manifest, checked)
+    done = {step.name: _records(store, step, manifest, checked) for step in STEPS}
     checked.problems += _texts(done)
     if not checked.problems:
         checked.problems += _shards(manifest, shards, done)
