@@ -134,11 +134,6 @@ def _field(more: pa.ListArray, name: str) -> pa.Array:
     return pc.struct_field(more.flatten(), name)
 
 
-def selection_url(store: Store, name: str) -> str:
-    """Where a selection lies that a command names: by a path or URL that ends in .parquet, or as one of the store's."""
-    return name if name.endswith(".parquet") else store.display(f"{FOLDER}/{name}.parquet")
-
-
 def decided_by(store: Store, name: str | None) -> tuple[Json, Json]:
     """What the selection that a recipe names, if any, adds to the settings of a task, and to what it was built from."""
     selection = selection_of(store, name)
@@ -146,7 +141,7 @@ def decided_by(store: Store, name: str | None) -> tuple[Json, Json]:
 
 
 def selection_of(store: Store, name: str | None) -> Selection | None:
-    """The selection that a command names, if any.
+    """The selection that a command names, if any: by a path or URL that ends in .parquet, or as one of the store's.
 
     Raises:
         InputError, ConfigError: as `Selection`, and where it was made for another graph.
@@ -154,4 +149,5 @@ def selection_of(store: Store, name: str | None) -> Selection | None:
     if name is None:
         return None
     graph: Json = store.manifest().get("graph", {})
-    return Selection.of(selection_url(store, name), graph.get("fingerprint", ""), store.url)
+    url = name if name.endswith(".parquet") else store.display(f"{FOLDER}/{name}.parquet")
+    return Selection.of(url, graph.get("fingerprint", ""), store.url)
