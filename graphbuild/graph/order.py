@@ -29,7 +29,7 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
     engine, _ = engine_of(recipe.index, manifest)
     if not engine.ordered:
         return []
-    codes, ranges = manifest["stages"]["codes"]["fingerprint"], _ranges(recipe, manifest)
+    codes, ranges = manifest["stages"]["codes"]["fingerprint"], _ranges(recipe, engine, manifest)
     parts = [
         index_task(recipe.index, engine, manifest, "order", shard_name(number), codes=codes, range=some)
         for number, some in enumerate(ranges)
@@ -38,9 +38,8 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
     return [*parts, whole] if all(map(finished_tasks(store, "order"), parts)) else parts
 
 
-def _ranges(recipe: Recipe, manifest: Json) -> list[list[int]]:
+def _ranges(recipe: Recipe, engine: engines.Engine, manifest: Json) -> list[list[int]]:
     """Leaders (first, end) and nodes (first, end) of each task: of the old nodes, then of the new, which are fewer."""
-    engine, _ = engine_of(recipe.index, manifest)
     nodes, new = node_count(manifest), first_new_node(manifest)
     joins = engine.joins(nodes, engines.nodes_at_once(engine, recipe.index, nodes, manifest["embeddings"]["d"]))
     return [
