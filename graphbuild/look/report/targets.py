@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from scipy.special import softmax
 
 from graphbuild.graph.sample_graph import SampleGraph
-from graphbuild.store.sharded import Array
 from graphbuild.store.store import Json
 from graphbuild.torch.batch_edges import BatchEdges
 from graphbuild.torch.calibration import calibrated
@@ -65,7 +65,7 @@ def batch_targets(graph: SampleGraph, batch: int) -> Json:
     anchors = min(ANCHORS, batch)
     scores = (vectors[:anchors] @ vectors.T).astype(np.float64)
     scores[np.arange(anchors), np.arange(anchors)] = 1
-    rows = [softmax(scores / tau) for tau in TAU_S]
+    rows = [softmax(scores / tau, axis=1) for tau in TAU_S]
     entropy = [float(-(target * np.log(np.maximum(target, 1e-300))).sum(1).mean()) for target in rows]
     itself = [float(target[np.arange(anchors), np.arange(anchors)].mean()) for target in rows]
     return {
@@ -105,8 +105,3 @@ def two_views(graph: SampleGraph, batch: int) -> list[Json]:
         values = map(float, (np.median(tau), share.mean(), share.std(), np.exp(entropy).mean(), low))
         rows.append({"batch": batch, "asked": asked, "recommended": good, **dict(zip(names, values, strict=True))})
     return rows
-
-
-def softmax(values: Array) -> Array:
-    exponentials = np.exp(values - values.max(axis=1, keepdims=True))
-    return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True))
