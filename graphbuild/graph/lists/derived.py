@@ -33,6 +33,7 @@ from graphbuild.store.store import FORMAT_VERSION, Json, Store, Writer
 BLOCK = 16_384  # nodes, samples or pairs at a time
 ROW_GROUP = 262_144  # rows
 METADATA_KEY = "graphbuild"
+OF_CAPTIONS = ("caption", "node", "weight")  # of the columns of samples/
 
 logger = logging.getLogger(__name__)
 
@@ -231,20 +232,25 @@ def texts(graph: SampleGraph) -> Iterator[tuple[Ids, Ids]]:
 
 
 def captions(store: Store, columns: Sequence[str] = ("row", "node")) -> Iterator[pa.Table]:
-    """A shard's samples that have a node: a line for each of their captions, by row. columns: of samples/; `caption`
-    and `node` are the caption's own."""
+    """A shard's samples that have a node: a line for each of their captions. columns: of samples/."""
     for name in shards_of(store, store.manifest()).names:
-        table = store.table(SAMPLES.format(name), [*columns, MORE])
-        firsts = table.filter(pc.is_valid(table["node"])).select(columns)
-        if MORE in table.column_names:
-            more = table[MORE].combine_chunks()
-            further = table.select(columns).take(pc.list_parent_indices(more))
-            for at, column in enumerate(columns):
-                if column in ("node", "caption"):
-                    further = further.set_column(at, column, pc.struct_field(more.flatten(), column))
-            both = pa.concat_tables([firsts, further])
-            firsts = both.take(np.argsort(both["row"].to_numpy(), kind="stable"))
-        yield firsts
+        yield by_caption(store.table(SAMPLES.format(name), [*columns, MORE]))
+
+
+def by_caption(samples: pa.Table) -> pa.Table:
+    """Of samples those that have a node: a line for each of their captions, by row. The columns OF_CAPTIONS are the
+    caption's own."""
+    columns = [name for name in samples.column_names if name != MORE]
+    firsts = samples.filter(pc.is_valid(samples["node"])).select(columns)
+    if MORE not in samples.column_names:
+        return firsts
+    more = samples[MORE].combine_chunks()
+    further = samples.select(columns).take(pc.list_parent_indices(more))
+    for at, column in enumerate(columns):
+        if column in OF_CAPTIONS:
+            further = further.set_column(at, column, pc.struct_field(more.flatten(), column))
+    both = pa.concat_tables([firsts, further])
+    return both.take(np.argsort(both["row"].to_numpy(), kind="stable"))
 
 
 def slices(count: int) -> Iterator[slice]:

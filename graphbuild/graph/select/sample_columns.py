@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from graphbuild.errors import ConfigError
+from graphbuild.graph.lists.derived import OF_CAPTIONS, by_caption
 from graphbuild.graph.sample_graph import Ids, SampleGraph
 from graphbuild.nodes.samples import MORE
 from graphbuild.sources.ranges import TarRanges
@@ -29,7 +30,6 @@ from graphbuild.store.shards import Shard, shards_of
 from graphbuild.store.store import Store
 
 OWN = ("row", "key", "shard", "image_size")
-OF_CAPTIONS = ("caption", "node", "weight")
 OF_GRAPH = ("degree", "nearest", "samples")
 EXPLAINED = (
     "degree: lists that name the node; nearest: similarity of its nearest neighbour; samples: samples of the node"
@@ -37,17 +37,15 @@ EXPLAINED = (
 
 
 class SampleColumns:
-    """Columns of the samples that have a node, in order of row.
-
-    by_caption: a line for each caption of a sample, in the order of `graphbuild.graph.lists.derived.texts`.
-    """
+    """Columns of the samples that have a node, in order of row."""
 
     def __init__(self, graph: SampleGraph) -> None:
         self._graph, self._store = graph, Store(graph.url)
         self._shards = shards_of(self._store, self._store.manifest())
 
-    def frames(self, names: Sequence[str], *, by_caption: bool = False) -> Iterator[pl.DataFrame]:
-        """A frame a shard, with `row` and these columns; null where a sample has no value.
+    def frames(self, names: Sequence[str], *, of_captions: bool = False) -> Iterator[pl.DataFrame]:
+        """A frame a shard, with `row` and these columns; null where a sample has no value. of_captions: a line for each
+        caption of a sample, in the order of `graphbuild.graph.lists.derived.texts`.
 
         Raises:
             ConfigError: no sample has such a column; it names those that there are.
@@ -57,7 +55,7 @@ class SampleColumns:
             table = self._samples_of(shard, [*OWN, *OF_CAPTIONS, MORE])
             if not len(table):
                 continue
-            frame = self._lines(shard, table, by_caption=by_caption)
+            frame = self._lines(shard, table, of_captions=of_captions)
             for name in names:
                 if name not in (*frame.columns, *OF_GRAPH, *places):
                     places[name] = self._place(shard, name)
@@ -72,23 +70,12 @@ class SampleColumns:
         table = self._store.table(SAMPLES.format(shard.name), list(dict.fromkeys(["node", *columns])))
         return table.filter(pc.is_valid(table["node"]))
 
-    def _lines(self, shard: Shard, table: pa.Table, *, by_caption: bool) -> pl.DataFrame:
+    def _lines(self, shard: Shard, table: pa.Table, *, of_captions: bool) -> pl.DataFrame:
         """What samples/ says, a line a sample or caption."""
-        columns = {name: table[name].combine_chunks() for name in table.column_names if name in (*OWN, *OF_CAPTIONS)}
-        every = pa.array(np.ones(len(table), np.float32))
-        columns["weight"] = columns["weight"].fill_null(1) if "weight" in columns else every
-        if by_caption and MORE in table.column_names:
-            more = table[MORE].combine_chunks()
-            parents = np.concatenate([np.arange(len(table)), np.asarray(pc.list_parent_indices(more))])
-            order = np.argsort(parents, kind="stable")
-            for name in columns:
-                if name in OF_CAPTIONS:
-                    behind = pc.struct_field(more.flatten(), name).cast(columns[name].type)
-                    columns[name] = pa.concat_arrays([columns[name], behind]).take(pa.array(order))
-                else:
-                    columns[name] = columns[name].take(pa.array(parents[order]))
-        frame = pl.DataFrame(pa.table(columns))
-        return frame.with_columns(shard=pl.lit(shard.tar["name"] if shard.tar else shard.name))
+        lines = by_caption(table) if of_captions else table
+        frame = pl.DataFrame(lines.select([name for name in lines.column_names if name in (*OWN, *OF_CAPTIONS)]))
+        weight = pl.col("weight").fill_null(1) if "weight" in frame.columns else pl.lit(1, pl.Float32)
+        return frame.with_columns(weight=weight, shard=pl.lit(shard.tar["name"] if shard.tar else shard.name))
 
     def _place(self, shard: Shard, name: str) -> Callable[[Shard, pa.Table, list[str]], pl.DataFrame]:
         listed, fields = self._table_beside(shard), self._json(shard, 1_000)
@@ -172,9 +159,9 @@ def rows_where(columns: SampleColumns, expression: str, *, plural: bool) -> tupl
         names = list(dict.fromkeys(asked.meta.root_names()))
     except (pl.exceptions.PolarsError, TypeError) as error:
         raise ConfigError(f"--where {expression!r} cannot be read ({error})", fix) from None
-    by_caption = plural and not set(names).isdisjoint((*OF_CAPTIONS, *OF_GRAPH))
+    of_captions = plural and not set(names).isdisjoint((*OF_CAPTIONS, *OF_GRAPH))
     found: list[Any] = []
-    for frame in columns.frames(names, by_caption=by_caption):
+    for frame in columns.frames(names, of_captions=of_captions):
         try:
             mask = frame.select(asked.alias("asked"))["asked"]
             half = len(frame) // 2
@@ -188,5 +175,5 @@ def rows_where(columns: SampleColumns, expression: str, *, plural: bool) -> tupl
             )
             raise ConfigError(f"--where {expression!r} {said}", fix)
         kept = mask.fill_null(False).to_numpy()
-        found.append(kept if by_caption else frame["row"].to_numpy()[kept])
-    return np.concatenate(found) if found else np.empty(0, np.int64), by_caption
+        found.append(kept if of_captions else frame["row"].to_numpy()[kept])
+    return np.concatenate(found) if found else np.empty(0, np.int64), of_captions
