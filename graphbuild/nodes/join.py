@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -202,16 +203,12 @@ def _some(frame: pl.DataFrame) -> str:
 
 def _reject(left: pl.DataFrame, files: Files, rows: Sequence[int], writer: Writer) -> None:
     """Keep which vectors no sample has: position in their file, key, and the file's name."""
-    begins = np.concatenate([[0], np.cumsum(rows)])
-    places = left["place"].to_numpy()
-    for number in range(len(rows)):
-        mine = (places >= begins[number]) & (places < begins[number + 1])
-        if mine.any():
-            keys = left["key"].filter(pl.Series(mine))
-            no_key, unknown = pl.lit("no key"), pl.lit("no sample has its key")
-            reason = pl.select(pl.when(keys.is_null()).then(no_key).otherwise(unknown)).to_series()
+    place, key = pl.col("place"), pl.col("key")
+    reason = pl.when(key.is_null()).then(pl.lit("no key")).otherwise(pl.lit("no sample has its key"))
+    for number, (begin, end) in enumerate(pairwise(np.cumsum([0, *rows]).tolist())):
+        mine = left.filter(place.is_between(begin, end, closed="left"))
+        if len(mine):
             name = public(files.vectors[number]).rsplit("/", 1)[-1]
-            columns = [pa.array(places[mine] - begins[number]), keys.to_arrow().cast(pa.string())]
-            columns += [reason.to_arrow().cast(pa.string()), pa.array([name] * int(mine.sum()))]
-            path = f"{layout.REJECTED.format('number')}/{shard_name(number)}.parquet"
-            writer.table(path, pa.table(columns, schema=REJECTED))
+            told = mine.select(place - begin, key, reason.alias("reason"), pl.lit(name).alias("content")).rechunk()
+            table = told.to_arrow(compat_level=pl.CompatLevel.oldest()).rename_columns(REJECTED.names).cast(REJECTED)
+            writer.table(f"{layout.REJECTED.format('number')}/{shard_name(number)}.parquet", table)
