@@ -6,7 +6,6 @@ all, or OTHERS drawn ones. Memory: 4 bytes a node, and a block of OTHERS vectors
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
 
 import numpy as np
@@ -172,22 +171,15 @@ def matches(store: Store, graph: SampleGraph) -> list[Json]:
 def _repeated_texts(store: Store, manifest: Json) -> Json:
     """Samples a node: how many nodes have 1, 2, 3-4, 5-8, ... samples, and the texts that most samples have."""
     counts = np.zeros(len(EDGES) - 1, np.int64)
-    best: list[tuple[int, int, str | None]] = []
+    best = pl.DataFrame()
     for name in shards_of(store, manifest).with_nodes.names:
-        table = store.table(TEXTS.format(name), ["node", "samples", "text"])
-        samples = table["samples"].to_numpy()
-        counts += np.histogram(samples, EDGES)[0]
-        top = np.argsort(-samples, kind="stable")[:SHOWN]
-        rows = ((one["samples"], one["node"], one["text"]) for one in table.take(top).to_pylist())
-        best = heapq.nlargest(SHOWN, [*best, *rows], key=lambda one: one[0])
-    return {
-        "samples_per_node": _bins(counts)[1:],
-        "texts": [
-            {"samples": count, "node": node, "text": text}
-            for count, node, text in best
-            if count > 1 and text is not None
-        ],
-    }
+        table = pl.DataFrame(store.table(TEXTS.format(name), ["samples", "node", "text"]))
+        counts += np.histogram(table["samples"].to_numpy(), EDGES)[0]
+        several = table.select("samples", "node", "text").filter(pl.col("samples") > 1)
+        best = pl.concat([best, several], how="diagonal")
+        best = best.sort("samples", descending=True, maintain_order=True).head(SHOWN)
+    texts = [one for one in best.to_dicts() if one["text"] is not None]
+    return {"samples_per_node": _bins(counts)[1:], "texts": texts}
 
 
 def groups(graph: SampleGraph, catalog: Catalog) -> Json:
