@@ -171,7 +171,7 @@ def run_cluster(task: Task, store: Store, writer: Writer) -> Json:
         end = int(ends[-1]) + 2 * tarfile.BLOCKSIZE
         os.truncate(path, end + -end % tarfile.RECORDSIZE)  # zeros, as tarfile writes them
     tar = writer.outputs[-1]
-    identity = TarIdentity(name=f"{task.name}.tar", bytes=tar.bytes, sha256=tar.sha256)
+    identity = TarIdentity(name=f"{task.name}.tar", bytes=tar["bytes"], sha256=tar["sha256"])
     offsets = pc.add(rows["image_offset"], pa.array(begins))
     rows = rows.set_column(rows.column_names.index("image_offset"), "image_offset", offsets).take(pa.array(order))
     about = {"chunk": task.settings["chunk"], "image_member": task.built.get("image_member")}

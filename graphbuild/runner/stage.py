@@ -121,7 +121,7 @@ def perform(stage: Stage, task: Task, store: Store) -> Json:
             "settings": dict(task.settings),
             "inputs": dict(task.inputs),
             "built": dict(task.built),
-            "outputs": writer.records(),
+            "outputs": writer.outputs,
             "facts": facts,
             "seconds": round(time.perf_counter() - begin, 3),
         }

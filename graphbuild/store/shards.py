@@ -123,7 +123,7 @@ def write_shards(store: Store, shards: Iterable[Shard]) -> Json:
     writer = Writer(store)
     writer.table(SHARDS, table)
     totals = {name: pc.sum(table[name]).as_py() or 0 for name in ("samples", "nodes")}
-    return {"format_version": TABLE_VERSION, "shards": {**writer.records()[0], "shards": len(table), **totals}}
+    return {"format_version": TABLE_VERSION, "shards": {**writer.outputs[0], "shards": len(table), **totals}}
 
 
 def is_whole(store: Store, manifest: Json) -> bool:

@@ -15,7 +15,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,15 +39,6 @@ HEADER_BYTES = 128  # of a .npy file that `Writer.array` wrote
 TOGETHER = 1_000  # JSON objects that are read as one
 SETTLED_NS = 2 * 10**9  # after which the next change of a file shows in its date
 Json = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Output:
-    """One committed file: its path in the store, its size in bytes and the sha256 of its content ("" of scratch)."""
-
-    path: str
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -275,14 +266,15 @@ def json_text(value: Mapping[str, Any]) -> bytes:
 
 
 class Writer:
-    """Commits one task's files to the store and remembers them as `outputs`, hashed as they lie on disk.
+    """Commits one task's files to the store and remembers them, hashed as they lie on disk.
 
+    outputs: of each file the path in the store, bytes and the sha256 of its content ("" of scratch), as records say.
     As a context manager it removes them again when the task fails: each is whole, but the task is not.
     """
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.outputs: list[Output] = []
+        self.outputs: list[Json] = []
 
     def __enter__(self) -> Writer:
         return self
@@ -290,14 +282,15 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         with contextlib.suppress(StorageError):  # the next attempt writes them anew
             for output in self.outputs if kind is not None else ():
-                self.store.remove(output.path)
+                self.store.remove(output["path"])
 
     @contextlib.contextmanager
     def file(self, name: str, *, durable: bool = True) -> Iterator[Path]:
         """A local path to write to, committed as `name` on a clean exit."""
         with self.store.staged(name, durable=durable) as path:
             yield path
-            self.outputs.append(Output(name, path.stat().st_size, file_sha256(path) if durable else ""))
+            sha256 = file_sha256(path) if durable else ""
+            self.outputs.append({"path": name, "bytes": path.stat().st_size, "sha256": sha256})
 
     def array(self, name: str, values: np.ndarray[Any, Any], *, durable: bool = True) -> None:
         """A plain C-order .npy file."""
@@ -312,9 +305,6 @@ class Writer:
 
         with self.file(name) as path:
             pq.write_table(table, path, compression="zstd", write_page_checksum=True, **options)
-
-    def records(self) -> list[Json]:
-        return [asdict(output) for output in self.outputs]
 
 
 def listed_here(folder: str) -> Iterator[tuple[str, tuple[int, object]]]:

@@ -49,13 +49,13 @@ def write_download(store: Store, name: str, lists: list[tuple[int, list[Row]]]) 
     with Writer(store) as writer:
         for shard, rows in lists:
             writer.table(URLS.format(shard_name(shard)), pa.Table.from_pylist(rows).select(["url", "caption"]))
-    store.write_json(state_path("urls", name), {"outputs": writer.records(), "facts": {}})
+    store.write_json(state_path("urls", name), {"outputs": writer.outputs, "facts": {}})
     for shard, rows in lists:
         with Writer(store) as writer:
             shuffled = random.Random(shard).sample(rows, len(rows))  # img2dataset's rows come as they were fetched
             writer.table(f"shards/{shard_name(shard)}.parquet", pa.Table.from_pylist(shuffled))
         facts = {"counts": {"images": sum(row["status"] == "success" for row in rows)}}
-        store.write_json(state_path("download", shard_name(shard)), {"outputs": writer.records(), "facts": facts})
+        store.write_json(state_path("download", shard_name(shard)), {"outputs": writer.outputs, "facts": facts})
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_a_retry_cuts_the_wanted_rows_of_all_lists_in_their_order(
     with Writer(store) as writer:
         facts = cut_retry(Task(stage="urls", name="retry-00007", settings=settings), store, writer)
     assert facts["retried"] == by[1]
-    written = [store.table(output["path"]) for output in writer.records()]
+    written = [store.table(output["path"]) for output in writer.outputs]
     assert [len(table) for table in written[:-1]] == [size] * (len(written) - 1)
     found = [row for table in written for row in table.to_pylist()]
     assert found == [{"url": row["url"], "caption": row["caption"], "retry_of": row["key"]} for row in chosen]

@@ -117,7 +117,7 @@ def test_lists_of_urls_beyond_shard_99_999_are_read_in_order_of_number(tmp_path:
     with Writer(store) as writer:
         for number in (100_000, 99_999, 100_001, 9):
             writer.table(f"shards/{shard_name(number)}.parquet", pa.table({"key": [str(number)], "url": ["u"]}))
-    paths = {output["path"]: output for output in writer.records()}
+    paths = {output["path"]: output for output in writer.outputs}
     for path, output in paths.items():
         record = {"outputs": [output], "facts": {}}
         store.write_json(state_path("download", Path(path).stem), record)

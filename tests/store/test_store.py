@@ -37,7 +37,7 @@ def test_writer_records_size_and_hash_of_what_lies_on_disk(tmp_path: Path) -> No
     writer = Writer(Store(str(tmp_path)))
     writer.array("x.npy", np.arange(6, dtype=np.float16).reshape(2, 3)[:, ::-1])
     writer.table("t.parquet", pa.table({"a": [1, 2]}))
-    for record in writer.records():
+    for record in writer.outputs:
         content = (tmp_path / record["path"]).read_bytes()
         assert record["bytes"] == len(content)
         assert record["sha256"] == hashlib.sha256(content).hexdigest()
@@ -49,7 +49,7 @@ def test_memory_store_behaves_like_a_folder() -> None:
     writer = Writer(store)
     writer.array("graph/x.npy", np.arange(4))
     np.testing.assert_array_equal(store.array("graph/x.npy"), [0, 1, 2, 3])
-    assert store.sizes("graph") == {"graph/x.npy": writer.outputs[0].bytes}
+    assert store.sizes("graph") == {"graph/x.npy": writer.outputs[0]["bytes"]}
     assert store.sizes("nowhere") == {}
     assert store.read_json("none.json") is None
     store.write_json("m.json", {"a": 1})
