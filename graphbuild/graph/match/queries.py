@@ -92,8 +92,8 @@ def caption_queries(
                     rows.append(row)
                     texts.append(text)
             encoded = model().encode(texts).vectors if model is not None and texts else None
-            faults = {} if encoded is None else _without_vector(encoded)
-            yield _block(found, rows, texts, encoded, faults)
+            lacking = [] if encoded is None else np.flatnonzero(np.isnan(encoded).any(axis=1)).tolist()
+            yield _block(found, rows, texts, encoded, dict.fromkeys(lacking, "the encoder makes no vector of it"))
 
     return found
 
@@ -171,11 +171,6 @@ def _block(
     sound = [at for at in range(len(rows)) if at not in faults]
     columns = [pa.array([rows[at][place] for at in sound], field.type) for place, field in enumerate(QUERY)]
     return Block(pa.table(columns, QUERY), [texts[at] for at in sound], None if vectors is None else vectors[sound])
-
-
-def _without_vector(encoded: Array) -> dict[int, str]:
-    bad = np.flatnonzero(np.isnan(encoded).any(axis=1)).tolist()
-    return dict.fromkeys(bad, "the encoder makes no vector of it")
 
 
 def _keys(url: str, column: str) -> list[str | None]:
