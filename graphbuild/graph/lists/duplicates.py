@@ -22,11 +22,9 @@ from graphbuild.graph.lists.derived import (
     samples,
     slices,
 )
-from graphbuild.graph.sample_graph import SampleGraph
+from graphbuild.graph.sample_graph import Ids, SampleGraph
 from graphbuild.machine.compiled import compiled
 from graphbuild.nodes.samples import MORE
-
-Ids = NDArray[np.int64]
 
 DUPLICATES = pa.schema(
     [
