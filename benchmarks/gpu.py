@@ -271,7 +271,7 @@ def step(place: str, *, small: bool) -> tuple[str, dict[str, object]]:
 def exact_search(place: str, *, small: bool) -> tuple[str, dict[str, object]]:
     nodes, queries = (2_000, 500) if small else (2_900_000, 131_072)
     x = knn_gpu.vectors(nodes, 384, place)
-    codes, scales = search.encode(x)
+    codes, scales = knn_gpu.encode(x)
     whole = search.Side(0, codes, scales, torch.full_like(scales, -torch.inf))
 
     def own(rows: int) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from graphbuild.knn import device
+from graphbuild.knn.products import unit
 
 
 def vectors(nodes: int, width: int, place: str) -> torch.Tensor:
@@ -30,6 +31,17 @@ def vectors(nodes: int, width: int, place: str) -> torch.Tensor:
         noise = torch.randn(len(part), width, device=place, generator=generator)
         part.copy_(torch.nn.functional.normalize(centres[chosen] + noise, dim=1))
     return x
+
+
+def encode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes int8 [n, d] and scales float32 [n] of float16 vectors on their device, as in `graphbuild.knn.codes`."""
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scales = torch.empty(len(x), device=x.device)
+    for at in range(0, len(x), device.ROWS):
+        exact = unit(x[at : at + device.ROWS])
+        scales[at : at + device.ROWS] = exact.abs().amax(dim=1) / 127
+        codes[at : at + device.ROWS] = torch.round(exact / scales[at : at + device.ROWS, None]).to(torch.int8)
+    return codes, scales
 
 
 def plain(x: torch.Tensor, first: int, rows: int, k: int, columns: int = 65_536) -> torch.Tensor:
@@ -87,7 +99,7 @@ def main() -> None:
     options = parser.parse_args()
     x = vectors(options.nodes, options.width, options.device)
     length, queries = min(2 * options.k + 16, options.nodes - 1), min(options.queries, options.nodes)
-    codes, scales = device.encode(x)
+    codes, scales = encode(x)
     whole = device.Side(0, codes, scales, torch.full_like(scales, -torch.inf))
 
     def own(rows: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from graphbuild.knn.products import products, unit
+from graphbuild.knn.products import products
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,19 +26,6 @@ class Side(NamedTuple):
     codes: Tensor
     scales: Tensor
     floors: Tensor
-
-
-def encode(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes int8 [n, d] and scales float32 [n] of float16 vectors on their device, as in `graphbuild.knn.codes`."""
-    import torch
-
-    codes = torch.empty(vectors.shape, dtype=torch.int8, device=vectors.device)
-    scales = torch.empty(len(vectors), device=vectors.device)
-    for at in range(0, len(vectors), ROWS):
-        exact = unit(vectors[at : at + ROWS])
-        scales[at : at + ROWS] = exact.abs().amax(dim=1) / 127
-        codes[at : at + ROWS] = torch.round(exact / scales[at : at + ROWS, None]).to(torch.int8)
-    return codes, scales
 
 
 def search(own: Side, others: Side, length: int) -> Iterator[tuple[Tensor, Tensor]]:

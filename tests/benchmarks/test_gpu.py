@@ -6,7 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from benchmarks import knn_gpu
+from graphbuild.knn import codes
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ALONE = """
@@ -33,6 +38,14 @@ def alone(*lines: str) -> str:
 
 def test_losses_targets_the_device_search_and_the_packed_forward_need_torch_alone() -> None:
     alone("import graphbuild.torch, graphbuild.knn.device, graphbuild.nodes.encoder.packed")
+
+
+def test_codes_made_on_a_device_are_those_made_by_the_cpu() -> None:
+    x = np.random.default_rng(0).standard_normal((300, 48)).astype(np.float16)
+    made, scales = knn_gpu.encode(torch.from_numpy(x))
+    coded = codes.encode(x)
+    assert (made.numpy() == coded.codes).mean() > 0.999  # float32 rounds a tie either way
+    np.testing.assert_allclose(scales.numpy(), coded.scales[:, 0], rtol=1e-6)
 
 
 @pytest.mark.slow
