@@ -102,15 +102,22 @@ def plan_prepare(recipe: Recipe, store: Store) -> list[Task]:
 
 def run_prepare(task: Task, store: Store, writer: Writer) -> Json:
     from graphbuild.knn.inputs import Inputs, write_range
+    from graphbuild.knn.partition import DEEP
 
     inputs = Inputs(store)
     if "shards" in task.built:
         some, seed = range(*task.built["shards"]), task.settings["seed"]
         with torch_threads(1):
-            write_range(inputs, some, seed, task.settings["k"], task.name, writer)
+            deep = min(DEEP * task.settings["k"], node_count(inputs.manifest) - 1)
+            write_range(inputs, some, seed, deep, task.name, writer)
         return {}
     with torch_threads(os.cpu_count() or 1):  # nothing else runs
         return _engine(task, inputs.manifest).prepare(inputs, task.settings["k"], writer)
+
+
+def finish_prepare(recipe: Recipe, store: Store, done: list[Json]) -> Json:
+    """How many candidates a list holds, where the engine has found that out (`engine_of`)."""
+    return {"listed": done[-1]["facts"]["listed"]} if "listed" in done[-1]["facts"] else {}
 
 
 # -- codes: int8 codes of each shard's nodes, and the sums that moments are made of
@@ -310,6 +317,8 @@ PREPARE = Stage(
     title="prepare",
     plan=plan_prepare,
     run=run_prepare,
+    finish=finish_prepare,
+    entries=("listed",),
     scratch=True,
     grows=True,
     note=forecast,

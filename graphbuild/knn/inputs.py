@@ -72,7 +72,7 @@ class Inputs:
 
 
 def write_range(inputs: Inputs, shards: range, seed: int, k: int, name: str, writer: Writer) -> None:
-    """What `prepare` needs of the nodes of some shards: the vectors of leaders, and who is near the sampled nodes."""
+    """What `prepare` needs of the nodes of some shards: the vectors of leaders, and the k nearest of sampled nodes."""
     bounds = inputs.vectors.starts[[shards.start, shards.stop]]
     leaders = draw_leaders(len(inputs.vectors), seed)
     drawn = inputs.vectors.take(leaders[slice(*np.searchsorted(leaders, bounds))])
@@ -81,16 +81,17 @@ def write_range(inputs: Inputs, shards: range, seed: int, k: int, name: str, wri
         writer.array(RANGE.format(name, what), values, durable=False)
 
 
-def true_neighbors(inputs: Inputs, ids: Array, k: int) -> Array:
-    """Of sampled nodes the k nearest, int64 [n, k], best first: what the ranges have found, or else searched now."""
+def true_neighbors(inputs: Inputs, ids: Array, k: int) -> tuple[Array, Array]:
+    """As `sample.true_neighbors`: what the ranges have found, or else searched now."""
     names = inputs.ranges()
     if not names:
-        return sample.true_neighbors(inputs.few, ids, k)[1]
+        return sample.true_neighbors(inputs.few, ids, k)
     scores, found = (
         np.concatenate([inputs.store.array(RANGE.format(name, what)) for name in names], axis=1)
         for what in ("similarities", "ids")
     )
-    return np.asarray(np.take_along_axis(found, np.argsort(-scores, axis=1, kind="stable")[:, :k], axis=1))
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(found, order, axis=1)
 
 
 def write_leaders(inputs: Inputs, seed: int, writer: Writer) -> tuple[Leaders, Array]:

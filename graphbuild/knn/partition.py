@@ -2,8 +2,9 @@
 
 A node joins the leaves of its `fan` nearest leaders (`graphbuild.knn.leaders`), and all pairs of a leaf are compared:
 the overlapping random partitions of PiPNN (arXiv 2602.21247). Then each list is offered the upper part of the lists of
-its best EXPAND, a round of NN-descent (Dong et al., WWW 2011), which halves what is missing. `fan` follows from the
-recall asked for, measured on a sample at full N (`calibrate`). Results do not depend on how leaves fall into tasks.
+its best EXPAND, a round of NN-descent (Dong et al., WWW 2011), which halves what is missing. `fan`, and how many
+candidates a list holds, follow from the recall asked for, measured on a sample at full N (`calibrate`): where nodes are
+many, the nearest are so alike that codes tell them apart badly. Results do not depend on how leaves fall into tasks.
 Cost: about 32 fan^2 products a node; memory: codes and lists of one task's nodes.
 """
 
@@ -36,6 +37,9 @@ MISSING_AFTER_REFINEMENT = 0.55  # of what the leaves miss, with these: 0.45 to 
 TASK_NODES = 65_536
 TASKS = 128
 OVERLAP = 3  # nodes of a task, in units of its share of all nodes: a node has leaves in several
+DEEP, LONGEST = 6, 3  # in units of k: sampled nodes that codes put in order, and candidates of a list, at most
+BY_CODES = 0.2  # of what may be missed, that may be missed as codes put it too far behind
+TIE = 1e-6  # by which float32 similarities of equal pairs may differ
 LARGEST_LEAF = 8_192  # a larger one is cut: equal vectors would all meet in one
 BLOCK_ROWS = 8_192
 
@@ -46,6 +50,7 @@ class Partition:
 
     recall: float
     seed: int
+    listed: int | None = None  # candidates of a list, as prepared
     name: str = "partition"
     on_device: bool = False
     ordered: bool = True
@@ -57,9 +62,9 @@ class Partition:
     def prepare(self, inputs: Inputs, k: int, writer: Writer) -> Json:
         leaders, nodes = write_leaders(inputs, self.seed, writer)
         writer.array(LEADER_NODES, nodes, durable=False)
-        fan, promised = calibrate(inputs, leaders, k, self.recall, self.seed)
+        fan, listed, promised = calibrate(inputs, leaders, k, self.recall, self.seed)
         writer.array(FAN, np.array([fan]), durable=False)
-        return {"leaders": len(nodes), "fan": fan, "promised_recall": round(promised, 4)}
+        return {"leaders": len(nodes), "fan": fan, "listed": listed, "promised_recall": round(promised, 4)}
 
     def describe(self, inputs: Inputs, codes: Codes, k: int) -> dict[str, Array]:
         leaves, floors = inputs.leaders.leaves(codes.codes, int(inputs.store.array(FAN)[0]), floor_leader(k))
@@ -75,7 +80,7 @@ class Partition:
         return OVERLAP * nodes / tasks, OVERLAP
 
     def length(self, k: int, nodes: int) -> int:
-        return list_length(k, nodes)
+        return self.listed or list_length(k, nodes)
 
     def join(self, argument: Any, inputs: Inputs, length: int, device: str) -> tuple[Array, Array]:
         """All pairs of each leaf in a range."""
@@ -115,23 +120,42 @@ def list_length(k: int, nodes: int) -> int:
     return min(k + max(4, k // 8), nodes - 1)
 
 
-def calibrate(inputs: Inputs, leaders: Leaders, k: int, recall: float, seed: int) -> tuple[int, float]:
-    """The smallest fan that promises `recall` after refinement, and the recall it promises.
+def calibrate(inputs: Inputs, leaders: Leaders, k: int, recall: float, seed: int) -> tuple[int, int, float]:
+    """The smallest fan and the shortest lists that promise `recall` after refinement, and the recall they promise.
 
-    Measured, at full N, on a sample: how many of their true k neighbours share a leaf with them.
+    Measured, at full N, on a sample: how many of their k nearest are among as many candidates by codes, and how many
+    share a leaf with them.
     """
     vectors, ids = inputs.few, sample.draw(len(inputs.few), seed)
-    true = true_neighbors(inputs, ids, k)
+    scores, near = true_neighbors(inputs, ids, min(DEEP * k, len(vectors) - 1))
+    own, theirs = encode(vectors.take(ids)), encode(vectors.take(near.reshape(-1)))
+    theirs_codes = theirs.codes.reshape(*near.shape, -1)
+    by_codes = np.argsort(
+        -_scores(own.codes, theirs_codes) * theirs.scales[:, 0].reshape(near.shape), axis=1, kind="stable"
+    )
+    good = np.take_along_axis(scores >= scores[:, k - 1 : k] - TIE, by_codes, axis=1)  # as near as the k-th, or nearer
+    missed = 1 - np.minimum(np.cumsum(good, axis=1), k).mean(axis=0) / k  # by lists of 1, 2, ... candidates
+    listed, least = list_length(k, len(vectors)), BY_CODES * (1 - recall)
+    most = min(max(LONGEST * k, listed), near.shape[1])
+    while missed[listed - 1] > least and listed < most:
+        listed = min(listed + max(4, k // 8), most)
     fan = min(FANS[-1], len(leaders.codes))
-    own, _ = leaders.leaves(encode(vectors.take(ids)).codes, fan, 1)
-    theirs, _ = leaders.leaves(encode(vectors.take(true.reshape(-1))).codes, fan, 1)
-    theirs = theirs.reshape(len(ids), k, fan)
+    leaves, _ = leaders.leaves(own.codes, fan, 1)
+    of_true, _ = leaders.leaves(np.ascontiguousarray(theirs_codes[:, :k]).reshape(-1, own.codes.shape[1]), fan, 1)
+    of_true = of_true.reshape(len(ids), k, fan)
+    by_lists = float(missed[listed - 1])
     for tried in range(min(FANS[0], fan), fan + 1):
-        together = (own[:, None, :tried, None] == theirs[:, :, None, :tried]).any(axis=(2, 3)).mean()
-        promised = 1 - (1 - float(together)) * MISSING_AFTER_REFINEMENT
-        if promised >= recall or tried == fan:
+        together = (leaves[:, None, :tried, None] == of_true[:, :, None, :tried]).any(axis=(2, 3)).mean()
+        by_leaves = (1 - float(together)) * MISSING_AFTER_REFINEMENT
+        if 1 - by_leaves - min(by_lists, least) >= recall or tried == fan:
             break
-    return tried, promised
+    return tried, listed, 1 - by_leaves - by_lists
+
+
+def _scores(own: Array, theirs: Array) -> Array:
+    """Products float64 [n, m] of codes int8 [n, d], each with its own of int8 [n, m, d]."""
+    pairs = zip(own, theirs, strict=True)
+    return np.stack([others.astype(np.float64) @ one.astype(np.float64) for one, others in pairs])
 
 
 def _join_leaf(

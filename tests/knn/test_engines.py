@@ -286,6 +286,22 @@ def test_partition_reaches_the_recall_asked_for_and_little_more(tmp_path: Path) 
     assert recalls[0.97] > 0.96
 
 
+def test_lists_are_longer_where_codes_cannot_tell_the_nearest_apart(tmp_path: Path) -> None:
+    """Many nodes on few lines, as where N is large: the nearest differ by less than codes are wrong."""
+    rng = np.random.default_rng(0)
+    ends = rng.standard_normal((8, 64)).astype(np.float32)
+    own = rng.integers(0, 8, 6_000)
+    other = (own + rng.integers(1, 8, 6_000)) % 8
+    x = ends[own] + rng.random((6_000, 1), np.float32) * (ends[other] - ends[own])
+    store = build(tmp_path, x, shard_size=2_000, engine="partition", k=16, recall=0.95, recall_sample=500)
+    told, measured = (store.manifest()[name] for name in ("graph", "recall"))
+    assert told["listed"] > partition.list_length(16, 6_000)
+    assert measured["recall"] > 0.95
+    assert told["promised_recall"] == pytest.approx(measured["recall"], abs=0.015)
+    plain = build(tmp_path / "plain", clustered(3_000), shard_size=1_000, engine="partition", k=16, recall=0.95)
+    assert plain.manifest()["graph"]["listed"] == partition.list_length(16, 3_000)
+
+
 @pytest.mark.slow
 def test_partition_does_not_depend_on_tasks_tiles_or_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = clustered(3_000)
