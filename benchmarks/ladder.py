@@ -125,7 +125,7 @@ def run(asked: argparse.Namespace) -> None:
             wanted = json.dumps({**job, "cache": str(asked.cache), "nodes": nodes})
             command = [sys.executable, __file__, "one", wanted]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            line = {**json.loads(wanted), "machine": machine(), **json.loads(done.stdout.splitlines()[-1])}
+            line = {**job, "nodes": nodes, "machine": machine(), **json.loads(done.stdout.splitlines()[-1])}
             with asked.results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(table([line]), flush=True)
