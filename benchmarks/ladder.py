@@ -2,6 +2,7 @@
 
     python benchmarks/ladder.py run CACHE ladder.jsonl --sizes 300000 1000000 3000000 --k 32 --recall 0.95
     python benchmarks/ladder.py show ladder.jsonl ladder.png
+    python benchmarks/ladder.py job CACHE corpus.parquet --size 12400000
 
 CACHE holds captions.npy, and gets mixed_N.npy of each size (benchmarks/data.py). Each size runs in a process of its
 own, `--repeats` times, with `--workers` (0: in that process); its store lies in CACHE while it runs, and takes 7 d
@@ -9,6 +10,11 @@ bytes a node and some 12 lists of candidates. A line of ladder.jsonl is one run:
 seconds of all its processes, their peak RSS and PSS (looked at every `--every` seconds), minor and major page faults,
 and the scratch there was when it ended. `show` prints a table of medians with the exponent of growth between the
 sizes, and draws the CPU microseconds a node.
+
+`job` is the whole job of a user instead: a list of captions, each the first half of a real one and the second half of
+another, through the commands embed (a static encoder: of each word piece the vector that the default encoder gives it),
+index, export and verify, and an epoch of batches of neighbours with their similarities. It prints a row a command:
+seconds, CPU seconds, and the peaks of memory over all its processes, with mapped files (PSS) and without.
 """
 
 from __future__ import annotations
@@ -34,33 +40,44 @@ from knn import machine
 
 
 class Watch(threading.Thread):
-    """Peak sums of RSS and PSS of this process and its workers since `reset`, in bytes; Ray's own servers left out."""
+    """Peak sums of RSS and PSS of a process and its workers since `reset`, in bytes, of PSS also without mapped files;
+    the largest of those of one process; and their CPU seconds. Ray's own servers are left out."""
 
-    def __init__(self, every: float) -> None:
+    def __init__(self, every: float, process: int | None = None) -> None:
         super().__init__(daemon=True)
-        self.every = every
+        self.every, self.process = every, process
         self.reset()
         self.start()
 
     def reset(self) -> None:
-        self.rss = self.pss = 0
+        self.rss = self.pss = self.own = self.largest = 0
+        self.cpu: dict[int, float] = {}
 
     def look(self) -> None:
-        memory = [process.memory_full_info() for process in mine()]
-        self.rss = max(self.rss, sum(one.rss for one in memory))
-        self.pss = max(self.pss, sum(one.pss for one in memory))
+        memory = []
+        for process in mine(self.process):
+            cpu = process.cpu_times()
+            self.cpu[process.pid] = cpu.user + cpu.system
+            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]
+            kilobytes = {name: int(size) for name, size, _ in map(str.split, lines)}
+            memory.append([kilobytes[name] * 1024 for name in ("Rss:", "Pss:", "Pss_File:")])
+        self.rss = max(self.rss, sum(one[0] for one in memory))
+        self.pss = max(self.pss, sum(one[1] for one in memory))
+        own = [pss - of_files for _, pss, of_files in memory]
+        self.own, self.largest = max(self.own, sum(own)), max([self.largest, *own])
 
     def run(self) -> None:
         while True:
             try:
                 self.look()
-            except psutil.Error:  # a worker that has just ended
+            except (psutil.Error, OSError):  # a worker that has just ended
+                time.sleep(0.1)
                 continue
             time.sleep(self.every)
 
 
-def mine() -> list[psutil.Process]:
-    me = psutil.Process()
+def mine(process: int | None = None) -> list[psutil.Process]:
+    me = psutil.Process(process)
     return [me, *(child for child in me.children(recursive=True) if child.name().startswith("ray::"))]
 
 
@@ -109,6 +126,7 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
                     "major_faults": int(used[2]),
                     "rss": watch.rss,
                     "pss": watch.pss,
+                    "own": watch.own,
                     "scratch": bytes_in(folder / "_work"),
                 }
         manifest = store.manifest()
@@ -204,6 +222,91 @@ def plan(line: dict[str, Any]) -> dict[str, Any]:
     return {cost.name: cost for cost in cases(job, read, rates_here(), [here])[0][1]}
 
 
+def whole_job(asked: argparse.Namespace) -> None:
+    """The whole job, a row a command."""
+    store = asked.cache / f"job_{asked.size}"
+    given = [recombined(asked.cache, asked.captions, asked.size), "--encoder", static_encoder(asked.cache)]
+    command = [Path(sys.executable).with_name("graphbuild")]
+    workers = ["--workers", asked.workers]
+    steps = {
+        "embed": [*command, "embed", store, "--captions", *given, *workers],
+        "index": [*command, "index", store, "--k", asked.k, "--recall", asked.recall, *workers],
+        "export": [*command, "export", store, *workers],
+        "verify": [*command, "verify", store],
+        "epoch": [sys.executable, __file__, "epoch", store],
+    }
+    shutil.rmtree(store, ignore_errors=True)
+    rows = ["| command | seconds | CPU seconds | PSS GB | without files GB | largest process GB | store GB |"]
+    print("\n".join([*rows, "|" + "---|" * 7]), flush=True)
+    said = []
+    for name, arguments in steps.items():
+        begin = time.perf_counter()
+        with subprocess.Popen([str(one) for one in arguments], stdout=subprocess.PIPE, text=True) as process:
+            watch = Watch(asked.every, process.pid)
+            assert process.stdout is not None
+            said += [f"{name}: {line.rstrip()}" for line in process.stdout]
+        if process.returncode:
+            sys.exit("\n".join([*said, f"{name} failed"]))
+        memory = [f"{value / 1e9:.2f}" for value in (watch.pss, watch.own, watch.largest, bytes_in(store))]
+        row = [name, f"{time.perf_counter() - begin:.0f}", f"{sum(watch.cpu.values()):.0f}", *memory]
+        print("| " + " | ".join(row) + " |", flush=True)
+    print("\n".join(["", "```text", *said, "```"]))
+
+
+def recombined(cache: Path, corpus: Path, count: int, seed: int = 0) -> Path:
+    """A parquet file of so many captions: the first half of the words of one, and the second half of another."""
+    import polars as pl
+
+    path = cache / f"recombined_{count}.parquet"
+    if not path.exists():
+        words = [text.split() for text in pl.read_parquet(corpus, columns=["caption"])["caption"]]
+        halves = [pl.Series([" ".join(part) for part in parts]) for parts in zip(*map(halved, words), strict=True)]
+        random = np.random.default_rng(seed)
+        first, second = (half.gather(random.integers(0, len(words), count)) for half in halves)
+        pl.select(pl.concat_str([first, second], separator=" ").alias("caption")).write_parquet(path)
+    return path
+
+
+def halved(words: list[str]) -> tuple[list[str], list[str]]:
+    middle = len(words) // 2
+    return words[:middle], words[middle:]
+
+
+def static_encoder(cache: Path) -> Path:
+    """A folder with a static encoder: of each word piece of the default encoder the vector that it has as a text."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
+    from tokenizers import Tokenizer
+
+    from graphbuild.nodes.encoder import DEFAULT_ENCODER, find_encoder, open_model
+
+    folder = cache / "static"
+    if not folder.exists():
+        encoder = find_encoder(DEFAULT_ENCODER)
+        tokenizer = Tokenizer.from_file(f"{encoder.folder}/tokenizer.json")
+        pieces = [tokenizer.id_to_token(number).removeprefix("##") for number in range(tokenizer.get_vocab_size())]
+        vectors = open_model(encoder, "cpu").encode(pieces).vectors.astype(np.float32)
+        static = StaticEmbedding(tokenizer, embedding_weights=vectors)
+        SentenceTransformer(modules=[static, Normalize()], device="cpu").save(str(folder))
+    return folder
+
+
+def epoch(asked: argparse.Namespace) -> None:
+    """An epoch of a trainer on captions alone: batches of neighbours, and of each batch all similarities."""
+    from graphbuild import SampleGraph
+    from graphbuild.torch import NeighborBatchSampler
+
+    graph = SampleGraph.open(str(asked.store))
+    nodes = graph.sample_nodes()
+    batches = samples = 0
+    alike = 0.0
+    for batch in NeighborBatchSampler(graph, asked.batch_size, nodes=nodes):
+        similarities, _ = graph.block(nodes[batch])
+        alike += float((similarities >= asked.alike).sum()) - len(batch)
+        batches, samples = batches + 1, samples + len(batch)
+    print(f"{samples:,} samples in {batches:,} batches; {alike / samples:.2f} others of its batch at {asked.alike}")
+
+
 def show(asked: argparse.Namespace) -> None:
     lines = [json.loads(line) for line in asked.results.read_text().splitlines()]
     first = lines[0]
@@ -252,6 +355,20 @@ def main() -> None:
     shower.add_argument("results", type=Path)
     shower.add_argument("plot", type=Path, nargs="?")
     shower.set_defaults(call=show)
+    whole = verbs.add_parser("job")
+    whole.add_argument("cache", type=Path)
+    whole.add_argument("captions", type=Path, help="parquet with a column `caption`")
+    whole.add_argument("--size", type=int, default=12_400_000)
+    whole.add_argument("--k", type=int, default=32)
+    whole.add_argument("--recall", type=float, default=0.95)
+    whole.add_argument("--workers", type=int, default=2)
+    whole.add_argument("--every", type=float, default=2.0)
+    whole.set_defaults(call=whole_job)
+    batches = verbs.add_parser("epoch")
+    batches.add_argument("store", type=Path)
+    batches.add_argument("--batch-size", type=int, default=1_024)
+    batches.add_argument("--alike", type=float, default=0.7)
+    batches.set_defaults(call=epoch)
     single = verbs.add_parser("one")
     single.add_argument("job", type=json.loads)
     single.set_defaults(call=lambda asked: print(json.dumps(one(asked.job))))

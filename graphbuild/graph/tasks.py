@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -44,10 +43,7 @@ def nodes_entry(store: Store) -> Json:
 
 def engine_of(index: Index, manifest: Json) -> tuple[Engine, str]:
     """The engine of this build, as it was prepared, and why it was taken."""
-    chosen, reason = engine.choose(index, node_count(manifest), manifest["embeddings"]["d"])
-    if chosen.name == "partition":
-        chosen = replace(cast(Any, chosen), listed=manifest.get("listed"))
-    return chosen, reason
+    return engine.choose(index, node_count(manifest), manifest["embeddings"]["d"], manifest.get("listed"))
 
 
 def forecast(recipe: Recipe, store: Store) -> str:

@@ -69,8 +69,9 @@ class Engine(Protocol):
         similarity over the row's own scale, as lists of a graph that grows are merged with these by score."""
 
 
-def choose(index: Index, nodes: int, width: int) -> tuple[Engine, str]:
-    """The engine of a build and why: as asked, or exact where it is affordable, else partition."""
+def choose(index: Index, nodes: int, width: int, listed: int | None = None) -> tuple[Engine, str]:
+    """The engine of a build and why: as asked, or exact where it is affordable, else partition. listed: candidates of
+    partition's lists, where it has been prepared."""
     from graphbuild.knn.exact import Exact
     from graphbuild.knn.faiss_index import Faiss
     from graphbuild.knn.partition import Partition
@@ -80,14 +81,15 @@ def choose(index: Index, nodes: int, width: int) -> tuple[Engine, str]:
     if index.engine == "exact":
         return Exact(index.seed), "asked for"
     if index.engine == "partition":
-        return Partition(index.recall, index.seed), "asked for"
+        return Partition(index.recall, index.seed, listed), "asked for"
     operations = float(nodes) ** 2 * width
     on_gpu = index.device == "cuda" or (index.device == "auto" and operations > EXACT_OPERATIONS and gpu_here())
     most, place = (EXACT_ON_GPU, "a GPU") if on_gpu else (EXACT_OPERATIONS, "a CPU")
     sizes = f"{nodes:,} nodes x {width}: {operations:.1g} int8 operations"
     if operations <= most:
         return Exact(index.seed), f"{sizes}, at most {most:.0g} on {place}"
-    return Partition(index.recall, index.seed), f"{sizes}, more than {most:.0g} on {place}; recall {index.recall}"
+    reason = f"{sizes}, more than {most:.0g} on {place}; recall {index.recall}"
+    return Partition(index.recall, index.seed, listed), reason
 
 
 def nodes_at_once(engine: Engine, index: Index, nodes: int, width: int) -> int:
