@@ -22,6 +22,7 @@ from graphbuild.knn.codes import Codes, encode
 from graphbuild.knn.inputs import LEADER_NODES, Inputs, true_neighbors, write_leaders
 from graphbuild.knn.leaders import Leaders, floor_leader, leader_count
 from graphbuild.knn.products import TILE_ROWS, products, tile_memory
+from graphbuild.runner import partly
 from graphbuild.store.layout import SCRATCH
 from graphbuild.store.sharded import Array
 from graphbuild.store.store import Json, Writer
@@ -113,6 +114,7 @@ class Partition:
             for cut in range(begin, stop, LARGEST_LEAF):
                 leaf_members = members[cut : min(cut + LARGEST_LEAF, stop)]
                 _join_leaf(leaf_members, new_place, code, ids, scale, floors, keys, memory)
+            partly.add((stop - begin) / len(members))
         return ids, keys
 
 

@@ -1,8 +1,8 @@
 """How far a stage is, told as it goes: a live view on a terminal, plain lines in a log, or JSON lines for programs.
 
 All of it goes to stderr. Counts and reasons are those of finished tasks; the time left takes the tasks still to do to
-last as long as those of this run, so it is not told before one has ended. Inside a Ray session the same numbers are
-metrics too, which its own exporter offers to Prometheus; pipelines/grafana.json shows them.
+last as long as those of this run, so it is not told before one has ended, or told how far it is. Inside a Ray session
+the same numbers are metrics too, which its own exporter offers to Prometheus; pipelines/grafana.json shows them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 UNITS = ("urls", "embeddings", "samples", "nodes", "edges")  # a stage is told by the first that it counts
 EVERY_SECONDS = {"plain": 10.0, "json": 1.0}
 REASONS = 3
+LEAST_ENDED = 0.02  # tasks, from which the time left is told
 MEMORY_SECONDS = 5.0
 _memory = (-math.inf, 0)  # when it was last read, and what it was
 BAR_COLUMNS = 30
@@ -56,6 +57,7 @@ class State:
     counts: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     begin: float = field(default_factory=time.monotonic)
+    parts: Callable[[], float] = lambda: 0.0  # shares of the running tasks that are done, summed
 
     @property
     def seconds(self) -> float:
@@ -74,8 +76,9 @@ class State:
         return self.counts[self.unit()] / self.seconds if self.unit() and self.seconds > 0 else None
 
     def seconds_left(self) -> float | None:
-        ended = self.done - self.skipped
-        return self.seconds / ended * (self.total - self.done) if ended else None
+        parts = self.parts()
+        ended = self.done - self.skipped + parts
+        return self.seconds / ended * max(self.total - self.done - parts, 0) if ended >= LEAST_ENDED else None
 
     def success(self) -> float | None:
         """The share of URLs that gave an image, or of samples that have a usable caption."""
@@ -93,6 +96,7 @@ class State:
             "event": event,
             "stage": self.stage,
             "tasks": {name: getattr(self, name) for name in ("total", "done", "skipped", "failed", "running", "again")},
+            "part_done": round(self.parts(), 3),
             "counts": self.counts,
             "reasons": dict(self.top_reasons()),
             "success": self.success(),
@@ -124,9 +128,9 @@ class Progress:
             self._view = live_view(self.state) if self.mode == "live" else _Ticker(self.state, self.mode)
             self._view.start()
 
-    def running(self, tasks: int) -> None:
-        """So many tasks are in flight now."""
-        self.state.running = tasks
+    def running(self, tasks: int, parts: Callable[[], float]) -> None:
+        """So many tasks are in flight now, of which these shares are done, summed."""
+        self.state.running, self.state.parts = tasks, parts
 
     def again(self) -> None:
         """A task is tried again: its worker died."""
@@ -144,7 +148,7 @@ class Progress:
         """Close the stage with one line that stays. counts: of all its tasks, those done before too."""
         self.close()
         state = self.state
-        state.running = 0
+        state.running, state.parts = 0, lambda: 0.0
         if self.mode == "json":
             emit({**state.as_json("end"), "all_counts": dict(counts or {})})
             return
@@ -198,7 +202,8 @@ def live_view(state: State) -> Live:
         first, *others = lines(state)
         words = Column(no_wrap=True, overflow="ellipsis")
         head = Table.grid(Column(no_wrap=True), Column(max_width=BAR_COLUMNS), words, padding=(0, 1))
-        head.add_row(Text(f"{state.stage:<9}", style="bold"), ProgressBar(state.total, state.done), Text(first))
+        bar = ProgressBar(state.total, state.done + state.parts())
+        head.add_row(Text(f"{state.stage:<9}", style="bold"), bar, Text(first))
         return Group(head, *(Text(f"{'':10}{line}", no_wrap=True, overflow="ellipsis", style="dim") for line in others))
 
     return Live(get_renderable=drawn, console=Console(stderr=True), transient=True, refresh_per_second=4)
@@ -207,7 +212,9 @@ def live_view(state: State) -> Live:
 def lines(state: State) -> list[str]:
     """The state in words, by weight: tasks and time; rates; reasons. Only what is known."""
     left = state.seconds_left()
-    first = f"{state.done} of {state.total} tasks, {duration(state.seconds)}"
+    parts = state.parts()
+    done = f"{state.done + parts:.1f}" if parts >= 0.05 else str(state.done)
+    first = f"{done} of {state.total} tasks, {duration(state.seconds)}"
     first += f", {duration(left)} left" if left is not None else ""
     rate, success = state.rate(), state.success()
     second = [f"{state.counts[state.unit()]:,} {state.unit()} ({rate:,.0f}/s)"] if rate is not None else []

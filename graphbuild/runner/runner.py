@@ -19,13 +19,14 @@ from typing import Any
 from graphbuild.errors import ConfigError, GraphbuildError, InputError, StageError
 from graphbuild.machine.gpus import cores_here, gpu_here
 from graphbuild.recipe import Recipe
+from graphbuild.runner import partly
 from graphbuild.runner.child import Child
 from graphbuild.runner.connection import connect
 from graphbuild.runner.progress import Metrics, Progress
 from graphbuild.runner.small import is_small
 from graphbuild.runner.stage import Stage, Task, digest, records, state_path, write_manifest, write_together
 from graphbuild.runner.state import invalidate, pending, write_recipe
-from graphbuild.runner.workers import ATTEMPTS, Failure, Pool, attempt, died, is_to_blame, record_failure
+from graphbuild.runner.workers import ATTEMPTS, Failure, Parts, Pool, attempt, died, is_to_blame, record_failure
 from graphbuild.store.store import Json, Store
 
 logger = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ class Runner:
     def _results(self, stage: Stage, tasks: Sequence[Task], store: Store) -> Iterator[tuple[Task, Json | Failure]]:
         if self._is_here(stage, tasks, store):
             gpu = self._on_gpus(stage, tasks[0])
-            self.progress.running(1)
+            self.progress.running(1, partly.done)
             beside = self.workers is None and any(map(stage.may_crash, tasks))
             with Child() if beside else contextlib.nullcontext() as child:
                 do = child.attempt if child else attempt
@@ -175,7 +176,7 @@ class Runner:
         pool = self._pool(1 / stage.sharing if gpu else 0)
         queue: list[tuple[Task, tuple[str, ...]]] = [(task, ()) for task in reversed(tasks)]
         running: dict[Any, tuple[Task, tuple[str, ...], Any, str]] = {}
-        looked = time.monotonic()
+        looked, parts = time.monotonic(), Parts()
         while queue or running:
             while queue and pool.idle:
                 (task, deaths), (worker, node) = queue.pop(), pool.idle.pop()
@@ -183,11 +184,12 @@ class Runner:
                 running[answer] = (task, deaths, worker, node)
             if time.monotonic() >= looked + LOOK_SECONDS:  # nodes come and go
                 resources, looked = ray.cluster_resources(), time.monotonic()
+                parts.look({answer: worker for answer, (_, _, worker, _) in running.items()})
             pool.start(min(self._slots(resources, stage.sharing if gpu else 0) - len(running), len(queue)))
-            self.progress.running(len(running))
+            self.progress.running(len(running), lambda: parts.done(running))
             self._show(store)
             waiting = [*running, *(pool.starting if queue else ())]
-            ready, _ = ray.wait(waiting, num_returns=1, timeout=LOOK_SECONDS if queue else None)
+            ready, _ = ray.wait(waiting, num_returns=1, timeout=LOOK_SECONDS)
             if ready:  # of thousands of workers others are ready too, and a wait takes longer than what follows
                 ready, _ = ray.wait(waiting, num_returns=min(len(waiting), AT_ONCE), timeout=0)
             for answer in ready:

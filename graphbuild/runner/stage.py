@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from graphbuild.runner import partly
 from graphbuild.store.layout import MANIFEST, STATE, by_number
 from graphbuild.store.store import FORMAT_VERSION, Json, Store, Writer
 
@@ -112,8 +113,12 @@ def perform(stage: Stage, task: Task, store: Store) -> Json:
     begin = time.perf_counter()
     record = state_path(stage.name, task.name)
     store.remove(record)  # its files are about to be replaced
-    with Writer(store) as writer:
-        facts = stage.run(task, store, writer)
+    partly.begin()
+    try:
+        with Writer(store) as writer:
+            facts = stage.run(task, store, writer)
+    finally:
+        partly.begin()
     done = sealed(
         {
             "task": task.name,

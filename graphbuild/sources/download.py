@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from graphbuild.errors import ConfigError, ImageError, InputError, StageError
 from graphbuild.recipe import Download, Recipe
+from graphbuild.runner import partly
 from graphbuild.runner.stage import Stage, Task, outputs, records
 from graphbuild.runner.state import require
 from graphbuild.sources import fetched
@@ -263,6 +264,18 @@ def _img2dataset(task: Task, urls: pa.Table, folder: Path) -> None:
 
     given = {**task.settings, **task.hints}
     config = Download(**{name: given[name] for name in Download.model_fields if name in given})
+
+    def writing(*given: Any) -> Any:
+        writer = WebDatasetSampleWriter(*given)
+        write = writer.write
+
+        def told(*row: Any) -> None:  # of each URL, also of one that failed
+            write(*row)
+            partly.add(1 / len(urls))
+
+        writer.write = told
+        return writer
+
     source = folder / "urls.arrow"
     with pa.OSFile(str(source), "wb") as file, pa.ipc.new_file(file, urls.schema) as batches:
         batches.write_table(urls)
@@ -274,7 +287,7 @@ def _img2dataset(task: Task, urls: pa.Table, folder: Path) -> None:
         skip_reencode=config.resize_mode == "no",
     )
     downloader = Downloader(
-        sample_writer_class=WebDatasetSampleWriter,
+        sample_writer_class=writing,
         resizer=CheckedResizer(resizer, config),
         thread_count=config.threads,
         save_caption=True,

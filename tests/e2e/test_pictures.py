@@ -16,7 +16,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
+from graphbuild.job.steps import run_verb
 from graphbuild.look.catalog import Catalog
+from graphbuild.recipe import resolve
+from graphbuild.runner import partly
+from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store
 from graphbuild.torch import GraphDataset, graph_webdataset
 from tests.e2e.web import serving
@@ -89,6 +93,18 @@ def test_a_download_keeps_every_picture_as_it_is_to_be_seen(mode: str, served: s
                 assert shows_it(np.asarray(image)), row
     if mode == "no":
         assert {pictures()["plain.jpg"], pictures()["turned.jpg"]} < set(stored), "JPEGs keep their own bytes"
+
+
+def test_a_download_tells_how_much_of_its_task_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+    monkeypatch.setattr(partly, "add", shares.append)
+    store = Store(str(tmp_path / "out"))
+    with serving(lambda path: pictures()["plain.jpg"] if path == "/0" else (404, "Not Found")) as address:
+        (tmp_path / "list.csv").write_text("url,caption\n" + "".join(f"{address}/{i},some\n" for i in range(4)))
+        options = {"urls": str(tmp_path / "list.csv"), "allow_private_hosts": True}
+        with Runner(workers=0) as runner:
+            run_verb("download", resolve(store, "download", options), store, runner)
+    assert shares == [0.25] * 4, "of each URL, whether it gave an image or not"
 
 
 def test_a_download_tells_the_size_that_a_large_photograph_had(cli: Cli, tmp_path: Path) -> None:

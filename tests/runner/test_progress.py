@@ -37,7 +37,7 @@ progress = Progress({mode!r})
 logging.getLogger("graphbuild").warning("a warning \\x1b[31m in front of it")
 progress.begin("download", total=10, done=2)
 for number in range(8):
-    progress.running(3)
+    progress.running(3, lambda: 0.0)
     time.sleep({pause})
     counts = {{"urls": 1000, "images": 700, "failed": 300}}
     progress.advance(counts, {{"download: HTTP Error 404: Not Found": 200, "resize: not an image \\x1b[2J": 100}})
@@ -172,6 +172,9 @@ def test_time_left_and_rate_follow_from_this_run_alone(monkeypatch: pytest.Monke
     assert state.rate() == 200
     assert state.seconds_left() == 20 / 10 * 40
     assert "60 of 100 tasks, 0:20, 1:20 left" in lines(state)[0]
+    state.parts = lambda: 2.5  # shares of running tasks
+    assert state.seconds_left() == 20 / 12.5 * 37.5
+    assert "62.5 of 100 tasks, 0:20, 1:00 left" in lines(state)[0]
     assert duration(3_661) == "1:01:01"
 
 

@@ -18,6 +18,7 @@ import torch
 
 from graphbuild.errors import ConfigError, InputError, StageError
 from graphbuild.recipe import Index, Recipe
+from graphbuild.runner import partly
 from graphbuild.runner.progress import _Ticker
 from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import Stage, Task, records
@@ -36,6 +37,15 @@ def write(task: Task, store: Store, writer: Writer) -> Json:
     with writer.file(f"graph/{task.name}.txt") as path:
         path.write_text(f"{task.name} {task.settings['k']}")
     return {"counts": {"files": 1}}
+
+
+def wait_halfway(task: Task, store: Store, writer: Writer) -> Json:
+    """All tasks together are done when the file `go` is there; until then each is half done."""
+    partly.add(0.25)
+    partly.add(0.25)
+    while not (Path(store.url) / "go").exists():
+        time.sleep(0.05)
+    return write(task, store, writer)
 
 
 def fail_one(task: Task, store: Store, writer: Writer) -> Json:
@@ -122,6 +132,26 @@ def test_what_is_done_is_not_done_again(store: Store, runner: Runner) -> None:
     assert runner.run(stage(fail_one), Recipe(), store) == entry
     assert entry["counts"] == {"files": 4}
     assert {path: path.stat().st_mtime_ns for path in Path(store.url).rglob("*") if path.is_file()} == before
+
+
+def test_what_is_done_of_the_running_tasks_is_told(
+    store: Store, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graphbuild.runner.runner.LOOK_SECONDS", 0.1)
+    running = 2 if runner.workers else 1
+    Path(store.url).mkdir()
+    job = threading.Thread(target=runner.run, args=(stage(wait_halfway), Recipe(), store))
+    job.start()
+    end = time.monotonic() + 60
+    while runner.progress.state.parts() < running / 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    told, left = runner.progress.state.parts(), runner.progress.state.seconds_left()
+    (Path(store.url) / "go").touch()
+    job.join()
+    assert told == running / 2
+    assert left is not None, "told before any task has ended"
+    assert runner.progress.state.parts() == 0
+    assert partly.done() == 0
 
 
 def test_one_failure_lets_the_others_go_on_and_is_recorded(store: Store, runner: Runner) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from graphbuild.nodes.encoder.packed import pool
 from graphbuild.nodes.encoder.tokens import Tokens, equal_batches
+from graphbuild.runner import partly
 
 GROUP = 64
 BATCH_TOKENS = 4096
@@ -47,6 +48,7 @@ class Int8:
             hidden = self.request.infer([ids], share_inputs=True)[0]
             parts.append(pool(torch.from_numpy(hidden), self.pooling))
             order.append(chosen)
+            partly.add(ids.size / len(tokens.ids))
         pooled = torch.cat(parts)
         return pooled[np.argsort(np.concatenate(order))], len(tokens.ids)
 

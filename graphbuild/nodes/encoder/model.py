@@ -26,6 +26,7 @@ from graphbuild.machine.versions import version_of
 from graphbuild.nodes.encoder.find import Encoder
 from graphbuild.nodes.encoder.tokens import Ints, batches, tokenize
 from graphbuild.recipe import Precision
+from graphbuild.runner import partly
 
 if TYPE_CHECKING:
     import torch
@@ -110,6 +111,7 @@ class Model:
             found.append(self._finished(vectors.float()))
             order.append(chosen)
             computed += int(lengths[chosen].max()) * len(batch)
+            partly.add(lengths[chosen].sum() / lengths.sum())
         return np.concatenate(found)[np.argsort(np.concatenate(order))], computed
 
     def reference(self, texts: Sequence[str]) -> Single:

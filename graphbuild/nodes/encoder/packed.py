@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphbuild.nodes.encoder.tokens import Ints, Tokens, batches
+from graphbuild.runner import partly
 
 Norm = tuple[Tensor, Tensor, float]
 Affine = tuple[Tensor, Tensor]
@@ -77,6 +78,7 @@ class Packed(ABC):
         places[:total] = self.first_position + offsets
         hidden = self._forward(torch.from_numpy(ids).to(self.device), torch.from_numpy(places).to(self.device), runs)
         parts = [pool(hidden[at : at + count * size].view(count, size, -1), self.pooling) for at, count, size in runs]
+        partly.add(total / len(tokens.ids))
         return torch.cat(parts), len(ids)
 
 

@@ -42,6 +42,7 @@ from graphbuild.nodes.encoder.model import CPU_TOKENS, _packed, fastest_precisio
 from graphbuild.nodes.encoder.packed import PackedBert
 from graphbuild.nodes.encoder.tokens import batches, equal_batches, tokenize
 from graphbuild.nodes.fidelity import cosine
+from graphbuild.runner import partly
 
 SMALL = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96}
 VOCABULARY = 30_522
@@ -135,7 +136,9 @@ def test_vectors_are_those_of_sentence_transformers(tmp_path, family, pooling, i
     model = open_model(encoder, "cpu", "float32")
     assert (_packed(encoder, "cpu", "float32") is not None) == is_packed
     texts = captions(300, longest=50)
+    partly.begin()
     found = model.encode(texts)
+    assert partly.done() == pytest.approx(1), "batch by batch"
     expected = SentenceTransformer(str(folder), device="cpu").encode(texts, normalize_embeddings=True)
     np.testing.assert_allclose(found.vectors.astype(np.float32), expected, atol=5e-4)  # float16's step
     assert found.vectors.dtype == np.float16
@@ -205,7 +208,10 @@ def test_packed_runs_on_another_device(tmp_path, family):
 def test_int8_is_near_float32_for_each_family(tmp_path, family, pooling):
     folder = saved(tmp_path, family, pooling)
     texts = captions(300, longest=50)
-    found = open_model(find_encoder(str(folder)), "cpu", "int8").encode(texts)
+    model = open_model(find_encoder(str(folder)), "cpu", "int8")
+    partly.begin()
+    found = model.encode(texts)
+    assert partly.done() == pytest.approx(1)
     expected = SentenceTransformer(str(folder), device="cpu").encode(texts, normalize_embeddings=True)
     cosines = cosine(found.vectors, expected)
     assert cosines.mean() > 0.995
@@ -323,7 +329,10 @@ def test_a_text_has_the_same_bytes_in_any_batch_of_other_families(tmp_path, fami
 def test_any_number_of_threads_gives_the_same_bytes(tmp_path, family):
     texts = captions(300, longest=50)  # several batches
     model = open_model(find_encoder(str(saved(tmp_path, family, "mean"))), "cpu", "float32")
-    one, three = model.encode(texts), model.encode(texts, threads=3)
+    one = model.encode(texts)
+    partly.begin()
+    three = model.encode(texts, threads=3)
+    assert partly.done() == pytest.approx(1)
     np.testing.assert_array_equal(three.vectors.view(np.uint16), one.vectors.view(np.uint16))
     assert (three.tokens, three.computed) == (one.tokens, one.computed)
     assert one.computed >= 3 * CPU_TOKENS
