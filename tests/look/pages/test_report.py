@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from browser import Tab
 from graphbuild.graph.match.match import match_store
 from graphbuild.job.steps import run_verb
 from graphbuild.look.report.charts import _mass
-from graphbuild.look.report.numbers import _repeated_texts, numbers
+from graphbuild.look.report.numbers import SHOWN, _repeated_texts, numbers, repeated_images
 from graphbuild.look.report.page import _pictures, render, render_comparison, write_report
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
@@ -325,6 +327,31 @@ def test_a_number_of_samples_that_no_node_has_is_a_bar_of_none(tmp_path: Path) -
     bars = [(one["from"], one["to"], one["nodes"]) for one in found["samples_per_node"]]
     assert bars == [(1, 1, 2), (2, 2, 0), (3, 4, 0), (5, 8, 1)]
     assert found["texts"] == [{"samples": 7, "node": 2, "text": "c"}]
+
+
+def test_repeated_images_are_those_that_a_plain_count_over_all_shards_finds(tmp_path: Path) -> None:
+    random, rows = np.random.default_rng(0), []
+    for shard in range(12):  # 10 and 11 come behind 9
+        own = []
+        for row in range(30):
+            failed, name = random.random() < 0.2, hashlib.sha256(bytes([random.integers(60)])).hexdigest()
+            status, digest = ("failed_to_download", None) if failed else ("success", name)
+            own.append({"key": f"{shard}-{row}", "caption": f"{row} of {shard}", "status": status, "sha256": digest})
+        (tmp_path / "shards").mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(own), tmp_path / f"shards/{shard}.parquet")
+        rows += own
+    counts = Counter(row["sha256"] for row in rows if row["sha256"])  # in the order in which each came first
+    expected = [
+        {
+            "urls": urls,
+            **next(
+                {name: row[name] for name in ("sha256", "key", "caption")} for row in rows if row["sha256"] == digest
+            ),
+        }
+        for digest, urls in counts.most_common(SHOWN)
+    ]
+    assert len({one["urls"] for one in expected}) < len(expected) == SHOWN, "some are as many as others"
+    assert repeated_images(Store(str(tmp_path))) == expected
 
 
 def test_a_repeated_image_is_shown_with_all_captions_of_its_sample(tmp_path: Path) -> None:
