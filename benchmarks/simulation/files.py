@@ -151,7 +151,8 @@ class Shapes:
         d = self.case.job.d
         made = {"leaves": self._array(40), "floors": self._array(4)}
         made["moments"] = HEADER + 8 * d * (d + 1)
-        return {f"_work/{what}/{task.name}.npy": size for what, size in made.items()}, {"largest_rest": 0.04}
+        files = {f"_work/{what}/{name}.npy": size for name in task.built["nodes"] for what, size in made.items()}
+        return files, {"largest_rest": 0.04}
 
     def _moments(self, task: Task, store: Store) -> tuple[dict[str, int], Json]:
         d = self.case.job.d

@@ -11,6 +11,7 @@ stages lie in _work/ and are removed when the graph is whole. Memory: codes and 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -54,6 +55,9 @@ from graphbuild.store.layout import (
 from graphbuild.store.mapped import check_mappings
 from graphbuild.store.shards import Shard, node_count, shards_of
 from graphbuild.store.store import Json, Store, Writer
+
+if TYPE_CHECKING:
+    from graphbuild.knn.codes import Codes
 
 
 def _engine(task: Task, manifest: Json) -> engines.Engine:
@@ -120,44 +124,66 @@ def finish_prepare(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     return {"listed": done[-1]["facts"]["listed"]} if "listed" in done[-1]["facts"] else {}
 
 
-# -- codes: int8 codes of each shard's nodes, and the sums that moments are made of
+# -- codes: int8 codes of nodes, a shard's or in large stores those of several, and the sums that moments are made of
 
 
 def plan_codes(recipe: Recipe, store: Store) -> list[Task]:
+    from graphbuild.knn.leaders import compared_at_once
+
     manifest = nodes_entry(store)
+    engine, _ = engine_of(recipe.index, manifest)
     built = {"prepared": manifest["stages"].get("prepare", {}).get("fingerprint"), **built_without(manifest)}
-    return shard_tasks(recipe, store, "codes", lambda shard: {**built, "nodes": shard.nodes})
+    groups: list[dict[str, int]] = []
+    for shard in shards_of(store, manifest).with_nodes:
+        if not groups or sum(groups[-1].values()) >= compared_at_once(node_count(manifest)):
+            groups.append({})
+        groups[-1][shard.name] = shard.nodes
+    return [
+        index_task(recipe.index, engine, manifest, "codes", next(iter(nodes)), **built, nodes=nodes) for nodes in groups
+    ]
 
 
 def run_codes(task: Task, store: Store, writer: Writer) -> Json:
     import torch
 
-    from graphbuild.knn.codes import NOWHERE, encode
+    from graphbuild.knn.codes import NOWHERE, Codes
     from graphbuild.knn.inputs import Inputs
 
-    inputs = Inputs(store)
-    raw = store.array(VECTORS.format(task.name))
-    codes = encode(raw)
+    inputs, shards = Inputs(store), task.built["nodes"]
+    parts = [_coded(store, name) for name in shards]
+    with torch_threads(1), torch.inference_mode():
+        engine = _engine(task, inputs.manifest)
+        described = engine.describe(inputs, Codes(*map(np.concatenate, zip(*parts, strict=True))), task.settings["k"])
+    end, any_gone = 0, inputs.manifest.get("gone")
+    for name, codes in zip(shards, parts, strict=True):
+        begin, end = end, end + len(codes.codes)
+        arrays = {what: values[begin:end] for what, values in described.items()}
+        gone = gone_nodes(store, [name]) if any_gone else np.zeros(len(codes.codes), bool)
+        codes.scales[gone, 0] = NOWHERE
+        if any_gone:
+            arrays["gone"] = gone[:, None]
+        if not engine.ordered:  # else made anew, with its vectors, where a node has its place
+            arrays |= {"codes": codes.codes, "scales": codes.scales}
+        for what, values in arrays.items():
+            writer.array(f"{SCRATCH}/{what}/{name}.npy", values, durable=False)
+        raw = store.array(VECTORS.format(name))
+        writer.array(PARTS.format(name), moments.moments_of(raw[~gone]), durable=False)
+    return {"largest_rest": max(float(codes.scales[:, 1].max()) for codes in parts)}
+
+
+def _coded(store: Store, name: str) -> Codes:
+    """The codes of a shard's vectors; StageError where one has no direction."""
+    from graphbuild.knn.codes import encode
+
+    codes = encode(store.array(VECTORS.format(name)))
     none = codes.scales[:, 0] == 0
     if none.any():
-        path, first = store.display(VECTORS.format(task.name)), int(none.argmax())
+        path, first = store.display(VECTORS.format(name)), int(none.argmax())
         raise StageError(
             f"{path}: row {first} is no vector, but zeros or NaN ({none.sum():,} such rows)",
             f"delete this file and run `graphbuild embed {store.url}`: it makes the file anew, without them",
         )
-    with torch_threads(1), torch.inference_mode():
-        engine = _engine(task, inputs.manifest)
-        arrays = engine.describe(inputs, codes, task.settings["k"])
-    gone = gone_nodes(store, [task.name]) if inputs.manifest.get("gone") else np.zeros(len(raw), bool)
-    codes.scales[gone, 0] = NOWHERE
-    if not engine.ordered:  # else made anew, with its vectors, where a node has its place
-        arrays |= {"codes": codes.codes, "scales": codes.scales}
-    for what, values in arrays.items():
-        writer.array(f"{SCRATCH}/{what}/{task.name}.npy", values, durable=False)
-    if inputs.manifest.get("gone"):
-        writer.array(f"{SCRATCH}/gone/{task.name}.npy", gone[:, None], durable=False)
-    writer.array(PARTS.format(task.name), moments.moments_of(raw[~gone]), durable=False)
-    return {"largest_rest": float(codes.scales[:, 1].max())}
+    return codes
 
 
 def finish_codes(recipe: Recipe, store: Store, done: list[Json]) -> Json:

@@ -90,7 +90,8 @@ class Exact:
             for b in range(a if len(groups) == 1 else split, len(ids), TILE_ROWS):
                 rows = places[a : min(a + TILE_ROWS, split)]
                 columns = places[b : b + TILE_ROWS]
-                tile = products(code[rows[0] : rows[-1] + 1], code[columns[0] : columns[-1] + 1], memory)
+                own, others = code[rows[0] : rows[-1] + 1], code[columns[0] : columns[-1] + 1]
+                tile = products(own, others, memory, upper=a == b)
                 kernels.join_tile(tile.numpy(), rows, columns, ids, scale, floors, keys, a == b)
         return ids, keys
 

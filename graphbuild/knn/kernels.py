@@ -11,7 +11,18 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from graphbuild.knn.intrinsics import CHUNK, half, lowest_bit, passing_one_floor, passing_one_scale, pointer, prefetch
+from graphbuild.knn.intrinsics import (
+    CHUNK,
+    COLUMNS,
+    ROWS,
+    block_products,
+    half,
+    lowest_bit,
+    passing_one_floor,
+    passing_one_scale,
+    pointer,
+    prefetch,
+)
 from graphbuild.knn.lists import EMPTY, key_of, node_of, offer, score_of
 from graphbuild.machine.compiled import compiled, inlined
 
@@ -19,6 +30,27 @@ GUESS_SHIFT = 8
 _AHEAD = 6  # rows asked for before they are read
 _NEXT = 3
 _LEAF_MASK = 0x3FFF  # of the place at which a leaf is noted
+
+
+@compiled()
+def multiply(a: Any, b: Any, out: Any, upper: bool) -> None:
+    """Integer products int32 [m, n] of codes int8 [m, d] and [n, d]: m, n and d ROWS, COLUMNS and STEP at least, d a
+    multiple of it. upper: only those right of the diagonal are wanted, where a and b are the same."""
+    m, width = a.shape
+    n = b.shape[0]
+    for begin in range(0, n, COLUMNS):
+        column = min(begin, n - COLUMNS)
+        for first in range(0, min(m, column + COLUMNS) if upper else m, ROWS):
+            row = min(first, m - ROWS)
+            block_products(
+                a.ctypes.data + row * a.strides[0],
+                a.strides[0],
+                b.ctypes.data + column * b.strides[0],
+                b.strides[0],
+                width,
+                out.ctypes.data + row * out.strides[0] + 4 * column,
+                out.strides[0],
+            )
 
 
 @compiled()

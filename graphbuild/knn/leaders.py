@@ -33,12 +33,18 @@ MOST_GROUPS = 1_024  # that all are compared with; of more, the near ones are fo
 GROUP_GROUPS = 32
 GROUPS_AT_ONCE = 512
 ORDERED, DIRECTED = 2**18, 2**14  # leaders that are ordered at a time; of more, those that tell how to halve them
+ROWS_A_GROUP = 128  # nodes at least that are compared with a group at once: a call for a few costs as much
 FLOOR_FAILS = 2e-4
 BLOCK_NODES = 65_536
 
 
 def leader_count(nodes: int) -> int:
     return math.ceil(nodes / NODES_PER_LEADER)
+
+
+def compared_at_once(nodes: int) -> int:
+    """Of how many nodes at least `leaves` should be asked at once: the more groups, the fewer of them look at each."""
+    return math.ceil(ROWS_A_GROUP * leader_count(nodes) / GROUP_LEADERS / PROBED_GROUPS)
 
 
 def floor_leader(k: int) -> int:

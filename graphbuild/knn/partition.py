@@ -172,7 +172,7 @@ def _join_leaf(
     for i, a in enumerate(tiles):
         for b in tiles[i:]:
             if b.start >= old:
-                tile = products(own[a], own[b], memory)
+                tile = products(own[a], own[b], memory, upper=a == b)
                 kernels.join_tile(tile.numpy(), members[a], members[b], ids, scale, floors, keys, a == b)
 
 

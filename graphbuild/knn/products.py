@@ -38,24 +38,40 @@ def tile_memory() -> Tensor:
     return torch.empty(TILE_ROWS**2, dtype=torch.int32)
 
 
-def products(a: Tensor, b: Tensor, memory: Tensor | None = None) -> Tensor:
+def products(a: Tensor, b: Tensor, memory: Tensor | None = None, *, upper: bool = False) -> Tensor:
     """Integer products int32 [m, n] of codes a int8 [m, d] and b int8 [n, d], on their device.
 
-    memory: where to put them, as long as nothing else is put there.
+    memory: where to put them, as long as nothing else is put there. upper: only those right of the diagonal are wanted.
     """
     import torch
 
-    if a.shape[1] >= LEAST_TERMS and _has_int8(a.device.type):
+    (m, width), n = a.shape, b.shape[0]
+    out = None if memory is None else memory[: m * n].view(m, n)
+    if width >= LEAST_TERMS and _has_int8(a.device.type):
         if a.is_cuda:  # cuBLAS wants more than 16 rows and multiples of 8
-            rows, columns, rest = max(-len(a) % 8, 24 - len(a)), -len(b) % 8, -a.shape[1] % 8
+            rows, columns, rest = max(-m % 8, 24 - m), -n % 8, -width % 8
             pad = torch.nn.functional.pad
             padded: Tensor = torch._int_mm(pad(a, (0, rest, 0, rows)), pad(b, (0, rest, 0, columns)).T)
-            return padded[: len(a), : len(b)]
-        out = None if memory is None else memory[: len(a) * len(b)].view(len(a), len(b))
+            return padded[:m, :n]
         return torch._int_mm(a, b.T, out=out)
-    if a.shape[1] <= FLOAT32_TERMS:
+    if a.device.type == "cpu" and _has_pairs():
+        from graphbuild.knn.intrinsics import COLUMNS, ROWS, STEP
+        from graphbuild.knn.kernels import multiply
+
+        if m >= ROWS and n >= COLUMNS and width >= STEP and width % STEP == 0:
+            found = torch.empty((m, n), dtype=torch.int32) if out is None else out
+            multiply(a.numpy(), b.numpy(), found.numpy(), upper)
+            return found
+    if width <= FLOAT32_TERMS:
         return (a.float() @ b.float().T).to(torch.int32)
     return (a.double() @ b.double().T).to(torch.int32)
+
+
+@lru_cache
+def _has_pairs() -> bool:
+    """Whether int8 products are quickest two at a time, as they are with AVX2 alone: 1.1 to 1.7 times float32's."""
+    able = cpu_features()
+    return bool(able.get("avx2")) and not able.get("avx512_f")
 
 
 @lru_cache

@@ -114,16 +114,21 @@ def searched_again(store: Store) -> int:
 # -- codes
 
 
-@pytest.mark.parametrize("int8", [True, False])
-@pytest.mark.parametrize("width", [1, 2, 7, 8, 9, 33, 384, 1_041])
-def test_products_of_codes_are_exact_integers(monkeypatch: pytest.MonkeyPatch, width: int, int8: bool) -> None:
-    if not int8:
+@pytest.mark.parametrize("way", ["int8", "pairs", "float"])
+@pytest.mark.parametrize("width", [1, 2, 7, 8, 9, 16, 33, 384, 1_041, 1_056])
+def test_products_of_codes_are_exact_integers(monkeypatch: pytest.MonkeyPatch, width: int, way: str) -> None:
+    if way != "int8":
         monkeypatch.setattr(products, "_has_int8", lambda device: False)
+        monkeypatch.setattr(products, "_has_pairs", lambda: way == "pairs")
     random = np.random.default_rng(width)
-    for m, n in ((1, 1), (3, 40), (70, 1), (64, 65)):
+    for m, n in ((1, 1), (3, 40), (70, 1), (64, 65), (4, 2), (5, 3), (39, 39), (40, 40)):
         a, b = (random.choice([-127, 127, 5, 0], (rows, width)).astype(np.int8) for rows in (m, n))
         found = products.products(torch.from_numpy(a), torch.from_numpy(b))
         np.testing.assert_array_equal(found.numpy(), a.astype(np.int64) @ b.astype(np.int64).T)
+        some = torch.full((m + 1, width), 99, dtype=torch.int8)[1:]  # not at the beginning of its memory
+        some[:] = torch.from_numpy(a)
+        upper = products.products(some, some, products.tile_memory(), upper=True).numpy()
+        np.testing.assert_array_equal(np.triu(upper, 1), np.triu(a.astype(np.int64) @ a.astype(np.int64).T, 1))
 
 
 @settings(max_examples=40, deadline=None)
@@ -181,11 +186,12 @@ def test_a_gpu_packs_lists_as_the_cpu_does() -> None:
     assert (packed == lists.EMPTY).any()
 
 
-@pytest.mark.parametrize("width", [24, 1_100])
+@pytest.mark.parametrize("width", [24, 32, 1_100])  # by float32, by pairs, and by float64
 def test_exact_without_int8_instructions_gives_the_same_graph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
     monkeypatch.setattr(products, "_has_int8", lambda device: False)
+    monkeypatch.setattr(products, "_has_pairs", lambda: width == 32)
     x = random_vectors(300, width)
     assert_exact(build(tmp_path, x, engine="exact", k=9), x, 9)
 
@@ -312,6 +318,24 @@ def test_partition_does_not_depend_on_tasks_tiles_or_workers(tmp_path: Path, mon
     again = graph(build(tmp_path / "b", x, shard_size=800, engine="partition", k=8, recall=0.8))
     np.testing.assert_array_equal(once[0], again[0])
     np.testing.assert_array_equal(once[1], again[1])
+
+
+@pytest.mark.parametrize("name", ["exact", "partition"])
+def test_shards_whose_codes_are_made_by_one_task_give_the_same_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    caplog.set_level("INFO", "graphbuild")
+    x = clustered(4_000, d=24)
+    alone = build(tmp_path / "a", x, shard_size=300, engine=name, k=8, recall=0.8)
+    monkeypatch.setattr("graphbuild.knn.leaders.ROWS_A_GROUP", 25_000)
+    assert 1_000 < leaders.compared_at_once(4_000) < 1_200, "so four shards a task"
+    together = build(tmp_path / "b", x, shard_size=300, engine=name, k=8, recall=0.8)
+    said = [record.message for record in caplog.records if record.message.startswith("codes")]
+    assert [line.split()[1] for line in said] == ["14", "4"]
+    files = sorted(path.name for path in Path(alone.url, "graph").iterdir())
+    assert files == sorted(path.name for path in Path(together.url, "graph").iterdir())
+    for file in files:
+        assert Path(alone.url, "graph", file).read_bytes() == Path(together.url, "graph", file).read_bytes(), file
 
 
 def test_a_second_build_in_the_same_process_reads_nothing_of_the_first(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from graphbuild.knn.leaders import (
     ORDERED,
     PROBED_GROUPS,
     blocks_of,
+    compared_at_once,
     leader_count,
 )
 from graphbuild.knn.partition import FANS, MISSING_AFTER_REFINEMENT
@@ -83,7 +84,9 @@ def index_costs(case: Case) -> dict[str, Cost]:
     while groups > MOST_GROUPS:
         groups /= GROUP_GROUPS
         compared += groups + PROBED_GROUPS * GROUP_GROUPS - groups * GROUP_GROUPS
-    coding = shard_nodes * (rates.code_node + compared * rates.pair) * case.width
+    at_once = max(compared_at_once(job.nodes), shard_nodes)
+    coders = math.ceil(shards / math.ceil(at_once / shard_nodes))
+    coding = job.nodes / coders * (rates.code_node + compared * rates.pair) * case.width
     matrix = 8.0 * job.d * (job.d + 1)  # of a shard's moments; one of them has its eigenvectors taken
     join, length, lists = _join(case)
     entries = 1.0 * job.nodes * length  # of candidate lists, one a node, united from `lists` a node
@@ -111,7 +114,7 @@ def index_costs(case: Case) -> dict[str, Cost]:
     return {
         "base": Cost(shards, 0.0, kept, kept),
         "prepare": prepare,
-        "codes": Cost(shards, coding, vectors, written, shard_nodes * job.d * 5.0, drawn),
+        "codes": Cost(coders, coding, vectors, written, 5.0 * job.d * shard_nodes + (job.d + 500.0) * at_once, drawn),
         "moments": Cost(1, shards * matrix / 1e9 + 2e-9 * job.d**3, shards * matrix, 2 * matrix),
         "order": order if partition else Cost(0),
         "join": join,

@@ -23,7 +23,7 @@ FOOTNOTE = (
 )
 SHORT_SECONDS, LONG_SECONDS = 60, 2 * 86_400
 LOW_SUCCESS = 0.8
-BY_SHARD = ("download", "pack", "scan", "assign", "encode", "vectors", "codes", "merge", "search", "export", "inline")
+BY_SHARD = ("download", "pack", "scan", "assign", "encode", "vectors", "merge", "search", "export", "inline")
 
 
 def plan_recipe(
