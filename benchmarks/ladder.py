@@ -235,7 +235,8 @@ def whole_job(asked: argparse.Namespace) -> None:
         "verify": [*command, "verify", store],
         "epoch": [sys.executable, __file__, "epoch", store],
     }
-    shutil.rmtree(store, ignore_errors=True)
+    if not asked.keep:
+        shutil.rmtree(store, ignore_errors=True)
     rows = ["| command | seconds | CPU seconds | PSS GB | without files GB | largest process GB | store GB |"]
     print("\n".join([*rows, "|" + "---|" * 7]), flush=True)
     said = []
@@ -363,6 +364,7 @@ def main() -> None:
     whole.add_argument("--recall", type=float, default=0.95)
     whole.add_argument("--workers", type=int, default=2)
     whole.add_argument("--every", type=float, default=2.0)
+    whole.add_argument("--keep", action="store_true", help="go on with the store that is there")
     whole.set_defaults(call=whole_job)
     batches = verbs.add_parser("epoch")
     batches.add_argument("store", type=Path)

@@ -114,7 +114,7 @@ class Partition:
             for cut in range(begin, stop, LARGEST_LEAF):
                 leaf_members = members[cut : min(cut + LARGEST_LEAF, stop)]
                 _join_leaf(leaf_members, new_place, code, ids, scale, floors, keys, memory)
-            partly.add((stop - begin) / len(members))
+            partly.add((stop - begin) / max(len(members), 1))
         return ids, keys
 
 
