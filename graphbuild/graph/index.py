@@ -120,8 +120,15 @@ def run_prepare(task: Task, store: Store, writer: Writer) -> Json:
 
 
 def finish_prepare(recipe: Recipe, store: Store, done: list[Json]) -> Json:
-    """How many candidates a list holds, where the engine has found that out (`engine_of`)."""
-    return {"listed": done[-1]["facts"]["listed"]} if "listed" in done[-1]["facts"] else {}
+    """How many candidates a list holds, where the engine has found that out (`engine_of`).
+
+    ConfigError where --memory is too little for such lists.
+    """
+    found = {"listed": done[-1]["facts"]["listed"]} if "listed" in done[-1]["facts"] else {}
+    manifest = nodes_entry(store) | found
+    nodes, width = node_count(manifest), manifest["embeddings"]["d"]
+    engines.nodes_at_once(engine_of(recipe.index, manifest)[0], recipe.index, nodes, width)
+    return found
 
 
 # -- codes: int8 codes of nodes, a shard's or in large stores those of several, and the sums that moments are made of

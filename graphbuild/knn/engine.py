@@ -113,19 +113,32 @@ def bytes_a_node(engine: Engine, k: int, nodes: int, width: int) -> int:
 
 def forecast(index: Index, nodes: int, width: int, first_new: int = 0) -> str:
     """One line before anything runs: the engine, why, and the most memory and scratch it will take."""
+    from graphbuild.knn.partition import LONGEST
+
     engine, reason = choose(index, nodes, width)
     at_once = nodes_at_once(engine, index, nodes, width)
-    held_nodes, lists = engine.spread(nodes, len(engine.joins(nodes, at_once)))
-    tasks = engine.joins(nodes, at_once, first_new)
-    held = min(held_nodes, nodes) * bytes_a_node(engine, index.neighbors(nodes), nodes, width)
-    if engine.name.startswith("faiss:"):
-        held += nodes * width * 4
-    scratch = nodes * (width + 8 * engine.length(index.neighbors(nodes), nodes) * (lists + 1))
-    if engine.ordered:  # vectors too, and the lists before they are the graph's
-        scratch += nodes * (2 * width + 8 * index.neighbors(nodes))
+    tasks, of_all = engine.joins(nodes, at_once, first_new), len(engine.joins(nodes, at_once))
+    held, scratch = _space(engine, of_all, index, nodes, width)
     kept = f"{nodes - first_new:,} new nodes, the lists of {first_new:,} are kept; " if first_new else ""
     joins = f"{len(tasks)} join task{'s' * (len(tasks) != 1)}"
+    more = ""
+    if engine.ordered:  # how long lists have to be is not known yet
+        longest, _ = choose(index, nodes, width, min(LONGEST * index.neighbors(nodes), nodes - 1))
+        more = f" ({_space(longest, of_all, index, nodes, width)[1]:.1f} GB where it takes the longest lists)"
     return (
-        f"{engine.name} ({reason}); {kept}{joins}, up to {(BASE_BYTES + held) / 1e9:.1f} GB a worker "
-        f"beside mapped files, {scratch / 1e9:.1f} GB of scratch"
+        f"{engine.name} ({reason}); {kept}{joins}, up to {held:.1f} GB a worker beside mapped files, "
+        f"{scratch:.1f} GB of scratch{more}"
     )
+
+
+def _space(engine: Engine, joins: int, index: Index, nodes: int, width: int) -> tuple[float, float]:
+    """GB that one of so many join tasks holds, and of scratch."""
+    k = index.neighbors(nodes)
+    held_nodes, lists = engine.spread(nodes, joins)
+    held = BASE_BYTES + min(held_nodes, nodes) * bytes_a_node(engine, k, nodes, width)
+    if engine.name.startswith("faiss:"):
+        held += nodes * width * 4
+    scratch = nodes * (width + 8 * engine.length(k, nodes) * (lists + 1))
+    if engine.ordered:  # vectors too, and the lists before they are the graph's
+        scratch += nodes * (2 * width + 8 * k)
+    return held / 1e9, scratch / 1e9

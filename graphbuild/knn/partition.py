@@ -130,11 +130,11 @@ def calibrate(inputs: Inputs, leaders: Leaders, k: int, recall: float, seed: int
     """
     vectors, ids = inputs.few, sample.draw(len(inputs.few), seed)
     scores, near = true_neighbors(inputs, ids, min(DEEP * k, len(vectors) - 1))
-    own, theirs = encode(vectors.take(ids)), encode(vectors.take(near.reshape(-1)))
-    theirs_codes = theirs.codes.reshape(*near.shape, -1)
-    by_codes = np.argsort(
-        -_scores(own.codes, theirs_codes) * theirs.scales[:, 0].reshape(near.shape), axis=1, kind="stable"
-    )
+    own, theirs = encode(vectors.take(ids)), [encode(vectors.take(some)) for some in near]
+    scored = [
+        part.codes.astype(np.float64) @ one * part.scales[:, 0] for one, part in zip(own.codes, theirs, strict=True)
+    ]
+    by_codes = np.argsort(-np.stack(scored), axis=1, kind="stable")
     good = np.take_along_axis(scores >= scores[:, k - 1 : k] - TIE, by_codes, axis=1)  # as near as the k-th, or nearer
     missed = 1 - np.minimum(np.cumsum(good, axis=1), k).mean(axis=0) / k  # by lists of 1, 2, ... candidates
     listed, least = list_length(k, len(vectors)), BY_CODES * (1 - recall)
@@ -143,7 +143,7 @@ def calibrate(inputs: Inputs, leaders: Leaders, k: int, recall: float, seed: int
         listed = min(listed + max(4, k // 8), most)
     fan = min(FANS[-1], len(leaders.codes))
     leaves, _ = leaders.leaves(own.codes, fan, 1)
-    of_true, _ = leaders.leaves(np.ascontiguousarray(theirs_codes[:, :k]).reshape(-1, own.codes.shape[1]), fan, 1)
+    of_true, _ = leaders.leaves(np.concatenate([part.codes[:k] for part in theirs]), fan, 1)
     of_true = of_true.reshape(len(ids), k, fan)
     by_lists = float(missed[listed - 1])
     for tried in range(min(FANS[0], fan), fan + 1):
@@ -152,12 +152,6 @@ def calibrate(inputs: Inputs, leaders: Leaders, k: int, recall: float, seed: int
         if 1 - by_leaves - min(by_lists, least) >= recall or tried == fan:
             break
     return tried, listed, 1 - by_leaves - by_lists
-
-
-def _scores(own: Array, theirs: Array) -> Array:
-    """Products float64 [n, m] of codes int8 [n, d], each with its own of int8 [n, m, d]."""
-    pairs = zip(own, theirs, strict=True)
-    return np.stack([others.astype(np.float64) @ one.astype(np.float64) for one, others in pairs])
 
 
 def _join_leaf(

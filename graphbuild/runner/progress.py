@@ -128,9 +128,9 @@ class Progress:
             self._view = live_view(self.state) if self.mode == "live" else _Ticker(self.state, self.mode)
             self._view.start()
 
-    def running(self, tasks: int, parts: Callable[[], float]) -> None:
-        """So many tasks are in flight now, of which these shares are done, summed."""
-        self.state.running, self.state.parts = tasks, parts
+    def running(self, tasks: int) -> None:
+        """So many tasks are in flight now."""
+        self.state.running = tasks
 
     def again(self) -> None:
         """A task is tried again: its worker died."""
@@ -148,7 +148,7 @@ class Progress:
         """Close the stage with one line that stays. counts: of all its tasks, those done before too."""
         self.close()
         state = self.state
-        state.running, state.parts = 0, lambda: 0.0
+        state.running = 0
         if self.mode == "json":
             emit({**state.as_json("end"), "all_counts": dict(counts or {})})
             return

@@ -19,14 +19,14 @@ from typing import Any
 from graphbuild.errors import ConfigError, GraphbuildError, InputError, StageError
 from graphbuild.machine.gpus import cores_here, gpu_here
 from graphbuild.recipe import Recipe
-from graphbuild.runner import partly
 from graphbuild.runner.child import Child
 from graphbuild.runner.connection import connect
+from graphbuild.runner.partly import Place, Told
 from graphbuild.runner.progress import Metrics, Progress
 from graphbuild.runner.small import is_small
 from graphbuild.runner.stage import Stage, Task, digest, records, state_path, write_manifest, write_together
 from graphbuild.runner.state import invalidate, pending, write_recipe
-from graphbuild.runner.workers import ATTEMPTS, Failure, Parts, Pool, attempt, died, is_to_blame, record_failure
+from graphbuild.runner.workers import ATTEMPTS, Failure, Pool, attempt, died, is_to_blame, record_failure
 from graphbuild.store.store import Json, Store
 
 logger = logging.getLogger(__name__)
@@ -144,19 +144,24 @@ class Runner:
         return entry
 
     def _results(self, stage: Stage, tasks: Sequence[Task], store: Store) -> Iterator[tuple[Task, Json | Failure]]:
-        if self._is_here(stage, tasks, store):
-            gpu = self._on_gpus(stage, tasks[0])
-            self.progress.running(1, partly.done)
-            beside = self.workers is None and any(map(stage.may_crash, tasks))
-            with Child() if beside else contextlib.nullcontext() as child:
-                do = child.attempt if child else attempt
-                for task in tasks:
-                    result = do(stage, _placed(task, gpu=gpu, threads=cores_here()), store)
-                    yield task, result
-                    if isinstance(result, Failure) and result.storage:
-                        return
-        else:
-            yield from self._ray_results(stage, tasks, store)
+        with Told() as told:
+            self.progress.state.parts = told.done
+            yield from (self._here if self._is_here(stage, tasks, store) else self._on_ray)(stage, tasks, store, told)
+
+    def _here(
+        self, stage: Stage, tasks: Sequence[Task], store: Store, told: Told
+    ) -> Iterator[tuple[Task, Json | Failure]]:
+        gpu = self._on_gpus(stage, tasks[0])
+        self.progress.running(1)
+        beside = self.workers is None and any(map(stage.may_crash, tasks))
+        with Child() if beside else contextlib.nullcontext() as child:
+            do = child.attempt if child else attempt
+            for task in tasks:
+                result = do(stage, _placed(task, told.begin(task.name), gpu=gpu, threads=cores_here()), store)
+                told.end(task.name)
+                yield task, result
+                if isinstance(result, Failure) and result.storage:
+                    return
 
     def _is_here(self, stage: Stage, tasks: Sequence[Task], store: Store) -> bool:
         """Whether these tasks run in this process: as asked, or as they are small and no Ray is there."""
@@ -169,27 +174,28 @@ class Runner:
             logger.info("%-9s none: so small a job runs in this process, unless --workers asks for others", "workers")
         return here
 
-    def _ray_results(self, stage: Stage, tasks: Sequence[Task], store: Store) -> Iterator[tuple[Task, Json | Failure]]:
+    def _on_ray(
+        self, stage: Stage, tasks: Sequence[Task], store: Store, told: Told
+    ) -> Iterator[tuple[Task, Json | Failure]]:
         ray = self.start_ray()
         resources = ray.cluster_resources()
         gpu = self._on_gpus(stage, tasks[0], resources)
         pool = self._pool(1 / stage.sharing if gpu else 0)
         queue: list[tuple[Task, tuple[str, ...]]] = [(task, ()) for task in reversed(tasks)]
         running: dict[Any, tuple[Task, tuple[str, ...], Any, str]] = {}
-        looked, parts = time.monotonic(), Parts()
+        looked = time.monotonic()
         while queue or running:
             while queue and pool.idle:
                 (task, deaths), (worker, node) = queue.pop(), pool.idle.pop()
-                answer = worker.attempt.remote(stage, _placed(task, gpu=gpu), store)
+                answer = worker.attempt.remote(stage, _placed(task, told.begin(task.name), gpu=gpu), store)
                 running[answer] = (task, deaths, worker, node)
             if time.monotonic() >= looked + LOOK_SECONDS:  # nodes come and go
                 resources, looked = ray.cluster_resources(), time.monotonic()
-                parts.look({answer: worker for answer, (_, _, worker, _) in running.items()})
             pool.start(min(self._slots(resources, stage.sharing if gpu else 0) - len(running), len(queue)))
-            self.progress.running(len(running), lambda: parts.done(running))
+            self.progress.running(len(running))
             self._show(store)
             waiting = [*running, *(pool.starting if queue else ())]
-            ready, _ = ray.wait(waiting, num_returns=1, timeout=LOOK_SECONDS)
+            ready, _ = ray.wait(waiting, num_returns=1, timeout=LOOK_SECONDS if queue else None)
             if ready:  # of thousands of workers others are ready too, and a wait takes longer than what follows
                 ready, _ = ray.wait(waiting, num_returns=min(len(waiting), AT_ONCE), timeout=0)
             for answer in ready:
@@ -197,6 +203,7 @@ class Runner:
                     pool.arrived(answer)
                     continue
                 task, deaths, worker, node = running.pop(answer)
+                told.end(task.name)
                 try:
                     result = ray.get(answer)
                 except (
@@ -279,6 +286,6 @@ def failed(stage: Stage, failures: Mapping[str, Failure], store: Store) -> Graph
     return kind(cause, "; ".join(fixes[:3]) + f" (details: {store.display(state_path(stage.name, '*', 'failed'))})")
 
 
-def _placed(task: Task, *, gpu: bool, threads: int = 1) -> Task:
+def _placed(task: Task, told: Place | None, *, gpu: bool, threads: int = 1) -> Task:
     device = "cuda" if gpu and task.hints.get("device") != "cpu" else "cpu"
-    return dataclasses.replace(task, hints={**task.hints, "device": device, "threads": threads})
+    return dataclasses.replace(task, hints={**task.hints, "device": device, "threads": threads, "told": told})

@@ -113,7 +113,7 @@ def perform(stage: Stage, task: Task, store: Store) -> Json:
     begin = time.perf_counter()
     record = state_path(stage.name, task.name)
     store.remove(record)  # its files are about to be replaced
-    partly.begin()
+    partly.begin(task.hints.get("told"))
     try:
         with Writer(store) as writer:
             facts = stage.run(task, store, writer)

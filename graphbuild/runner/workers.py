@@ -5,17 +5,15 @@ A task that raises comes back as a Failure, also recorded in `_state/<stage>/<ta
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import time
 import traceback
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from graphbuild.errors import GraphbuildError, StageError, StorageError, public
-from graphbuild.runner import partly
 from graphbuild.runner.stage import Stage, Task, perform, sealed, state_path
 from graphbuild.store.store import Json, Store
 
@@ -24,7 +22,6 @@ ATTEMPTS = 3  # of a task whose worker dies
 MOST_DEATHS = 20  # of its workers, with their nodes too
 NOTICE_SECONDS = 10  # in which Ray sees that a node is gone, after the end of its workers
 STARTS_IN_VAIN = 10  # one after the other, before none is tried any more
-BESIDE = "beside"  # the thread of a worker that answers while another does its task
 OUT_OF_MEMORY = "most often memory ran out: use fewer --workers or a smaller shard_size, then rerun"
 UNKNOWN = "rerun the same command; if it fails again, its traceback lies in the failed.json named above"
 GPU_IS_FULL = "use --workers 1, so that no two tasks share the GPU, one with more memory, or --device cpu; then rerun"
@@ -102,34 +99,6 @@ class Worker:
     def attempt(self, stage: Stage, task: Task, store: Store) -> Json | Failure:
         return attempt(stage, task, store)
 
-    def part(self) -> float:
-        """Share of its task that is done; answered beside it, by another thread."""
-        return partly.done()
-
-
-class Parts:
-    """Which shares of the running tasks are done, as their workers last said."""
-
-    def __init__(self) -> None:
-        self._told: dict[Any, float] = {}  # by the task's answer to come
-        self._asked: dict[Any, Any] = {}  # that answer, by the one about its share
-
-    def look(self, running: Mapping[Any, Any]) -> None:
-        """Take what has been said, and ask the others again. running: worker, by the task's answer to come."""
-        import ray
-
-        ready, _ = ray.wait([*self._asked], num_returns=len(self._asked), timeout=0) if self._asked else ([], [])
-        for answer in ready:
-            with contextlib.suppress(ray.exceptions.RayError):  # of a worker that is gone the runner will hear
-                self._told[self._asked.pop(answer)] = ray.get(answer)
-        self._told = {answer: self._told.get(answer, 0.0) for answer in running}
-        for answer in running.keys() - set(self._asked.values()):
-            self._asked[running[answer].part.options(concurrency_group=BESIDE).remote()] = answer
-
-    def done(self, running: Collection[Any]) -> float:
-        """The shares of those that run still, summed."""
-        return sum(share for answer, share in self._told.items() if answer in running)
-
 
 class Pool:
     """Workers of one kind, with that share of a GPU each (0: on a CPU), that have no task: `idle`, or still `starting`.
@@ -150,8 +119,7 @@ class Pool:
         """Start workers until so many are idle or starting."""
         import ray
 
-        needs = {"num_cpus": 0 if self._gpu else 1, "num_gpus": self._gpu, "concurrency_groups": {BESIDE: 1}}
-        kind: Any = ray.remote(**needs)(Worker)
+        kind: Any = ray.remote(num_cpus=0 if self._gpu else 1, num_gpus=self._gpu)(Worker)
         self._time += 1
         while len(self.idle) + len(self.starting) < count:
             worker = kind.remote()

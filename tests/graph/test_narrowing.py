@@ -50,7 +50,10 @@ def test_no_vector_is_ruled_out_that_scores_the_floor(name: Name, d: int, scale:
 
 
 @pytest.mark.parametrize("name", METRICS)
-@pytest.mark.parametrize("case", ["clustered", "without clusters", "one direction", "beyond squares of float32"])
+@pytest.mark.parametrize(
+    "case",
+    ["clustered", "without clusters", "one direction", "beyond squares of float32", "below products of float32"],
+)
 def test_the_nodes_that_a_list_lacks_are_those_of_brute_force(
     name: Name, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,6 +64,8 @@ def test_the_nodes_that_a_list_lacks_are_those_of_brute_force(
     if case == "beyond squares of float32" and name != "l2":  # whose scores they are
         vectors[::7] *= 1e20 if name == "cosine" else 1e18
         vectors[::11] *= 1e-45
+    if case == "below products of float32":
+        vectors *= 1e-21
     ids = rng.choice(3_000, 150, replace=False)
     metric = Metric.of(name, vectors)
     scores = true_scores(metric, vectors[ids], vectors)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 
 from graphbuild.errors import InputError, StageError
 from graphbuild.recipe import Recipe
+from graphbuild.runner import partly
 from graphbuild.runner.child import Child
 from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import Stage, Task
@@ -39,6 +41,10 @@ def work(task: Task, store: Store, writer: Writer) -> Json:
         case "print":
             sys.stdout.write("not an answer")
             os.write(1, b"and not this")
+        case "half":
+            partly.add(0.5)
+            while not (folder / "go").exists():
+                time.sleep(0.05)
         case "wait":
             (folder / "process").write_text(str(os.getpid()))
             time.sleep(100)
@@ -59,6 +65,22 @@ def stage(*names: str) -> Stage:
 def record(store: Store, name: str, state: str = "done") -> Json:
     read: Json = json.loads(Path(store.url, f"_state/work/{name}.{state}.json").read_text())
     return read
+
+
+def test_it_tells_how_much_of_its_task_is_done(store: Store) -> None:
+    with partly.Told() as told, Child() as child:
+        task = Task(stage="work", name="half", hints={"told": told.begin("half")})
+        job = threading.Thread(target=child.attempt, args=(stage("half"), task, store))
+        job.start()
+        end = time.monotonic() + 60
+        while told.done() == 0 and time.monotonic() < end:
+            time.sleep(0.05)
+        found = told.done()
+        Path(store.url, "go").touch()
+        job.join()
+        told.end("half")
+        assert (found, told.done()) == (0.5, 0)
+    assert told.done() == 0
 
 
 def test_a_task_that_crashes_three_times_is_named_with_where_and_the_others_are_done(store: Store) -> None:

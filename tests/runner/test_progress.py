@@ -37,7 +37,7 @@ progress = Progress({mode!r})
 logging.getLogger("graphbuild").warning("a warning \\x1b[31m in front of it")
 progress.begin("download", total=10, done=2)
 for number in range(8):
-    progress.running(3, lambda: 0.0)
+    progress.running(3)
     time.sleep({pause})
     counts = {{"urls": 1000, "images": 700, "failed": 300}}
     progress.advance(counts, {{"download: HTTP Error 404: Not Found": 200, "resize: not an image \\x1b[2J": 100}})

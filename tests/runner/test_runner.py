@@ -134,24 +134,22 @@ def test_what_is_done_is_not_done_again(store: Store, runner: Runner) -> None:
     assert {path: path.stat().st_mtime_ns for path in Path(store.url).rglob("*") if path.is_file()} == before
 
 
-def test_what_is_done_of_the_running_tasks_is_told(
-    store: Store, runner: Runner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("graphbuild.runner.runner.LOOK_SECONDS", 0.1)
-    running = 2 if runner.workers else 1
+def test_what_is_done_of_the_running_tasks_is_told(store: Store, runner: Runner) -> None:
+    in_flight = 2 if runner.workers else 1
     Path(store.url).mkdir()
     job = threading.Thread(target=runner.run, args=(stage(wait_halfway), Recipe(), store))
     job.start()
     end = time.monotonic() + 60
-    while runner.progress.state.parts() < running / 2 and time.monotonic() < end:
+    while runner.progress.state.parts() < in_flight / 2 and time.monotonic() < end:
         time.sleep(0.05)
     told, left = runner.progress.state.parts(), runner.progress.state.seconds_left()
     (Path(store.url) / "go").touch()
     job.join()
-    assert told == running / 2
+    assert told == in_flight / 2
     assert left is not None, "told before any task has ended"
     assert runner.progress.state.parts() == 0
     assert partly.done() == 0
+    assert len(records(store, "search")) == 4
 
 
 def test_one_failure_lets_the_others_go_on_and_is_recorded(store: Store, runner: Runner) -> None:

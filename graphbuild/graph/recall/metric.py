@@ -17,6 +17,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Name = Literal["cosine", "inner-product", "l2"]
 TOLERANCE = 2.0**-23  # similarities that a graph rounds to one float32 number are ties
 FAR = 1e15  # from 1, where squares of float32 come near their end
+LEAST_NORMAL = float(np.finfo(np.float32).tiny)  # a product below it is wrong by that at most
 PAIR_NUMBERS = 1 << 18  # of vectors that are gathered at a time
 BACKGROUND = 16_384  # nodes that lists without similarities are compared with
 FOREIGN, ASTRAY = 0.05, 16  # shares of a neighbour's lead over a random node, and of the usual error: see `explain`
@@ -75,7 +76,8 @@ class Metric:
         if self.name == "cosine":
             return np.full((len(queries), 1), unit)
         own, other = np.sqrt(_squares(queries))[:, None], float(np.sqrt(_squares(others).max()))
-        return np.asarray(unit * (own * other if self.name == "inner-product" else (own + other) ** 2))
+        size = own * other if self.name == "inner-product" else (own + other) ** 2
+        return np.asarray(unit * size + queries.shape[1] * LEAST_NORMAL)
 
     def tolerance(self, queries: Array) -> Array | float:
         """By how much a score may be less and still be a tie, [n, 1]: TOLERANCE of what such scores are sums of."""
