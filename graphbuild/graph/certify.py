@@ -43,7 +43,7 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
     built = {
         "graph": manifest["graph"]["fingerprint"],
         "embeddings": manifest["embeddings"]["fingerprint"],
-        "min_recall": floor_of(recipe, manifest),
+        "min_recall": floor_of(recipe, manifest["graph"]["engine"]),
     }
 
     def task(**more: object) -> Task:
@@ -93,10 +93,10 @@ def next_look(store: Store, manifest: Json, done: Sequence[Json]) -> int:
     return min(math.ceil(n * max(factor, LEAST_FACTOR)), int(done[0]["settings"]["sample"]), node_count(manifest))
 
 
-def floor_of(recipe: Recipe, manifest: Json) -> float:
+def floor_of(recipe: Recipe, engine: str) -> float:
     if recipe.index.min_recall is not None:
         return recipe.index.min_recall
-    return EXACT_FLOOR if manifest["graph"]["engine"] == "exact" else round(recipe.index.recall - SLACK, 6)
+    return EXACT_FLOOR if engine == "exact" else round(recipe.index.recall - SLACK, 6)
 
 
 def run(task: Task, store: Store, writer: Writer) -> Json:
@@ -158,7 +158,7 @@ def measured(store: Store, done: Sequence[Json]) -> tuple[Array, Array]:
 
 def finish(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     manifest = store.manifest()
-    floor = floor_of(recipe, manifest)
+    floor = floor_of(recipe, manifest["graph"]["engine"])
     certificate = certificate_of(manifest["graph"]["k"], living_nodes(manifest), *measured(store, done))
     if certificate["recall"] < floor:
         raise under_floor(certificate, floor, store)

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from graphbuild.errors import ConfigError, StageError
+from graphbuild.errors import ConfigError, QualityError, StageError
 from graphbuild.graph import grow, moments, sketch
+from graphbuild.graph.certify import floor_of
 from graphbuild.graph.grow import base_lists
 from graphbuild.graph.tasks import (
     built_without,
@@ -122,12 +123,22 @@ def run_prepare(task: Task, store: Store, writer: Writer) -> Json:
 def finish_prepare(recipe: Recipe, store: Store, done: list[Json]) -> Json:
     """How many candidates a list holds, where the engine has found that out (`engine_of`).
 
-    ConfigError where --memory is too little for such lists.
+    ConfigError where --memory is too little for such lists; QualityError where the engine promises less than the floor,
+    before hours go into a graph that would miss it.
     """
-    found = {"listed": done[-1]["facts"]["listed"]} if "listed" in done[-1]["facts"] else {}
+    facts = done[-1]["facts"]
+    found = {"listed": facts["listed"]} if "listed" in facts else {}
     manifest = nodes_entry(store) | found
-    nodes, width = node_count(manifest), manifest["embeddings"]["d"]
-    engines.nodes_at_once(engine_of(recipe.index, manifest)[0], recipe.index, nodes, width)
+    engine, _ = engine_of(recipe.index, manifest)
+    engines.nodes_at_once(engine, recipe.index, node_count(manifest), manifest["embeddings"]["d"])
+    promised, floor = facts.get("promised_recall", 1.0), floor_of(recipe, engine.name)
+    if promised < floor:
+        raise QualityError(
+            f"{store.url}: engine {engine.name} promises a recall of {promised:.3f} for these vectors, under the floor "
+            f"of {floor}: the near neighbours of a node are spread over too many groups of nodes",
+            f"use --engine exact, or a FAISS index (--engine faiss:FACTORY); or --min-recall {promised - 0.02:.2f}, "
+            "only if that recall is good enough for you",
+        )
     return found
 
 

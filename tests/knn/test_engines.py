@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from other_device import other_device
 
-from graphbuild.errors import ConfigError, GraphbuildError
+from graphbuild.errors import ConfigError, GraphbuildError, QualityError
 from graphbuild.graph import index, tasks
 from graphbuild.graph.index import plan_prepare
 from graphbuild.job.steps import run_verb
@@ -336,6 +336,24 @@ def test_shards_whose_codes_are_made_by_one_task_give_the_same_graph(
     assert files == sorted(path.name for path in Path(together.url, "graph").iterdir())
     for file in files:
         assert Path(alone.url, "graph", file).read_bytes() == Path(together.url, "graph", file).read_bytes(), file
+
+
+def test_a_promise_under_the_floor_is_refused_before_anything_is_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "graphbuild")
+    monkeypatch.setattr(partition, "FANS", range(2, 3))  # as if more would not help
+    x = random_vectors(6_000, 48)
+    asked = {"shard_size": 2_000, "engine": "partition", "k": 8, "recall": 0.95, "recall_sample": 300}
+    with pytest.raises(
+        QualityError, match=r"partition promises a recall of 0\.\d+ for these vectors, under the floor of 0\.94"
+    ):
+        build(tmp_path, x, **asked, min_recall=None)
+    assert not [record for record in caplog.records if record.message.startswith("codes")]
+    manifest = build(tmp_path, x, **asked, min_recall=0.1).manifest()
+    promised, reached = manifest["graph"]["promised_recall"], manifest["recall"]["recall"]
+    assert promised < 0.9
+    assert promised == pytest.approx(reached, abs=0.1)
 
 
 def test_a_second_build_in_the_same_process_reads_nothing_of_the_first(tmp_path: Path) -> None:
