@@ -136,8 +136,8 @@ def finish_prepare(recipe: Recipe, store: Store, done: list[Json]) -> Json:
         raise QualityError(
             f"{store.url}: engine {engine.name} promises a recall of {promised:.3f} for these vectors, under the floor "
             f"of {floor}: the near neighbours of a node are spread over too many groups of nodes",
-            "use --engine exact, or a FAISS index (--engine faiss:FACTORY); or lower --min-recall, only if that recall, "
-            "or even less, is good enough for you",
+            "use --engine exact, or a FAISS index (--engine faiss:FACTORY); or lower --min-recall, only if that "
+            "recall, or even less, is good enough for you",
         )
     return found
 

@@ -123,7 +123,8 @@ def _check_shard(store: Store, manifest: Json, shard: Shard, selection: Selectio
         problems += _check_tar(store, shard.name, shard.tar, samples)
     if {"encode", "vectors"} & manifest["stages"].keys():
         vectors = store.array(embedded)
-        if vectors.shape != (shard.nodes, manifest["embeddings"]["d"]) or vectors.dtype != np.float16:
+        width = manifest["embeddings"]["d"] if len(vectors) else vectors.shape[-1]  # of none it may not be known
+        if vectors.shape != (shard.nodes, width) or vectors.dtype != np.float16:
             problems.append(f"{embedded}: {vectors.dtype} {list(vectors.shape)}")
         elif len(ids) and not np.abs(np.linalg.norm(vectors.astype(np.float32), axis=1) - 1).max() <= 2e-3:
             problems.append(f"{embedded}: a vector is not of unit norm")

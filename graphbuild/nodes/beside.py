@@ -75,8 +75,12 @@ def _of_files(task: Task, store: Store) -> tuple[Array, dict[int, str]]:
         in_file = places[mine][wanted] - sum(rows[:number])
         values = take_rows(task.hints["vectors"][number], task.settings["vector_column"], in_file, needed=False)
         unit, wrong = unit_or_fault(values)
-        found = found if found.size else np.zeros((len(places), unit.shape[1]), np.float16)
-        found[mine[wanted]] = unit
+        if not values.shape[1]:
+            wrong = dict.fromkeys(range(len(values)), "is null")
+        elif not found.size:
+            found = np.zeros((len(places), unit.shape[1]), np.float16)
+        if found.size:
+            found[mine[wanted]] = unit if values.shape[1] else 0
         faults |= {int(mine[wanted[row]]): f"its vector {what}" for row, what in wrong.items()}
     return found, faults
 

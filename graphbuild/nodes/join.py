@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +18,7 @@ import polars as pl
 import pyarrow as pa
 
 from graphbuild.errors import InputError, public
+from graphbuild.nodes.distinct import scanned
 from graphbuild.nodes.samples import REJECTED
 from graphbuild.recipe import Embed
 from graphbuild.runner.stage import Task, digest, records
@@ -71,7 +74,7 @@ def numbering(embed: Embed, store: Store, scans: Mapping[str, str]) -> Task:
     beside = dict(zip(files.vectors, files.keys, strict=True)) if files.keys else {}
     keys = [beside[url] for url in vectors if beside]
     settings = {"joined": "by key" if keys else "by order", "vector_column": embed.vector_column}
-    return Task(
+    task = Task(
         stage="number",
         name="all",
         settings=settings | ({"key_column": embed.key_column or "key"} if keys else {}),
@@ -79,6 +82,24 @@ def numbering(embed: Embed, store: Store, scans: Mapping[str, str]) -> Task:
         built=scans,
         hints={"files": Files(list(vectors), keys)},
     )
+    return task if keys else replace(task, hints={**task.hints, "pairs": _joined(task, store)})
+
+
+def _joined(task: Task, store: Store) -> dict[int, int]:
+    """The file of each tar that has been joined by order, by their numbers: it keeps it, whatever names are added or
+    changed, as long as both are what they were."""
+    done = records(store, "number").get("all")
+    if not done or done["settings"].get("joined") != "by order":
+        return {}
+    before, now = parts_of(done["inputs"], "vectors"), parts_of(task.inputs, "vectors")
+    places = store.array(layout.VECTOR_PLACES)
+    pairs: dict[int, int] = {}
+    for tar, (path, sha256) in enumerate(task.built.items()):
+        shard = done["facts"]["shards"].get(Path(path).stem)
+        if shard and shard["samples"] and done["built"].get(path) == sha256:
+            file = before[int(file_of(done["facts"]["rows"], places[shard["first_row"]]))]
+            pairs |= {tar: now.index(file)} if file in now else {}
+    return pairs
 
 
 def match(task: Task, store: Store, writer: Writer, tables: Sequence[pa.Table]) -> tuple[Array, Json]:
@@ -92,7 +113,7 @@ def match(task: Task, store: Store, writer: Writer, tables: Sequence[pa.Table]) 
     files: Files = task.hints["files"]
     rows = [rows for rows, _ in shapes_of(files.vectors, task.settings["vector_column"])]
     if not files.keys:
-        places, left = _by_order(files.vectors, rows, sizes, store), 0
+        places, left = _by_order(task, rows, sizes, store), 0
     else:
         places, left = _by_key(task, rows, tables, store, writer)
     writer.array(layout.VECTOR_PLACES, places)
@@ -112,15 +133,16 @@ def file_of(rows: Sequence[int], places: Array) -> Array:
     return np.searchsorted(np.cumsum(rows), places, side="right")
 
 
-def _by_order(urls: Sequence[str], rows: Sequence[int], sizes: Sequence[int], store: Store) -> Array:
-    """The place of each row's vector [N]: of files and tars, both in order of name with numbers as numbers, the i-th
-    belong together. InputError where they are not as many, or do not hold as many."""
-    tars = _tars(store)
+def _by_order(task: Task, rows: Sequence[int], sizes: Sequence[int], store: Store) -> Array:
+    """The place of each row's vector [N]: of files and tars that are not joined yet, both in order of name with numbers
+    as numbers, the i-th belong together. InputError where they are not as many, or do not hold as many."""
+    tars, urls, pairs = _tars(store), task.hints["files"].vectors, task.hints["pairs"]
     fix = "name the keys of the vectors by --vector-keys, or give a file for each tar, with a vector for each sample"
     if len(rows) != len(sizes):
         raise InputError(f"{len(rows):,} files of vectors, and {len(sizes):,} tars: no order joins them", fix)
     begins, places = np.cumsum([0, *rows]), [np.empty(0, np.int64)] * len(sizes)
-    for tar, file in zip(_ranked(tars), _ranked(urls), strict=True):
+    others = [[n for n in _ranked(names) if n not in known] for names, known in ((tars, pairs), (urls, pairs.values()))]
+    for tar, file in [*pairs.items(), *zip(*others, strict=True)]:
         if rows[file] != sizes[tar]:
             raise InputError(
                 f"{public(urls[file])} has {rows[file]:,} vectors, and {tars[tar]} {sizes[tar]:,} samples: no order "
@@ -136,7 +158,7 @@ def _ranked(names: Sequence[str]) -> list[int]:
 
 
 def _tars(store: Store) -> list[str]:
-    return [record["facts"]["shards"][name]["tar"]["name"] for name, record in records(store, "scan").items()]
+    return [shard["tar"]["name"] for record in scanned(store) for shard in record["facts"]["shards"].values()]
 
 
 def _by_key(

@@ -68,7 +68,7 @@ def _shape(url: str, column: str) -> tuple[int, int]:
 def take_rows(url: str, column: str, rows: Rows, *, needed: bool) -> Array:
     """Those rows [n] of a file, ascending and each once, as they are there: [n, d].
 
-    needed: a row of parquet without a vector is an error; else it is NaN.
+    needed: a row of parquet without a vector is an error; else it is NaN, and d is 0 where all are without.
 
     Raises:
         InputError: the file cannot be read, or a row's vector is missing or of another length; it is named.
@@ -197,7 +197,8 @@ def _parquet_rows(source: IO[bytes], url: str, name: str, rows: Rows, *, needed:
     flat = column.drop_null().flatten()
     values = np.asarray(flat.cast(pa.float64()) if flat.null_count else flat)
     found = np.full((len(rows), width), np.nan, np.result_type(values.dtype, np.float16))
-    found[lengths > 0] = values.reshape(-1, width)
+    if width:
+        found[lengths > 0] = values.reshape(-1, width)
     return found
 
 

@@ -370,6 +370,29 @@ def test_pictures_leak_though_smaller_and_compressed_from_tars_and_from_a_store(
     assert [row["query_caption"] for row in of_store] == [f"caption of {key}" for key in ("t3", "t7", "t105", "t111")]
 
 
+def test_rows_of_pictures_are_the_stores_own_where_a_tar_is_gone(tmp_path: Path) -> None:
+    stores = {}
+    for name, begin in (("train", 0), ("test", 50)):
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / f"{name}/0.tar", {f"{name}{n}": picture(begin + n) for n in range(5)})
+        write_tar(tmp_path / f"{name}/1.tar", {f"{name}{n}": picture(n) for n in range(5, 10)})
+        stores[name] = make_store(tmp_path / f"{name} store", {"k": 2}, shards=f"{tmp_path}/{name}")
+        (tmp_path / f"{name}/0.tar").unlink()
+        recipe = Recipe(embed=Embed(shards=f"{tmp_path}/{name}"), index=Index(k=2))
+        with Runner(workers=0) as runner:
+            for verb in ("embed", "index"):
+                run_verb(verb, recipe, stores[name], runner, force=True)
+    names = ("query_key", "query_caption", "row", "key", "caption")
+    rows = [(f"test{n}", n, f"train{n}", f"caption of train{n}") for n in range(5, 10)]
+    for given in ({"images": f"{tmp_path}/test/1.tar"}, {"store": stores["test"].url, "bits": 4}):
+        match_store(stores["train"], "leaks", given)
+        found = pl.read_parquet(f"{stores['train'].url}/match/leaks.parquet")
+        of_pictures = found.filter(pl.col("by") == "picture").to_dicts()
+        captions = [None if "images" in given else f"caption of {key}" for key, *_ in rows]
+        expected = [(key, caption, *rest) for (key, *rest), caption in zip(rows, captions, strict=True)]
+        assert [tuple(row[name] for name in names) for row in of_pictures] == expected
+
+
 # -- refusals
 
 

@@ -6,6 +6,7 @@ What is expected is computed with numpy from the values that the test wrote.
 from __future__ import annotations
 
 import io
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -303,6 +304,23 @@ def test_tars_and_vectors_that_come_later_keep_rows_nodes_and_files_of_the_first
     assert run(store, "embed", **given("abc")) == manifest
 
 
+@pytest.mark.parametrize("lacking", ["null", "no key"])
+def test_a_tar_none_of_whose_samples_has_a_vector_is_no_fault(tmp_path: Path, tars: str, lacking: str) -> None:
+    first, others = list(KEYS["a"]), [key for key in EVERY if key not in KEYS["a"]]
+    values = [OWN[key].tolist() for key in others]
+    keys = others if lacking == "no key" else [*first, *others]
+    lists = pa.array([None] * (len(keys) - len(others)) + values, pa.list_(pa.float32()))
+    pq.write_table(pa.table({"key": keys, "embedding": lists}), tmp_path / "v.parquet")
+    store = tmp_path / "store"
+    manifest = run(store, "embed index export", shards=tars, vectors=f"{tmp_path}/v.parquet", key_column="key")
+    assert manifest["rejected"] == {"its vector is null" if lacking == "null" else "no vector has its key": len(first)}
+    nodes = column(store, "samples", "node")
+    assert [key for key, node in zip(EVERY, nodes, strict=True) if node is not None] == others
+    kept = np.concatenate([part for path in sorted(store.glob("nodes/*.npy")) if len(part := np.load(path))])
+    np.testing.assert_allclose(kept, units(others), atol=1e-3)
+    assert verify_store(Store(str(store))).problems == []
+
+
 @pytest.mark.slow
 def test_workers_make_the_same_bytes(tmp_path: Path, tars: str) -> None:
     write_vectors(tmp_path / "v.parquet", np.array([OWN[key] for key in EVERY]))
@@ -339,6 +357,37 @@ def test_moved_tars_keep_their_vectors(tmp_path: Path, tars: str) -> None:
         list(relocate(Store(str(tmp_path / "store")), str(tmp_path / "moved"), runner))
     assert np.array_equal(stored(tmp_path / "store"), before)
     assert verify_store(Store(str(tmp_path / "store"))).problems == []
+
+
+def test_tars_joined_by_order_keep_their_vectors_under_other_names_and_where_one_is_gone(tmp_path: Path) -> None:
+    groups = {name: EVERY[4 * number : 4 * number + 4] for number, name in enumerate("012")}
+    for name in "01":
+        write_tar(tmp_path / f"old/{name}.tar", groups[name])
+    for name, keys in groups.items():
+        write_vectors(tmp_path / f"all/{name}.npy", np.array([OWN[key] for key in keys]))
+    vectors, store, new = tmp_path / "emb", tmp_path / "store", tmp_path / "new"
+    vectors.mkdir()
+    new.mkdir()
+    for name in "01":
+        shutil.copy2(tmp_path / f"all/{name}.npy", vectors)
+    run(store, "embed index", shards=f"{tmp_path}/old", vectors=str(vectors))
+    (tmp_path / "old/0.tar").rename(new / "z.tar")
+    (tmp_path / "old/1.tar").rename(new / "b.tar")
+    with Runner(workers=0) as runner:
+        list(relocate(Store(str(store)), str(new), runner))
+    write_tar(new / "a.tar", groups["2"])
+    shutil.copy2(tmp_path / "all/2.npy", vectors)
+    given = {"shards": str(new), "vectors": str(vectors)}
+    run(store, "embed", **given)
+    assert column(store, "samples", "key") == EVERY[:12]
+    np.testing.assert_allclose(stored(store), units(EVERY[:12]), atol=1e-3)
+    (new / "z.tar").unlink()
+    (vectors / "0.npy").unlink()
+    run(store, "embed", **given, force=True)
+    nodes = column(store, "samples", "node")
+    keys = [key for key, node in zip(column(store, "samples", "key"), nodes, strict=True) if node is not None]
+    assert keys == EVERY[4:12]
+    np.testing.assert_allclose(stored(store)[-8:], units(EVERY[4:12]), atol=1e-3)
 
 
 def refusals(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from graphbuild.errors import ConfigError
 from graphbuild.graph.lists.derived import DerivedList, Part, captions, check_similarity, publish
-from graphbuild.graph.match.pictures import close_pairs, image_tars, read_pictures, tars_of
+from graphbuild.graph.match.pictures import Tars, close_pairs, image_tars, read_pictures, tars_of
 from graphbuild.graph.match.queries import QUERY, Queries, caption_queries, store_queries, vector_queries
 from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.knn.queries import search
@@ -107,7 +107,7 @@ def leaks(
     queries: Queries | None,
     *,
     threshold: float | None = None,
-    tars: tuple[list[str], str | None] | None = None,
+    tars: Tars | None = None,
     bits: int = BITS,
 ) -> DerivedList:
     """The samples that are, or nearly are, of the queries: what to leave out before a test on these.
@@ -136,12 +136,12 @@ def leaks(
         found = found.with_columns(bits=pl.lit(None, pl.Int32))
         counts = _counts(asked, queries)
         if tars is not None and own_tars is not None:
-            theirs, own = read_pictures(*tars), read_pictures(*own_tars)
+            theirs, own = read_pictures(tars), read_pictures(own_tars)
             at, place, apart = close_pairs(theirs.hashes, own.hashes, bits)
-            rows = own.places[place]
+            rows = own.rows[place]
             seen = pl.DataFrame(
                 {
-                    "query": theirs.places[at],
+                    "query": theirs.rows[at],
                     "query_key": [theirs.keys[i] for i in at.tolist()],
                     "row": rows,
                     "key": [own.keys[i] for i in place.tolist()],
@@ -213,7 +213,7 @@ def _made(graph: SampleGraph, what: What, source: str, given: Json, rules: Json)
         queries = store_queries(graph, given["store"], vectors=of_vectors)
         tars = tars_of(Store(given["store"])) if "bits" in rules else None
     else:
-        tars = image_tars(given["images"]), None
+        tars = Tars(image_tars(given["images"]))
     if what == "neighbors":
         return nearest_nodes(graph, queries, **rules)  # type: ignore[arg-type]
     if what == "novel":
@@ -221,8 +221,8 @@ def _made(graph: SampleGraph, what: What, source: str, given: Json, rules: Json)
     if tars is None and "threshold" not in rules and not (queries and queries.has_texts):
         raise ConfigError("leaks of vectors need --threshold", "give a similarity between -1 and 1")
     made = leaks(graph, queries, tars=tars, **rules)
-    if source == "images":
-        made.inputs = part_inputs("images", file_identities(tars[0]).values())  # type: ignore[index]
+    if source == "images" and tars is not None:
+        made.inputs = part_inputs("images", file_identities(tars.urls).values())
     return made
 
 

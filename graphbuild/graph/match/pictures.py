@@ -8,9 +8,9 @@ mirrors. Cost: each image is decoded once, a JPEG at a fraction of its size; the
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -31,21 +31,32 @@ ROWS, COLUMNS = 256, 16_384
 
 
 class Pictures(NamedTuple):
-    """Those of some tars that have a hash: places int64 [n] of their samples, counted over all tars; keys [n]; hashes
-    uint64 [n]. left_out: samples without an image, with one that cannot be read, or of one colour."""
+    """Those of some tars that have a hash: rows int64 [n] of their samples; keys [n]; hashes uint64 [n]. left_out: how
+    many samples have no image, one that cannot be read, or one of one colour."""
 
-    places: Array
+    rows: Array
     keys: list[str]
     hashes: Array
     left_out: int
 
 
-def tars_of(store: Store) -> tuple[list[str], str | None]:
-    """A store's tars in order of row, and the extension of their images, None for the usual ones."""
-    urls = present_shards(store, store.manifest()).table["tar_url"].to_pylist()
+class Tars(NamedTuple):
+    """image_member: the extension of their images, None for the usual ones. first_rows: the row of each one's first
+    sample; None where samples are counted from tar to tar."""
+
+    urls: list[str]
+    image_member: str | None = None
+    first_rows: list[int] | None = None
+
+
+def tars_of(store: Store) -> Tars:
+    """A store's tars in order of row, without those that are gone, whose rows nobody else has."""
+    shards = present_shards(store, store.manifest())
+    urls = shards.table["tar_url"].to_pylist()
     if not urls or None in urls:
         raise ConfigError(f"{store.url} has no tars, so no pictures", "leave --bits and --images out")
-    return [store.resolve(url) for url in urls], resolve(store, "embed", {}).embed.image_member
+    image_member = resolve(store, "embed", {}).embed.image_member
+    return Tars([store.resolve(url) for url in urls], image_member, shards.column("first_row").tolist())
 
 
 def image_tars(images: str) -> list[str]:
@@ -66,14 +77,15 @@ def perceptual_hash(image: Image.Image) -> int | None:
     return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
 
 
-def read_pictures(urls: Sequence[str], image_member: str | None) -> Pictures:
-    """The hash of each sample's image, of tars one after the other; ShardError, InputError: as of `open_tar`."""
+def read_pictures(tars: Tars) -> Pictures:
+    """The hash of each sample's image; ShardError, InputError: as of `open_tar`."""
     with ThreadPoolExecutor(cores_here()) as pool:
-        tars = list(pool.map(partial(_of_tar, image_member=image_member), urls))
-    every = [pair for tar in tars for pair in tar]
-    kept = [place for place, (_, value) in enumerate(every) if value is not None]
-    hashes = np.array([every[place][1] for place in kept], np.uint64)
-    return Pictures(np.array(kept, np.int64), [every[place][0] for place in kept], hashes, len(every) - len(kept))
+        read = list(pool.map(partial(_of_tar, image_member=tars.image_member), tars.urls))
+    firsts = [0, *accumulate(map(len, read))] if tars.first_rows is None else tars.first_rows
+    every = [(row, *pair) for first, pairs in zip(firsts, read, strict=False) for row, pair in enumerate(pairs, first)]
+    kept = [one for one in every if one[2] is not None]
+    rows, hashes = np.array([row for row, _, _ in kept], np.int64), np.array([value for *_, value in kept], np.uint64)
+    return Pictures(rows, [key for _, key, _ in kept], hashes, len(every) - len(kept))
 
 
 def _of_tar(url: str, image_member: str | None) -> list[tuple[str, int | None]]:
