@@ -71,6 +71,12 @@ def _of_all(recipe: Recipe, store: Store) -> tuple[Json, Json]:
 def plan_arrange(recipe: Recipe, store: Store) -> list[Task]:
     shards_with_tars(store, "clustered")
     settings, built = _of_all(recipe, store)
+    selection = selection_of(store, recipe.export.selection)
+    if selection is not None and not selection.kept:
+        raise ConfigError(
+            f"{selection.url} keeps no sample, so there is nothing to export",
+            "make it again with `graphbuild select` and looser rules, or name another by --selection",
+        )
     return [Task(stage="arrange", name="all", settings=settings, built=built)]
 
 

@@ -264,6 +264,8 @@ def test_what_does_not_fit_is_refused_by_name(
 ) -> None:
     with pytest.raises(ConfigError, match="do not lie within the first 3 ranks"):
         hard_negatives(graph, count=3, skip=1, within=3)
+    with pytest.raises(ConfigError, match="random = -1"):
+        hard_negatives(graph, count=2, random=-1)
     with pytest.raises(ConfigError, match="none cannot be loaded"):
         hard_negatives(graph, count=3, rescore=str(tmp_path / "none"))
     vectors = SampleGraph.open(built(tmp_path, clusters([3, 4, 5] * 4, 0.3), k=6).url)

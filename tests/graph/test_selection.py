@@ -13,6 +13,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import polars as pl
 import pyarrow as pa
@@ -126,6 +127,39 @@ def test_lists_are_of_keys_rows_or_uids(store: Path, tmp_path: Path) -> None:
         assert left(store, drop=[str(tmp_path / name)]) == [row for row in WITH_NODE if row not in dropped], name
 
 
+def test_lists_as_windows_and_pandas_write_them_are_read_too(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text("000003\n000005\n", "utf-8-sig")
+    pl.DataFrame({"row": [3.0, 5.0]}).write_parquet(tmp_path / "floats.parquet")
+    for number, dtype in enumerate((pl.Int64, pl.UInt8, pl.Float64)):
+        table = pl.DataFrame({"row": [3, 5, 7], "keep": pl.Series([1, 1, 0], dtype=dtype)})
+        table.write_parquet(tmp_path / f"{number}.parquet")
+        assert left(store, drop=[f"{tmp_path}/{number}.parquet"]) == [row for row in WITH_NODE if row != 7]
+    for name in ("keys.txt", "floats.parquet", "0.parquet", "1.parquet", "2.parquet"):
+        assert left(store, keep=[str(tmp_path / name)]) == [3, 5], name
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"row": [1, 2], "keep": [0, 2]}, "its column keep is Int64, and not true or false, or 1 or 0"),
+        ({"row": [1, 2], "keep": ["yes", "no"]}, "its column keep is String, and not true or false"),
+        ({"row": ["1", "2"]}, "its column row is String, not numbers"),
+        ({"row": [1.0, None]}, "row is null in line 2 of 2"),
+        ({"row": [1, None, 2]}, "row is null in line 2 of 3"),
+        ({"row": [1.0, 2.0, 2.5]}, "row is 2.5 in line 3 of 3"),
+        ({"row": [float("nan"), 2.0]}, "row is nan in line 1 of 2"),
+        ({"row": [1e300]}, "row is 1e+300 in line 1 of 1"),
+    ],
+)
+def test_a_list_of_rows_that_are_none_is_refused(
+    store: Path, tmp_path: Path, columns: dict[str, Any], said: str
+) -> None:
+    pl.DataFrame(columns).write_parquet(tmp_path / "list.parquet")
+    for rule in ("keep", "drop"):
+        with pytest.raises(InputError, match=rf"list\.parquet: {re.escape(said)}"):
+            select(graph_of(store), **{rule: [str(tmp_path / "list.parquet")]})
+
+
 def test_several_lists_to_keep_are_joined_and_to_drop_too(store: Path, tmp_path: Path) -> None:
     paths = []
     for number, rows in enumerate(([1, 2, 3], [3, 4, 5], [2, 4])):
@@ -155,6 +189,76 @@ def test_an_expression_is_over_samples_json_fields_and_the_graph(store: Path) ->
     }
     assert left(store, where="degree >= 3") == left(store, min_degree=3) == sorted(kept)
     assert 0 < len(kept) < len(WITH_NODE)
+
+
+def build_bare(tars: str, store: Path, encoder: str, facts: dict[str, Any] | None = None) -> None:
+    """A store of two tars, keys 00 to 04 and 10 to 14, with these facts as each sample's JSON member, or none."""
+    fs, folder = fsspec.core.url_to_fs(tars)
+    fs.makedirs(folder, exist_ok=True)
+    for tar in range(2):
+        content = io.BytesIO()
+        with tarfile.open(fileobj=content, mode="w") as archive:
+            for row in range(5 * tar, 5 * tar + 5):
+                members = {"jpg": jpeg(row), "txt": caption(row).encode()}
+                members |= {"json": json.dumps(facts).encode()} if facts else {}
+                for extension, member in members.items():
+                    info = tarfile.TarInfo(f"{tar}{row % 5}.{extension}")
+                    info.size = len(member)
+                    archive.addfile(info, io.BytesIO(member))
+        fs.pipe_file(f"{folder}/{tar:05}.tar", content.getvalue())
+    run(store, "embed", shards=f"{tars}/*.tar", encoder=encoder)
+    run(store, "index", k=K)
+
+
+def write_table(tars: str, tar: int, widths: list[int | None], name: str = "0000{}.parquet") -> None:
+    content = io.BytesIO()
+    table = {"key": [f"{tar}{place}" for place in range(5)], "width": widths, "size": ["big"] * 5}
+    pl.DataFrame(table).write_parquet(content)
+    fs, folder = fsspec.core.url_to_fs(tars)
+    fs.pipe_file(f"{folder}/{name.format(tar)}", content.getvalue())
+
+
+def kept_of(store: Path, where: str) -> list[int]:
+    table = select(graph_of(store), where=where).table()
+    return table.filter(table["keep"])["row"].to_pylist()
+
+
+@pytest.mark.parametrize("tars", ["{}/tars", "{}/store/tars", "memory://bare-{}/tars"])
+def test_the_table_beside_a_tar_is_read_wherever_the_command_runs(
+    tmp_path: Path, letters: str, monkeypatch: pytest.MonkeyPatch, tars: str
+) -> None:
+    tars, store = tars.format(tmp_path if tars[0] == "{" else tmp_path.name), tmp_path / "store"
+    build_bare(tars, store, letters)
+    for tar in range(2):
+        write_table(tars, tar, [100, 200, 300, 400, None])
+    (tmp_path / "elsewhere").mkdir()
+    for tar in range(2):  # of another data set
+        write_table(f"{tmp_path}/elsewhere", tar, [900, 0, 0, 0, 0])
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert kept_of(store, "width >= 300") == [2, 3, 7, 8]
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_samples_of_a_tar_without_a_table_have_null_in_its_columns(tmp_path: Path, letters: str, there: int) -> None:
+    tars, store = f"{tmp_path}/tars", tmp_path / "store"
+    build_bare(tars, store, letters)
+    write_table(tars, there, [100, 200, 300, 400, None])
+    first, other = 5 * there, 5 * (1 - there)
+    assert kept_of(store, "width >= 300") == [first + 2, first + 3]
+    assert kept_of(store, "size LIKE 'b%'") == list(range(first, first + 5))
+    assert kept_of(store, "width IS NULL") == sorted([first + 4, *range(other, other + 5)])
+    with pytest.raises(ConfigError, match="has a column 'widht'"):
+        kept_of(store, "widht > 3")
+    budget = select(graph_of(store), where="width > 0", budget=2, method="d2", scores="width").table()
+    assert sum(budget["keep"].to_pylist()) == 2
+
+
+def test_json_members_stand_in_for_a_table_that_is_missing(tmp_path: Path, letters: str) -> None:
+    tars, store = f"{tmp_path}/tars", tmp_path / "store"
+    build_bare(tars, store, letters, {"width": 350})
+    write_table(tars, 0, [100, 200, 300, 400, None])
+    assert kept_of(store, "width >= 300") == [2, 3, 5, 6, 7, 8, 9]
+    assert kept_of(store, "width >= 300 AND size = 'big'") == [2, 3]
 
 
 def others(table: pl.DataFrame) -> list[list[dict[str, Any]]]:
@@ -230,8 +334,14 @@ def test_a_budget_is_of_what_is_left(store: Path) -> None:
         ({"where": "width >"}, "cannot be read"),
         ({"where": "width"}, "is Int64, not true or false"),
         ({"where": "width > avg(width)"}, "looks at more than one sample"),
+        ({"where": "count(*) > 30"}, "looks at more than one sample"),
         ({"where": "caption > 3"}, "fails"),
         ({"budget": 1000.0}, "of the 117 rows left"),
+        ({"budget": float("nan")}, "budget = nan"),
+        ({"budget": float("inf")}, "budget = inf"),
+        ({"budget": -1.0}, "budget = -1.0"),
+        ({"budget": 0.5, "seed": -1}, "seed = -1"),
+        ({"where": "row < 0", "budget": 0.5}, "the rules before it keep no sample"),
         ({"budget": 0.5, "method": "best"}, "no method 'best'"),
         ({"where": "row > 3", "prefer": "first"}, "without a list to drop"),
         ({"keep": ["nowhere.txt"]}, "nowhere.txt"),
@@ -243,6 +353,25 @@ def test_a_rule_that_cannot_be_followed_is_refused(store: Path, rules: dict[str,
     assert said in str(caught.value)
     if "widht" in said:
         assert all(name in caught.value.fix for name in ("width", "similarity", "caption", "degree"))
+
+
+def test_a_constant_condition_holds_for_every_sample_or_none(store: Path) -> None:
+    assert left(store, where="1=1") == left(store, where="true") == WITH_NODE
+    assert left(store, where="1=0") == []
+
+
+def test_a_selection_that_keeps_nothing_is_written_with_a_warning(
+    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "none.parquet"
+    for rule, warned in (("row = 3", False), ("row < 0", True)):
+        select_store(Store(str(store)), "none", {"where": rule}, str(path))
+        assert ("the selection keeps no sample" in caplog.text) == warned
+    assert Selection(path).kept == 0
+    copy = tmp_path / "copy"
+    shutil.copytree(store, copy)
+    with pytest.raises(ConfigError, match=r"none\.parquet keeps no sample.*\n.*looser rules"):
+        run(copy, "export", layout="clustered", selection=path)
 
 
 def test_lists_of_nobody_of_another_graph_or_of_another_kind_are_refused(store: Path, tmp_path: Path) -> None:

@@ -91,6 +91,8 @@ def hard_negatives(
             f"choose skip >= 0, count >= 1 and skip + count <= {last}, or "
             + ("index with a larger --k" if matches is None and last == source.k else "take more ranks"),
         )
+    if random is not None and random < 0:
+        raise ConfigError(f"random = {random}", "give a seed, a whole number from 0 on")
     for name, margin in (("absolute_margin", absolute_margin), ("relative_margin", relative_margin)):
         if not 0 <= margin <= 2:
             raise ConfigError(f"{name} = {margin}", f"set {name} between 0 and 2")

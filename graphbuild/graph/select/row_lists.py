@@ -1,6 +1,7 @@
 """Lists of samples that people bring or `mine` and `match` write, as rows of a store.
 
-- .parquet: by its column row, else key, else uid; where it has a column keep, a bool, that says which lines are meant.
+- .parquet: by its column row, else key, else uid; where it has a column keep, true or false or 1 or 0, that says which
+  lines are meant.
 - .npy: rows, or DataComp's uids (dtype "u8,u8"), or strings as of a .txt.
 - .txt: a key or a uid a line.
 """
@@ -92,15 +93,46 @@ def _by_name(wanted: pl.Series, name: str, named: NDArray[np.bool_], columns: Sa
 
 
 def _parquet(url: str, path: Path, graph: SampleGraph) -> pl.DataFrame:
-    if about(path).get("graph", graph.fingerprint) != graph.fingerprint:
+    made_for = about(path).get("graph")
+    if made_for not in (None, graph.fingerprint):
         raise InputError(f"{url} was made for another graph than that of {graph.url}", "make it again on this store")
     lines = pl.read_parquet(path)
     if not {"row", "key", "uid"} & set(lines.columns):
         raise InputError(f"{url} has the columns {', '.join(lines.columns)}", f"give {KINDS}")
-    return lines
+    if made_for is not None:
+        return lines  # `match` writes null for the row of a node whose samples are gone
+    checks = {"row": _whole, "keep": _true_or_false}
+    return lines.with_columns(check(url, lines[name]) for name, check in checks.items() if name in lines.columns)
+
+
+def _whole(url: str, given: pl.Series) -> pl.Series:
+    """Rows as int64, of any numbers: pandas makes floats of integers where one is missing."""
+    if not given.dtype.is_numeric():
+        raise InputError(
+            f"{url}: its column row is {given.dtype}, not numbers", "write rows as integers, or name the column key"
+        )
+    whole = given.cast(pl.Int64, strict=False)
+    bad = (whole.is_null() | (whole != given)).arg_true()
+    if len(bad):
+        said = "null" if given[bad[0]] is None else given[bad[0]]
+        raise InputError(
+            f"{url}: row is {said} in line {bad[0] + 1:,} of {len(given):,}",
+            "write rows as whole numbers, and leave out lines without one",
+        )
+    return whole
+
+
+def _true_or_false(url: str, given: pl.Series) -> pl.Series:
+    numbers = given.dtype.is_numeric()
+    if given.dtype != pl.Boolean and not (numbers and ((given == 0) | (given == 1)).all()):
+        raise InputError(
+            f"{url}: its column keep is {given.dtype}, and not true or false" + ", or 1 or 0" * numbers,
+            "write it as true and false, or leave the column out",
+        )
+    return given.cast(pl.Boolean)
 
 
 def _lines(path: Path) -> NDArray[Any]:
     if path.suffix != ".txt":
         raise ValueError(f"its name ends in {path.suffix or 'nothing'}")
-    return np.array([line for line in path.read_text("utf-8").splitlines() if line], str)
+    return np.array([line for line in path.read_text("utf-8-sig").splitlines() if line], str)

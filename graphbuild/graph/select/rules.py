@@ -7,6 +7,8 @@ keeps the first rule that took it. Nothing of the store is rewritten. Memory: 20
 from __future__ import annotations
 
 import io
+import logging
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
@@ -30,6 +32,8 @@ from graphbuild.store.files import read_array
 from graphbuild.store.layout import SAMPLES
 from graphbuild.store.shards import shards_of
 from graphbuild.store.store import Json, Store
+
+logger = logging.getLogger(__name__)
 
 Prefer = Literal["first", "sharpest", "neighbors", "longest"]
 NO_CAPTION = "no usable caption, or a tar that is gone"
@@ -81,6 +85,10 @@ def select(
             f"prefer = {prefer!r} without a list to drop" if prefer in get_args(Prefer) else f"prefer = {prefer!r}",
             f"use one of {', '.join(get_args(Prefer))}, with --drop and a list of `mine --what duplicates`",
         )
+    if budget is not None and not 0 < budget < math.inf:
+        raise ConfigError(f"budget = {budget}", "give a share up to 1, or a number of rows")
+    if seed < 0:
+        raise ConfigError(f"seed = {seed}", "give a whole number from 0 on")
     schema = pa.schema(SCHEMA + [(CAPTIONS, pa.list_(pa.uint8()))] * graph.is_plural)
     choice = _Choice(graph, rules)
     return DerivedList(WHAT, graph, rules, schema, lambda: choice.parts(schema), packed=("row",))
@@ -172,7 +180,11 @@ class _Choice:
     def _subset(self, rules: Json) -> NDArray[np.int64]:
         within = self.why == 0
         budget, left = rules["budget"], int(within.sum())
-        count = round(budget * left) if 0 < budget <= 1 else int(budget)
+        if not left:
+            raise ConfigError(
+                f"budget = {budget} of no row: the rules before it keep no sample", "loosen them, or leave budget out"
+            )
+        count = round(budget * left) if budget <= 1 else int(budget)
         if not 0 < count <= left or (budget > 1 and budget != count):
             raise ConfigError(
                 f"budget = {budget} of the {left:,} rows left", "give a share up to 1, or a smaller number"
@@ -184,13 +196,18 @@ class _Choice:
         """A .npy [N], or a column by row; null, as a number NaN, where a sample has no value."""
         if given.endswith(".npy"):
             return read_array(given)
-        every = pl.concat(self.columns.frames([given]))
+        every = pl.concat(self.columns.frames([given]), how="vertical_relaxed")
         rows = pl.DataFrame({"row": np.arange(len(self.nodes))})
         return rows.join(every, on="row", how="left", maintain_order="left")[given].to_numpy()
 
     def parts(self, schema: pa.Schema) -> Iterator[Part]:
         counts = {"rows": len(self.why), "kept": int((self.why == 0).sum())}
         counts |= {reason: int((self.why == code).sum()) for code, reason in enumerate(self.reasons) if code}
+        if not counts["kept"]:
+            logger.warning(
+                "the selection keeps no sample: the column why of its file says by which rule each of %d rows went",
+                len(self.why),
+            )
         yield schema.empty_table(), counts
         reasons, captions = pa.array(self.reasons), self._captions() if CAPTIONS in schema.names else None
         for part in slices(len(self.why)):

@@ -1,8 +1,9 @@
 """What is known of a store's samples, by column, shard after shard: for expressions over them, and to find some again.
 
 Columns are those of samples/, of the graph (degree, nearest, samples), of the table that img2dataset writes beside a
-tar (NAME.parquet: width, height, similarity, ...), and the fields of the samples' JSON members. Only what is asked for
-is read; JSON members are read one by one, where they lie in the tars.
+tar (NAME.parquet: width, height, similarity, ...), and the fields of the samples' JSON members, which also stand in for
+a table that is missing beside a tar. Only what is asked for is read; JSON members are read one by one, where they lie
+in the tars.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class SampleColumns:
             ConfigError: no sample has such a column; it names those that there are.
         """
         places: dict[str, Callable[[Shard, pa.Table, list[str]], pl.DataFrame]] = {}
+        types: dict[str, pl.DataType] = {}  # of columns that tables have, for shards where all is null
         for shard in self._shards:
             table = self._samples_of(shard, [*OWN, *OF_CAPTIONS, MORE])
             if not len(table):
@@ -58,10 +60,12 @@ class SampleColumns:
             frame = self._lines(shard, table, of_captions=of_captions)
             for name in names:
                 if name not in (*frame.columns, *OF_GRAPH, *places):
-                    places[name] = self._place(shard, name)
+                    places[name] = self._place(shard, name, types)
             for read in dict.fromkeys(places.values()):
                 wanted = [name for name, place in places.items() if place == read]
                 frame = frame.join(read(shard, table, wanted), on="row", how="left", maintain_order="left")
+            empty = [name for name in types if frame[name].dtype == pl.Null]
+            frame = frame.with_columns(pl.col(name).cast(types[name]) for name in empty)
             nodes = frame["node"].to_numpy()
             graph = [pl.Series(name, self._of_nodes(name, nodes)) for name in OF_GRAPH if name in names]
             yield frame.with_columns(graph).select(list(dict.fromkeys(["row", *names])))
@@ -77,12 +81,18 @@ class SampleColumns:
         weight = pl.col("weight").fill_null(1) if "weight" in frame.columns else pl.lit(1, pl.Float32)
         return frame.with_columns(weight=weight, shard=pl.lit(shard.tar["name"] if shard.tar else shard.name))
 
-    def _place(self, shard: Shard, name: str) -> Callable[[Shard, pa.Table, list[str]], pl.DataFrame]:
-        listed, fields = self._table_beside(shard), self._json(shard, 1_000)
+    def _place(
+        self, shard: Shard, name: str, types: dict[str, pl.DataType]
+    ) -> Callable[[Shard, pa.Table, list[str]], pl.DataFrame]:
+        listed = self._table_beside(shard)
+        if name not in listed.columns:
+            if any(name in one for one in self._json(shard, 1_000)):
+                return self._members
+            if not len(listed.columns):  # a later tar may have a table
+                listed = next((one for one in map(self._table_beside, self._shards) if len(one.columns)), listed)
         if name in listed.columns:
+            types[name] = listed[name].dtype
             return self._listed
-        if any(name in one for one in fields):
-            return self._members
         raise ConfigError(
             f"no sample of {shard.name} of {self._store.url} has a column {name!r}",
             f"use one of {', '.join(self.names(shard))} ({EXPLAINED})",
@@ -96,16 +106,21 @@ class SampleColumns:
 
     def _table_beside(self, shard: Shard) -> pl.DataFrame:
         """The table that img2dataset wrote beside a tar, a line a key; without columns where there is none."""
-        url = f"{tar_stem(self._store.resolve(shard.tar['url']))}.parquet" if shard.tar else ""
-        if not url or not is_there(url):
+        if shard.tar is None:
+            return pl.DataFrame()
+        tar = self._store.resolve(shard.tar["url"])
+        url = f"{tar.rpartition('/')[0]}/{tar_stem(tar)}.parquet"
+        if not is_there(url):
             return pl.DataFrame()
         with open_parts(url) as stream:
             frame = pl.DataFrame(pq.read_table(stream))
         return frame.unique("key", keep="first") if "key" in frame.columns else pl.DataFrame()
 
     def _listed(self, shard: Shard, table: pa.Table, names: list[str]) -> pl.DataFrame:
-        keys = pl.DataFrame({name: table[name].to_numpy() for name in ("row", "key")})
         beside = self._table_beside(shard)
+        if not set(names) <= set(beside.columns):
+            return self._members(shard, table, names)
+        keys = pl.DataFrame({name: table[name].to_numpy() for name in ("row", "key")})
         return keys.join(beside.select("key", *names), on="key", how="left").drop("key")
 
     def _members(self, shard: Shard, table: pa.Table, names: list[str]) -> pl.DataFrame:
@@ -159,13 +174,17 @@ def rows_where(columns: SampleColumns, expression: str, *, plural: bool) -> tupl
         names = list(dict.fromkeys(asked.meta.root_names()))
     except (pl.exceptions.PolarsError, TypeError) as error:
         raise ConfigError(f"--where {expression!r} cannot be read ({error})", fix) from None
+
+    def judged(part: pl.DataFrame) -> pl.Series:
+        mask = part.select(asked.alias("asked"))["asked"]
+        return mask.new_from_index(0, len(part)) if not names and len(mask) == 1 else mask  # as 1 = 1
+
     of_captions = plural and not set(names).isdisjoint((*OF_CAPTIONS, *OF_GRAPH))
     found: list[Any] = []
     for frame in columns.frames(names, of_captions=of_captions):
         try:
-            mask = frame.select(asked.alias("asked"))["asked"]
-            half = len(frame) // 2
-            alone = [part.select(asked.alias("asked"))["asked"] for part in (frame[:half], frame[half:]) if half]
+            mask, half = judged(frame), len(frame) // 2
+            alone = [judged(part) for part in (frame[:half], frame[half:]) if half]
         except pl.exceptions.PolarsError as error:
             raise ConfigError(f"--where {expression!r} fails ({error})", fix) from None
         whole = len(mask) == len(frame) and (not alone or pl.concat(alone).equals(mask))
