@@ -247,7 +247,7 @@ def test_each_old_tar_is_read_once_from_its_begin_to_its_end(folder: Path, expor
 
 
 def test_few_files_are_open_at_once_and_few_are_opened_for_a_new_tar(exported: Exported) -> None:
-    assert exported.most <= 5, "one that is read, one that is written, and again, to lock it, and where progress is told"
+    assert exported.most <= 5, "what is read; what is written, and again, to lock it; and where progress is told"
     of_runs = [times for name, times in exported.opened.items() if name.endswith((".rows", ".moved"))]
     new = -(-TARS * SAMPLES // SIZE)
     pieces = 2 * sum(size for reads in exported.reads.values() for _, size in reads) // PIECE
