@@ -32,6 +32,7 @@ FIELD = re.compile(r"\{([^{}]+)\}")
 MAX_CAPTION_BYTES = 1_000_000
 MAX_CAPTIONS = 100  # of a sample
 CLASS_MARK = re.compile("\0[0-9]+")
+NO_WEIGHTS = "weights for its captions"  # in the reason
 LINES = "lines"  # of a text member, each a caption
 MARK = "\ufeff"  # byte order
 
@@ -73,7 +74,7 @@ def weighted(
     if each is not None:
         weights = _weights(each, len(flat))
         if weights is None:
-            return [Found(content, reason or f"no {len(flat)} weights for its captions") for content, reason in flat]
+            return [Found(content, reason or f"no {len(flat)} {NO_WEIGHTS}") for content, reason in flat]
     elif weights is not None:
         weights = [weight / len(own) for own, weight in zip(sources, weights, strict=True) for _ in own]
     found = [Found(*pair, weight) for pair, weight in zip(flat, weights or [1.0] * len(flat), strict=True)]

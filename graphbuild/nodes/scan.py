@@ -20,6 +20,7 @@ import pyarrow as pa
 from graphbuild.errors import ConfigError, InputError, public
 from graphbuild.nodes.caption_rows import CaptionRows
 from graphbuild.nodes.captions import (
+    NO_WEIGHTS,
     Found,
     fill_fields,
     fill_template,
@@ -228,7 +229,8 @@ def _scan_list(urls: Sequence[str], settings: Mapping[str, Any], writer: Writer)
     samples = sum(shard["samples"] for shard in shards.values())
     if samples == 0:
         why = "; ".join(f"{count:,} rejected: {reason}" for reason, count in reasons.items())
-        raise InputError(f"{urls[0]}: no row has a caption ({why})", "check --caption-column")
+        option = "--caption-weights" if any(NO_WEIGHTS in reason for reason in reasons) else "--caption-column"
+        raise InputError(f"{urls[0]}: no row has a caption ({why})", f"check {option}")
     counts = {"samples": samples, "captions": captions, "rejected": rejected_rows}
     return {"counts": counts, "numbers": numbers, "reasons": reasons, "shards": shards}
 
@@ -248,10 +250,17 @@ def _found(rows: pa.Table, settings: Mapping[str, Any]) -> Iterator[list[Found]]
         yield from ([Found(fill_template(template, text))] for text in columns[0])
         return
     each = rows[WEIGHTS_ROLE].to_pylist() if isinstance(weights, str) else [None] * len(rows)
+    names = settings["caption_column"].split(";")
     for *values, own in zip(*columns, each, strict=True):
-        several = [value if isinstance(value, list) and value else [value] for value in values]
-        sources = [[(fill_template(template, text), None) for text in texts] for texts in several]
+        sources = [_column_texts(name, value, template) for name, value in zip(names, values, strict=True)]
         yield weighted(sources, each=own or "") if isinstance(weights, str) else weighted(sources, weights)
+
+
+def _column_texts(column: str, value: str | list[str] | None, template: str) -> list[tuple[str | None, str | None]]:
+    """(caption, None) of each that a column holds in a row, or (what stands there, why it holds none)."""
+    if value == []:
+        return [("[]", f"column {column!r} is an empty list")]
+    return [(fill_template(template, text), None) for text in (value if isinstance(value, list) else [value])]
 
 
 def _reasons(rejected: Sequence[tuple[Any, ...]]) -> dict[str, int]:

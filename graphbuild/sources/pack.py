@@ -88,7 +88,7 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
         for row in read_rows(task.hints["url"], task.hints["names"], config, first, count):
             try:
                 if row.fault:
-                    raise _RowError(row.fault)
+                    raise _RowError(_fault(row))
                 key = _key(row, config, f"{task.name}{row.number - first:06d}", seen)
                 caption, text = _caption(row, config)
                 image, ending = _image(row, config, folder)
@@ -111,6 +111,12 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
 
 class _RowError(Exception):
     """Why a row becomes no sample."""
+
+
+def _fault(row: Row) -> str:
+    """Why a row cannot be read; of the file beside an image the same text for all up to its colon."""
+    beside = f"{str(row.path).rpartition('.')[0]}.json: "
+    return f"its .json cannot be read: {row.fault}" if row.fault.startswith(beside) else row.fault
 
 
 def _key(row: Row, config: Pack, number: str, seen: set[str]) -> str:

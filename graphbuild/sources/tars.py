@@ -1,9 +1,9 @@
 """WebDataset tars: which samples and members they hold, and where each member's bytes lie.
 
 Groups members into samples as the webdataset package does (key: the path up to the first dot of the file name), and
-raises InputError on everything that it would pass over in silence: a cut or damaged archive, data behind the archive's
-end, a key that appears twice. Names are keys only: nothing is ever unpacked to disk under a member's name. One pass
-over the headers; contents are read only where asked for.
+raises InputError on everything that it would pass over in silence: a cut or damaged archive, data behind its end, a key
+that appears twice, a link in place of a file. Names are keys only: nothing is ever unpacked to disk under a member's
+name. One pass over the headers; contents are read only where asked for.
 """
 
 from __future__ import annotations
@@ -83,10 +83,11 @@ class Tar:
             for info in archive:
                 self._check(info, bytes_total)
                 offset = archive.offset
-                is_member = info.isreg() and not _META.match(info.name) and not is_hidden(info.name)
-                name = _NAME.match(info.name) if is_member else None
-                if name is None:
-                    continue  # folders, links, hidden files, and those without an extension are no samples' members
+                name = None if _META.match(info.name) or is_hidden(info.name) else _NAME.match(info.name)
+                if name is not None and (info.islnk() or info.issym()):
+                    raise self._linked(info)
+                if name is None or not info.isreg():
+                    continue  # folders, hidden files, and those without an extension are no samples' members
                 key, extension = name[1], name[2].lower()
                 if current is None or current.key != key:
                     if key in samples:
@@ -118,6 +119,13 @@ class Tar:
                 f"{self.url}: the member name {info.name!r} at byte {info.offset:,} is not UTF-8",
                 "rename the file and write the tar again",
             )
+
+    def _linked(self, info: tarfile.TarInfo) -> InputError:
+        kind = "hard" if info.islnk() else "symbolic"
+        return InputError(
+            f"{self.url}: member {info.name!r} is a {kind} link to {info.linkname!r}, which readers pass over",
+            "write the tar again with the files themselves: tar --dereference --hard-dereference",
+        )
 
     def _check_end(self, offset: int, bytes_total: int) -> None:
         """From `offset` on must be zeros up to the file's end, one block of them or more."""

@@ -468,16 +468,21 @@ def test_a_tar_of_no_samples_beside_good_ones_is_a_shard_of_no_rows(
 def test_names_in_a_tar_are_keys_and_never_paths(tmp_path: Path, store: Path) -> None:
     outside = tmp_path / "outside"
     kinds = {"link": tarfile.SYMTYPE, "hard": tarfile.LNKTYPE, "device": tarfile.CHRTYPE, "pipe": tarfile.FIFOTYPE}
-    special = []
+    special = {}
     for name, kind in kinds.items():
         info = tarfile.TarInfo(f"{name}.txt")
         info.type, info.linkname = kind, str(tmp_path / "secret")
-        special.append((info, b""))
+        special[name] = (info, b"")
     names = [f"{outside}/0.txt", "../../up.txt", "./here.txt", "a/../b.txt", "C:\\x\\y.txt", "~/home.txt", "%2e%2e.txt"]
     tars = tmp_path / "tars"
     tars.mkdir()
     (tmp_path / "secret").write_text("a secret")
-    path = write_tar(tars / "a.tar", [*special, *((name, f"text of {name}".encode()) for name in names)])
+    own = [(name, f"text of {name}".encode()) for name in names]
+    for name in ("link", "hard"):
+        linked = write_tar(tars / "a.tar", [*own, special.pop(name)])
+        outcome = graphbuild("embed", tmp_path / "refused", "--shards", linked, "--workers", 0)
+        refused(outcome, linked, f"member '{name}.txt' is a", "link to")
+    path = write_tar(tars / "a.tar", [*special.values(), *own])
     before = files(tmp_path)
     succeeded(graphbuild("embed", store, "--shards", path, "--workers", 0))
     assert [name for name in files(tmp_path) if not name.startswith("store/")] == before

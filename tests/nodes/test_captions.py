@@ -9,6 +9,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -64,6 +65,21 @@ def test_a_field_that_no_column_has_is_named_with_the_nearest(tmp_path):
     with pytest.raises(InputError, match=r"no column 'title'.*") as error:
         embed(tmp_path, captions=str(tmp_path / "list.csv"))
     assert "{Title} in --template" in error.value.fix
+
+
+def test_a_field_that_is_a_list_is_refused_by_the_option_that_names_it(tmp_path):
+    pq.write_table(pa.table({"title": ["Ox"], "the text": [["a", "b"]]}), tmp_path / "list.parquet")
+    with pytest.raises(InputError, match=r"column 'the text' is list<.* not text") as error:
+        embed(tmp_path, captions=str(tmp_path / "list.parquet"))
+    assert error.value.fix == "name another with --template"
+
+
+def test_columns_that_semicolons_part_are_told_of_whichever_are_named(tmp_path):
+    (tmp_path / "list.csv").write_text("caption;key\na;1\n")
+    for column in ("caption", "caption;key"):
+        with pytest.raises(InputError, match="no column 'caption'") as error:
+            embed(tmp_path, captions=str(tmp_path / "list.csv"), template="{}", caption_column=column)
+        assert "seems to have ';' between its columns: write it again with commas" in error.value.fix
 
 
 def test_a_template_has_one_place_or_named_ones(tmp_path):

@@ -7,6 +7,8 @@ import json
 import random
 import tarfile
 from collections import Counter
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from sentence_transformers import SentenceTransformer
 from torch.utils.data import DataLoader
 
 from graphbuild import SampleGraph
-from graphbuild.errors import ConfigError, ShardError
+from graphbuild.errors import ConfigError, InputError, ShardError, StageError
 from graphbuild.graph.lists.duplicates import near_duplicates
 from graphbuild.job.steps import run_verb
 from graphbuild.look.catalog import Catalog
@@ -224,6 +226,55 @@ def test_captions_of_several_columns_or_lists(tmp_path: Path, letters: str, kind
     assert captions_in(store) == [[("a b", 0.25), ("c d", 0.75)], [("e f", 1.0)], [("g h", 0.25), ("a b", 0.75)]]
     assert [row["key"] for row in rows_of(store)] == ["0", "1", "3"]
     assert rejected_in(store) == {(1, "empty caption"): 1, (2, "empty caption"): 2}
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_a_list_without_a_caption_is_one_rejected_caption_of_its_column(
+    tmp_path: Path, letters: str, suffix: str
+) -> None:
+    rows = [{"a": ["a b", "c d"], "b": ["e f"]}, {"a": [], "b": []}, {"a": ["g h"], "b": []}]
+    path = tmp_path / f"list.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"a": "i j", "b": "k l"}]))
+    last = [] if suffix == "parquet" else [["i j"]]
+    store = build(tmp_path / "one", letters, "embed", captions=str(path), caption_column="a")
+    assert [[text for text, _ in own] for own in captions_in(store)] == [["a b", "c d"], ["g h"], *last]
+    assert [row["key"] for row in rows_of(store)] == ["0", "2", "3"][: 2 + len(last)]
+    assert rejected_in(store) == {(1, "column 'a' is an empty list"): 1}
+    assert Store(str(store)).manifest()["stages"]["scan"]["counts"]["rejected"] == 1
+    both = build(tmp_path / "both", letters, "embed", captions=str(path), caption_column="a;b")
+    assert len(captions_in(both)) == 2 + len(last)
+    empty = "column 'b' is an empty list"
+    assert rejected_in(both) == {(1, "column 'a' is an empty list"): 1, (1, empty): 1, (2, empty): 1}
+
+
+def test_weights_in_decimals_are_numbers(tmp_path: Path, letters: str) -> None:
+    weights = pa.array([[Decimal("0.25"), Decimal("0.75")]], pa.list_(pa.decimal128(4, 2)))
+    pq.write_table(pa.table({"caption": [["a b", "c d"]], "w": weights}), tmp_path / "a.parquet")
+    store = build(tmp_path / "s", letters, "embed", captions=str(tmp_path / "a.parquet"), caption_weights="w")
+    assert captions_in(store) == [[("a b", 0.25), ("c d", 0.75)]]
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        (pa.array([["x", "y"]]), "column 'w' is list<"),
+        (pa.array([[date(2024, 2, 29)]]), "column 'w' is list<"),
+        (pa.array([0.5]), "column 'w' is double, not lists of numbers"),
+        (pa.array(["words"]), "no row has a caption (2 rejected: no 2 weights"),
+    ],
+)
+def test_a_column_that_holds_no_weights_is_refused_by_its_option(
+    tmp_path: Path, letters: str, weights: pa.Array, said: str
+) -> None:
+    pq.write_table(pa.table({"caption": [["a b", "c d"]], "w": weights}), tmp_path / "a.parquet")
+    with pytest.raises((InputError, StageError)) as error:
+        build(tmp_path / "s", letters, "embed", captions=str(tmp_path / "a.parquet"), caption_weights="w")
+    assert said in str(error.value)
+    assert "--caption-weights" in str(error.value)
+    assert "--caption-column" not in str(error.value)
 
 
 def test_a_caption_without_a_vector_leaves_the_others_and_a_first_one_its_place(tmp_path: Path, letters: str) -> None:

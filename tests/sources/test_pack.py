@@ -286,6 +286,28 @@ def test_broken_lines_of_metadata_are_rejected_and_no_others(tmp_path: Path) -> 
     assert [json.loads(parts["json"])["origin"]["row"] for parts in members(tmp_path / "store").values()] == [0, 5]
 
 
+def test_broken_json_beside_images_is_one_reason_and_each_name_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for n, told in enumerate(["{}", "{", "[1]", '{"n": NaN']):
+        (folder / f"{n}.png").write_bytes(image(1)[0])
+        (folder / f"{n}.json").write_text(told)
+    manifest = pack(tmp_path / "store", folder)
+    assert manifest["pack"] == {"rejected": {"its .json cannot be read": 3}}
+    reasons = [reason for _, reason in rejections(tmp_path / "store")]
+    assert [reason.split(": ")[:2] for reason in reasons] == [["its .json cannot be read", f"{n}.json"] for n in "123"]
+
+
+def test_a_parquet_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    content = pa.array([image(0)[0]], pa.binary())
+    table = pa.Table.from_arrays([content, pa.array(["a"]), pa.array(["b"])], ["image", "caption", "caption"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="2 columns 'caption'") as refusal:
+        pack(tmp_path / "store", tmp_path / "a.parquet")
+    assert "rename them" in refusal.value.fix
+    assert not list((tmp_path / "store").rglob("*.tar"))
+
+
 def test_keys_of_a_column_are_kept_and_those_that_are_unfit_or_there_twice_are_counted(tmp_path: Path) -> None:
     keys = ["a", "b c", "é", "a", "x/y", "x.y", None, "", "1" * 101]
     table = {"image": [image(n)[0] for n in range(9)], "id": keys}

@@ -168,15 +168,15 @@ def test_a_gzipped_tar_reads_like_the_plain_one_without_offsets(tmp_path: Path) 
             assert tar.compressed
 
 
-def test_links_devices_and_folders_are_no_members(tmp_path: Path) -> None:
+def test_devices_and_folders_are_no_members(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as archive:
         for name, kind in {
             "folder": tarfile.DIRTYPE,
             "folder.jpg": tarfile.DIRTYPE,
-            "link.jpg": tarfile.SYMTYPE,
+            "folder link": tarfile.SYMTYPE,
+            ".hidden.jpg": tarfile.LNKTYPE,
             "0.jpg": tarfile.REGTYPE,
-            "hard.jpg": tarfile.LNKTYPE,
             "device.jpg": tarfile.CHRTYPE,
             "block.jpg": tarfile.BLKTYPE,
             "pipe.jpg": tarfile.FIFOTYPE,
@@ -230,6 +230,24 @@ def test_duplicate_keys_and_names_are_refused_with_their_place(tmp_path: Path, n
     assert word in error.cause
     assert f"byte {1024 * (len(names) - 1):,}" in error.cause
     assert "write the tar again" in error.fix
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="no tar program on this machine")
+@pytest.mark.parametrize("kind", ["hard", "symbolic"])
+def test_links_in_place_of_files_are_refused_and_the_options_that_are_named_mend_them(
+    tmp_path: Path, kind: str
+) -> None:
+    for name in ("0.jpg", "0.txt"):
+        (tmp_path / name).write_bytes(name.encode())
+        other = tmp_path / name.replace("0", "1")
+        other.hardlink_to(tmp_path / name) if kind == "hard" else other.symlink_to(name)
+    path, names = tmp_path / "a.tar", ["0.jpg", "0.txt", "1.jpg", "1.txt"]
+    subprocess.run(["tar", "-cf", path, *names], cwd=tmp_path, check=True)
+    error = refusal(path)
+    assert f"a.tar: member '1.jpg' is a {kind} link to '0.jpg'" in error.cause
+    options = error.fix.split()[-2:]  # --dereference alone makes hard links of symbolic ones
+    subprocess.run(["tar", *options, "-cf", path, *names], cwd=tmp_path, check=True)
+    assert read(path) == [(key, {"jpg": b"0.jpg", "txt": b"0.txt"}) for key in "01"]
 
 
 @pytest.mark.skipif(shutil.which("tar") is None, reason="no tar program on this machine")

@@ -16,6 +16,7 @@ from graphbuild.sources.tables.spec import BLANK, NOT_UTF8, PRESETS, TableSpec, 
 from graphbuild.sources.tables.text import MAX_ROW_BYTES, Record, TextTable, chomp
 
 MAX_ROW_LINES = 1_000
+_SEPARATORS = {";": "';'", "\t": "tabs", ",": "commas", "|": "'|'"}
 _UNCLOSED, _AFTER_QUOTE = "a quote that is never closed", "text after a closing quote"
 _CLOSING_QUOTE = re.compile(rb'(?:[^"]++|"")*+"')
 _QUOTED_TSV_FIELD = re.compile(rb'(?:^|[\t\n])"((?:[^"\t\n]++|"")*+)"(?=[\t\r\n]|\Z)')
@@ -50,6 +51,9 @@ def delimited_table(
         presets = [preset for preset in PRESETS if not is_csv and _fits(preset, names)]
         way = f"--preset {presets[0]}" if presets else "a first line that names the columns"
         hint = f"the first line looks like data, not like names: use {way}"
+    elif len(names) == 1 and (mark := next((mark for mark in _SEPARATORS if mark in names[0]), "")):
+        fix = "write it again with commas, or with tabs and the name .tsv"
+        hint = f"the first line seems to have {_SEPARATORS[mark]} between its columns: {fix}"
     return select(spec, names, keep_others, hint), len(names), records
 
 

@@ -49,8 +49,9 @@ def parquet_chunks(
         schema = parquet.schema_arrow
         selected = select(spec, schema.names, keep_others)
         for (role, index), column in zip(selected, spec.columns.values(), strict=False):
-            if not _is_text(schema.field(index).type, role, spec):
-                raise wrong_type(spec.path, role, column, str(schema.field(index).type))
+            type_ = schema.field(index).type
+            if not _is_text(type_, role, spec):
+                raise wrong_type(spec.path, role, column, str(type_))
         wanted = None if keep_others else list(dict.fromkeys(spec.columns.values()))
         others = selected[len(spec.columns) :]
         count = parquet.num_row_groups
@@ -87,9 +88,14 @@ def _is_text(type_: pa.DataType, role: str, spec: TableSpec) -> bool:
     if role == "key" and pa.types.is_integer(type_):
         return True
     if _is_list(type_):
-        return spec.takes_lists(role) and (role == WEIGHTS_ROLE or _is_text(type_.value_type, "", spec))
+        inner = type_.value_type
+        return spec.takes_lists(role) and (_is_number(inner) if role == WEIGHTS_ROLE else _is_text(inner, "", spec))
     tests = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
     return any(getattr(pa.types, f"is_{test}")(type_) for test in tests)
+
+
+def _is_number(type_: pa.DataType) -> bool:
+    return any(getattr(pa.types, f"is_{test}")(type_) for test in ("integer", "floating", "decimal", "null"))
 
 
 def _is_list(type_: pa.DataType) -> bool:
@@ -111,7 +117,8 @@ def _parquet_chunk(spec: TableSpec, batch: pa.RecordBatch, others: list[tuple[st
         if pa.types.is_dictionary(values.type):
             values = values.dictionary_decode()
         if role == WEIGHTS_ROLE and _is_list(values.type):
-            values = pa.array([None if each is None else json.dumps(each) for each in values.to_pylist()], pa.string())
+            told = (None if each is None else json.dumps(each, default=float) for each in values.to_pylist())
+            values = pa.array(told, pa.string())  # float: of decimals
         if pa.types.is_integer(values.type):
             values = values.cast(pa.large_string())
         binary, string = pa.large_binary(), pa.large_string()

@@ -22,8 +22,12 @@ def plain_table(table: pa.Table) -> pa.Table:
     """The same rows and columns, of types that JSON holds; columns that have one already are passed on.
 
     Raises:
-        InputError: a value has no text, as a date beyond the year 9999.
+        InputError: a value has no text, as a date beyond the year 9999; or two columns have one name.
     """
+    twice = next((name for name in table.column_names if table.column_names.count(name) > 1), None)
+    if twice is not None:
+        cause = f"the list has {table.column_names.count(twice)} columns {twice!r}"
+        raise InputError(cause, "rename them: of columns with one name JSON keeps the last alone")
     for index, field in enumerate(table.schema):
         if _is_plain(field.type):
             continue

@@ -107,11 +107,14 @@ def rejected(rejects: Sequence[tuple[int, str, bytes]]) -> pa.Table:
 
 def wrong_type(path: str, role: str, column: str, kind: str) -> InputError:
     """The error for a role's column that holds `kind` instead of text."""
-    return InputError(f"{path}: column {column!r} is {kind}, not text", f"name another with {option(role)}")
+    wanted = "lists of numbers" if role == WEIGHTS_ROLE else "text"
+    return InputError(f"{path}: column {column!r} is {kind}, not {wanted}", f"name another with {option(role)}")
 
 
 def option(role: str) -> str:
     """The option that names a role's column."""
+    if role.startswith(FIELD_ROLE):
+        return "--template"
     return "--caption-weights" if role == WEIGHTS_ROLE else f"--{role.partition(' ')[0]}-column"
 
 
