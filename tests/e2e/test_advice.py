@@ -400,6 +400,8 @@ ELSEWHERE = {
     "use --engine exact or partition, or install it anew": "a broken faiss",
     "say --device cpu": "a GPU",
     "use --engine exact, or --device cpu": "a GPU",
+    "use --engine exact, or a FAISS index": "tests/knn/test_engines.py",
+    "write the tar again with the files themselves": "tests/sources/test_tars.py",
     "use a smaller --k, --device cpu": "a GPU",
     "use --device cpu, or leave --precision away": "a GPU",
     "use --device cpu, or an --address": "a cluster without GPUs: tests/runner/test_runner.py",
