@@ -30,13 +30,13 @@ ABOUT = {
     "rows, converting them where the machine has no int8 products, and offering what passes.",
     "order": "Vectors and codes are copied to where near nodes are neighbours. Bound by the reads at random.",
     "join": "All pairs of each leaf, counted here as the whole square, of which half is computed where codes are "
-    "multiplied two at a time. Bound by the products; most of the rest is offering pairs to both lists, as the nodes of "
-    "a leaf are near and many pairs enter.",
+    "multiplied two at a time. Bound by the products; most of the rest is offering pairs to both lists, as the nodes "
+    "of a leaf are near and many pairs enter.",
     "merge": "Lists of several leaves become one. Bound by the offers.",
     "refine": "Of each node the lists of its 12 nearest are read, and what is new is compared by its code. Bound by "
     "these reads at random, which depend on the data and are not counted here.",
-    "search": "A list's candidates are scored by their float16 vectors in float64. Bound by the reads, which are less at "
-    "random than counted here, as nodes lie by leader.",
+    "search": "A list's candidates are scored by their float16 vectors in float64. Bound by the reads, which are less "
+    "at random than counted here, as nodes lie by leader.",
     "certify": "The sampled nodes against all, by 64 of the 384 numbers of a vector, and by more where these cannot "
     "rule a pair out. Bound by the products; the rest is shortening, masks, and pairs that are computed again.",
 }
