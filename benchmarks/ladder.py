@@ -11,8 +11,8 @@ seconds of all its processes, their peak RSS and PSS (looked at every `--every` 
 and the scratch there was when it ended. `show` prints a table of medians with the exponent of growth between the
 sizes, and draws the CPU microseconds a node.
 
-`job` is the whole job of a user instead: a list of captions, each the first half of a real one and the second half of
-another, through the commands embed (a static encoder: of each word piece the vector that the default encoder gives it),
+`job` is the whole job of a user instead: a list of captions, each the first four fifths of the words of a real one and
+the last fifth of another's, through the commands embed (a static encoder: of each word piece the vector that the default encoder gives it),
 index, export and verify, and an epoch of batches of neighbours with their similarities. It prints a row a command:
 seconds, CPU seconds, and the peaks of memory over all its processes, with mapped files (PSS) and without.
 """
@@ -255,22 +255,25 @@ def whole_job(asked: argparse.Namespace) -> None:
 
 
 def recombined(cache: Path, corpus: Path, count: int, seed: int = 0) -> Path:
-    """A parquet file of so many captions: the first half of the words of one, and the second half of another."""
+    """A parquet file of so many captions: the first four fifths of the words of one, and the last fifth of another's.
+
+    With halves of captions the index of 12.4 million could promise a recall of 0.90 at most.
+    """
     import polars as pl
 
     path = cache / f"recombined_{count}.parquet"
     if not path.exists():
         words = [text.split() for text in pl.read_parquet(corpus, columns=["caption"])["caption"]]
-        halves = [pl.Series([" ".join(part) for part in parts]) for parts in zip(*map(halved, words), strict=True)]
+        parts = [pl.Series([" ".join(part) for part in some]) for some in zip(*map(divided, words), strict=True)]
         random = np.random.default_rng(seed)
-        first, second = (half.gather(random.integers(0, len(words), count)) for half in halves)
-        pl.select(pl.concat_str([first, second], separator=" ").alias("caption")).write_parquet(path)
+        first, last = (part.gather(random.integers(0, len(words), count)) for part in parts)
+        pl.select(pl.concat_str([first, last], separator=" ").alias("caption")).write_parquet(path)
     return path
 
 
-def halved(words: list[str]) -> tuple[list[str], list[str]]:
-    middle = len(words) // 2
-    return words[:middle], words[middle:]
+def divided(words: list[str]) -> tuple[list[str], list[str]]:
+    first = round(0.8 * len(words))
+    return words[:first], words[first:]
 
 
 def static_encoder(cache: Path) -> Path:
