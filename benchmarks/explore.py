@@ -1,8 +1,9 @@
 """What a request to `graphbuild explore` takes on a graph of CC12M's size, and the memory of the process that serves.
 
-The store is that of benchmarks/graph.py with 12.4 million nodes (random lists and vectors, k = 64, d = 384: 17 GB), and
-a sample and a caption a node. Random lists are the worst case for a text's search, a walk along them: they lead
-anywhere. Requests begin with an empty page cache. Images are left out: each is one read of a tar.
+FOLDER is a store with a graph, as `ladder.py job` leaves one of 12.4 million captions; an empty folder becomes that of
+benchmarks/graph.py with `--nodes` (random lists and vectors, k = 64, d = 384: 17 GB), and a sample and a caption a
+node. Random lists are the worst case for a text's search, a walk along them: they lead anywhere. Requests begin with an
+empty page cache. Images are left out: each is one read of a tar.
 
 The map is made when it is first asked for. What it costs by the number of nodes, and what it is worth: layout.py.
 
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from urllib.parse import quote
 from urllib.request import HTTPCookieProcessor, build_opener
@@ -25,7 +27,8 @@ import numpy as np
 import polars as pl
 from graph import LARGE, empty_page_cache, make_store
 
-from graphbuild.store.shards import shards_of
+from graphbuild.store.layout import SAMPLES
+from graphbuild.store.shards import node_count, shards_of
 from graphbuild.store.store import Store
 
 REQUESTS = 50
@@ -55,6 +58,14 @@ def make_catalog(folder: Path, nodes: int) -> Store:
     return store
 
 
+def asked_of(store: Store) -> pl.DataFrame:
+    """`key` and `caption` of REQUESTS samples, of any shards."""
+    rng = np.random.default_rng(3)
+    shards = rng.choice([shard.name for shard in shards_of(store, store.manifest())], REQUESTS)
+    tables = [pl.read_parquet(store.path(SAMPLES.format(name)), columns=["key", "caption"]) for name in shards]
+    return pl.concat([table.sample(1, seed=int(seed)) for seed, table in enumerate(tables)])
+
+
 def own_megabytes(process: int) -> float:
     """Memory of a process that is not files mapped into it."""
     found = re.search(r"^RssAnon:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
@@ -67,7 +78,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--nodes", type=int, default=LARGE)
     options = parser.parse_args()
-    store = make_catalog(options.folder, options.nodes)
+    store = Store(str(options.folder))
+    if "graph" not in (store.read_json("manifest.json") or {}):
+        store = make_catalog(options.folder, options.nodes)
+    nodes, some = node_count(store.manifest()), asked_of(store)
+    keys, texts = cycle(some["key"].to_list()), cycle([" ".join(text.split()[:6]) for text in some["caption"]])
     empty_page_cache(options.folder)
     begin = time.perf_counter()
     program = str(Path(sys.executable).with_name("graphbuild"))
@@ -76,24 +91,24 @@ def main() -> None:
         address = server.stdout.readline().split()[1]
         signed_in, base = build_opener(HTTPCookieProcessor()), address.partition("?")[0]
         signed_in.open(address).close()
-        print(f"{options.nodes:,} nodes; ready after {time.perf_counter() - begin:.1f} s\n")
+        print(f"{nodes:,} nodes; ready after {time.perf_counter() - begin:.1f} s\n")
         print("| request | first, ms | median, ms | p95, ms | memory then, MB |\n|---|---|---|---|---|", flush=True)
         rng = np.random.default_rng(2)
         kinds: dict[str, tuple[Callable[[], str], int]] = {
-            "a node's neighbours": (lambda: f"api/0/node/{rng.integers(options.nodes)}", REQUESTS),
-            "a key": (lambda: f"api/0/key?key={rng.integers(options.nodes):09}", REQUESTS),
-            "a text": (lambda: f"api/0/search?text={quote(' '.join(rng.choice(WORDS, 4)))}", REQUESTS),
+            "a node's neighbours": (lambda: f"api/0/node/{rng.integers(nodes)}", REQUESTS),
+            "a key": (lambda: f"api/0/key?key={next(keys)}", REQUESTS),
+            "a text": (lambda: f"api/0/search?text={quote(next(texts))}", REQUESTS),
             "the map, made": (lambda: "api/0/map", 1),
             "the map": (lambda: "api/0/map", REQUESTS),
             "a million places": (
-                lambda: f"api/0/places?begin={rng.integers(10) * (options.nodes // 20)}&count=1000000",
+                lambda: f"api/0/places?begin={rng.integers(10) * (nodes // 20)}&count=1000000",
                 20,
             ),
             "colours by community": (lambda: "api/0/colour?by=community", 20),
             "colours by length, made": (lambda: "api/0/colour?by=LENGTH(caption)", 1),
             "near-duplicates, made": (lambda: "api/0/duplicates", 1),
             "near-duplicates": (lambda: "api/0/duplicates", REQUESTS),
-            "what a pointer rests on": (lambda: f"api/0/node/{rng.integers(options.nodes)}?count=1", REQUESTS),
+            "what a pointer rests on": (lambda: f"api/0/node/{rng.integers(nodes)}?count=1", REQUESTS),
         }
         for kind, (path, count) in kinds.items():
             times = []

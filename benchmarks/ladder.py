@@ -12,9 +12,10 @@ and the scratch there was when it ended. `show` prints a table of medians with t
 sizes, and draws the CPU microseconds a node.
 
 `job` is the whole job of a user instead: a list of captions, each the first four fifths of the words of a real one and
-the last fifth of another's, through the commands embed (a static encoder: of each word piece the vector that the default encoder gives it),
-index, export and verify, and an epoch of batches of neighbours with their similarities. It prints a row a command:
-seconds, CPU seconds, and the peaks of memory over all its processes, with mapped files (PSS) and without.
+the last fifth of another's, through the commands embed (a static encoder: of each word piece the vector that the
+default encoder gives it), index, export and verify, and an epoch of batches of neighbours with their similarities. It
+prints a row a command: seconds, CPU seconds, and the peaks of memory over all its processes, with mapped files (PSS)
+and without.
 """
 
 from __future__ import annotations

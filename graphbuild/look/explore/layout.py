@@ -43,15 +43,14 @@ def lay_out(lists: Array, told: Callable[[float], object] = lambda share: None) 
 
     lists: int32 [n, k], nearest first. told: is called with the share of the work that is done.
     """
-    labels, levels = hierarchy(lists)
-    sizes = [len(lists), *(len(level[3]) for level in levels)]
+    labels, near = hierarchy(lists)
+    sizes = [len(level) for level in near]
     starts = [0]  # the levels that are laid out: each has at most SHORTER of the nodes of the one before
     for at, size in enumerate(sizes):
         if size <= SHORTER * sizes[starts[-1]]:
             starts.append(at)
     x, done = sunflower(np.arange(sizes[starts[-1]])), 0.0
     for at, coarser in zip(starts[::-1], [None, *starts[:0:-1]], strict=True):
-        near = strongest(levels[at - 1]) if at else lists
         if coarser is not None:
             label = joined(labels[at:coarser])
             order, first = members(label, len(x))
@@ -59,7 +58,7 @@ def lay_out(lists: Array, told: Callable[[float], object] = lambda share: None) 
             place[order] = np.arange(len(label)) - np.repeat(first[:-1], np.diff(first))
             x = _within(x, 0.3 * np.sqrt(len(label)))[label] + sunflower(place)
         share = len(x) / sum(sizes[one] for one in starts)
-        x = settle(x, near, told, done, share)
+        x = settle(x, near[at], told, done, share)
         done += share
     return x, labels
 
@@ -89,25 +88,28 @@ def sunflower(number: Array) -> Array:
 # -- groups, and groups of groups
 
 
-def hierarchy(lists: Array) -> tuple[list[Array], list[Level]]:
-    """Labels of each level, int32, and the graph of its groups."""
+def hierarchy(lists: Array) -> tuple[list[Array], list[Array]]:
+    """Labels of each level, int32; and what pulls in each: the lists of the nodes, then those of the groups of each
+    level, int32 [n, NEAR]."""
     n, k = lists.shape
     ones = np.broadcast_to(np.float32(1), n * k)
     level: Level = (np.arange(n + 1) * k, lists.reshape(-1), ones, np.full(n, k, np.float32))
-    labels, levels, resolution = [], [], 1.0
+    labels, near, resolution = [], [lists], 1.0
     while resolution > 0.01 and len(level[3]) > COMMUNITIES:
         label, coarse = _coarser(level, n * k, resolution)
         if len(coarse[3]) > 0.9 * len(level[3]):
             resolution /= 2
             continue
+        level = coarse
         labels.append(label)
-        levels.append(level := coarse)
-    return labels, levels
+        near.append(strongest(level))
+    return labels, near
 
 
 def members(label: Array, count: int) -> tuple[Array, Array]:
     """The nodes of each of `count` groups, behind each other, and where each group's begin, [count + 1]."""
-    return np.argsort(label, kind="stable"), np.concatenate([[0], np.cumsum(np.bincount(label, minlength=count))])
+    order = np.argsort(label, kind="stable").astype(np.int32)
+    return order, np.concatenate([[0], np.cumsum(np.bincount(label, minlength=count))])
 
 
 def _coarser(level: Level, total: int, resolution: float) -> tuple[Array, Level]:
@@ -190,13 +192,24 @@ def _aggregate(
 def strongest(level: Level) -> Array:
     """The NEAR strongest edges of each of a level's groups, int32 [n, NEAR]; itself, where it has fewer."""
     offsets, targets, weights, strength = level
-    source = np.repeat(np.arange(len(strength)), np.diff(offsets))
     lists = np.repeat(np.arange(len(strength), dtype=np.int32)[:, None], NEAR, axis=1)
-    order = np.lexsort((targets, -weights, source))
-    rank = np.arange(len(order)) - offsets[:-1][source]
-    kept = rank < NEAR
-    lists[source[kept], rank[kept]] = targets[order][kept]
+    _strongest(offsets, targets, weights, lists)
     return lists
+
+
+@compiled()
+def _strongest(offsets: Any, targets: Any, weights: Any, lists: Any) -> None:
+    best = np.empty(lists.shape[1], np.float32)
+    for i in range(len(lists)):
+        best[:] = 0
+        for e in range(offsets[i], offsets[i + 1]):
+            at = len(best)
+            while at and (best[at - 1] < weights[e] or (best[at - 1] == weights[e] and lists[i, at - 1] > targets[e])):
+                at -= 1
+                if at + 1 < len(best):
+                    best[at + 1], lists[i, at + 1] = best[at], lists[i, at]
+            if at < len(best):
+                best[at], lists[i, at] = weights[e], targets[e]
 
 
 # -- places
