@@ -242,6 +242,22 @@ def test_a_narrow_encoder_is_warned_of_with_the_mean_of_random_pairs(tmp_path: P
     assert not any(one["about"] == "share" for one in numbers["advice"])
 
 
+def test_shares_that_calibration_misses_are_warned_of_with_what_was_got(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    vectors = rng.standard_normal((400, 64))
+    one_kind = reported(of_vectors(tmp_path / "one", vectors))
+    sources = vectors + 8 * np.repeat(np.eye(64)[:2], 200, axis=0)
+    numbers = reported(of_vectors(tmp_path / "two", sources))
+    warned = [one for one in numbers["advice"] if one["about"] == "share" and "of several kinds" in one["says"]]
+    missed = [(abs(row["share"] - row["asked"]), row) for row in numbers["two_views"] if row["asked"]]
+    most, row = max(missed, key=lambda one: one[0])
+    assert most > 0.05
+    assert [one["number"] for one in warned] == [row["share"]]
+    asked = f"Asked for a share of {row['asked']}, calibrated targets of random batches of {row['batch']}"
+    assert warned[0]["says"].startswith(asked)
+    assert not any("of several kinds" in one["says"] for one in one_kind["advice"])
+
+
 @pytest.mark.slow
 def test_lists_that_end_among_random_pairs_are_warned_of_with_their_share(tmp_path: Path) -> None:
     store = of_vectors(tmp_path, np.random.default_rng(1).standard_normal((120, 4)), k=40)

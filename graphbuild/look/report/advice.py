@@ -14,6 +14,7 @@ WELL_HELD = 0.9  # share of a target over all nodes that lists hold where they s
 FIXED = 0.1  # tau_s where no share is recommended
 HUBS = 2.0  # skewness of in-degrees
 MANY = 0.1  # share of nodes with a near-duplicate, and of nodes whose list ends among random pairs
+MISSED = 0.05  # by which the share that was got may differ from what was asked for
 CUT = 0.01  # share of texts that the encoder does not read to the end
 
 
@@ -39,7 +40,16 @@ def advice(n: Json) -> list[Json]:
     skewness, orphans = edges["indegree_skewness"], edges["no_indegree"] / total
     cut, twins = n["embeddings"].get("truncated", 0) / total, edges["near_duplicate_nodes"] / total
     whole = n["groups"]["truncated"]
+    asked = [row for row in n["two_views"] if row["asked"]]
+    worst = max(asked, key=lambda row: abs(row["share"] - row["asked"]), default={"asked": 0, "share": 0, "batch": 0})
     warnings = (
+        (
+            mean <= LOW and abs(worst["share"] - worst["asked"]) > MISSED,
+            *("share", worst["share"]),
+            f"Asked for a share of {worst['asked']}, calibrated targets of random batches of {worst['batch']:,} keep "
+            f"{worst['share']:.2f}: the similarities are of several kinds, as those of two sources or of one large "
+            "cluster are, and calibration assumes one. Choose by the share that was got, in the table below.",
+        ),
         (
             lost > MANY,
             *("encoder", lost),
