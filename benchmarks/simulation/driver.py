@@ -26,7 +26,7 @@ import yaml
 
 from benchmarks.simulation import work
 from benchmarks.simulation.cluster import Calls, Cluster, Kind
-from graphbuild.graph import index as index_stages
+from graphbuild.graph import prepare
 from graphbuild.job.plan.case import Case
 from graphbuild.job.plan.costs import costs
 from graphbuild.job.plan.encoder_facts import MINILM
@@ -155,7 +155,7 @@ def drive(folder: Path, options: Json) -> Json:
     case = case_of(options["nodes"], shards, options.get("rows", ROWS))
     tars = folder / "tars"
     os.fsync = lambda descriptor: None  # workers' flushing is not what is measured
-    index_stages.check_mappings = lambda files: None  # a limit of this machine's kernel, not of the cluster's nodes
+    prepare.check_mappings = lambda files: None  # a limit of this machine's kernel, not of the cluster's nodes
     plain, store = Store(str(folder / "store")), CountedStore(str(folder / "store"))
     cluster, doing = model(case, plain)
     doing.shapes.holes = not options.get("no_scratch", False)

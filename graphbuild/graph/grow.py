@@ -17,7 +17,7 @@ import numpy as np
 from graphbuild.graph.tasks import graph_fingerprint, living_nodes, nodes_entry, shard_tasks, vectors_of
 from graphbuild.knn.lists import EMPTY, pack
 from graphbuild.recipe import Recipe
-from graphbuild.runner.stage import Task, records
+from graphbuild.runner.stage import Stage, Task, records
 from graphbuild.store.layout import NEIGHBORS, SCRATCH, SIMILARITIES, VECTORS
 from graphbuild.store.sharded import Array, ShardedArray
 from graphbuild.store.shards import Shard, node_count
@@ -92,3 +92,6 @@ def base_lists(inputs: Inputs, first: int, count: int, length: int, *, whole: bo
     keys[:, : neighbors.shape[1]] = pack((similarities + FIRST * whole) / scales[:, :1], neighbors)
     keys[:, ::-1].sort(axis=1)
     return keys
+
+
+STAGE = Stage(name="base", title="old lists", plan=plan, run=run, scratch=True)

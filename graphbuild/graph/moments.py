@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graphbuild.graph import sketch
-from graphbuild.graph.tasks import living_nodes
+from graphbuild.graph.tasks import built_without, living_nodes, nodes_entry
 from graphbuild.machine.threads import torch_threads
-from graphbuild.runner.stage import Task
+from graphbuild.recipe import Recipe
+from graphbuild.runner.stage import Stage, Task
 from graphbuild.store.layout import BASIS, MOMENTS, PARTS
 from graphbuild.store.remote import READERS
 from graphbuild.store.sharded import Array
@@ -42,6 +43,12 @@ def moments_of(raw: Array) -> Array:
             sums[1:] += x.T @ x
     result: Array = sums.numpy()
     return result
+
+
+def plan(recipe: Recipe, store: Store) -> list[Task]:
+    manifest = nodes_entry(store)
+    built = {"embeddings": manifest["embeddings"]["fingerprint"], **built_without(manifest)}
+    return [Task(stage="moments", name="all", built=built)]
 
 
 def run(task: Task, store: Store, writer: Writer) -> Json:
@@ -76,3 +83,6 @@ def background_of(x: Tensor, similarities: Array, moments: Array, total: int) ->
     mean = first / rest
     deviation = np.sqrt(np.maximum(second / rest - mean**2, 0))
     return np.stack([mean, deviation], axis=1).astype(np.float32)
+
+
+STAGE = Stage(name="moments", title="moments", plan=plan, run=run)

@@ -46,6 +46,11 @@ def engine_of(index: Index, manifest: Json) -> tuple[Engine, str]:
     return engine.choose(index, node_count(manifest), manifest["embeddings"]["d"], manifest.get("listed"))
 
 
+def engine_of_task(task: Task, manifest: Json) -> Engine:
+    """The engine whose settings a task has."""
+    return engine_of(Index.model_validate({**task.hints["index"], "engine": task.settings["engine"]}), manifest)[0]
+
+
 def forecast(recipe: Recipe, store: Store) -> str:
     """The engine, why it was taken, and what memory and scratch the build will take."""
     manifest = nodes_entry(store)

@@ -19,7 +19,7 @@ from typing import Any
 
 from graphbuild.errors import ConfigError, StageError
 from graphbuild.export import clustered, columns, inline, sidecars
-from graphbuild.graph import certify, index, order
+from graphbuild.graph import certify, codes, grow, index, moments, order, prepare
 from graphbuild.graph.lists import derived
 from graphbuild.machine.versions import version_of
 from graphbuild.nodes import distinct, encode, fidelity, number, scan, vectors
@@ -87,11 +87,11 @@ STEPS = (
     Step(fidelity.STAGE,    "embed",    "nodes/",                        ""),
     Step(vectors.STAGE,     "embed",    "vectors",                       "samples/#.parquet nodes/#.parquet"
                                                                          " nodes/#.npy shards.parquet"),
-    Step(index.BASE,        "index",    "nodes/#.npy",                   "_work/base/"),
-    Step(index.PREPARE,     "index",    "nodes/#.npy",                   "_work/leaders/ _work/*"),
-    Step(index.CODES,       "index",    "nodes/ _work/leaders/",         "_work/codes/ _work/scales/ _work/floors/"
+    Step(grow.STAGE,        "index",    "nodes/#.npy",                   "_work/base/"),
+    Step(prepare.STAGE,     "index",    "nodes/#.npy",                   "_work/leaders/ _work/*"),
+    Step(codes.STAGE,       "index",    "nodes/ _work/leaders/",         "_work/codes/ _work/scales/ _work/floors/"
                                                                          " _work/leaves/ _work/moments/ _work/gone/"),
-    Step(index.MOMENTS,     "index",    "_work/moments/",                "_state/moments/ graph/basis.npy"),
+    Step(moments.STAGE,     "index",    "_work/moments/",                "_state/moments/ graph/basis.npy"),
     Step(order.STAGE,       "index",    "nodes/#.npy _work/leaves/",     "_work/ordered/"),
     Step(index.JOIN,        "index",    "_work/codes/ _work/leaders/ _work/ordered/", "_work/join/"),
     Step(index.MERGE,       "index",    "_work/join/ _work/base/",       "_work/merged/"),

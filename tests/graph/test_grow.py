@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graphbuild.graph import certify, index, tasks
+from graphbuild.graph import certify, grow, index, tasks
 from graphbuild.graph.certify import certify_afresh
 from graphbuild.job.steps import STEPS, run_step, run_verb
 from graphbuild.recipe import Embed, Index, Recipe
@@ -182,7 +182,7 @@ def test_a_half_searched_graph_is_no_base(tmp_path: Path, vectors: np.ndarray, w
         record.unlink()
     settings = recipe(tmp_path, vectors)
     with Runner(workers=0) as runner:
-        assert runner.run(index.BASE, settings, store) == {}
+        assert runner.run(grow.STAGE, settings, store) == {}
         run_verb("index", settings, store, runner)
     assert graph(store) == whole
 
@@ -191,7 +191,7 @@ def test_the_plan_says_what_is_kept(tmp_path: Path, vectors: np.ndarray, begun: 
     store, settings = begun(tmp_path), recipe(tmp_path, vectors)
     with Runner(workers=0) as runner:
         run_verb("embed", settings, store, runner, force=True)
-        runner.run(index.BASE, settings, store)
+        runner.run(grow.STAGE, settings, store)
         said = tasks.forecast(settings, store)
     assert "500 new nodes, the lists of 1,000 are kept" in said
     assert certify.STAGE.name not in store.manifest()["stages"]

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from other_device import other_device
 
 from graphbuild.errors import ConfigError, GraphbuildError, QualityError
-from graphbuild.graph import index, tasks
-from graphbuild.graph.index import plan_prepare
+from graphbuild.graph import prepare, tasks
 from graphbuild.job.steps import run_verb
 from graphbuild.knn import (
     codes,
@@ -474,7 +473,7 @@ def test_prepare_in_ranges_of_shards_makes_the_graph_that_one_task_makes(
     once = build(tmp_path / "once", x, **options)
     monkeypatch.setattr(tasks, "PART_NODES", 700)
     ran: list[str] = []
-    run, true_neighbors = index.PREPARE.run, sample.true_neighbors
+    run, true_neighbors = prepare.STAGE.run, sample.true_neighbors
 
     def reading(task: Task, *rest: Any) -> Any:
         ran.append(task.name)
@@ -485,12 +484,12 @@ def test_prepare_in_ranges_of_shards_makes_the_graph_that_one_task_makes(
         assert len(shards) <= 3
         return true_neighbors(vectors, ids, k, shards)
 
-    object.__setattr__(index.PREPARE, "run", reading)
+    object.__setattr__(prepare.STAGE, "run", reading)
     monkeypatch.setattr(sample, "true_neighbors", within)
     try:
         ranged = build(tmp_path / "ranged", x, **options)
     finally:
-        object.__setattr__(index.PREPARE, "run", run)
+        object.__setattr__(prepare.STAGE, "run", run)
     assert ran == ["00000", "00001", "00002", "00003", "00004", "all"]
     assert ranged.manifest()["graph"] == once.manifest()["graph"]
 
@@ -717,4 +716,4 @@ def test_ids_beyond_what_a_key_holds_are_refused(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     store.write_json("manifest.json", manifest)
     with pytest.raises(ConfigError, match="2,147,483,648 nodes, and a graph holds 2,147,483,647 at most"):
-        plan_prepare(Recipe(), store)
+        prepare.plan(Recipe(), store)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from graphbuild.errors import ConfigError, StageError
-from graphbuild.graph.index import plan_prepare
+from graphbuild.graph import prepare
 from graphbuild.recipe import Index, Recipe
 from graphbuild.store import mapped, remote, sharded
 from graphbuild.store.sharded import ShardedArray
@@ -155,14 +155,14 @@ def test_an_index_of_more_shards_than_a_process_may_map_is_refused_before_it_run
     for engine, files in (("exact", 44_000), ("partition", 66_000)):
         recipe = Recipe(index=Index(engine=engine))
         most.write_text(f"{files + mapped.OTHERS}\n")
-        assert len(plan_prepare(recipe, store)) == {"exact": 1, "partition": 3}[engine], (
+        assert len(prepare.plan(recipe, store)) == {"exact": 1, "partition": 3}[engine], (
             "a task a range of its 550,000 nodes"
         )
         most.write_text(f"{files + mapped.OTHERS - 1}\n")
         with pytest.raises(
             ConfigError, match=rf"will map {files:,} files.*\n.*sysctl -w vm.max_map_count={2 * files + 2000}"
         ):
-            plan_prepare(recipe, store)
+            prepare.plan(recipe, store)
 
 
 # ---- copies of remote files
