@@ -309,15 +309,21 @@ def _folder_rows(url: str, names: Sequence[str], first: int) -> Iterator[Row]:
     for number, name in enumerate(names, first):
         stem, values = name.rpartition(".")[0], {FILE_NAME: name}
         try:
-            content = read_file(url, f"{stem}.json")
+            content = _beside(url, stem, "json")
             told = {} if content is None else json_object(content.removeprefix(codecs.BOM_UTF8))
             if isinstance(told, str):
                 yield Row(number, None, name, values, f"{stem}.json: {told}")
                 continue
-            text = read_file(url, f"{stem}.txt")
+            text = _beside(url, stem, "txt")
             yield Row(number, None, name, values | ({} if text is None else {"txt": text.decode()}) | told)
         except UnicodeDecodeError:
             yield Row(number, None, name, values, NOT_UTF8)
+
+
+def _beside(url: str, stem: str, kind: str) -> bytes | None:
+    """What a file of that ending beside an image holds, in small letters or in capitals."""
+    contents = (read_file(url, f"{stem}.{ending}") for ending in (kind, kind.upper()))
+    return next((content for content in contents if content is not None), None)
 
 
 def read_file(folder: str, path: str) -> bytes | None:

@@ -150,7 +150,7 @@ def twins(folder: Path) -> list[Sample]:
         at = folder / ("b" if n % 2 else "a/deeper")
         at.mkdir(parents=True, exist_ok=True)
         (at / f"{n:02d}.jpg").write_bytes(image(n)[0])
-        (at / f"{n:02d}.txt").write_text(f"number {n}, é")
+        (at / f"{n:02d}.{'TXT' if n % 3 else 'txt'}").write_text(f"number {n}, é")
         if n % 2:
             (at / f"{n:02d}.json").write_text(json.dumps({"n": n}))
         told = {"n": n} if n % 2 else {}

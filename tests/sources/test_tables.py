@@ -7,6 +7,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -503,12 +504,16 @@ def test_a_parquet_that_does_not_fit_stops_before_the_first_chunk(tmp_path: Path
 
 
 def test_missing_files_folders_and_unknown_presets_are_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    held = os.open(tmp_path / "pipe", os.O_RDWR)  # else opening waits for a writer
     for path, said in [
         (tmp_path, "is a folder"),
         (tmp_path / "no.csv", "does not exist"),
         ("no://x.csv", "no://x"),
+        (tmp_path / "pipe", "is a pipe"),
     ]:
         with pytest.raises(InputError, match=said):
             read_chunks(TableSpec(path=str(path), columns=BOTH))
     with pytest.raises(ConfigError, match="cc3m or cc12m"):
         TableSpec(path="a.tsv", columns=BOTH, preset="laion")
+    os.close(held)

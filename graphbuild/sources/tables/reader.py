@@ -6,6 +6,7 @@ The file and its columns are checked before the first chunk is asked for. Memory
 from __future__ import annotations
 
 import gzip
+import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -160,5 +161,7 @@ def _open(path: str) -> Any:
             if files.isdir(inner):
                 raise InputError(f"{path} is a folder", "name one file in it") from error
             raise InputError(f"{path} does not exist", "check the path of the list") from error
+    except io.UnsupportedOperation as error:
+        raise InputError(f"{path} is a pipe, and a list is read more than once", "write it to a file first") from error
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{path} cannot be opened: {error}", "check the path of the list") from error
