@@ -10,7 +10,7 @@ JOBS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 export NO_ALBUMENTATIONS_UPDATE := 1
 unexport PYTHONDONTWRITEBYTECODE  # else every process compiles all it imports, and pytest all tests
 
-.PHONY: demo notebooks test test-all test-oldest test-open-clip pytest lint docs wheel resolve clean
+.PHONY: demo notebooks test test-all test-oldest test-open-clip pytest lint docs docs-version wheel resolve clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(call environment,$(VENV))
@@ -83,6 +83,13 @@ DOCS := .venv-docs
 SITE := site
 docs: $(DOCS)/.installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet --site-dir $(abspath $(SITE))
+
+# The site of this version beside those of earlier ones, as a commit of the branch gh-pages, for readers to choose from.
+# PUSH=--push sends it to `origin`.
+docs-version: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(DOCS))/bin:$$PATH" $(DOCS)/bin/mike deploy $(PUSH) --update-aliases \
+	  $$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) latest
+	$(DOCS)/bin/mike set-default $(PUSH) latest
 
 $(DOCS)/.installed: constraints-docs.txt
 	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS) || python3 -m venv $(DOCS)

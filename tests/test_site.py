@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -83,3 +84,28 @@ def test_every_link_in_the_text_leads_to_something_that_llms_txt_and_the_whole_h
                 followed.add(path)
     assert {"how-to/choosing.md", "project/pipelines/about.md", "project/pipelines/cc3m.yaml"} <= followed
     assert {"project/benchmarks/results/simulation.md", "notebooks/graph.ipynb", "tutorials/scenes.py"} <= followed
+
+
+def test_each_version_keeps_its_pages_and_the_latest_one_is_what_the_address_leads_to(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+    author = {"GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@example.org"}
+    project = clone / "pyproject.toml"
+    before = re.search(r'^version = "(.+)"$', project.read_text(), re.M)
+    assert before
+    for version in (before[1], "99.0.0"):
+        project.write_text(project.read_text().replace(f'version = "{before[1]}"', f'version = "{version}"'))
+        command = ["make", "docs-version", f"DOCS={ROOT / '.venv-docs'}"]
+        made = subprocess.run(command, cwd=clone, env=os.environ | author, capture_output=True, text=True)
+        assert made.returncode == 0, made.stdout + made.stderr
+
+    def published(path: str) -> str:
+        return subprocess.run(
+            ["git", "show", f"gh-pages:{path}"], cwd=clone, check=True, capture_output=True, text=True
+        ).stdout
+
+    versions = {one["version"]: one["aliases"] for one in json.loads(published("versions.json"))}
+    assert versions == {"99.0.0": ["latest"], before[1]: []}
+    assert "latest/" in published("index.html")
+    for version in versions:
+        assert f"graphbuild {version}," in published(f"{version}/tutorials/index.html")
