@@ -304,8 +304,10 @@ def test_a_parquet_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> No
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(InputError, match="2 columns 'caption'") as refusal:
         pack(tmp_path / "store", tmp_path / "a.parquet")
+    assert "a.parquet" in refusal.value.cause
     assert "rename them" in refusal.value.fix
     assert not list((tmp_path / "store").rglob("*.tar"))
+    assert not (tmp_path / "store" / "_state" / "pack").exists(), "before any task is run"
 
 
 def test_keys_of_a_column_are_kept_and_those_that_are_unfit_or_there_twice_are_counted(tmp_path: Path) -> None:
