@@ -28,6 +28,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _FAILED = ctypes.c_void_p(-1).value
 
 
@@ -53,6 +54,18 @@ def map_array(path: Path) -> np.ndarray[Any, Any]:
         if len(content) - begin < math.prod(shape) * dtype.itemsize:
             raise ValueError(f"it is cut: {len(content):,} bytes for {dtype} {list(shape)}")
         return np.ndarray(shape, dtype, content, begin, order="F" if fortran else "C")
+
+
+def read_soon(array: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> None:
+    """Ask the system to read these rows of a mapped array, side by side and no others.
+
+    Without it a row that is not in memory is waited for alone, and 128 kB are read for it. Cost of a row that is in
+    memory: 3 microseconds.
+    """
+    size = array.strides[0]
+    for begin in (array.__array_interface__["data"][0] + size * rows.astype(np.int64)).tolist():
+        page = begin - begin % mmap.PAGESIZE
+        _libc.madvise(page, begin + size - page, mmap.MADV_WILLNEED)  # no more than advice: a fault changes nothing
 
 
 def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from graphbuild.errors import InputError, StageError
+from graphbuild.store.mapped import read_soon
 from graphbuild.store.remote import READERS
 from graphbuild.store.shards import Shards
 from graphbuild.store.store import Store
@@ -21,13 +22,15 @@ from graphbuild.store.store import Store
 Array = np.ndarray[Any, np.dtype[Any]]
 LISTED_FROM = 100  # shards
 
+APART = 32  # rows of which one is wanted, at most, where others are not to be read with it
 REQUEST_BYTES = 1 << 18  # what an object store sends while one more small request is served, of READERS at a time
 
 
 class ShardedArray:
     """Files `pattern` of these names, .npy arrays [n_s, width] behind each other. `len()` is the number of rows.
 
-    few: `take` asks an object store for single rows, as long as only some of many shards are wanted, in place of files.
+    few: `take` asks an object store for single rows, as long as only some of many shards are wanted, in place of files;
+    and a disk for all of them at once, without what lies between them, of which a reader of ever more rows has use.
     """
 
     def __init__(
@@ -117,23 +120,24 @@ class ShardedArray:
             raise InputError(f"node id {bad} is not in 0..{len(self) - 1}", "use ids of this store's nodes")
         result = np.empty((flat.size, self.width), self.dtype)
         shard = np.searchsorted(self.starts, flat, side="right") - 1
+        places = flat - self.starts[shard]
         order = np.argsort(shard, kind="stable")
         if self._few and not self._store.is_local:
             alone = self._alone(shard)
-            names, places = (
-                [self._pattern.format(self._names[s]) for s in shard[alone]],
-                (flat - self.starts[shard])[alone],
-            )
+            names, at_rows = [self._pattern.format(self._names[s]) for s in shard[alone]], places[alone]
             with ThreadPoolExecutor(READERS) as pool:
-                rows = pool.map(self._store.rows, names, places.tolist(), (places + 1).tolist())
+                rows = pool.map(self._store.rows, names, at_rows.tolist(), (at_rows + 1).tolist())
                 for at, row in zip(np.flatnonzero(alone), rows, strict=True):
                     result[at] = row[0]
             order = order[~alone[order]]
         numbers, begins = np.unique(shard[order], return_index=True)
-        ends = [*begins[1:], len(order)]
-        for number, part, begin, end in zip(numbers, self._parts(numbers.tolist()), begins, ends, strict=False):
-            mine = order[begin:end]
-            result[mine] = part[flat[mine] - self.starts[number]]
+        wanted = np.split(order, begins[1:])
+        parts = self._parts(numbers.tolist())
+        for part, mine in zip(parts if self._few else (), wanted, strict=False):
+            if len(mine) * APART <= len(part):
+                read_soon(part, places[mine])
+        for part, mine in zip(parts, wanted, strict=False):
+            result[mine] = part[places[mine]]
         return result.reshape(*np.shape(ids), self.width)
 
     def _alone(self, shard: Array) -> Array:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
 import subprocess
 import sys
 import tempfile
@@ -55,6 +58,51 @@ def test_rows_are_those_of_the_files_joined(stored: tuple[Store, list[str], np.n
     assert starts[-1] == len(values)
     assert len(guess) == -(-len(values) // 256)
     assert row_bytes == 12
+
+
+def test_a_few_rows_that_lie_apart_are_asked_for_together(
+    stored: tuple[Store, list[str], np.ndarray[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, names, values = stored
+    monkeypatch.setattr(sharded, "REQUEST_BYTES", 1 << 30)  # an object store's files are fetched
+    asked: list[int] = []
+    monkeypatch.setattr(
+        sharded, "read_soon", lambda part, rows: asked.append(len(rows)) or mapped.read_soon(part, rows)
+    )
+    starts = np.cumsum([0, *LENGTHS])
+    wanted = {2: 9, 5: 20, 9: 10, 12: 16}  # rows of files of 300, 512, 300 and 512
+    ids = np.concatenate([starts[file] + np.arange(count) for file, count in wanted.items()])
+    np.testing.assert_array_equal(ShardedArray(store, names, LENGTHS, few=True).take(ids), values[ids])
+    np.testing.assert_array_equal(ShardedArray(store, names, LENGTHS).take(ids), values[ids])
+    assert asked == [9, 16], "one row of 32, at most"
+
+
+def test_rows_that_are_asked_for_are_read_and_not_what_lies_between_them(tmp_path: Path) -> None:
+    values = np.arange(1 << 22, dtype=np.int64).reshape(-1, 64)  # 32 MB
+    np.save(tmp_path / "x.npy", values)
+    rows = np.array([9_000, 3, 40_000])
+    with (tmp_path / "x.npy").open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    array, libc, there = mapped.map_array(tmp_path / "x.npy"), ctypes.CDLL(None), ctypes.c_ubyte()
+
+    def in_memory(row: int) -> bool:
+        address = array[row].ctypes.data
+        assert (
+            libc.mincore(ctypes.c_void_p(address - address % mmap.PAGESIZE), ctypes.c_size_t(1), ctypes.byref(there))
+            == 0
+        )
+        return bool(there.value & 1)
+
+    if in_memory(20_000):
+        pytest.skip("the folder is in memory")
+    mapped.read_soon(array, rows)
+    for _ in range(200):
+        if all(in_memory(row) for row in rows.tolist()):
+            break
+        time.sleep(0.05)
+    assert [in_memory(row) for row in [*rows.tolist(), 20_000, 60_000]] == [True] * 3 + [False] * 2
+    np.testing.assert_array_equal(array[rows], values[rows])
 
 
 def test_a_few_rows_of_a_remote_store_are_fetched_without_their_files(
