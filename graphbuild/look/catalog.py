@@ -1,6 +1,7 @@
 """A finished store by key, node or text: its samples, texts, neighbours and images, without loading it whole.
 
-A look-up reads the tables of the shard that it falls into (SHARDS of them stay in memory) and one image's bytes. A key
+A look-up of a sample reads the table of the shard that it falls into (SHARDS of them stay in memory) and one image's
+bytes, that of a node's text one row group (GROUPS stay). A key
 is first looked for in the shards whose range of keys holds it; the ranges come from the parquet files' footers, read
 once. By vector: by_vector.py.
 """
@@ -32,11 +33,11 @@ from graphbuild.nodes.samples import MORE
 from graphbuild.recipe import Recipe, resolve
 from graphbuild.sources.images import MAX_PIXELS, upright_rgb
 from graphbuild.sources.ranges import TarRanges
-from graphbuild.store.layout import SAMPLES, TEXTS
+from graphbuild.store.layout import SAMPLES, TEXTS, TEXTS_ROWS
 from graphbuild.store.shards import shards_of
 from graphbuild.store.store import Store
 
-SHARDS, READERS = 32, 8
+SHARDS, GROUPS, READERS = 32, 128, 8
 COLUMNS = ["row", "key", "node", "caption", "image_offset", "image_size", MORE]
 
 
@@ -83,7 +84,7 @@ class Catalog:
         self._first_nodes = self._shards.column("first_node")[self._with_nodes]
         self._one_reads, self._one_encodes = threading.Lock(), threading.Lock()
         self._samples = functools.lru_cache(SHARDS)(self._read_samples)
-        self._texts = functools.lru_cache(SHARDS)(self._read_texts)
+        self._texts = functools.lru_cache(GROUPS)(self._read_texts)
 
     # -- samples
 
@@ -154,14 +155,15 @@ class Catalog:
     def describe(self, nodes: Any, similarities: Any) -> list[Neighbor]:
         """Nodes with their similarities, texts and numbers of samples."""
         ids: list[int] = np.asarray(nodes).tolist()
-        numbers = [self._shard_of(node) for node in ids]
-        distinct = sorted(set(numbers))
+        groups = [self._group_of(node) for node in ids]
+        distinct = sorted(set(groups))
         with ThreadPoolExecutor(READERS) as readers:  # neighbours lie in many shards, and each read waits for a disk
             tables = dict(zip(distinct, readers.map(self._texts, distinct), strict=True))
         found = []
-        for node, number, similarity in zip(ids, numbers, np.asarray(similarities).tolist(), strict=True):
-            table, at = tables[number], node - self._shards[number].first_node
-            found.append(Neighbor(node, similarity, table["samples"][at].as_py(), table["text"][at].as_py()))
+        for node, group, similarity in zip(ids, groups, np.asarray(similarities).tolist(), strict=True):
+            table = tables[group]
+            told = table.slice(node - table["node"][0].as_py(), 1).to_pylist()[0]
+            found.append(Neighbor(node, similarity, told["samples"], told["text"]))
         return found
 
     def neighbors(self, node: int, count: int) -> list[Neighbor]:
@@ -244,7 +246,7 @@ class Catalog:
     @property
     def has_texts(self) -> bool:
         """Whether nodes have texts; ready vectors have none."""
-        return bool(self._texts(int(self._with_nodes[0]))["text"].null_count == 0)
+        return bool(self._texts(self._group_of(0))["text"].null_count == 0)
 
     @cached_property
     def has_images(self) -> bool:
@@ -274,11 +276,17 @@ class Catalog:
             raise InputError(f"node id {node} is not in 0..{len(self.graph) - 1}", "use ids of this store's nodes")
         return int(self._with_nodes[int(np.searchsorted(self._first_nodes, node, side="right")) - 1])
 
+    def _group_of(self, node: int) -> tuple[int, int]:
+        """The shard in which a node's text lies, and the row group in it."""
+        number = self._shard_of(node)
+        return number, (node - self._shards[number].first_node) // TEXTS_ROWS
+
     def _read_samples(self, number: int) -> pa.Table:
         return self.store.table(SAMPLES.format(self._shards.names[number]), COLUMNS)
 
-    def _read_texts(self, number: int) -> pa.Table:
-        return self.store.table(TEXTS.format(self._shards.names[number]), ["samples", "text"])
+    def _read_texts(self, group: tuple[int, int]) -> pa.Table:
+        number, at = group
+        return self.store.table(TEXTS.format(self._shards.names[number]), ["node", "samples", "text"], at * TEXTS_ROWS)
 
     def _sample(self, number: int, at: int) -> Sample:
         values = self._samples(number).slice(at, 1).to_pylist()[0]

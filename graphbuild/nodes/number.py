@@ -29,7 +29,16 @@ from graphbuild.nodes.samples import COLUMNS, MORE, MORE_TYPE, NO_NODE, sample_p
 from graphbuild.recipe import BESIDE, Recipe
 from graphbuild.runner.stage import Stage, Task, digest, outputs, records, summed
 from graphbuild.runner.state import require
-from graphbuild.store.layout import NODE_COUNTS, ROW_NODES, SAMPLES, SCANNED, TEXTS, by_number, shard_name
+from graphbuild.store.layout import (
+    NODE_COUNTS,
+    ROW_NODES,
+    SAMPLES,
+    SCANNED,
+    TEXTS,
+    TEXTS_OPTIONS,
+    by_number,
+    shard_name,
+)
 from graphbuild.store.shards import PLACES, Shard, is_whole, write_shards
 from graphbuild.store.store import Json, Store, Writer
 
@@ -202,7 +211,7 @@ def run_assign(task: Task, store: Store, writer: Writer) -> Json:
     first_count = begin - group["first_node"]
     counts = store.rows(NODE_COUNTS.format(group["of"]), first_count, first_count + ids)[kept]
     table = pa.table({"node": np.arange(first_node, first_node + new), "text": texts.filter(kept), "samples": counts})
-    writer.table(TEXTS.format(task.name), table)
+    writer.table(TEXTS.format(task.name), table, **TEXTS_OPTIONS)
     counted = {"samples": count, "nodes": new, **({"gone_nodes": lost} if (lost := int((counts == 0).sum())) else {})}
     facts: Json = {"counts": counted, "texts_sha256": digest(texts.to_pylist())}
     why = task.hints.get("why")

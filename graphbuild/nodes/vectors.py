@@ -21,7 +21,7 @@ from graphbuild.runner.stage import Stage, Task, records
 from graphbuild.sources.paths import known_first, named_files
 from graphbuild.sources.vector_files import ENDING, shapes_of, take_rows, unit_or_fault
 from graphbuild.store.files import file_identities
-from graphbuild.store.layout import SAMPLES, TEXTS, VECTORS, shard_name
+from graphbuild.store.layout import SAMPLES, TEXTS, TEXTS_OPTIONS, VECTORS, shard_name
 from graphbuild.store.shards import Shard, is_whole, write_shards
 from graphbuild.store.store import Json, Store, Writer
 
@@ -69,6 +69,7 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
     writer.table(
         TEXTS.format(task.name),
         pa.table({"node": rows, "text": empty["text"], "samples": np.ones(count, np.int64)}),
+        **TEXTS_OPTIONS,
     )
     writer.array(VECTORS.format(task.name), vectors)
     return {"counts": {"samples": count, "nodes": count}, "d": vectors.shape[1]}

@@ -15,6 +15,8 @@ NODE_COUNTS = "_state/number/{}counts.npy"
 VECTOR_PLACES = "_state/number/places.npy"
 SAMPLES = "samples/{}.parquet"
 TEXTS = "nodes/{}.parquet"
+TEXTS_ROWS = 1_000  # of a row group: a look-up of one node's text reads no others
+TEXTS_OPTIONS = {"row_group_size": TEXTS_ROWS, "use_dictionary": ["samples"]}  # of the writer: texts are distinct
 VECTORS = "nodes/{}.npy"
 
 SCRATCH = "_work"

@@ -166,16 +166,24 @@ class Store:
             raise self._damaged(name, f"ends before its row {end:,}")
         return np.frombuffer(content, dtype).reshape(end - begin, *shape[1:])
 
-    def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """A parquet file as an Arrow table."""
+    def table(self, name: str, columns: list[str] | None = None, row: int | None = None) -> pa.Table:
+        """A parquet file as an Arrow table; or of it the row group that holds a row, where all but the last are of
+        one size."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
-            with reaching(self.display(name)), self.fs.open(self.path(name), "rb") as file:
+            path, options = self.path(name), {"pre_buffer": False, "page_checksum_verification": True}
+            with (
+                reaching(self.display(name)),
+                contextlib.nullcontext(path) if self.is_local else self.fs.open(path, "rb") as file,
                 # Arrow's own threads may outlive the interpreter and abort it while they hold a Python file's buffers.
-                parquet = pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
-                return parquet.read(columns=columns, use_threads=False)
+                pq.ParquetFile(file, **options) as parquet,
+            ):
+                if row is None:
+                    return parquet.read(columns=columns, use_threads=False)
+                group = row // max(parquet.metadata.row_group(0).num_rows, 1)
+                return parquet.read_row_group(group, columns=columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise self._damaged(name, f"cannot be read as parquet ({error})") from error
 

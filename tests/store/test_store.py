@@ -33,6 +33,15 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> Non
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.txt"]
 
 
+def test_of_a_table_the_row_group_that_holds_a_row_is_read(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    for name, size in (("groups.parquet", 40), ("one.parquet", 1000)):
+        Writer(store).table(name, pa.table({"a": range(100), "b": range(100)}), row_group_size=size)
+    assert store.table("groups.parquet", ["a"], row=39).to_pydict() == {"a": list(range(40))}
+    assert store.table("groups.parquet", ["a"], row=99).to_pydict() == {"a": list(range(80, 100))}
+    assert store.table("one.parquet", ["a"], row=99).to_pydict() == {"a": list(range(100))}
+
+
 def test_writer_records_size_and_hash_of_what_lies_on_disk(tmp_path: Path) -> None:
     writer = Writer(Store(str(tmp_path)))
     writer.array("x.npy", np.arange(6, dtype=np.float16).reshape(2, 3)[:, ::-1])
