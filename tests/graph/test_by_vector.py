@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from graphbuild import SampleGraph
-from graphbuild.graph import by_vector
 from graphbuild.graph.by_vector import VectorSearch
+from graphbuild.store.layout import BASIS
 from tests.graph.test_index import built
 
 COUNT, QUERIES = 10, 100
@@ -15,9 +17,13 @@ COUNT, QUERIES = 10, 100
 
 @pytest.fixture(scope="module")
 def vectors() -> np.ndarray:
-    """8,000 vectors of 24 dimensions around 200 centres, and queries of the same kind behind them."""
+    return clustered(24)
+
+
+def clustered(d: int) -> np.ndarray:
+    """8,000 vectors of d dimensions around 200 centres, and queries of the same kind behind them."""
     random = np.random.default_rng(3)
-    centres = random.normal(size=(200, 24))
+    centres = random.normal(size=(200, d))
     picked = centres[random.integers(0, 200, 8_000 + QUERIES)]
     return (picked + 0.7 * random.normal(size=picked.shape)).astype(np.float16)
 
@@ -27,10 +33,14 @@ def graph(tmp_path_factory: pytest.TempPathFactory, vectors: np.ndarray) -> Samp
     return SampleGraph.open(built(tmp_path_factory.mktemp("by_vector"), vectors[:-QUERIES], k=16).url)
 
 
+def unit(vectors: np.ndarray) -> np.ndarray:
+    exact = vectors.astype(np.float64)
+    return exact / np.linalg.norm(exact, axis=1, keepdims=True)
+
+
 def brute_force(vectors: np.ndarray) -> list[set[int]]:
-    unit = vectors.astype(np.float64)
-    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-    return [set(row) for row in np.argsort(-(unit[-QUERIES:] @ unit[:-QUERIES].T), axis=1)[:, :COUNT].tolist()]
+    x = unit(vectors)
+    return [set(row) for row in np.argsort(-(x[-QUERIES:] @ x[:-QUERIES].T), axis=1)[:, :COUNT].tolist()]
 
 
 def recall(search: VectorSearch, vectors: np.ndarray) -> float:
@@ -42,15 +52,34 @@ def test_a_pass_over_all_nodes_finds_the_nearest(graph: SampleGraph, vectors: np
     assert recall(VectorSearch(graph), vectors) > 0.995  # float16 rounding may swap the last
 
 
-def test_a_walk_along_the_lists_finds_nearly_all_and_looks_at_a_part(
-    graph: SampleGraph, vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("d", [24, 200], ids=["fewer numbers than a sketch", "more"])
+def test_a_pass_over_sketches_finds_nearly_all_and_looks_at_the_embeddings_of_a_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, d: int
 ) -> None:
-    monkeypatch.setattr(by_vector, "ENTRIES", 400)
-    seen: set[int] = set()
-    read = SampleGraph.embeddings
-    monkeypatch.setattr(SampleGraph, "embeddings", lambda self, ids: seen.update(ids.tolist()) or read(self, ids))
+    x = clustered(d)
+    graph = SampleGraph.open(built(tmp_path, x[:-QUERIES], k=16).url)
+    gone = np.zeros(len(graph), bool)
+    gone[np.argsort(-(unit(x[:-QUERIES]) @ unit(x)[-1]))[:5]] = True
+    monkeypatch.setitem(graph.__dict__, "gone", gone)
     search = VectorSearch(graph, exact_nodes=0)
-    _, similarities = search.nearest(vectors[-1], COUNT)
+    ids, similarities = search.nearest(x[-1], COUNT)
     assert (np.diff(similarities) <= 0).all()
-    assert len(seen) < len(graph) / 2
-    assert recall(search, vectors) >= 0.95
+    assert not gone[ids].any()
+
+    pool = search._by_sketches(unit(x)[-1], 256)
+    assert set(ids) <= set(pool)
+    assert len(np.unique(pool)) == len(pool) == 256
+    basis = np.load(tmp_path / "store" / BASIS).astype(np.float64)
+    of_query = basis @ unit(x)[-1] / np.linalg.norm(basis, axis=1)
+    products = np.where(gone, -np.inf, graph.sketches(np.arange(len(graph))).astype(np.float64) @ of_query)
+    others = np.setdiff1d(np.arange(len(graph)), pool)
+    assert products[pool].min() >= products[others].max() - 1e-3
+    monkeypatch.setitem(graph.__dict__, "gone", np.zeros(len(graph), bool))
+    assert recall(search, x) >= 0.98
+
+
+def test_a_store_without_sketches_is_searched_exactly(tmp_path: Path, vectors: np.ndarray) -> None:
+    url = built(tmp_path, vectors[:1_000], k=8).url
+    assert not VectorSearch(SampleGraph.open(url), exact_nodes=0).exact
+    (tmp_path / "store" / BASIS).unlink()
+    assert VectorSearch(SampleGraph.open(url), exact_nodes=0).exact
