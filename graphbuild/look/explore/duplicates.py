@@ -7,7 +7,9 @@ over the nodes at each threshold; memory: 41 bytes an edge of at most EDGES, and
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 
@@ -34,34 +36,44 @@ def duplicates(catalog: Catalog) -> Json:
         return found
     nodes, parent = catalog.graph.sample_nodes(), np.arange(len(catalog.graph))
     nodes = nodes[nodes >= 0]
-    edges, starts = _edges(catalog.graph)
     found = {"graph": catalog.graph.fingerprint, "samples": len(nodes), "steps": []}
-    for limit, (begin, end) in zip(LIMITS.tolist(), pairwise(starts), strict=False):
-        if begin < end or not found["steps"]:
-            unite(parent, edges[begin:end, 0], edges[begin:end, 1])
+    for limit, parts in groupby(_edges(catalog.graph), itemgetter(0)):
+        some = np.empty((0, 2), np.int64)
+        for _, edges in parts:
+            some = np.concatenate([some, _spread(edges)])
+            unite(parent, edges[:, 0], edges[:, 1])
+        if len(some) or not found["steps"]:
             parent = flattened(parent)
             sizes = np.bincount(parent[nodes], minlength=len(parent))
         counts = {"drop": len(nodes) - int((sizes > 0).sum()), "groups": int((sizes > 1).sum())}
-        found["steps"].append({"threshold": limit, **counts, "pairs": _pairs(catalog, edges[begin:end])})
+        found["steps"].append({"threshold": limit, **counts, "pairs": _pairs(catalog, _spread(some))})
     if writable(catalog.store):
         catalog.store.write_json(MADE, found)
     return found
 
 
-def _edges(graph: SampleGraph) -> tuple[Array, list[int]]:
-    """Edges int64 [E, 2] in order of the first threshold that they reach, and where each threshold's begin and end."""
+def _edges(graph: SampleGraph) -> Iterator[tuple[float, Array]]:
+    """Each threshold, descending, with its edges, int64 [E, 2]: those that reach it and not the one before. Those of
+    the first come in parts where they are more than EDGES, and no lower threshold comes then."""
     counts = np.zeros(len(LIMITS), np.int64)
     for _, _, values in blocks(graph):
         counts += np.bincount(_steps(values[values >= LIMITS[-1]]), minlength=len(counts))
     enough = min(max(int(np.searchsorted(np.cumsum(counts), EDGES, side="right")), 1), len(LIMITS))
-    pairs, steps = [np.empty((0, 2), np.int64)], [np.empty(0, np.uint8)]
+    pairs, steps, held = [np.empty((0, 2), np.int64)], [np.empty(0, np.uint8)], 0
     for first, neighbors, values in blocks(graph):
         at, place = np.nonzero(values >= LIMITS[enough - 1])
+        held += len(at)
+        if held > EDGES:
+            yield float(LIMITS[0]), np.concatenate(pairs)
+            pairs, steps, held = pairs[:1], steps[:1], len(at)
         pairs.append(np.stack([first + at, neighbors[at, place]], axis=1))
         steps.append(_steps(values[at, place]).astype(np.uint8))
-    step = np.concatenate(steps)
-    starts = np.concatenate([[0], np.cumsum(counts[:enough])])
-    return np.concatenate(pairs)[np.argsort(step, kind="stable")], starts.tolist()
+    step, edges = np.concatenate(steps), np.concatenate(pairs)
+    del pairs, steps
+    edges = edges[np.argsort(step, kind="stable")]
+    ends = np.cumsum(np.bincount(step, minlength=enough)).tolist()
+    for limit, begin, end in zip(LIMITS.tolist(), [0, *ends], ends, strict=False):
+        yield limit, edges[begin:end]
 
 
 def _steps(values: Array) -> Array:
@@ -69,10 +81,14 @@ def _steps(values: Array) -> Array:
     return np.searchsorted(-LIMITS, -values.astype(np.float64))
 
 
+def _spread(edges: Array) -> Array:
+    """Some of these edges, spread evenly."""
+    return edges[np.linspace(0, len(edges) - 1, min(8 * PAIRS, len(edges))).astype(np.int64)]
+
+
 def _pairs(catalog: Catalog, edges: Array) -> list[Json]:
-    """Some of a threshold's edges, spread evenly, each pair once, with their texts."""
-    some = edges[np.linspace(0, len(edges) - 1, min(8 * PAIRS, len(edges))).astype(np.int64)]
-    pairs = np.unique(np.sort(some, axis=1), axis=0)
+    """Some of these edges, each pair once, with their texts."""
+    pairs = np.unique(np.sort(edges, axis=1), axis=0)
     pairs = pairs[np.linspace(0, len(pairs) - 1, min(PAIRS, len(pairs))).astype(np.int64)]
     texts = [one.text and one.text[:300] for one in catalog.describe(pairs.reshape(-1), np.zeros(pairs.size))]
     scores = similarities(catalog.graph, pairs[:, 0], pairs[:, 1]).tolist()

@@ -2,7 +2,8 @@
 
 Made once, and kept in STORE/explore/ for as long as the graph has the same fingerprint: places.npy, uint16 [M, 2],
 communities.npy, uint8 [M], and map.json (docs/reference/format.md). Pages draw *points*: point p is node p x stride mod
-M, so that the first points are spread evenly over all nodes. Memory, beside that of the layout: 10 bytes a node.
+M, so that the first points are spread evenly over all nodes. Memory, beside that of the layout: 10 bytes a node; the
+lists that it is made from, 60 bytes a node, lie in a temporary file.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from graphbuild.graph.select.selection import FOLDER as SELECTIONS
 from graphbuild.look.catalog import Catalog
 from graphbuild.look.explore.layout import COMMUNITIES, NEAR, joined, lay_out
 from graphbuild.machine.compiled import compiled
+from graphbuild.store.remote import reaching
 from graphbuild.store.sharded import Array
 from graphbuild.store.store import Json, Store, Writer
 
@@ -84,10 +86,7 @@ def writable(store: Store) -> bool:
 
 def _made(catalog: Catalog, told: Callable[[float], object]) -> NodeMap:
     graph, nodes = catalog.graph, len(catalog.graph)
-    lists = np.empty((nodes, min(NEAR, graph.k)), np.int32)
-    for first, neighbors, _ in graph.edge_blocks():
-        lists[first : first + len(neighbors)] = neighbors[:, : lists.shape[1]]
-    lists[graph.gone] = np.flatnonzero(graph.gone)[:, None]
+    lists = _near_lists(graph)
     x, labels = lay_out(lists, told)
     stride = next(one for one in range(int(0.618 * min(nodes, 1 << 29)) or 1, nodes + 2) if math.gcd(one, nodes) == 1)
     says: Json = {"version": VERSION, "graph": graph.fingerprint, "nodes": nodes, "points": min(nodes, POINTS)}
@@ -108,6 +107,20 @@ def _made(catalog: Catalog, told: Callable[[float], object]) -> NodeMap:
     if rest := int((codes == COMMUNITIES).sum()):
         says["communities"].append({"name": "smaller ones", "size": rest})
     return NodeMap(says, places, codes)
+
+
+def _near_lists(graph: SampleGraph) -> Array:
+    """The NEAR nearest nodes of each, int32 [M, <= NEAR], in a temporary file and mapped; of a node that is gone,
+    itself."""
+    near = min(NEAR, graph.k)
+    with reaching("the map's lists"), tempfile.TemporaryFile(prefix="graphbuild-") as file:
+        for first, neighbors, _ in graph.edge_blocks():
+            block = neighbors[:, :near].astype(np.int32)
+            gone = np.flatnonzero(graph.gone[first : first + len(block)])
+            block[gone] = first + gone[:, None]
+            file.write(block.tobytes())
+        file.flush()
+        return np.asarray(np.memmap(file, np.int32, "r+", shape=(len(graph), near)))
 
 
 def _community(catalog: Catalog, members: Array, places: Array) -> Json:

@@ -27,8 +27,10 @@ from sklearn.manifold import trustworthiness
 from sklearn.neighbors import NearestNeighbors
 
 from graphbuild.errors import ConfigError, InputError
+from graphbuild.graph.lists import derived
 from graphbuild.job.steps import run_verb
 from graphbuild.look.catalog import Catalog
+from graphbuild.look.explore import duplicates as duplicating
 from graphbuild.look.explore import map as maps
 from graphbuild.look.explore import write_static
 from graphbuild.look.explore.duplicates import duplicates
@@ -294,6 +296,24 @@ def test_every_threshold_counts_the_duplicates_that_connected_components_have(ca
         a, b = pair["nodes"]
         assert pair["similarity"] == pytest.approx(vectors[a] @ vectors[b], abs=1e-3)
         assert pair["limit"] - 1e-3 <= pair["similarity"] < pair["limit"] + 0.005 + 1e-3
+
+
+def test_more_edges_of_the_first_threshold_than_are_held_are_counted_in_parts(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = duplicates(catalog)["steps"][0]
+    catalog.store.remove(duplicating.MADE)
+    united: list[int] = []
+    unite = duplicating.unite
+    monkeypatch.setattr(duplicating, "unite", lambda parent, a, b: united.append(len(a)) or unite(parent, a, b))
+    monkeypatch.setattr(duplicating, "EDGES", 9)
+    monkeypatch.setattr(derived, "BLOCK", 50)
+    (step,) = duplicates(catalog)["steps"]
+    catalog.store.remove(duplicating.MADE)
+    assert len(united) > 1
+    assert max(united) <= 9
+    assert (step["threshold"], step["drop"], step["groups"]) == (1.0, whole["drop"], whole["groups"])
+    assert [pair["similarity"] for pair in step["pairs"]] == pytest.approx([1.0] * 6, abs=1e-3)
 
 
 # -- the page
