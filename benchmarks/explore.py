@@ -2,8 +2,7 @@
 
 FOLDER is a store with a graph, as `ladder.py job` leaves one of 12.4 million captions; an empty folder becomes that of
 benchmarks/graph.py with `--nodes` (random lists and vectors, k = 64, d = 384: 17 GB), and a sample and a caption a
-node. Random lists are the worst case for a text's search, a walk along them: they lead anywhere. Requests begin with an
-empty page cache. Images are left out: each is one read of a tar.
+node. Requests begin with an empty page cache. Images are left out: each is one read of a tar.
 
 The map is made when it is first asked for. What it costs by the number of nodes, and what it is worth: layout.py.
 
@@ -27,7 +26,8 @@ import numpy as np
 import polars as pl
 from graph import LARGE, empty_page_cache, make_store
 
-from graphbuild.store.layout import SAMPLES
+from graphbuild.look.catalog import Catalog
+from graphbuild.store.layout import SAMPLES, TEXTS_ROWS
 from graphbuild.store.shards import node_count, shards_of
 from graphbuild.store.store import Store
 
@@ -52,7 +52,7 @@ def make_catalog(folder: Path, nodes: int) -> Store:
         samples = {"row": rows, "key": keys, "node": rows, "caption": texts, "image_offset": none, "image_size": none}
         pl.DataFrame(samples).write_parquet(folder / "samples" / f"{shard.name}.parquet")
         pl.DataFrame({"node": rows, "samples": np.ones(len(rows), np.uint32), "text": texts}).write_parquet(
-            folder / "nodes" / f"{shard.name}.parquet"
+            folder / "nodes" / f"{shard.name}.parquet", row_group_size=TEXTS_ROWS
         )
     store.write_json("manifest.json", manifest | {"stages": {"assign": {}, "certify": {}}})
     return store
@@ -64,6 +64,19 @@ def asked_of(store: Store) -> pl.DataFrame:
     shards = rng.choice([shard.name for shard in shards_of(store, store.manifest())], REQUESTS)
     tables = [pl.read_parquet(store.path(SAMPLES.format(name)), columns=["key", "caption"]) for name in shards]
     return pl.concat([table.sample(1, seed=int(seed)) for seed, table in enumerate(tables)])
+
+
+def found_by_texts(store: Store, texts: list[str], count: int = 10) -> float:
+    """The share of the nodes nearest to these texts that a search finds; those of equal similarity are as good."""
+    catalog = Catalog(store)
+    asked = np.stack([catalog._model.query(text) for text in texts]).astype(np.float32)
+    best = np.full((len(asked), count), -1.0, np.float32)
+    for begin in range(0, len(catalog.graph), 65_536):
+        rows = catalog.graph.embeddings(np.arange(begin, min(begin + 65_536, len(catalog.graph))))
+        best = np.sort(np.concatenate([best, asked @ rows.T], axis=1), axis=1)[:, -count:]
+    lengths = np.linalg.norm(asked, axis=1)
+    found = [catalog._vectors.nearest(query, 24)[1][:count] for query in asked]
+    return float(np.mean([s >= b[0] / length - 1e-6 for s, b, length in zip(found, best, lengths, strict=True)]))
 
 
 def own_megabytes(process: int) -> float:
@@ -91,7 +104,9 @@ def main() -> None:
         address = server.stdout.readline().split()[1]
         signed_in, base = build_opener(HTTPCookieProcessor()), address.partition("?")[0]
         signed_in.open(address).close()
-        print(f"{nodes:,} nodes; ready after {time.perf_counter() - begin:.1f} s\n")
+        ready = time.perf_counter() - begin
+        signed_in.open(f"{base}api/0/search?text={quote(next(texts))}").close()  # waits for the encoder
+        print(f"{nodes:,} nodes; ready after {ready:.1f} s, for texts after {time.perf_counter() - begin:.1f} s\n")
         print("| request | first, ms | median, ms | p95, ms | memory then, MB |\n|---|---|---|---|---|", flush=True)
         rng = np.random.default_rng(2)
         kinds: dict[str, tuple[Callable[[], str], int]] = {
@@ -125,6 +140,8 @@ def main() -> None:
             numbers = [f"{times[0]:,.0f}", *rest, f"{own_megabytes(server.pid):,.0f}"]
             print(f"| {kind} | {' | '.join(numbers)} |", flush=True)
         server.terminate()
+    words = [" ".join(text.split()[:6]) for text in some["caption"]]
+    print(f"\nOf the ten nodes nearest to each of these {len(words)} texts, {found_by_texts(store, words):.0%} are found.")
 
 
 if __name__ == "__main__":

@@ -156,14 +156,14 @@ def table(lines: list[dict[str, Any]]) -> str:
     for line in lines:
         runs[line["nodes"]].append(line)
     names = [name for name in lines[0]["stages"] if any(line["stages"][name]["cpu"] >= 0.01 for line in lines)]
-    rows = [["nodes", *names, "all", "seconds", "peak RSS GB", "peak PSS GB", "scratch GB", "recall"]]
+    rows = [["nodes", *names, "all", "seconds", "peak RSS GB", "peak PSS GB", "unmapped GB", "scratch GB", "recall"]]
     for nodes, some in sorted(runs.items()):
 
         def median(of: str, name: str, some: list[dict[str, Any]] = some) -> float:
             return statistics.median(line["stages"][name][of] for line in some)
 
         each = [median("cpu", name) / nodes * 1e6 for name in names]
-        most = [max(median(of, name) for name in names) / 1e9 for of in ("rss", "pss", "scratch")]
+        most = [max(median(of, name) for name in names) / 1e9 for of in ("rss", "pss", "own", "scratch")]
         seconds = sum(median("seconds", name) for name in names)
         recall = statistics.median(line["recall"]["recall"] for line in some)
         rows.append([f"{nodes:,}", *(f"{cpu:.1f}" for cpu in [*each, sum(each)]), f"{seconds:.0f}"])
@@ -319,8 +319,8 @@ def show(asked: argparse.Namespace) -> None:
     print(
         f"`python benchmarks/ladder.py`: engine {first['engine']}, k = {first['k']}, recall {first['asked']} asked, "
         f"{first['workers']} workers, vectors of 384 mixed from those of captions. By stage microseconds of CPU a "
-        "node. Seconds are those of all stages; RSS and PSS the largest sum over the processes in any stage; scratch "
-        "the most that lay there after one.\n"
+        "node. Seconds are those of all stages; RSS and PSS the largest sum over the processes in any stage, unmapped "
+        "of PSS what no file holds; scratch the most that lay there after one.\n"
     )
     print(table(lines))
     if asked.plot is None:
