@@ -141,7 +141,8 @@ def main() -> None:
             print(f"| {kind} | {' | '.join(numbers)} |", flush=True)
         server.terminate()
     words = [" ".join(text.split()[:6]) for text in some["caption"]]
-    print(f"\nOf the ten nodes nearest to each of these {len(words)} texts, {found_by_texts(store, words):.0%} are found.")
+    share = found_by_texts(store, words)
+    print(f"\nOf the ten nodes nearest to each of these {len(words)} texts, {share:.0%} are found.")
 
 
 if __name__ == "__main__":
