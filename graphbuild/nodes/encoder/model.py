@@ -120,11 +120,11 @@ class Model:
 
     def query(self, text: str) -> Half:
         """One text's [d], `encode`'s but for rounding, in the time of its own tokens and not of a full batch."""
-        vector: Half = _half(self._by(self.whole, [text], threads=os.cpu_count() or 1))[0]
+        vector: Half = _half(self._by(self.whole, [text]))[0]
         return vector
 
-    def _by(self, whole: SentenceTransformer, texts: Sequence[str], threads: int = 1) -> Single:
-        with torch_threads(threads), attention_of_any_shape():
+    def _by(self, whole: SentenceTransformer, texts: Sequence[str]) -> Single:
+        with torch_threads(1), attention_of_any_shape():
             vectors = whole.encode(  # few at a time, of like lengths: all of a batch have the length of its longest
                 list(texts), prompt=self._prompt(), batch_size=4, show_progress_bar=False, convert_to_tensor=True
             )
