@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # they say what CPUs do, also
 if "PYTEST_XDIST_WORKER" in os.environ:  # other tests need the other cores, and who waits for such a core waits long
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not spin on cores that others need
+signal.signal(signal.SIGINT, signal.default_int_handler)  # `make test &` has it ignored, for its children too
 
 # Written to the disk at once or later: that shows when a machine stops, which none does here.
 graphbuild.store.store._flush = lambda path: None
