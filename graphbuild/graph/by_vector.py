@@ -2,7 +2,7 @@
 
 Up to EXACT_NODES nodes one pass over all embeddings, exact. Beyond, one over all sketches (graph/sketch.py), 64 bytes a
 node; then the embeddings of those whose sketches are best are compared, POOL for each node that is asked for. That may
-miss some of the true nearest (tests/graph/test_by_vector.py). Time: 15 ns of one core a node (EPYC, AVX2), with the
+miss some of the true nearest (tests/graph/test_by_vector.py). Time: 17 ns of one core a node (EPYC, AVX2), with the
 sketches in memory.
 """
 

@@ -1,9 +1,8 @@
 """A finished store by key, node or text: its samples, texts, neighbours and images, without loading it whole.
 
 A look-up of a sample reads the table of the shard that it falls into (SHARDS of them stay in memory) and one image's
-bytes, that of a node's text one row group (GROUPS stay). A key
-is first looked for in the shards whose range of keys holds it; the ranges come from the parquet files' footers, read
-once. By vector: by_vector.py.
+bytes, that of a node's text one row group (GROUPS stay). A key is first looked for in the shards whose range of keys
+holds it; the ranges come from the parquet files' footers, read once. By vector: by_vector.py.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from graphbuild.runner.stage import digest
 from graphbuild.sources.paths import expand, folder_of, is_hidden
 from graphbuild.sources.tables import TableSpec, read_chunks
 from graphbuild.sources.tables.jsonl import json_object
-from graphbuild.sources.tables.plain import plain_table
+from graphbuild.sources.tables.plain import plain_table, refuse_twice
 from graphbuild.sources.tables.spec import NOT_UTF8, select, wrong_type
 from graphbuild.sources.tables.text import chomp, read_lines
 from graphbuild.sources.tars import IMAGE_FORMATS
@@ -193,10 +193,7 @@ def image_column(url: str, schema: pa.Schema, config: Pack) -> str:
     """The column of a parquet file that holds images or paths; the other columns asked for are there too."""
     names, told = schema.names, config.image_column
     select(_spec(url, config, told), names, keep_others=False)  # refuses what is missing or there twice
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        cause = f"{url} has {names.count(twice)} columns {twice!r}"
-        raise InputError(cause, "rename them: of columns with one name JSON keeps the last alone")
+    refuse_twice(url, names)
     if told is None:
         found = [one.name for one in schema if _holds_images(one.type)] or [name for name in names if name == FILE_NAME]
         if len(found) != 1:

@@ -24,10 +24,7 @@ def plain_table(table: pa.Table) -> pa.Table:
     Raises:
         InputError: a value has no text, as a date beyond the year 9999; or two columns have one name.
     """
-    twice = next((name for name in table.column_names if table.column_names.count(name) > 1), None)
-    if twice is not None:
-        cause = f"the list has {table.column_names.count(twice)} columns {twice!r}"
-        raise InputError(cause, "rename them: of columns with one name JSON keeps the last alone")
+    refuse_twice("the list", table.column_names)
     for index, field in enumerate(table.schema):
         if _is_plain(field.type):
             continue
@@ -38,6 +35,14 @@ def plain_table(table: pa.Table) -> pa.Table:
             cause = f"column {field.name!r} ({field.type}) has a value that cannot be written as text: {error}"
             raise InputError(cause, "leave the column out of the list, or write it as text") from error
     return table
+
+
+def refuse_twice(table: str, names: list[str]) -> None:
+    """InputError where two columns of a table have one name."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        cause = f"{table} has {names.count(twice)} columns {twice!r}"
+        raise InputError(cause, "rename them: of columns with one name JSON keeps the last alone")
 
 
 def _is_plain(type_: pa.DataType) -> bool:
