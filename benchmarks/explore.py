@@ -1,8 +1,9 @@
 """What a request to `graphbuild explore` takes on a graph of CC12M's size, and the memory of the process that serves.
 
 FOLDER is a store with a graph, as `ladder.py job` leaves one of 12.4 million captions; an empty folder becomes that of
-benchmarks/graph.py with `--nodes` (random lists and vectors, k = 64, d = 384: 17 GB), and a sample and a caption a
-node. Requests begin with an empty page cache. Images are left out: each is one read of a tar.
+benchmarks/graph.py with `--nodes` (random lists and vectors, k = 64, d = 384: 17 GB). A store of ready vectors, as
+`ladder.py run --keep` leaves one, gets a sample and a caption a node. Requests begin with an empty page cache. Images
+are left out: each is one read of a tar.
 
 The map is made when it is first asked for. What it costs by the number of nodes, and what it is worth: layout.py.
 
@@ -27,7 +28,7 @@ import polars as pl
 from graph import LARGE, empty_page_cache, make_store
 
 from graphbuild.look.catalog import Catalog
-from graphbuild.store.layout import SAMPLES, TEXTS_ROWS
+from graphbuild.store.layout import SAMPLES, TEXTS, TEXTS_ROWS
 from graphbuild.store.shards import node_count, shards_of
 from graphbuild.store.store import Store
 
@@ -35,27 +36,30 @@ REQUESTS = 50
 WORDS = ("red", "blue", "small", "two", "dog", "cat", "beach", "snow", "city", "woman", "tree", "car", "bird", "old")
 
 
-def make_catalog(folder: Path, nodes: int) -> Store:
-    """`make_store`, with a sample and a caption of eight words a node."""
-    store = make_store(folder, nodes, content=True)
-    manifest = store.manifest()
-    if "assign" in manifest["stages"]:
-        return store
-    (folder / "samples").mkdir(exist_ok=True)
-    rng = np.random.default_rng(1)
+def add_samples(store: Store, captions: Path | None) -> None:
+    """A sample and a caption a node, as if the default encoder had made the vectors: captions in order, or else eight
+    of WORDS each."""
+    manifest, rng = store.manifest(), np.random.default_rng(1)
+    store.fs.makedirs(store.path("samples"), exist_ok=True)
+    given = pl.read_parquet(captions, columns=["caption"])["caption"] if captions else None
     for shard in shards_of(store, manifest):
         rows = np.arange(shard.first_node, shard.first_node + shard.nodes)
-        texts = [" ".join(words) for words in rng.choice(WORDS, (len(rows), 8))]
-        texts = [f"{text} {row}" for text, row in zip(texts, rows.tolist(), strict=True)]
+        if given is not None:
+            texts = given[int(rows[0]) : int(rows[-1]) + 1].to_list()
+        else:
+            texts = [" ".join(words) for words in rng.choice(WORDS, (len(rows), 8))]
+            texts = [f"{text} {row}" for text, row in zip(texts, rows.tolist(), strict=True)]
         none = pl.Series([None] * len(rows), dtype=pl.UInt64)
         keys = [f"{row:09}" for row in rows.tolist()]
         samples = {"row": rows, "key": keys, "node": rows, "caption": texts, "image_offset": none, "image_size": none}
-        pl.DataFrame(samples).write_parquet(folder / "samples" / f"{shard.name}.parquet")
+        pl.DataFrame(samples).write_parquet(store.path(SAMPLES.format(shard.name)))
         pl.DataFrame({"node": rows, "samples": np.ones(len(rows), np.uint32), "text": texts}).write_parquet(
-            folder / "nodes" / f"{shard.name}.parquet", row_group_size=TEXTS_ROWS
+            store.path(TEXTS.format(shard.name)), row_group_size=TEXTS_ROWS
         )
-    store.write_json("manifest.json", manifest | {"stages": {"assign": {}, "certify": {}}})
-    return store
+    recipe = Path(store.path("recipe.yaml"))
+    if recipe.exists():  # with an encoder a text can be searched for
+        recipe.write_text(re.sub(r"^  vectors: .*\n", "", recipe.read_text(), flags=re.MULTILINE))
+    store.write_json("manifest.json", manifest | {"stages": manifest["stages"] | {"assign": {}}})
 
 
 def asked_of(store: Store) -> pl.DataFrame:
@@ -90,10 +94,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--nodes", type=int, default=LARGE)
+    parser.add_argument("--captions", type=Path, help="parquet with a column `caption`: those of nodes without samples")
     options = parser.parse_args()
     store = Store(str(options.folder))
     if "graph" not in (store.read_json("manifest.json") or {}):
-        store = make_catalog(options.folder, options.nodes)
+        store = make_store(options.folder, options.nodes, content=True)
+    if not {"scan", "assign"} & store.manifest()["stages"].keys():
+        add_samples(store, options.captions)
     nodes, some = node_count(store.manifest()), asked_of(store)
     keys, texts = cycle(some["key"].to_list()), cycle([" ".join(text.split()[:6]) for text in some["caption"]])
     empty_page_cache(options.folder)

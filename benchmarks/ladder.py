@@ -133,11 +133,12 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
         manifest = store.manifest()
         return {"stages": stages, "asked": job["recall"], "recall": manifest["recall"], "graph": manifest["graph"]}
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not job["keep"]:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def run(asked: argparse.Namespace) -> None:
-    job = {name: getattr(asked, name) for name in ("k", "recall", "engine", "workers", "every")}
+    job = {name: getattr(asked, name) for name in ("k", "recall", "engine", "workers", "every", "keep")}
     for nodes in asked.sizes:
         mixed(asked.cache, nodes)
         for _ in range(asked.repeats):
@@ -355,6 +356,7 @@ def main() -> None:
     runner.add_argument("--workers", type=int, default=2)
     runner.add_argument("--repeats", type=int, default=1)
     runner.add_argument("--every", type=float, default=2.0, help="seconds between looks at memory")
+    runner.add_argument("--keep", action="store_true", help="leave the last store of each size in CACHE")
     runner.set_defaults(call=run)
     shower = verbs.add_parser("show")
     shower.add_argument("results", type=Path)

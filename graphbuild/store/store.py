@@ -32,6 +32,7 @@ from graphbuild.store.remote import cache_folder, cached_copy, file_system, reac
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 FORMAT_VERSION = 1
 TABLE_VERSION = 2  # of a manifest whose shards lie in a table (graphbuild.store.shards); older graphbuilds refuse it
@@ -166,24 +167,37 @@ class Store:
             raise self._damaged(name, f"ends before its row {end:,}")
         return np.frombuffer(content, dtype).reshape(end - begin, *shape[1:])
 
-    def table(self, name: str, columns: list[str] | None = None, row: int | None = None) -> pa.Table:
-        """A parquet file as an Arrow table; or of it the row group that holds a row, where all but the last are of
-        one size."""
+    def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """A parquet file as an Arrow table."""
+        with self._parquet(name) as parquet:
+            return parquet.read(columns=columns, use_threads=False)
+
+    def footer(self, name: str) -> pq.FileMetaData:
+        """What a parquet file says of its row groups; some ms of parsing where there are hundreds."""
+        with self._parquet(name) as parquet:
+            return parquet.metadata
+
+    def row_group(self, name: str, columns: list[str], row: int, footer: pq.FileMetaData) -> pa.Table:
+        """Of a parquet file the row group that holds a row, where all but the last are of one size."""
+        with self._parquet(name, footer) as parquet:
+            group = row // max(footer.row_group(0).num_rows, 1)
+            return parquet.read_row_group(group, columns=columns, use_threads=False)
+
+    @contextlib.contextmanager
+    def _parquet(self, name: str, footer: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
+        """A parquet file to read from; StageError where it is damaged."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
-            path, options = self.path(name), {"pre_buffer": False, "page_checksum_verification": True}
+            path = self.path(name)
             with (
                 reaching(self.display(name)),
                 contextlib.nullcontext(path) if self.is_local else self.fs.open(path, "rb") as file,
                 # Arrow's own threads may outlive the interpreter and abort it while they hold a Python file's buffers.
-                pq.ParquetFile(file, **options) as parquet,
+                pq.ParquetFile(file, metadata=footer, pre_buffer=False, page_checksum_verification=True) as parquet,
             ):
-                if row is None:
-                    return parquet.read(columns=columns, use_threads=False)
-                group = row // max(parquet.metadata.row_group(0).num_rows, 1)
-                return parquet.read_row_group(group, columns=columns, use_threads=False)
+                yield parquet
         except (pa.ArrowException, OSError) as error:
             raise self._damaged(name, f"cannot be read as parquet ({error})") from error
 
