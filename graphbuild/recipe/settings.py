@@ -319,7 +319,7 @@ class Index(Section):
         None, "fail below this recall@k", unset="0.999 if exact, else --recall less 0.01", ge=0, le=1
     )
     recall_sample: int = setting(10_000, "nodes searched again by brute force for the certificate, at most", ge=1)
-    recall_width: float = setting(0.02, "of recall's 95% interval at which no more nodes are searched", ge=0, le=1)
+    recall_width: float = setting(0.03, "of recall's 95% interval at which no more nodes are searched", ge=0, le=1)
     memory: float = setting(4, "GB a worker may take", gt=0)
     seed: int = setting(0, "draws leaders and samples", ge=0)
     device: Device = setting("auto", "where to compute")

@@ -46,7 +46,7 @@ def test_no_vector_is_ruled_out_that_scores_the_floor(name: Name, d: int, scale:
             near = np.flatnonzero((scores[rows] >= floor[rows]).any(axis=0))
             assert np.isin(near, columns).all()
             ruled_out += 300 - len(columns)
-    assert ruled_out > 500, "and some are"
+    assert ruled_out > 100, "and some are"
 
 
 @pytest.mark.parametrize("name", METRICS)

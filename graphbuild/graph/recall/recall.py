@@ -2,7 +2,7 @@
 
 Written with numpy alone, on purpose: it shares no code with the engines it judges. recall@k is the share of a node's k
 listed neighbours whose true score reaches that of its true k-th neighbour (less a tolerance, so ties are no misses).
-Time: 2 S N d float32 operations for S nodes, or down to a sixth of them (recall/narrowing.py); what can decide is
+Time: 2 S N d float32 operations for S nodes, or down to a twelfth of them (recall/narrowing.py); what can decide is
 computed again in float64, pair by pair, so that no order of sums and no cut of the work shows. Memory, however bad the
 graph: S x BLOCK_ROWS float32 scores, TILE_ROWS x BLOCK_ROWS float64 ones, and a block of vectors, for each part.
 """
