@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from graphbuild import SampleGraph
-from graphbuild.export.clustered import GROUP
+from graphbuild.export.cells import GROUP
 from graphbuild.graph.batches.batches import edges_in_batches
 from graphbuild.graph.batches.groups import NeighborLists, StoredGraph
 from graphbuild.graph.batches.order import WAYS

@@ -1,11 +1,11 @@
-"""Stages arrange, scatter and cluster: tars in neighbour order, for loaders that can only read tars from end to end.
+"""Stages scatter and cluster: tars in neighbour order, for loaders that can only read tars from end to end.
 
 A chunk is some samples behind each other that are neighbours: whole groups, as `NeighborOrder` makes them.
 Chunks lie in random order, so a tar holds neighbourhoods from all over the graph; `graph_webdataset` shuffles chunks
 instead of samples. Every sample is written once, the samples without a usable caption at the end. Members are
 `<row>.<extension>`: keys of different tars may be equal, rows are not.
 
-arrange (one task) makes the order: about 40 bytes a sample. Then the samples move in two passes, by `export.runs`:
+export/cells.py makes the order. Then the samples move in two passes, by `export.runs`:
 scatter (one a run of old tars) reads the old tars from end to end and writes their samples in that order, with what
 their sidecars say, into scratch, which so becomes as large as the tars; cluster (one a new tar) reads its part of each
 run, and writes clustered/<tar>.tar with its sidecar. Memory: the sidecar rows of a run or a new tar, and a piece.
@@ -13,7 +13,6 @@ run, and writes clustered/<tar>.tar with its sidecar. Memory: the sidecar rows o
 
 from __future__ import annotations
 
-import itertools
 import os
 import tarfile
 
@@ -21,83 +20,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from graphbuild.errors import ConfigError
-from graphbuild.export.runs import SCRATCH, copy_samples, laid_out, read_rows, write_run
+from graphbuild.export.cells import ARRANGE, CELLS, of_all, places_by_run, places_of, runs, shards_with_tars, tars_of
+from graphbuild.export.runs import copy_samples, laid_out, read_rows, write_run
 from graphbuild.export.sidecar import TarIdentity
 from graphbuild.export.sidecars import named_image, sidecar_columns, titled
 from graphbuild.export.tarwriter import check_members
-from graphbuild.graph.certify import require_graph
-from graphbuild.graph.select.selection import decided_by, selection_of
+from graphbuild.graph.select.selection import selection_of
 from graphbuild.recipe import Recipe
-from graphbuild.runner.stage import Stage, Task, digest, outputs
-from graphbuild.runner.state import require
+from graphbuild.runner.stage import Stage, Task, digest
 from graphbuild.sources.tars import given_urls
 from graphbuild.store.layout import SAMPLES, shard_name
-from graphbuild.store.shards import Shards, present_shards
+from graphbuild.store.shards import Shards
 from graphbuild.store.store import Json, Store, Writer
 
 FOLDER = "clustered"
-PLACES = f"{SCRATCH}/places.npy"
 SIZES = f"{FOLDER}/sizes.json"
-RUNS, RUN_SAMPLES = 256, 400_000  # a new tar is read from each; a task holds so many sidecar rows
-GROUP = 8  # samples that NeighborOrder groups, at most
-
-
-def shards_with_tars(store: Store, layout: str) -> Shards:
-    """The store's shards; ConfigError where the samples came from no tars."""
-    require_graph(store)
-    shards = present_shards(store, store.manifest())
-    if shards.table["tar_url"].null_count:
-        raise ConfigError(
-            f"--layout {layout} copies images, and the samples of {store.url} came from no tars",
-            "use the default layout, or embed tars (--shards)",
-        )
-    return shards
-
-
-def _of_all(recipe: Recipe, store: Store) -> tuple[Json, Json]:
-    """The settings of these stages, and what each of their tasks reads of the store."""
-    built = {
-        "graph": store.manifest()["graph"]["fingerprint"],
-        "samples": digest(outputs(require(store, "assign", "embed"), "samples/")),
-    }
-    chosen, selection = decided_by(store, recipe.export.selection)
-    return {"chunk": recipe.export.chunk, "seed": recipe.index.seed, **chosen}, {**built, **selection}
-
-
-# -- arrange: the order of all samples
-
-
-def plan_arrange(recipe: Recipe, store: Store) -> list[Task]:
-    shards_with_tars(store, "clustered")
-    settings, built = _of_all(recipe, store)
-    selection = selection_of(store, recipe.export.selection)
-    if selection is not None and not selection.kept:
-        raise ConfigError(
-            f"{selection.url} keeps no sample, so there is nothing to export",
-            "make it again with `graphbuild select` and looser rules, or name another by --selection",
-        )
-    return [Task(stage="arrange", name="all", settings=settings, built=built)]
-
-
-def run_arrange(task: Task, store: Store, writer: Writer) -> Json:
-    from graphbuild.graph.batches.order import NeighborOrder
-    from graphbuild.graph.sample_graph import SampleGraph
-
-    graph = SampleGraph.open(store.url)
-    chunk, seed = task.settings["chunk"], task.settings["seed"]
-    nodes, selection = graph.sample_nodes(), selection_of(store, task.settings.get("selection"))
-    shards = shards_with_tars(store, "clustered")  # rows of tars that are gone have no place
-    there = zip(shards.column("first_row"), shards.column("samples"), strict=True)
-    behind = np.concatenate([first + np.flatnonzero(nodes[first : first + count] < 0) for first, count in there])
-    if selection is not None:
-        nodes, behind = selection.nodes(nodes), behind[:0]
-    planned = NeighborOrder(graph, chunk, nodes=nodes, group=min(GROUP, chunk), seed=seed)
-    order = np.concatenate([planned.items[planned.epoch(0).order], behind])
-    places = np.full(len(nodes), -1)
-    places[order] = np.arange(len(order))
-    writer.array(PLACES, places, durable=False)
-    return {"counts": {"samples": len(order)}}
 
 
 # -- scatter: runs of old tars, the samples of each in that order
@@ -106,43 +43,37 @@ def run_arrange(task: Task, store: Store, writer: Writer) -> Json:
 def plan_scatter(recipe: Recipe, store: Store) -> list[Task]:
     shards, given = shards_with_tars(store, "clustered"), given_urls(recipe.embed.shards)
     settings, built, total = _of_tars(recipe, store, shards)
-    tasks = []
-    for number, (begin, end) in enumerate(runs(shards)):
-        run = shards.table.slice(begin, end - begin)
-        urls = [given.get(url, store.resolve(url)) for url in run["tar_url"].to_pylist()]
-        tars = run.select(["shard", "first_row", "samples", "tar_sha256"]).to_pylist()
-        read, name = {**built, "places": total, "tars": tars}, shard_name(number)
-        tasks.append(Task(stage="scatter", name=name, settings=settings, built=read, hints={"urls": urls}))
+    placed, tasks = places_by_run(store, settings["chunk"]), []
+    for number, run in enumerate(runs(shards)):
+        urls = [given.get(url, store.resolve(url)) for url in shards.table["tar_url"][run[0] : run[1]].to_pylist()]
+        hints = {"urls": urls, **({"placed": placed[number]} if placed else {})}  # not once all is exported
+        read, name = {**built, "places": total, "tars": tars_of(shards, run)}, shard_name(number)
+        tasks.append(Task(stage="scatter", name=name, settings=settings, built=read, hints=hints))
     return tasks
 
 
 def run_scatter(task: Task, store: Store, writer: Writer) -> Json:
     manifest, selection = store.manifest(), selection_of(store, task.settings.get("selection"))
-    parts = []
+    parts, placed = [], places_of(store, task.hints["placed"])
     for tar, url in zip(task.built["tars"], task.hints["urls"], strict=True):
         samples = store.table(SAMPLES.format(tar["shard"]))
         check_members(samples, url)
-        places = store.rows(PLACES, tar["first_row"], tar["first_row"] + tar["samples"])
         samples = samples if selection is None else selection.applied(samples)
-        parts.append((samples.append_column("place", pa.array(places)).filter(pa.array(places >= 0)), url))
+        first, end = np.searchsorted(placed[:, 0], [tar["first_row"], tar["first_row"] + tar["samples"]])
+        own = placed[first:end]
+        samples = samples.take(pa.array(own[:, 0] - tar["first_row"]))
+        parts.append((samples.append_column("place", pa.array(own[:, 1])), url))
     size, total, embeddings = task.settings["shard_size"], task.built["places"], task.settings["embeddings"]
     bounds = np.arange(0, total + size, size)
     write_run(writer, task.name, parts, bounds, lambda part: sidecar_columns(store, manifest, part, embeddings))
     return {}
 
 
-def runs(shards: Shards) -> list[tuple[int, int]]:
-    """The old tars (begin, end) of each run: RUNS of them, or more where those would have over RUN_SAMPLES samples."""
-    length = max(min(-(-int(shards.column("samples").sum()) // RUNS), RUN_SAMPLES), 1)
-    begins = np.unique(shards.column("first_row") // length, return_index=True)[1].tolist()
-    return list(itertools.pairwise([*begins, len(shards)]))
-
-
 def _of_tars(recipe: Recipe, store: Store, shards: Shards) -> tuple[Json, Json, int]:
-    """As `_of_all`, of the stages that need to know where a new tar begins; and the number of all samples in them."""
+    """As `of_all`, of the stages that need to know where a new tar begins; and the number of all samples in them."""
     selection = selection_of(store, recipe.export.selection)
     total = int(shards.column("samples").sum()) if selection is None else selection.kept
-    settings, built = _of_all(recipe, store)
+    settings, built = of_all(recipe, store)
     size = -(-recipe.export.shard_size // recipe.export.chunk) * recipe.export.chunk
     return {**settings, "shard_size": size, "embeddings": recipe.export.embeddings}, built, total
 
@@ -197,7 +128,6 @@ def tar_sizes(done: list[Json]) -> dict[str, int]:
     return {f"{record['task']}.tar": record["facts"]["counts"]["samples"] for record in done}
 
 
-ARRANGE = Stage(name="arrange", title="order", plan=plan_arrange, run=run_arrange, scratch=True)
 SCATTER = Stage(name="scatter", title="runs", plan=plan_scatter, run=run_scatter, scratch=True)
 CLUSTER = Stage(name="cluster", title="tars", plan=plan_cluster, run=run_cluster, finish=finish_cluster)
-STAGES = (ARRANGE, SCATTER, CLUSTER)
+STAGES = (CELLS, ARRANGE, SCATTER, CLUSTER)

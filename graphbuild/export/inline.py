@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from graphbuild.errors import ConfigError
-from graphbuild.export.clustered import shards_with_tars
+from graphbuild.export.cells import shards_with_tars
 from graphbuild.export.sidecar import text_columns
 from graphbuild.export.sidecars import graph_fields
 from graphbuild.export.tarwriter import check_members, write_tar

@@ -18,7 +18,7 @@ from functools import cache
 from typing import Any
 
 from graphbuild.errors import ConfigError, StageError
-from graphbuild.export import clustered, columns, inline, sidecars
+from graphbuild.export import cells, clustered, columns, inline, sidecars
 from graphbuild.graph import certify, codes, grow, index, moments, order, prepare
 from graphbuild.graph.lists import derived
 from graphbuild.machine.versions import version_of
@@ -101,8 +101,9 @@ STEPS = (
     Step(sidecars.STAGE,    "export",   "_state/certify/ samples/",      "shards/*.graph.parquet shards/sizes.json"),
     Step(inline.STAGE,      "export",   "_state/certify/ samples/",      "inline/"),
     Step(columns.STAGE,     "export",   "_state/certify/ samples/",      "columns/"),
-    Step(clustered.ARRANGE, "export",   "_state/certify/ samples/",      "_work_clustered/places.npy"),
-    Step(clustered.SCATTER, "export",   "_work_clustered/places.npy",    "_work_clustered/#.rows"
+    Step(cells.CELLS,       "export",   "_state/certify/ samples/",      "_work_clustered/cells/"),
+    Step(cells.ARRANGE,     "export",   "_work_clustered/cells/",        "_work_clustered/places/"),
+    Step(clustered.SCATTER, "export",   "_work_clustered/places/",       "_work_clustered/#.rows"
                                                                          " _work_clustered/#.moved"),
     Step(clustered.CLUSTER, "export",   "_work_clustered/#.rows",        "clustered/"),
     Step(derived.MINE,        "mine",     "_state/certify/ samples/",      "mined/*.parquet"),

@@ -38,7 +38,7 @@ Progress = Callable[[], float]
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
 SEED = int(os.environ.get("GRAPHBUILD_KILL_SEED", "20"))
 GRAPH = ("prepare", "codes", "moments", "order", "join", "merge", "refine", "search", "certify", "export")
-TARS = ("scan", "number", "texts", "encode", "assign", *GRAPH, "arrange", "scatter", "cluster")
+TARS = ("scan", "number", "texts", "encode", "assign", *GRAPH, "cells", "arrange", "scatter", "cluster")
 WORKER, EVERYTHING = "worker", "everything"
 BUSY = "ray::Worker.attempt"
 

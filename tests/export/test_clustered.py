@@ -20,12 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from graphbuild.errors import StageError
-from graphbuild.export import clustered, tarwriter
+from graphbuild.export import cells, tarwriter
+from graphbuild.graph.sample_graph import SampleGraph
 from graphbuild.graph.select.rules import select_store
 from graphbuild.job.plan.job import job_of
 from graphbuild.job.plan.machine import here
@@ -36,7 +38,10 @@ from graphbuild.look.verify import verify_store
 from graphbuild.recipe import resolve
 from graphbuild.runner.runner import Runner
 from graphbuild.sources.tars import member_header
-from graphbuild.store.store import Store
+from graphbuild.store.layout import VECTORS
+from graphbuild.store.sharded import node_array
+from graphbuild.store.shards import node_count, shards_of
+from graphbuild.store.store import Store, Writer
 from tests.conftest import MakeOnce
 from tests.e2e.test_bounds import limited
 from tests.nodes.test_plural import jpeg
@@ -110,14 +115,14 @@ EXPORT = """
 import collections, json, os, signal, sys
 
 import graphbuild.graph.batches.order, graphbuild.graph.sample_graph
-from graphbuild.export import clustered, tarwriter
+from graphbuild.export import cells, clustered, tarwriter
 from graphbuild.job.steps import run_verb
 from graphbuild.recipe import resolve
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store
 
 watched, dying, changes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-clustered.RUNS, tarwriter.PIECE_BYTES = map(int, sys.argv[4:])
+cells.RUNS, tarwriter.PIECE_BYTES = map(int, sys.argv[4:])
 tarwriter.GAP_BYTES = 600
 reads, opened, most, before, pread = collections.defaultdict(list), collections.Counter(), 0, 0, os.pread
 
@@ -208,7 +213,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return content
 
     monkeypatch.setattr(os, "pread", read)
-    monkeypatch.setattr(clustered, "RUNS", RUNS)
+    monkeypatch.setattr(cells, "RUNS", RUNS)
     monkeypatch.setattr(tarwriter, "GAP_BYTES", 600)
     monkeypatch.setattr(tarwriter, "PIECE_BYTES", 3_000)  # less than some samples
     return found
@@ -264,6 +269,58 @@ def test_a_selection_passes_over_what_it_leaves_out(folder: Path, tmp_path: Path
         seen += rows
     assert sorted(seen) == [row for row, one in enumerate(odd_samples()) if row % 3 != 1 and captions_of(one)]
     assert sum(reads.values()) < 0.8 * sum(path.stat().st_size for path in (folder / "tars").glob("*.tar"))
+
+
+def test_orders_made_in_cells_keep_neighbours_together_whatever_the_runs(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = SampleGraph.open(str(folder / "store"))
+    nodes, together, made = graph.sample_nodes(), {}, {}
+    for name, cell, runs in (("one cell", 1_000, RUNS), ("cells", 60, RUNS), ("and other runs", 60, 2)):
+        monkeypatch.setattr(cells, "CELL", cell)
+        monkeypatch.setattr(cells, "RUNS", runs)
+        shutil.copytree(folder / "store", tmp_path / name)
+        run(f"{tmp_path}/{name}", "export", **SETTINGS)
+        made[name] = content_of(tmp_path / name)
+        rows = [
+            row
+            for path in sorted((tmp_path / name / "clustered").glob("*.graph.parquet"))
+            for row in pq.read_table(path, columns=["row"])["row"].to_pylist()
+        ]
+        assert sorted(rows) == list(range(TARS * SAMPLES))
+        assert (nodes[rows] < 0).nonzero()[0].min() == (nodes >= 0).sum(), "those without a node come last"
+        chunks = [nodes[rows[begin : begin + CHUNK]] for begin in range(0, (nodes >= 0).sum() - CHUNK, CHUNK)]
+        listed = [graph.neighbors(chunk)[0] for chunk in chunks]
+        together[name] = sum(np.isin(lists, chunk).sum() for lists, chunk in zip(listed, chunks, strict=True))
+    assert made["cells"] == made["and other runs"] != made["one cell"]
+    assert 0.6 * together["one cell"] < together["cells"] < together["one cell"]
+
+
+def test_a_cell_has_the_samples_nearest_to_its_leaders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By float64, of a store that stage cells has gone through."""
+    monkeypatch.setattr(cells, "CELL", 60)
+    store = Store(str(folder / "store"))
+    shards = shards_of(store, store.manifest()).with_nodes
+    leaders = cells._leaders(store, shards, 5, 0)
+    vectors = node_array(store, shards, VECTORS).take(np.arange(node_count(store.manifest())))
+    assert all((vectors == leader.astype(np.float16)).all(axis=1).any() for leader in leaders)
+    assert cells.LEADERS < len(leaders) <= 5 * cells.LEADERS
+    recipe = resolve(store, "export", SETTINGS)
+    tasks, writer = cells.plan_cells(recipe, store), Writer(store)
+    sizes = [cells.run_cells(task, store, writer)["sizes"] for task in tasks]
+    nodes = SampleGraph.open(store.url).sample_nodes()
+    seen = []
+    for task, counts in zip(tasks, sizes, strict=True):
+        members = store.array(cells.MEMBERS.format(task.name))
+        of = np.repeat(np.arange(len(counts)), counts)
+        assert (nodes[members[:, 0]] == members[:, 1]).all()
+        assert (of[members[:, 1] < 0] == len(counts) - 1).all()
+        own = members[:, 1] >= 0
+        scores = vectors[members[own, 1]].astype(np.float64) @ leaders.astype(np.float64).T
+        assert (scores[np.arange(len(scores)), of[own]] >= scores.max(axis=1) - 1e-5).all()
+        seen += members[:, 0].tolist()
+    assert sorted(seen) == list(range(TARS * SAMPLES))
+    shutil.rmtree(folder / "store" / "_work_clustered")
 
 
 def test_samples_of_a_tar_that_is_gone_have_no_place_and_no_other_one_is_lost(

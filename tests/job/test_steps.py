@@ -110,5 +110,5 @@ def test_scratch_is_for_the_steps_whose_files_stay() -> None:
     expected |= {"count": ["urls"]}
     expected |= {name: ["number"] for name in ("split", "unique", "mark")}
     expected |= {name: ["search"] for name in ("order", "join", "merge", "refine")}
-    expected |= {"arrange": ["cluster"], "scatter": ["cluster"]}
+    expected |= {"cells": ["cluster"], "arrange": ["cluster"], "scatter": ["cluster"]}
     assert {step.name: names(served(step)) for step in STEPS if step.stage.scratch} == expected

@@ -22,7 +22,7 @@ LEAST = float(np.finfo(np.float32).min)
 
 
 class Narrowing:
-    """For prepared queries float32 [n, d]. Time: 2 (n + d) d / 12 operations a vector looked at, or two or four times that."""
+    """For prepared queries float32 [n, d]. Time: 2 (n + d) d / 12 operations a vector, or 2 or 4 times that."""
 
     def __init__(self, queries: Array, metric: Metric) -> None:
         self.queries, self.metric = queries, metric

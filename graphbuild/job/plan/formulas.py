@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from graphbuild.export.clustered import RUN_SAMPLES, RUNS
+from graphbuild.export.cells import CELL, LEADERS, LISTED, RUN_SAMPLES, RUNS
 from graphbuild.graph.certify import first_look
 from graphbuild.graph.recall.recall import BLOCK_ROWS
 from graphbuild.graph.sketch import BYTES as SKETCH_BYTES
@@ -198,13 +198,17 @@ def export_costs(case: Case) -> dict[str, Cost]:
     run = max(min(job.samples / RUNS, RUN_SAMPLES), case.shard_rows)
     runs, tasks = math.ceil(job.samples / run), math.ceil(job.samples / config.shard_size)
     scattering, clustering = (copying + hashing) / runs, (rows * rates.export_byte + 2 * hashing) / tasks
+    # Of each sample the list, for its place in the order; beyond one cell its vector is compared with all leaders.
+    cells, listed = max(math.ceil(job.samples / CELL), 1), job.samples * (16 + 4.0 * min(job.k, LISTED))
+    led = 2.0 * job.samples * job.d * cells * LEADERS * rates.flop if cells > 1 else 0.0
+    led_bytes = 2.0 * job.samples * job.d if cells > 1 else 0.0
 
     return {
         "export": Cost(shards, rows / shards * rates.export_byte, rows, rows, sidecar_held, lists),
         "inline": Cost(shards, (copying + hashing) / shards, job.tar_bytes, tars, 4 * case.shard_rows * (row + 500)),
         "columns": Cost(shards, rows / shards * rates.export_byte, rows, rows, sidecar_held, lists),
-        # one task orders all samples, 40 bytes each, and reads the lists at random
-        "arrange": Cost(1, 2 * edges * rates.merge_entry, 6 * edges, 8.0 * job.samples, 40.0 * job.samples),
+        "cells": Cost(runs, led / runs, listed + led_bytes, listed, 3 * listed / runs, listed),
+        "arrange": Cost(cells, 2 * edges / cells * rates.merge_entry, listed, 16.0 * job.samples, 2.5 * listed / cells),
         "scatter": Cost(runs, scattering, tars, tars, 2 * run * (row + 500) + sidecar_held, lists),
         "cluster": Cost(tasks, clustering, tars, tars, 4 * job.samples / tasks * (row + 500)),
     }
