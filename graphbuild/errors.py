@@ -19,6 +19,11 @@ def public(text: str) -> str:
     return _QUERY.sub(r"\1", _USER.sub("", text)) if "://" in text else text
 
 
+def install_extra(extra: str) -> str:
+    """The command that installs an extra: from the clone, as no package index is known to have this project."""
+    return f"pip install '.[{extra}]' in the folder of graphbuild's clone"
+
+
 class GraphbuildError(Exception):
     """Base of all deliberate failures. `cause` names the file, row or option; `fix` is the next step."""
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-nbformat = pytest.importorskip("nbformat", reason="no nbformat: pip install 'graphbuild[dev]'")
-nbclient = pytest.importorskip("nbclient", reason="no nbclient: pip install 'graphbuild[dev]'")
+nbformat = pytest.importorskip("nbformat", reason="no nbformat: pip install '.[dev]'")
+nbclient = pytest.importorskip("nbclient", reason="no nbclient: pip install '.[dev]'")
 
 FOLDER = Path(__file__).parents[1] / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

@@ -82,10 +82,11 @@ def test_every_extra_that_documents_code_and_images_name_exists() -> None:
     named = {
         name
         for text in texts
-        for found in re.findall(r"(?:graphbuild|'\.)\[([a-z0-9,]+)\]", text)
+        for found in re.findall(r"(?:'\.\[|install_extra\([\"'])([a-z0-9,]+)[]\"']", text)
         for name in found.split(",")
     }
     assert {"cpu", "gpu", "download", "int8", "offline", "s3"} <= named <= EXTRAS.keys()
+    assert not [text for text in texts if "install 'graphbuild" in text], "the index may have another's of this name"
 
 
 def test_every_pinned_version_is_one_that_the_project_allows() -> None:

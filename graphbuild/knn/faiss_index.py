@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from graphbuild.errors import ConfigError
+from graphbuild.errors import ConfigError, install_extra
 from graphbuild.knn import lists, sample
 from graphbuild.knn.codes import Codes
 from graphbuild.knn.inputs import Inputs
@@ -102,7 +102,7 @@ def import_faiss() -> Any:
     except ImportError:
         raise ConfigError(
             "--engine faiss: the package faiss is not installed",
-            "pip install 'graphbuild[cpu]' or 'graphbuild[gpu]', or use --engine auto",
+            f"{install_extra('cpu')}, or '.[gpu]' for GPUs, or use --engine auto",
         ) from None
     return faiss
 
@@ -158,7 +158,7 @@ def open_index(path: Path, version: str, knob: str | None, effort: int | None, d
         if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
             raise ConfigError(
                 "--engine faiss on a GPU: this faiss has no GPU support, or sees no GPU",
-                "pip install 'graphbuild[gpu]' in place of [cpu], or say --device cpu",
+                f"pip uninstall faiss-cpu, then {install_extra('gpu')}, or say --device cpu",
             )
         probe = np.eye(64, dtype=np.float32)
         flat = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, faiss.IndexFlatIP(64))

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from graphbuild.errors import ConfigError, GraphbuildError
+from graphbuild.errors import ConfigError, GraphbuildError, install_extra
 from graphbuild.machine.cpu import cpu_features
 from graphbuild.machine.gpus import cores_here
 from graphbuild.machine.versions import version_of
@@ -173,7 +173,7 @@ def _ray() -> tuple[State, str, str]:
 def _download() -> tuple[State, str, str]:
     missing = [name for name in ("img2dataset", "webdataset") if version_of(name) is None]
     if missing:
-        fix = "pip install 'graphbuild[download]'; with tars or captions of your own it is not needed"
+        fix = f"{install_extra('download')}; with tars or captions of your own it is not needed"
         return "FAIL", f"{missing[0]} is not installed", fix
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), 5):
         port = server.getsockname()[1]

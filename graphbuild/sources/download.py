@@ -22,7 +22,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from graphbuild.errors import ConfigError, ImageError, InputError, StageError
+from graphbuild.errors import ConfigError, ImageError, InputError, StageError, install_extra
 from graphbuild.recipe import Download, Recipe
 from graphbuild.runner import partly
 from graphbuild.runner.stage import Stage, Task, outputs, records
@@ -333,7 +333,7 @@ def _check_installed() -> None:
     from importlib.util import find_spec
 
     if find_spec("img2dataset") is None:
-        raise ConfigError("downloading needs img2dataset, which is not installed", "pip install 'graphbuild[download]'")
+        raise ConfigError("downloading needs img2dataset, which is not installed", install_extra("download"))
 
 
 COUNT = Stage(name="count", title="rows", plan=plan_count, run=run_count, scratch=True)

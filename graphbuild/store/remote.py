@@ -24,7 +24,7 @@ from typing import Any
 
 import fsspec
 
-from graphbuild.errors import ConfigError, GraphbuildError, StorageError
+from graphbuild.errors import ConfigError, GraphbuildError, StorageError, install_extra
 from graphbuild.store.checksum import file_sha256
 
 S3 = ("s3://", "s3a://")
@@ -64,7 +64,7 @@ def file_system(url: str, **options: Any) -> tuple[fsspec.AbstractFileSystem, st
     try:
         found: tuple[fsspec.AbstractFileSystem, str] = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
-        fix = "pip install 'graphbuild[s3]'" if url.startswith(S3) else "install the package named there"
+        fix = install_extra("s3") if url.startswith(S3) else "install the package named there"
         raise ConfigError(f"{url} cannot be opened ({error})", fix) from None
     return found
 

@@ -471,7 +471,7 @@ def flip_bit(path: Path, place: float = 0.5) -> None:
 @contextlib.contextmanager
 def s3_server() -> Iterator[tuple[Any, dict[str, str]]]:
     """An S3 server on loopback: a client for it, and the environment in which commands find it."""
-    pytest.importorskip("s3fs", reason="graphbuild[s3] is not installed")
+    pytest.importorskip("s3fs", reason="the extra s3 is not installed")
     boto3 = pytest.importorskip("boto3")
     moto = pytest.importorskip("moto.server")
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

@@ -75,7 +75,7 @@ FAMILIES = {
     ),
 }
 VNNI = "vnni" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else False
-INT8 = pytest.param("int8", marks=pytest.mark.skipif(not find_spec("openvino"), reason="needs graphbuild[int8]"))
+INT8 = pytest.param("int8", marks=pytest.mark.skipif(not find_spec("openvino"), reason="needs the extra int8"))
 WORDS = [
     "a",
     "red",
@@ -203,7 +203,7 @@ def test_packed_runs_on_another_device(tmp_path, family):
     assert rows_there == rows
 
 
-@pytest.mark.skipif(not find_spec("openvino"), reason="needs graphbuild[int8]")
+@pytest.mark.skipif(not find_spec("openvino"), reason="needs the extra int8")
 @pytest.mark.parametrize(("family", "pooling"), [("bert", "cls"), ("xlm-roberta", "mean"), ("mpnet", "max")])
 def test_int8_is_near_float32_for_each_family(tmp_path, family, pooling):
     folder = saved(tmp_path, family, pooling)
@@ -221,7 +221,7 @@ def test_int8_is_near_float32_for_each_family(tmp_path, family, pooling):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not find_spec("openvino"), reason="needs graphbuild[int8]")
+@pytest.mark.skipif(not find_spec("openvino"), reason="needs the extra int8")
 def test_int8_of_the_default_encoder_keeps_a_mean_cosine_of_0_995():
     found = default("int8").encode(captions(200))
     cosines = cosine(found.vectors, default("int8").reference(captions(200)))
@@ -229,7 +229,7 @@ def test_int8_of_the_default_encoder_keeps_a_mean_cosine_of_0_995():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not find_spec("openvino"), reason="needs graphbuild[int8]")
+@pytest.mark.skipif(not find_spec("openvino"), reason="needs the extra int8")
 def test_signals_are_heard_after_int8_encoders_are_gone():
     """As when a DataLoader's worker ends. In a process of its own, for the fault is its end."""
     script = """
