@@ -1,8 +1,9 @@
 """How far a stage is, told as it goes: a live view on a terminal, plain lines in a log, or JSON lines for programs.
 
-All of it goes to stderr. Counts and reasons are those of finished tasks; the time left takes the tasks still to do to
-last as long as those of this run, so it is not told before one has ended, or told how far it is. Inside a Ray session
-the same numbers are metrics too, which its own exporter offers to Prometheus; pipelines/grafana.json shows them.
+All of it goes to stderr. Counts and reasons are those of finished tasks. The time left takes the tasks still to do to
+last as long as those of this run. It is told once a task has ended: before that, most of the time may be the workers'
+start. Inside a Ray session the same numbers are metrics too, which its own exporter offers to Prometheus;
+pipelines/grafana.json shows them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ logger = logging.getLogger(__name__)
 UNITS = ("urls", "embeddings", "samples", "nodes", "edges")  # a stage is told by the first that it counts
 EVERY_SECONDS = {"plain": 10.0, "json": 1.0}
 REASONS = 3
-LEAST_ENDED = 0.02  # tasks, from which the time left is told
 MEMORY_SECONDS = 5.0
 _memory = (-math.inf, 0)  # when it was last read, and what it was
 BAR_COLUMNS = 30
@@ -76,9 +76,8 @@ class State:
         return self.counts[self.unit()] / self.seconds if self.unit() and self.seconds > 0 else None
 
     def seconds_left(self) -> float | None:
-        parts = self.parts()
-        ended = self.done - self.skipped + parts
-        return self.seconds / ended * max(self.total - self.done - parts, 0) if ended >= LEAST_ENDED else None
+        parts, ended = self.parts(), self.done - self.skipped
+        return self.seconds / (ended + parts) * max(self.total - self.done - parts, 0) if ended else None
 
     def success(self) -> float | None:
         """The share of URLs that gave an image, or of samples that have a usable caption."""

@@ -175,6 +175,9 @@ def test_time_left_and_rate_follow_from_this_run_alone(monkeypatch: pytest.Monke
     state.parts = lambda: 2.5  # shares of running tasks
     assert state.seconds_left() == 20 / 12.5 * 37.5
     assert "62.5 of 100 tasks, 0:20, 1:00 left" in lines(state)[0]
+    state.done, state.parts = 50, lambda: 0.1  # no task has ended: most of the time may be the workers' start
+    assert state.seconds_left() is None
+    assert "left" not in lines(state)[0]
     assert duration(3_661) == "1:01:01"
 
 
