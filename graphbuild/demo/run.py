@@ -35,6 +35,7 @@ SHARD_SIZE = 500
 TIMEOUT_SECONDS = 2.0
 K = 32
 LIST = "scenes.parquet"
+TRAINER = Path("training/train.py")  # of a clone, where the command is typed
 
 
 def run_demo(url: str, *, scenes: int, workers: int | None, address: str | None) -> None:
@@ -73,9 +74,10 @@ outputs   {folder}/shards/{{00000..{shards - 1:05d}}}.tar with .graph.parquet be
 look      {page}
 {_activate()}try       graphbuild explore {url}
           graphbuild neighbors {url} --text "two red stars on grass"
-          graphbuild verify {url}
-          python training/train.py {url} --config training/demo.yaml --labels kind,colour,count,background"""
+          graphbuild verify {url}"""
     )
+    if TRAINER.exists():
+        echo(f"          python {TRAINER} {url} --config training/demo.yaml --labels kind,colour,count,background")
 
 
 def _activate() -> str:
@@ -126,10 +128,10 @@ def _known_port(urls: Path, scenes: int) -> int:
 
 
 def _some_samples(store: Store, manifest: Json, catalog: Catalog) -> list[Sample]:
-    """One sample with a node from the first, a middle and the last shard."""
+    """Three samples with a node, from the first, a middle and the last shard; from fewer shards other ones of these."""
     names = shards_of(store, manifest).names
-    samples = []
+    keys: list[str] = []
     for name in (names[0], names[len(names) // 2], names[-1]):
         table = store.table(SAMPLES.format(name), ["key", "node"]).drop_null()
-        samples += [catalog.sample(key) for key in table["key"][:1].to_pylist()]
-    return samples
+        keys += [key for key in table["key"].to_pylist() if key not in keys][:1]
+    return [catalog.sample(key) for key in keys]

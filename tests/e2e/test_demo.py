@@ -75,6 +75,8 @@ def test_demo_succeeds_and_says_what_to_look_at(run: tuple[Path, subprocess.Comp
         assert activate
         assert Path(activate[1]).samefile(Path(sys.prefix, "bin/activate"))
     assert done.stdout.count("nearest neighbours") == 1
+    assert len(set(re.findall(r"^(\d{8})  node \d+  ", done.stdout, re.M))) == 3, "different samples"
+    assert "train.py" not in done.stdout, "no such file is here"
     assert "Traceback" not in done.stderr
 
 
@@ -90,10 +92,13 @@ def test_every_url_ends_as_its_fault_foretells(run: tuple[Path, subprocess.Compl
 
 def test_a_second_demo_does_nothing_and_is_quick(run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     before = {path: path.stat().st_mtime_ns for path in (run[0] / "demo").rglob("*") if path.is_file()}
+    (run[0] / "training").mkdir()
+    (run[0] / "training/train.py").touch()
     begin = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     shown, said = on_a_terminal(run[0])
     seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - begin
     assert said.count("up to date") == 12
+    assert "python training/train.py demo --config" in shown
     assert shown.count("\N{UPPER HALF BLOCK}") > 100, "of three scenes, drawn with coloured blocks"
     assert {path: path.stat().st_mtime_ns for path in (run[0] / "demo").rglob("*") if path.is_file()} == before
     assert seconds < 10, "of a CPU"
