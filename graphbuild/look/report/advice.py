@@ -9,9 +9,8 @@ import numpy as np
 from graphbuild.look.report.targets import LOW
 from graphbuild.store.store import Json
 
-ENOUGH = 0.95  # of what the stored lists hold, at which fewer neighbours would do
+ENOUGH = 0.95  # of what the stored neighbours hold, at which fewer would do
 WELL_HELD = 0.9  # share of a target over all nodes that lists hold where they suffice alone
-FIXED = 0.1  # tau_s where no share is recommended
 HUBS = 2.0  # skewness of in-degrees
 MANY = 0.1  # share of nodes with a near-duplicate, and of nodes whose list ends among random pairs
 MISSED = 0.05  # by which the share that was got may differ from what was asked for
@@ -19,42 +18,22 @@ CUT = 0.01  # share of texts that the encoder does not read to the end
 
 
 def advice(n: Json) -> list[Json]:
-    """Each: about, says, number (the one it rests on), and whether it warns. n: report.json's other numbers."""
+    """Each: about, says, number (the one it rests on, or recommends), and whether it warns. n: report.json's other
+    numbers. First the share to train with, then k, then the similarities; one sentence at least of each."""
     edges, near = n["edges"], n["edges"]["near_duplicate"]
-    mean, deviation, total = edges["random_mean"], edges["random_deviation"], edges["nodes"]
-    found, tau_s = _shares(n["two_views"])
-    if mean > LOW:  # which the shares rest on
-        found = [
-            _warning(
-                "encoder",
-                mean,
-                f"Random pairs have a similarity of {mean:.2f} in the mean: this encoder uses a narrow range. "
-                f"Thresholds and tau_s that suit another do not suit here, and no share can be recommended. {near} "
-                f"is {(near - mean) / max(deviation, 1e-9):.0f} deviations above random. Choose tau_s by the spread "
-                "below.",
-            )
-        ]
-    found.append(_neighbors(n["mass"], tau_s))
-    counts, bins = np.array(edges["last_similarity"]), np.array(edges["bins"])
-    lost = float(counts[bins[1:] <= mean + 2 * deviation].sum() / counts.sum())
+    total, similar = edges["nodes"], edges["similar"]
+    found = [*_shares(n["two_views"], similar), _neighbors(n), _similarities(edges)]
     skewness, orphans = edges["indegree_skewness"], edges["no_indegree"] / total
     cut, twins = n["embeddings"].get("truncated", 0) / total, edges["near_duplicate_nodes"] / total
-    whole = n["groups"]["truncated"]
     asked = [row for row in n["two_views"] if row["asked"]]
     worst = max(asked, key=lambda row: abs(row["share"] - row["asked"]), default={"asked": 0, "share": 0, "batch": 0})
     warnings = (
         (
-            mean <= LOW and abs(worst["share"] - worst["asked"]) > MISSED,
+            abs(worst["share"] - worst["asked"]) > MISSED,
             *("share", worst["share"]),
             f"Asked for a share of {worst['asked']}, calibrated targets of random batches of {worst['batch']:,} keep "
             f"{worst['share']:.2f}: the similarities are of several kinds, as those of two sources or of one large "
-            "cluster are, and calibration assumes one. Choose by the share that was got, in the table below.",
-        ),
-        (
-            lost > MANY,
-            *("encoder", lost),
-            f"The k-th neighbour of {lost:.0%} of the nodes is no nearer than random pairs (mean {mean:.2f} and two "
-            "deviations): the ends of their lists say nothing. Use fewer neighbours, or a threshold.",
+            "cluster are, and calibration assumes one. The table below has the share that each batch size got.",
         ),
         (
             cut > CUT,
@@ -74,76 +53,103 @@ def advice(n: Json) -> list[Json]:
             f"{twins:.0%} of the nodes have a neighbour at {near} or more: without them the lists would reach further. "
             "`graphbuild mine STORE --what duplicates` lists the groups, `select --drop` leaves them out.",
         ),
-        (
-            whole > 0,
-            *("k", whole),
-            f"{whole:,} nodes have {edges['k']} neighbours at {near} or more, and perhaps others: only a larger k "
-            "shows such groups whole.",
-        ),
     )
-    found += [_warning(*what) for holds, *what in warnings if holds]
-    if not any(one["warns"] for one in found):
-        says = (
-            f"Nothing speaks against the encoder: random pairs lie at {mean:.2f} with a deviation of "
-            f"{deviation:.2f}, the k-th neighbour of {1 - lost:.0%} of the nodes above two deviations; in-degrees "
-            f"have a skewness of {skewness:.1f}."
-        )
-        found.append({"about": "encoder", "number": mean, "warns": False, "says": says})
-    return found
+    return found + [_warning(*what) for holds, *what in warnings if holds]
 
 
 def _warning(about: str, number: float, says: str) -> Json:
     return {"about": about, "number": number, "warns": True, "says": says}
 
 
-def _shares(rows: list[Json]) -> tuple[list[Json], float]:
-    """The share to ask for by batch size, and the median tau_s of the largest that is recommended."""
+def _shares(rows: list[Json], similar: float) -> list[Json]:
+    """The share to ask for by batch size, with the median tau_s that it comes to; where none does, the nearest."""
     good = {row["batch"]: row for row in rows if row["recommended"]}
-    rest = [row for row in rows if row["batch"] not in good]
-    found, tau_s = [], FIXED
+    found = []
     for asked in sorted({row["asked"] for row in good.values()}):
         same = [row for row in good.values() if row["asked"] == asked]
-        tau_s = float(np.median([row["tau_s"] for row in same]))
         says = (
-            f'In batches of {_listed(same)}: `tau_s="calibrated", other_view={asked}`. The median temperature is then '
-            f"{tau_s:.3f}, and at most {max(row['low'] for row in same):.0%} of what other images get goes to "
-            f"similarities below {LOW}."
+            f"{_ask(same)}. At most {max(row['low'] for row in same):.0%} of what other images get then goes to "
+            f"similarities below {similar:.2f}."
         )
         found.append({"about": "share", "number": asked, "warns": False, "says": says})
-    if rest:
-        last = [row for row in rest if row["asked"] == rest[-1]["asked"]]
+    last = [row for row in rows if row["batch"] not in good and row["asked"] == rows[-1]["asked"]]
+    if last:
         low = min(row["low"] for row in last)
         says = (
-            f"In batches of {_listed(last)} no share does: even at other_view={last[0]['asked']}, {low:.0%} or more "
-            f"of what other images get goes to similarities below {LOW}. Take larger batches, neighbour-aware ones, "
-            "or hard targets."
+            f"{_ask(last)}, or hard targets: even so {low:.0%} or more of what other images get goes to similarities "
+            f"below {similar:.2f}, and smaller shares give such images more. Larger batches, or neighbour-aware ones, "
+            "have more that is similar."
         )
-        found.append(_warning("share", low, says))
-    return found, tau_s
+        found.append(_warning("share", last[0]["asked"], says))
+    return found
 
 
-def _listed(rows: list[Json]) -> str:
-    return " and ".join(f"{row['batch']:,}" for row in rows)
+def _ask(rows: list[Json]) -> str:
+    sizes, taus = [f"{row['batch']:,}" for row in rows], [f"{row['tau_s']:.3f}" for row in rows]
+    fixed = f"a fixed tau_s of {_listed(taus)}" + (", in this order" if len(rows) > 1 else "")
+    return f'In batches of {_listed(sizes)}: `tau_s="calibrated", other_view={rows[0]["asked"]}`, or {fixed}'
 
 
-def _neighbors(mass: Json, tau_s: float) -> Json:
-    """How many of the stored neighbours a target needs, at the tau_s of the table that is nearest in ratio."""
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _neighbors(n: Json) -> Json:
+    """The k to keep: how many of the stored neighbours a target needs, at the tau_s of the table that is nearest in
+    ratio to the one recommended for the largest batch; and what speaks against more of them, or for more."""
+    edges, mass, rows = n["edges"], n["mass"], n["two_views"]
+    recommended = [row for row in rows if row["recommended"]] or rows
+    tau_s = recommended[-1]["tau_s"] if recommended else mass["tau_s"][0]
     at = int(np.abs(np.log(np.array(mass["tau_s"]) / tau_s)).argmin())
-    share, ranks = mass["share"][at], mass["ranks"]
-    need = bisect_left(share, ENOUGH * share[-1])
-    number = ranks[need]
-    says = (
-        f"at tau_s = {mass['tau_s'][at]:g} the sample and its nearest {ranks[-1]} hold {share[-1]:.0%} of a target "
-        "over all nodes"
-    )
+    share, ranks, k = mass["share"][at], mass["ranks"], mass["ranks"][-1]
+    counts, bins = np.array(edges["last_similarity"]), np.array(edges["bins"])
+    lost = float(counts[bins[1:] <= edges["random_limit"]].sum() / counts.sum())
+    need = bisect_left(share, share[0] + ENOUGH * (share[-1] - share[0]))
+    held = f"at tau_s = {mass['tau_s'][at]:g} the sample and its nearest {k} hold {share[-1]:.1%} of a target over all"
+    number = k
     if share[-1] < WELL_HELD:
-        number = share[-1]
         says = (
-            f"The stored lists are not enough alone: {says}. Train with embeddings or sketches, which the sidecars "
-            "carry, or with a smaller tau_s."
+            f"Keep k = {k}, and train with the embeddings or sketches that the sidecars carry, not with the lists "
+            f"alone: {held} nodes, {share[-1] - share[-2]:.1%} of it in the farther half of them."
         )
     elif need < len(ranks) - 1:
-        says = f"k = {max(number, 1)} would do: {says}, and the nearest {number} already {share[need]:.0%}."
+        number = max(ranks[need], 1)
+        says = f"k = {number} is enough: {held} nodes, and the nearest {ranks[need]} already {share[need]:.1%}."
     else:
-        says = f"Keep k = {number}: {says}; {ranks[-2]} would hold {share[-2]:.0%}."
-    return {"about": "k", "number": number, "warns": False, "says": says}
+        says = f"Keep k = {k}: {held} nodes; {ranks[-2]} would hold {share[-2]:.1%}."
+    if lost > MANY:
+        says += (
+            f" More would be noise for {lost:.0%} of the nodes, whose k-th neighbour is no nearer than random pairs "
+            f"({edges['random_limit']:.2f}, their mean and two deviations)."
+        )
+    if whole := n["groups"]["truncated"]:
+        says += (
+            f" Only to see the groups of near-duplicates whole, k is too small for {whole:,} nodes, whose {k} "
+            f"neighbours are all at {edges['near_duplicate']} or more."
+        )
+    return {"about": "k", "number": number, "warns": lost > MANY, "says": says}
+
+
+def _similarities(edges: Json) -> Json:
+    """How alike any two captions are, and whether that is the encoder's doing or theirs."""
+    mean, deviation, near, similar = (
+        edges[name] for name in ("random_mean", "random_deviation", "near_duplicate", "similar")
+    )
+    says = (
+        f"Random pairs have a similarity of {mean:.2f} in the mean, with a deviation of {deviation:.2f}: what lies "
+        f"below {similar:.2f} says little here, and {near} is {(near - mean) / max(deviation, 1e-9):.0f} deviations "
+        "above the mean. "
+    )
+    shares = np.cumsum(edges["random_similarity"]) / edges["random_pairs"]
+    lowest = edges["bins"][int(np.searchsorted(shares, 0.01)) + 1]
+    if mean > LOW / 2 >= lowest:
+        says += (
+            f"One pair in a hundred lies below {lowest:.2f}: the encoder does tell captions apart, so it is the "
+            "captions that are alike."
+        )
+    elif mean > LOW / 2:
+        says += (
+            f"Only one pair in a hundred lies below {lowest:.2f}: either the encoder uses a narrow range, or all "
+            "captions are alike. A report on the same captions with another encoder tells which."
+        )
+    return {"about": "similarity", "number": mean, "warns": mean > LOW, "says": says.strip()}

@@ -28,7 +28,7 @@ SCRIPTS = {
 LOOKALIKE = r"\p{Latin}[\p{Cyrillic}\p{Greek}]|[\p{Cyrillic}\p{Greek}]\p{Latin}"
 
 
-def suspicious(catalog: Catalog, random_mean: float, random_deviation: float) -> list[Json]:
+def suspicious(catalog: Catalog, limit: float) -> list[Json]:
     """By reason, the one of most samples first: found (how many captions, or patterns), samples (that have them), and
     of the worst `shown`: node, text, and `why`, the number by which they are ranked. Of ready vectors the graph alone
     tells.
@@ -36,11 +36,11 @@ def suspicious(catalog: Catalog, random_mean: float, random_deviation: float) ->
     boilerplate: all but the numbers of a caption, or what stands before its first separator or behind its last, is
     that of many others. repeated: many samples have it. markup: it holds a file's name, an address or tags. scripts:
     its letters are of several (a mix of languages in one script is not seen); those with two in one word first. far:
-    its nearest neighbour is no nearer than mean and two deviations of random pairs.
+    its nearest neighbour is no nearer than `limit`, mean and two deviations of random pairs.
     """
     store = catalog.store
     pieces, repeated, marked, mixed, far = [], [], [], [], []
-    nearest, limit = catalog.graph.nearest_similarities, random_mean + 2 * random_deviation
+    nearest = catalog.graph.nearest_similarities
     for name in shards_of(store, store.manifest()).with_nodes.names:
         table = pl.DataFrame(store.table(TEXTS.format(name), ["node", "samples", "text"]))
         table = table.filter(pl.col("samples") > 0)  # without nodes of tars that are gone

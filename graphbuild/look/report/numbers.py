@@ -18,7 +18,7 @@ from graphbuild.job.steps import STEPS
 from graphbuild.look.catalog import Catalog
 from graphbuild.look.report.advice import advice
 from graphbuild.look.report.captions import suspicious
-from graphbuild.look.report.targets import batch_targets, neighbor_mass, two_views
+from graphbuild.look.report.targets import LOW, batch_targets, neighbor_mass, two_views
 from graphbuild.runner.progress import UNITS
 from graphbuild.runner.stage import records
 from graphbuild.store.layout import REJECTED, TEXTS, by_number
@@ -68,10 +68,11 @@ def numbers(store: Store) -> Json:
         found["edges"] = edge_numbers(graph, catalog)
         found["mass"] = neighbor_mass(graph)
         found["targets"] = [batch_targets(graph, size) for size in _batch_sizes(len(graph))]
-        found["two_views"] = [row for size in _batch_sizes(len(graph)) if size > 1 for row in two_views(graph, size)]
+        similar, sizes = found["edges"]["similar"], [size for size in _batch_sizes(len(graph)) if size > 1]
+        found["two_views"] = [row for size in sizes for row in two_views(graph, size, similar)]
         found["batches"] = batch_edges(graph)
         found["groups"] = groups(graph, catalog)
-        found["suspicious"] = suspicious(catalog, found["edges"]["random_mean"], found["edges"]["random_deviation"])
+        found["suspicious"] = suspicious(catalog, found["edges"]["random_limit"])
         found["advice"] = advice(found)
         found["matches"] = matches(store, graph)
     return found
@@ -229,7 +230,11 @@ def repeated_images(store: Store) -> list[Json]:
 
 
 def edge_numbers(graph: SampleGraph, catalog: Catalog) -> Json:
-    """Histograms: similarity of edges and of random pairs, of the k-th neighbour, in-degree; and what follows."""
+    """Histograms: similarity of edges and of random pairs, of the k-th neighbour, in-degree; and what follows.
+
+    random_limit: mean and two deviations of random pairs. similar: a similarity from which captions have something in
+    common, which is that limit, or LOW where that is greater.
+    """
     living, k = np.flatnonzero(~graph.gone), graph.k
     total = len(living)
     rng = np.random.default_rng(0)
@@ -249,7 +254,7 @@ def edge_numbers(graph: SampleGraph, catalog: Catalog) -> Json:
         products.append((vectors[at[:, 0]] * vectors[at[:, 1]]).sum(axis=1))
     random = np.clip(np.concatenate(products), -1, 1)
     hubs = np.lexsort((living, -indegree))[:SHOWN]
-    deviation = float(indegree.std())
+    deviation, limit = float(indegree.std()), float(random.mean() + 2 * random.std())
     return {
         "nodes": total,
         "k": k,
@@ -260,6 +265,8 @@ def edge_numbers(graph: SampleGraph, catalog: Catalog) -> Json:
         "random_pairs": len(random),
         "random_mean": float(random.mean()),
         "random_deviation": float(random.std()),
+        "random_limit": limit,
+        "similar": max(LOW, limit),
         "last_similarity": last.tolist(),
         "near_duplicate_nodes": int((graph.nearest_similarities[living] >= DUPLICATE).sum()),
         "near_duplicate": DUPLICATE,

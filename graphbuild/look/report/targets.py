@@ -21,7 +21,7 @@ ANCHORS = 256
 OTHERS = 100_000  # of more nodes, so many stand for all
 BLOCK = 16_384
 ASKED = (0.6, 0.8, 0.9, 0.95)  # shares of the other view
-LOW = 0.3  # a similarity below which captions have little in common
+LOW = 0.3  # a similarity below which captions have little in common, whatever the encoder
 
 
 def neighbor_mass(graph: SampleGraph) -> Json:
@@ -77,11 +77,11 @@ def batch_targets(graph: SampleGraph, batch: int) -> Json:
     }
 
 
-def two_views(graph: SampleGraph, batch: int) -> list[Json]:
+def two_views(graph: SampleGraph, batch: int, similar: float) -> list[Json]:
     """X-Sample's targets of a random batch, at tau_s = 0.1 and calibrated to each of ASKED: the median tau_s; the share
-    of the other view and its deviation; the perplexity; and of what other images get, the part below LOW.
+    of the other view and its deviation; the perplexity; and of what other images get, the part below `similar`.
 
-    recommended: the smallest share asked for at which at least half of that goes to similarities above LOW.
+    recommended: the smallest share asked for at which at least half of that goes to similarities from there on.
     """
     nodes = np.random.default_rng(1).choice(len(graph), batch, replace=False)
     vectors, anchors = graph.embeddings(nodes), nodes[:ANCHORS]
@@ -99,7 +99,7 @@ def two_views(graph: SampleGraph, batch: int) -> list[Json]:
         share = 1 / (1 + 2 * each.sum(axis=1))
         each *= share[:, None]
         entropy = -share * np.log(share) - 2 * (each * np.log(np.maximum(each, 1e-300))).sum(axis=1)
-        low = (each * (others < LOW)).sum() / each.sum()
+        low = (each * (others < similar)).sum() / each.sum()
         good = bool(asked is not None and low <= 0.5 and not any(row["recommended"] for row in rows))
         names = ("tau_s", "share", "deviation", "perplexity", "low")
         values = map(float, (np.median(tau), share.mean(), share.std(), np.exp(entropy).mean(), low))

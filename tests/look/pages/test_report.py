@@ -213,7 +213,10 @@ def test_targets_of_two_views_are_told_for_a_fixed_and_for_calibrated_temperatur
 ) -> None:
     vectors = arrays(store, "nodes/*.npy").astype(np.float64)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    rows = json.loads((page.parent / "report.json").read_text())["two_views"]
+    numbers = json.loads((page.parent / "report.json").read_text())
+    rows, similar = numbers["two_views"], numbers["edges"]["similar"]
+    off = (vectors @ vectors.T)[~np.eye(len(vectors), dtype=bool)]
+    assert similar == pytest.approx(max(0.3, off.mean() + 2 * off.std()), abs=0.01)
     assert [(row["batch"], row["asked"]) for row in rows] == [
         (batch, asked) for batch in (64, 256) for asked in (None, 0.6, 0.8, 0.9, 0.95)
     ]
@@ -229,7 +232,7 @@ def test_targets_of_two_views_are_told_for_a_fixed_and_for_calibrated_temperatur
         share = target[own, own + len(chosen)]
         entropy = -(target * np.log(np.maximum(target, 1e-300))).sum(axis=1)
         target[own, own + len(chosen)] = 0
-        low = target[np.tile(chosen @ chosen.T < 0.3, (1, 2))].sum() / target.sum()
+        low = target[np.tile(chosen @ chosen.T < similar, (1, 2))].sum() / target.sum()
         found = [row[name] for name in ("tau_s", "share", "deviation", "perplexity", "low")]
         assert found == pytest.approx([0.1, share.mean(), share.std(), np.exp(entropy).mean(), low], rel=1e-3)
     for batch in (64, 256):
