@@ -112,7 +112,17 @@ def listed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     ]
     captions += [f"{text} | seldom" for text in captions[:9]]  # of a pattern that few have
     captions += ["see https://example.org for more", "salt &amp; sand", "<b>bold</b> sand", "a < b and c > d"]
-    captions += ["Привет hello", "a pаypal of sand", "плот ab", "καλημέρα", "grüße aus dem été", "東京タワー", "Кот"]
+    captions += [
+        "Привет hello",
+        "a pаypal of sand",
+        "плот ab",
+        "καλημέρα",
+        "grüße aus dem été",
+        "東京タワー",
+        "Кот",
+        "плoт",
+    ]
+    captions += [f"東京の写真{chr(0x4E00 + number)}" for number in range(61)]
     samples = captions + [captions[3]] * 13 + [captions[4]] * 10 + [captions[5]] * 8
     centre = np.ones(24)
     vectors = {text: 2.5 * centre + rng.standard_normal(24) * 3 for text in captions}
@@ -164,19 +174,40 @@ def test_captions_under_many_samples_are_counted(numbers: dict[str, Any], listed
     assert [texts(listed[0])[one["node"]] for one in numbers["duplicates"]["texts"]] == [text for text, _ in most]
 
 
-def test_scripts_are_those_of_the_letters_names(numbers: dict[str, Any], listed: tuple[Path, list[str]]) -> None:
-    def scripts(text: str) -> Counter[str]:
-        names = (unicodedata.name(letter).split()[0] for letter in text if letter.isalpha())
-        kana = {"CJK": "Han and Kana", "KATAKANA": "Han and Kana", "KATAKANA-HIRAGANA": "Han and Kana"}
-        return Counter(kana.get(name, name.capitalize()) for name in names)
+def scripts(text: str) -> Counter[str]:
+    names = (unicodedata.name(letter).split()[0] for letter in text if letter.isalpha())
+    kana = dict.fromkeys(("CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA"), "Han and Kana")
+    return Counter(kana.get(name, name.capitalize()) for name in names)
 
-    expected = {text: dict(scripts(text)) for text in dict.fromkeys(listed[1]) if len(scripts(text)) > 1}
-    assert len(expected) == 3
-    rows = reason(numbers, "scripts")["shown"]
-    told = {row["text"]: dict(re.findall(r"(\w[\w ]*?) (\d+)", row["why"])) for row in rows}
-    assert {text: {name: int(count) for name, count in each.items()} for text, each in told.items()} == expected
-    order = ["a pаypal of sand", "Привет hello", "плот ab"]  # two scripts in one word; then 5 of 11, 2 of 6 letters
-    assert [row["text"] for row in rows] == order
+
+def test_captions_mainly_in_another_script_than_most_are_told_some_of_each(
+    numbers: dict[str, Any], listed: tuple[Path, list[str]]
+) -> None:
+    mains = {text: scripts(text).most_common(1)[0][0] for text in dict.fromkeys(listed[1])}
+    counts = Counter(mains.values())
+    assert counts.most_common(1)[0][0] == "Latin"
+    found = reason(numbers, "minority")
+    assert found["found"] == found["samples"] == len(mains) - counts["Latin"] == 62 + 5
+    told = Counter((row["why"], mains[row["text"]]) for row in found["shown"])
+    assert {why for why, _ in told} == {f"{name}: {counts[name]} of {len(mains)} captions" for _, name in told}
+    assert {name: count for (_, name), count in told.items()} == {"Greek": 1, "Cyrillic": 4, "Han and Kana": 5}
+
+
+def test_a_word_of_two_scripts_is_told_with_its_odd_letters(numbers: dict[str, Any]) -> None:
+    rows = [(row["text"], row["why"]) for row in reason(numbers, "lookalikes")["shown"]]
+    assert rows == [
+        ("a pаypal of sand", "pаypal: Cyrillic small letter a"),
+        ("плoт", "плoт: Latin small letter o"),
+    ]
+
+
+def test_mixes_of_scripts_are_told_with_the_words_of_the_rarer_ones(
+    numbers: dict[str, Any], listed: tuple[Path, list[str]]
+) -> None:
+    several = {text for text in dict.fromkeys(listed[1]) if len(scripts(text)) > 1} - {"a pаypal of sand", "плoт"}
+    rows = [(row["text"], row["why"]) for row in reason(numbers, "scripts")["shown"]]
+    assert {text for text, _ in rows} == several
+    assert rows == [("Привет hello", "Latin: hello"), ("плот ab", "Latin: ab")]  # 5 of 11, 2 of 6 letters
 
 
 def test_markup_and_names_of_files_are_told(numbers: dict[str, Any]) -> None:

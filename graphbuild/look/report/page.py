@@ -34,7 +34,14 @@ REASONS = {
         ("boilerplate", "Boilerplate", "patterns of many captions, without their numbers", "one of them"),
         ("repeated", "One caption of many samples", f"captions of {MANY} samples or more each", "caption"),
         ("markup", "Markup, addresses, names of files", "captions with a file's name, an address or markup", "caption"),
-        ("scripts", "Mixed scripts", "captions with letters of several scripts", "caption"),
+        ("minority", "Another script than most captions", "captions are mainly in other scripts", "caption"),
+        (
+            "lookalikes",
+            "Two scripts in one word",
+            "captions with a word that mixes Latin, Cyrillic or Greek",
+            "caption",
+        ),
+        ("scripts", "Two scripts in one caption", "captions with words of a second script", "caption"),
         ("far", "Far from all others", "captions with a nearest neighbour no nearer than random pairs are", "caption"),
     )
 }
