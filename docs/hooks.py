@@ -1,11 +1,14 @@
-"""What `make docs` adds to the pages of docs/: files of the project that pages link, the command line's help, llms.txt.
+"""What `make docs` adds to the pages of docs/: files that pages link, notebooks, the command line's help, llms.txt.
 
 A link that leaves docs/ would lead nowhere on the site. So the file that it names comes along below project/: Markdown
-as a page, others as they are. Markdown that comes along may link further files, and they come too.
+as a page, others as they are. Markdown that comes along may link further files, and they come too. A notebook becomes a
+page of its own, with the output that is kept in it; nothing is run.
 """
 
 from __future__ import annotations
 
+import ast
+import base64
 import json
 import os
 import re
@@ -27,26 +30,49 @@ FENCE = re.compile(r"^([ ]*)```.*?^\1```[ ]*$", re.M | re.S)
 HELP = ROOT / "tests" / "cli" / "help"
 OTHERS = "Pages of measurements"  # which the navigation has not
 pages: list[tuple[str, Page]] = []  # in the order of the navigation, with the name of its part; then the others
-texts: dict[str, Path] = {}  # programs, recipes and notebooks that pages link, by their place on the site
+texts: dict[str, Path] = {}  # programs and recipes that pages link, by their place on the site
 
 
 def source(uri: str) -> Path:
     """The file of the project that a page is made of."""
     name = uri.removeprefix("project/").replace("about.md", "README.md")
-    return ROOT / name if uri.startswith("project/") else DOCS / uri
+    path = ROOT / name if uri.startswith("project/") else DOCS / uri
+    notebook = path.with_suffix(".ipynb")
+    return notebook if notebook.exists() else path
 
 
 def place(path: Path) -> str:
     """Where a file of the project lies among the sources of the site; a README.md would be its folder's index there."""
     if path.is_relative_to(DOCS):
-        return str(path.relative_to(DOCS))
+        return str(path.relative_to(DOCS)).replace(".ipynb", ".md")
     return f"project/{path.relative_to(ROOT)}".replace("README.md", "about.md")
 
 
 def linked(path: Path) -> list[Path]:
-    """The files that a Markdown file links."""
-    targets = [match[2] for match in LINK.finditer(FENCE.sub("", path.read_text()))]
+    """The files that a page's source links."""
+    targets = [match[2] for match in LINK.finditer(FENCE.sub("", markdown_of(path)))]
     return [Path(os.path.normpath(path.parent / target)) for target in targets if "://" not in target]
+
+
+def markdown_of(path: Path) -> str:
+    """A page's source as Markdown: of a notebook its prose, its code, and what each cell printed and drew."""
+    if path.suffix != ".ipynb":
+        return path.read_text()
+    parts = []
+    for number, cell in enumerate(json.loads(path.read_text())["cells"]):
+        text = "".join(cell["source"])
+        parts.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text)
+        outputs = cell.get("outputs", [])
+        if printed := "".join("".join(output.get("text", "")) for output in outputs):
+            parts.append(f"```text\n{printed.rstrip()}\n```")
+        if pictures(cell):
+            parts.append(f"![What the code above draws]({path.stem}-{number}.jpg)")
+    return "\n\n".join(parts).replace("\r", "") + "\n"
+
+
+def pictures(cell: dict[str, Any]) -> list[bytes]:
+    found = [output.get("data", {}).get("image/jpeg") for output in cell.get("outputs", [])]
+    return [base64.b64decode("".join(picture)) for picture in found if picture]
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -58,14 +84,22 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    todo, known = list(DOCS.rglob("*.md")), {DOCS}
+    notebooks = sorted(DOCS.rglob("*.ipynb"))
+    for path in notebooks:
+        files.remove(files.src_uris[str(path.relative_to(DOCS))])
+        files.append(File.generated(config, place(path), content=markdown_of(path)))
+        for number, cell in enumerate(json.loads(path.read_text())["cells"]):
+            for picture in pictures(cell):
+                uri = place(path).replace(".md", f"-{number}.jpg")
+                files.append(File.generated(config, uri, content=picture))
+    todo, known = [*DOCS.rglob("*.md"), *notebooks], {DOCS, *notebooks}
     while todo:
         path = todo.pop()
         for target in [path, *linked(path)]:
             if target in known or not target.is_file():
                 continue
             known.add(target)
-            if target.suffix in (".py", ".yaml", ".ipynb"):
+            if target.suffix in (".py", ".yaml"):
                 texts[place(target)] = target
             if not target.is_relative_to(DOCS):
                 file = File.generated(config, place(target), abs_src_path=str(target))
@@ -153,44 +187,53 @@ def signatures(markdown: str) -> str:
 
 
 def text_of(page: Page) -> str:
-    markdown = with_links(source(page.file.src_uri).read_text(), page)
+    markdown = with_links(markdown_of(source(page.file.src_uri)), page)
     markdown = markdown.replace("<!-- the help of every verb -->", commands())
     return signatures(markdown) if "\n::: " in markdown else markdown
 
 
-def file_text(path: Path) -> str:
-    """A linked file as Markdown; of a notebook what it says and runs."""
-    if path.suffix != ".ipynb":
-        return f"```{path.suffix[1:]}\n{path.read_text()}```\n"
-    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(path.read_text())["cells"]]
-    return "\n\n".join(f"```python\n{text}\n```" if kind == "code" else text for kind, text in cells) + "\n"
+def first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.:]) (?=[A-Z`])", " ".join(text.split()))[0].rstrip(":.") + "."
+
+
+def about(path: Path) -> str:
+    """What a program's docstring, or the comment on top of a recipe, says first."""
+    text = path.read_text()
+    if path.suffix == ".py":
+        return first_sentence(ast.get_docstring(ast.parse(text)) or "")
+    comment = re.match(r"(?:#.*\n)+", text)
+    return first_sentence(re.sub(r"^# ?", "", comment[0].partition("\n#   ")[0], flags=re.M) if comment else "")
 
 
 def on_post_build(*, config: MkDocsConfig) -> None:
-    """llms.txt: what there is, a line a page; llms-full.txt: all of it; and each page as Markdown beside itself."""
+    """llms.txt: what there is, a line a page; llms-full.txt: all of it; and each page as Markdown beside itself.
+
+    There is no sitemap: it would have to name the address of the site, which can lie anywhere.
+    """
     site = Path(config.site_dir)
+    for name in ("sitemap.xml", "sitemap.xml.gz"):
+        (site / name).unlink()
     index = [f"# {config.site_name}", "", f"> {config.site_description}", ""]
     whole, part_before = [], None
     for part, page in pages:
         text = text_of(page)
         title = re.search(r"^# (.*)$", text, re.M)
         first = re.search(r"\n\n(?!```|[#>|!<-])(\S.+?)\n\n", text, re.S)
-        if part != OTHERS and (title is None or first is None):
+        if title is None or (part != OTHERS and first is None):
             raise PluginError(f"{page.file.src_uri} begins with no title and sentence")
         if part != part_before:
             index += ["", f"## {part}", ""] if part else []
             part_before = part
-        says = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", " ".join(first[1].split())) if first else "results"
-        says = re.split(r"(?<=[.:]) (?=[A-Z])", says)[0].rstrip(":")
-        index.append(f"- [{title[1] if title else page.file.src_uri}]({page.file.src_uri}): {says}")
+        says = first_sentence(re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", first[1])) if first else "results"
+        index.append(f"- [{title[1]}]({page.file.src_uri}): {says}")
         copy = site / page.file.src_uri
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(text)
         whole.append(f"<!-- {page.file.src_uri} -->\n\n{text.rstrip()}\n")
-    index += ["", "## Programs, recipes and notebooks", ""]
+    index += ["", "## Programs and recipes", ""]
     for name, path in sorted(texts.items()):
-        index.append(f"- [{path.name}]({name}): linked by the pages above")
-        whole.append(f"<!-- {name} -->\n\n{file_text(path)}")
+        index.append(f"- [{path.name}]({name}): {about(path)}")
+        whole.append(f"<!-- {name} -->\n\n```{path.suffix[1:]}\n{path.read_text()}```\n")
     index += ["", "## All of it", "", "- [llms-full.txt](llms-full.txt): every page and file above, in one file"]
     (site / "llms.txt").write_text("\n".join(index) + "\n")
     (site / "llms-full.txt").write_text("\n\n".join(whole))
