@@ -433,25 +433,54 @@ def test_overlap_and_rank_biased_overlap_are_those_of_their_formulas(two: tuple[
     found = compared(*two)
     (ours, lists, _), (theirs, others, _) = map(pairs_of, two)
     common = set(ours) & set(theirs)
-    overlaps, rbo, lacking = [], {}, 0
+    overlaps, rbo, lacking, both, both_rbo = [], {}, 0, {}, {}
+
+    def ranked(a: list[str], b: list[str], depth: int, p: float = 0.9) -> float:
+        """Webber et al. 2010: RBO_EXT = X_k / k p^k + (1 - p) / p sum over d of X_d / d p^d."""
+        agreed = [len(set(a[:d]) & set(b[:d])) for d in range(1, depth + 1)]
+        return agreed[-1] / depth * p**depth + (1 - p) / p * sum(agreed[d - 1] / d * p**d for d in range(1, depth + 1))
+
     for text in common:
         a = [ours[node] for node in lists[ours.index(text)]]
         b = [theirs[node] for node in others[theirs.index(text)]][:K]
         lacking += sum(one not in common for one in a)
         agreed = [len(set(a[:d]) & set(b[:d])) for d in range(1, K + 1)]
         overlaps.append([agreed[d - 1] / d for d in range(1, K + 1)])
-        p = 0.9  # Webber et al. 2010: RBO_EXT = X_k / k p^k + (1 - p) / p sum over d of X_d / d p^d
-        rbo[text] = agreed[-1] / K * p**K + (1 - p) / p * sum(agreed[d - 1] / d * p**d for d in range(1, K + 1))
+        rbo[text] = ranked(a, b, K)
+        a, b = ([one for one in side if one in common] for side in (a, b))
+        if depth := min(len(a), len(b)):
+            both[text] = len(set(a[:depth]) & set(b[:depth])) / depth
+            both_rbo[text] = ranked(a, b, depth)
     assert (found["matched"]["by"], found["matched"]["nodes"], found["k"]) == ("caption", len(common), K)
     assert found["matched"]["lacking"][0] == pytest.approx(lacking / len(common) / K)
     assert found["overlap"] == pytest.approx(np.mean(overlaps, axis=0))
     assert list(found["rbo"].values()) == pytest.approx([np.mean(list(rbo.values()))] * 3), "all nodes: no width"
-    assert [one["rbo"] for one in found["disagreements"]] == pytest.approx(sorted(rbo.values())[:10])
+    assert found["both"]["overlap"]["mean"] == pytest.approx(np.mean(list(both.values())))
+    assert found["both"]["rbo"]["mean"] == pytest.approx(np.mean(list(both_rbo.values())))
+    assert [one["rbo"] for one in found["disagreements"]] == pytest.approx(sorted(both_rbo.values())[:10])
     for one in found["disagreements"]:
-        assert one["rbo"] == pytest.approx(rbo[one["text"]])
-        assert [near["text"] for near in one["nearest"][1]] == [
-            theirs[node] for node in others[theirs.index(one["text"])][:5]
+        assert (one["rbo"], one["overlap"]) == pytest.approx((both_rbo[one["text"]], both[one["text"]]))
+        nearest = [theirs[node] for node in others[theirs.index(one["text"])][:5]]
+        assert [(near["text"], near["both"]) for near in one["nearest"][1]] == [
+            (near, near in common) for near in nearest
         ]
+
+
+def test_captions_that_one_store_lacks_do_not_make_encoders_disagree(tmp_path: Path) -> None:
+    """A store beside one that has a third of its captions: the vectors are the same, and so are the lists of both."""
+    rng = np.random.default_rng(10)
+    vectors = {f"caption {number}": rng.standard_normal(12) for number in range(240)}
+    whole = of_captions(tmp_path / "whole", list(vectors), vectors, k=24)
+    part = of_captions(tmp_path / "part", list(vectors)[::3], vectors, k=24)
+    found = compared(whole, part)
+    assert found["overlap_at_k"]["mean"] < 0.5
+    assert found["both"]["overlap"]["mean"] == found["both"]["rbo"]["mean"] == pytest.approx(1)
+    assert found["matched"]["lacking"] == pytest.approx([2 / 3, 0], abs=0.05)
+    page = (whole / "report/compare.html").read_text()
+    assert "Warning: the stores do not hold the same captions." in page
+    assert "95%:" not in page, "all nodes are drawn"
+    compared(whole, whole)
+    assert "Warning" not in (whole / "report/compare.html").read_text()
 
 
 def test_divergences_are_those_of_scipy(two: tuple[Path, Path]) -> None:

@@ -27,34 +27,38 @@ def advice(n: Json) -> list[Json]:
     cut, twins = n["embeddings"].get("truncated", 0) / total, edges["near_duplicate_nodes"] / total
     asked = [row for row in n["two_views"] if row["asked"]]
     worst = max(asked, key=lambda row: abs(row["share"] - row["asked"]), default={"asked": 0, "share": 0, "batch": 0})
-    warnings = (
+    warnings: tuple[tuple[bool, str, float, str], ...] = (
         (
             abs(worst["share"] - worst["asked"]) > MISSED,
-            *("share", worst["share"]),
+            "share",
+            worst["share"],
             f"Asked for a share of {worst['asked']}, calibrated targets of random batches of {worst['batch']:,} keep "
             f"{worst['share']:.2f}: the similarities are of several kinds, as those of two sources or of one large "
             "cluster are, and calibration assumes one. The table below has the share that each batch size got.",
         ),
         (
             cut > CUT,
-            *("encoder", cut),
+            "encoder",
+            cut,
             f"{cut:.1%} of the texts are longer than the {n['embeddings'].get('max_tokens')} tokens that the encoder "
             "reads: what stands behind counts for nothing. Choose one with a longer window, or shorten the captions.",
         ),
         (
             skewness > HUBS,
-            *("hubs", skewness),
+            "hubs",
+            skewness,
             f"The skewness of in-degrees is {skewness:.1f}, and {orphans:.0%} of the nodes are in no list: a few "
             "hubs are everybody's neighbours. Look at them below, or use mutual neighbours.",
         ),
         (
             twins > MANY,
-            *("duplicates", twins),
+            "duplicates",
+            twins,
             f"{twins:.0%} of the nodes have a neighbour at {near} or more: without them the lists would reach further. "
             "`graphbuild mine STORE --what duplicates` lists the groups, `select --drop` leaves them out.",
         ),
     )
-    return found + [_warning(*what) for holds, *what in warnings if holds]
+    return found + [_warning(about, number, says) for holds, about, number, says in warnings if holds]
 
 
 def _warning(about: str, number: float, says: str) -> Json:

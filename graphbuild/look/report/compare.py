@@ -24,6 +24,7 @@ SAMPLED = 5_000
 BATCH = 1_024
 P = 0.9  # of rank-biased overlap: the nearest ten have 86% of the weight
 SHOWN, NEAREST = 10, 5  # captions that disagree most, and neighbours of each
+LACKING = 0.05  # share of listed neighbours that are not in both stores, from which a comparison is warned of
 
 
 def compare(first: Catalog, second: Catalog) -> Json:
@@ -32,7 +33,12 @@ def compare(first: Catalog, second: Catalog) -> Json:
     overlap [k]: share of the nearest d of the one that are among the nearest d of the other, d = 1 to k, the smaller of
     both stores' k. rbo: rank-biased overlap, extrapolated from depth k (RBO_EXT of Webber, Moffat and Zobel 2010, ACM
     TOIS 28(4)). Means over nodes drawn at random, each with its 95% interval (recall/interval.py). kl: `divergences`.
-    lacking: share of listed neighbours that the other store does not have; they count as differences.
+    lacking: share of listed neighbours that the other store does not have; they count as differences. warns: one of
+    the stores has more than LACKING of them.
+
+    both: the same without such neighbours, of nodes that list any others: a node's lists are as deep as the shorter one
+    is then, `depth` in the mean; without such nodes overlap and rbo are None. The disagreements are of these lists;
+    `both` of a neighbour tells whether both stores have it.
     """
     by, ours, theirs = matched(first, second)
     total, k = len(ours), min(first.graph.k, second.graph.k)
@@ -43,20 +49,32 @@ def compare(first: Catalog, second: Catalog) -> Json:
         common = np.full(len(catalog.graph), missing)
         common[nodes] = np.arange(total)
         lists.append(common[catalog.graph.neighbors(nodes[drawn])[0][:, :k]])
-    shared = in_common(*lists)
-    overlap, rbo = shared / np.arange(1, k + 1), rank_biased_overlap(shared, P)
+    shared, lacking = in_common(*lists), [float((one < 0).mean()) for one in lists]
+    overlap, rbo = shared / np.arange(1, k + 1), rank_biased_overlap(shared, np.full(len(drawn), k), P)
+    packed = [np.take_along_axis(one, np.argsort(one < 0, axis=1, kind="stable"), axis=1) for one in lists]
+    depth = np.minimum(*((one >= 0).sum(axis=1) for one in lists))
+    agreed = in_common(*packed)
+    both_rbo = rank_biased_overlap(agreed, depth, P)
+    both = agreed[np.arange(len(drawn)), depth - 1] / np.maximum(depth, 1)
+    compared = depth > 0
     batch = drawn[:BATCH]
     vectors = [catalog.graph.embeddings(nodes[batch]) for catalog, nodes in sides]
     nearest = first.graph.neighbors(ours[drawn])[1][:, 0]  # of equal ones those whose neighbours are nearer
-    worst = np.lexsort((ours[drawn], -nearest, rbo))[:SHOWN]
+    worst = np.lexsort((ours[drawn], -nearest, -depth, both_rbo))
+    worst = worst[compared[worst]][:SHOWN]
     return {
         "stores": [_about(catalog) for catalog, _ in sides],
-        "matched": {"by": by, "nodes": total, "lacking": [float((one < 0).mean()) for one in lists]},
+        "matched": {"by": by, "nodes": total, "lacking": lacking, "warns": max(lacking) > LACKING},
         "k": k,
         "sampled": len(drawn),
         "overlap": overlap.mean(axis=0).tolist(),
         "overlap_at_k": _mean(overlap[:, -1], total),
-        "histogram": np.histogram(overlap[:, -1], np.linspace(0, 1, 11))[0].tolist(),
+        "both": {
+            "depth": float(depth[compared].mean()) if compared.any() else 0.0,
+            "overlap": _mean(both[compared], total),
+            "rbo": _mean(both_rbo[compared], total),
+        },
+        "histogram": np.histogram(both[compared], np.linspace(0, 1, 11))[0].tolist(),
         "p": P,
         "rbo": _mean(rbo, total),
         "batch": len(batch),
@@ -65,10 +83,17 @@ def compare(first: Catalog, second: Catalog) -> Json:
             {
                 "nodes": [int(nodes[drawn[at]]) for _, nodes in sides],
                 "text": first.describe([ours[drawn[at]]], [1])[0].text,
-                "overlap": float(overlap[at, -1]),
-                "rbo": float(rbo[at]),
+                "depth": int(depth[at]),
+                "overlap": float(both[at]),
+                "rbo": float(both_rbo[at]),
                 "nearest": [
-                    [vars(one) for one in catalog.neighbors(int(nodes[drawn[at]]), NEAREST)] for catalog, nodes in sides
+                    [
+                        {**vars(near), "both": bool(other >= 0)}
+                        for near, other in zip(
+                            catalog.neighbors(int(nodes[drawn[at]]), min(NEAREST, k)), one[at], strict=False
+                        )
+                    ]
+                    for (catalog, nodes), one in zip(sides, lists, strict=True)
                 ],
             }
             for at in worst
@@ -88,7 +113,9 @@ def _about(catalog: Catalog) -> Json:
     }
 
 
-def _mean(values: Array, total: int) -> Json:
+def _mean(values: Array, total: int) -> Json | None:
+    if not len(values):
+        return None
     low, high = interval(np.clip(values, 0, 1), total)
     return {"mean": float(values.mean()), "low": low, "high": high}
 
@@ -155,11 +182,13 @@ def in_common(first: Array, second: Array) -> Array:
     return np.asarray(found.cumsum(axis=1))
 
 
-def rank_biased_overlap(shared: Array, p: float) -> Array:
-    """RBO_ext [n] of two lists of the same length, that have shared[:, d - 1] in common at depth d: int [n, k]."""
+def rank_biased_overlap(shared: Array, depth: Array, p: float) -> Array:
+    """RBO_ext [n] of two lists of a length of depth [n] each, that have shared[:, d - 1] in common at depth d: int
+    [n, k]. Of depth 0 it is 0."""
     depths = np.arange(1, shared.shape[1] + 1)
-    agreement = shared / depths
-    return np.asarray(agreement[:, -1] * p ** depths[-1] + (1 - p) / p * (agreement * p**depths).sum(axis=1))
+    agreement = np.where(depths <= depth[:, None], shared / depths, 0)
+    last = agreement[np.arange(len(depth)), depth - 1]
+    return np.asarray(last * p**depth + (1 - p) / p * (agreement * p**depths).sum(axis=1))
 
 
 def divergences(first: Array, second: Array) -> list[Json]:

@@ -27,7 +27,7 @@ PAGES = {"report": "index.html", "compare": "compare.html"}
 THUMBNAIL = 96  # pixels
 PICTURES = 3  # of one caption, at most
 NEAR_SHARDS = 8  # from a node's own on, in which its samples are looked for
-Pictures = dict[int | str, list[str | None]]  # addresses that hold a JPEG; None: it could not be read
+Pictures = dict[Any, list[str | None]]  # addresses that hold a JPEG; None: it could not be read
 REASONS = {
     name: {"title": title, "what": what, "column": column}
     for name, title, what, column in (
@@ -69,16 +69,18 @@ def write_report(store: Store, out: str | None = None, other: Store | None = Non
     found = compare(*both) if both else numbers(store)
     if "edges" in found:
         found["history"] = builds(store, folder)
-    page = render_comparison(found) if both else render(found, *_pictures(store, found))
+    page = (
+        render_comparison(found, _compared_pictures(both, found)) if both else render(found, *_pictures(store, found))
+    )
     folder.write_bytes(f"{name}.json", json_text(found))
     folder.write_bytes(PAGES[name], page.encode())
     return folder.display(PAGES[name])
 
 
-def render_comparison(found: Json) -> str:
-    """The page for compare.json's numbers."""
+def render_comparison(found: Json, pictures: Pictures | None = None) -> str:
+    """The page for compare.json's numbers. pictures: by store (0 or 1) and node."""
     title = " and ".join(one["store"] for one in found["stores"])
-    return fill("compare.html", "compare.json", comparison_charts(found), title=title, n=found, pictures={})
+    return fill("compare.html", "compare.json", comparison_charts(found), title=title, n=found, pictures=pictures or {})
 
 
 def render(found: Json, pictures: Pictures | None = None, unread: str = "") -> str:
@@ -131,20 +133,11 @@ def _pictures(store: Store, found: Json) -> tuple[Pictures, str]:
     if "edges" not in found:
         return pictures, ""
     catalog = Catalog(store)
-    problems = []
-
-    def shown(sample: Sample) -> str | None:
-        try:
-            content = catalog.image(sample, THUMBNAIL)
-        except GraphbuildError as error:
-            problems.append(error.cause)
-            return None
-        return None if content is None else f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
-
+    problems: list[str] = []
     for one in found.get("repeated_images", []):
         for sample in catalog.samples(one["key"]):
             one["caption"] = sample.captions or one["caption"]
-            pictures[one["sha256"]] = [shown(sample)]
+            pictures[one["sha256"]] = [_picture(catalog, sample, problems)]
     if not catalog.has_images:
         return pictures, ""
     suspects = [row for each in found["suspicious"] for row in each["shown"]]
@@ -152,5 +145,33 @@ def _pictures(store: Store, found: Json) -> tuple[Pictures, str]:
     several = {one["node"]: PICTURES for one in found["duplicates"]["texts"]}
     wanted = {one["node"]: 1 for one in [*found["edges"]["hubs"], *members, *suspects]} | several
     for node, count in wanted.items():
-        pictures[node] = list(map(shown, islice(catalog.samples_of(node, NEAR_SHARDS), count)))
+        samples = islice(catalog.samples_of(node, NEAR_SHARDS), count)
+        pictures[node] = [_picture(catalog, sample, problems) for sample in samples]
     return pictures, problems[0] if problems else ""
+
+
+def _compared_pictures(both: list[Catalog], found: Json) -> Pictures:
+    """Thumbnails of the captions that disagree, and of their neighbours, by store (0 or 1) and node."""
+    wanted = {
+        (side, node): None
+        for one in found["disagreements"]
+        for side, nearest in enumerate(one["nearest"])
+        for node in (one["nodes"][side], *(near["node"] for near in nearest))
+        if both[side].has_images
+    }
+    return {
+        (side, node): [
+            _picture(both[side], sample, []) for sample in islice(both[side].samples_of(node, NEAR_SHARDS), 1)
+        ]
+        for side, node in wanted
+    }
+
+
+def _picture(catalog: Catalog, sample: Sample, problems: list[str]) -> str | None:
+    """The address that holds a sample's thumbnail; None, and what is wrong in `problems`, where it cannot be read."""
+    try:
+        content = catalog.image(sample, THUMBNAIL)
+    except GraphbuildError as error:
+        problems.append(error.cause)
+        return None
+    return None if content is None else f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
