@@ -39,7 +39,7 @@ def comparison_charts(found: Json) -> dict[str, Json]:
     depth = Axis("depth", 0.95, 1.05 * max(found["k"], 2), log=True, form=",.0f")
     kl = [(name, [row[name] for row in found["kl"]]) for name in ("forward", "backward")]
     names = [f"{low}% to {low + 10}%" for low in range(0, 100, 10)]
-    nodes = Axis("captions", 0, 1.05 * max(found["histogram"]), value_form=",")
+    nodes = Axis("captions", 0, 1.05 * max(1, *found["histogram"]), value_form=",")
     nats = Axis("nats", 0, 1.05 * max(1e-9, *(max(values) for _, values in kl)), value_form=".4f")
     return {
         "chart-depths": lines(depths, [Series("overlap", found["overlap"], BLUE)], depth, shares),
@@ -55,7 +55,8 @@ def comparison_charts(found: Json) -> dict[str, Json]:
 
 def _funnel(funnel: list[Json]) -> Json:
     counts = [step["count"] for step in funnel]
-    return rows([step["name"] for step in funnel], counts, [f"{count:,}" for count in counts], BLUE)
+    told = [f"{step['count']:,} {step['unit']}" for step in funnel]
+    return rows([step["name"] for step in funnel], counts, told, BLUE)
 
 
 def _stages(stages: list[Json]) -> Json:

@@ -86,42 +86,44 @@ def _batch_sizes(total: int) -> list[int]:
 
 
 def funnel(store: Store, manifest: Json) -> list[Json]:
-    """The samples from source to sidecar: a step's name, count, what it counts, and what it lost by reason."""
+    """The samples from source to sidecar: a step's name, count and unit, what it lost by reason, and a note."""
     counts = {name: entry["counts"] for name, entry in manifest["stages"].items()}
     steps: list[Json] = []
 
-    def step(name: str, count: int, lost: dict[str, int], note: str = "") -> None:
-        steps.append({"name": name, "count": count, "lost": dict(Counter(lost).most_common()), "note": note})
+    def step(name: str, unit: str, count: int, lost: dict[str, int], note: str = "") -> None:
+        counted = {"name": name, "unit": unit, "count": count, "note": note}
+        steps.append({**counted, "lost": dict(Counter(lost).most_common())})
 
     if "urls" in counts:
         listed = counts["urls"]
-        step("rows of the list", listed["urls"] + listed["rejected"], {})
-        step("usable URLs", listed["urls"], _rejected_urls(store))
+        step("rows of the list", "rows", listed["urls"] + listed["rejected"], {})
+        step("usable URLs", "URLs", listed["urls"], _rejected_urls(store))
     if "download" in counts:
         failures = manifest["download"]["failures"]
-        step("images", counts["download"]["images"], failures)
+        step("images", "images", counts["download"]["images"], failures)
     if "pack" in counts:
-        step("rows of the source", counts["pack"]["rows"], {})
-        step("packed images", counts["pack"]["samples"], manifest["pack"]["rejected"])
+        step("rows of the source", "rows", counts["pack"]["rows"], {})
+        step("packed images", "images", counts["pack"]["samples"], manifest["pack"]["rejected"])
     lacking = "usable caption"
     if "assign" in counts and "joined" in manifest["embeddings"]:
         lacking = "vector"
-        step("samples", counts["scan"]["samples"], {})
-        step("nodes (samples with a vector)", counts["assign"]["nodes"], manifest["rejected"])
+        step("samples", "samples", counts["scan"]["samples"], {})
+        step("nodes (samples with a vector)", "nodes", counts["assign"]["nodes"], manifest["rejected"])
     elif "assign" in counts:
         scanned = counts["scan"]
         without = scanned.get("without_image", 0)
         usable = scanned["captions"] - counts["assign"].get("rejected", 0)
-        step("samples", scanned["samples"], {}, f"{without:,} have no image" if without else "")
-        step("usable captions", usable, manifest["rejected"])
+        step("samples", "samples", scanned["samples"], {}, f"{without:,} have no image" if without else "")
+        step("usable captions", "captions", usable, manifest["rejected"])
         same = usable - counts["assign"]["nodes"]
-        step("nodes (distinct texts)", counts["assign"]["nodes"], {}, f"{same:,} captions are equal to an earlier one")
+        note = f"{same:,} captions are equal to an earlier one"
+        step("nodes (distinct texts)", "nodes", counts["assign"]["nodes"], {}, note)
     if "vectors" in counts:
-        step("ready vectors", counts["vectors"]["nodes"], {})
+        step("ready vectors", "vectors", counts["vectors"]["nodes"], {})
     for stage, what in DELIVERED.items():
         if stage in counts:
             lost = {f"without a {lacking}": counts[stage]["without_node"]} if counts[stage]["without_node"] else {}
-            step(f"samples {what}", counts[stage]["samples"] - counts[stage]["without_node"], lost)
+            step(f"samples {what}", "samples", counts[stage]["samples"] - counts[stage]["without_node"], lost)
     return steps
 
 

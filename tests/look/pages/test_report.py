@@ -191,6 +191,8 @@ def test_charts_show_the_store_s_numbers(tab: Tab, page: Path, store: Path) -> N
         "nodes (distinct texts)": count,
         "samples in sidecars": captions,
     }
+    told = tab.page.locator("#chart-funnel data").all_inner_texts()
+    assert told == [f"{samples:,} samples", f"{captions:,} captions", f"{count:,} nodes", f"{captions:,} samples"]
 
     spread = drawn(tab, "chart-spread")[-1]
     assert spread["name"] == "batch of 256"
@@ -240,7 +242,9 @@ def test_targets_of_two_views_are_told_for_a_fixed_and_for_calibrated_temperatur
         assert [row for row in rows if row["batch"] == batch and row["recommended"]] == good[:1]
     tab.page.goto(page.as_uri())
     cells = tab.page.locator("h3 ~ .scroll").first.locator("tbody tr").nth(1).locator("th, td").all_inner_texts()
-    assert cells[:3] == ["64", "0.6", f"{rows[1]['tau_s']:.3f}"]
+    assert [cell.split()[0] for cell in cells[:3]] == ["64", "0.6", f"{rows[1]['tau_s']:.3f}"]
+    marked = tab.page.locator("h3 ~ .scroll").first.locator("tbody tr:has(b)").all_inner_texts()
+    assert len(marked) == sum(row["recommended"] for row in rows)
 
 
 def test_edges_per_anchor_are_those_of_random_batches(tab: Tab, page: Path, store: Path) -> None:
@@ -310,6 +314,34 @@ def test_the_page_of_two_stores_is_accessible_and_its_captions_run_nothing(
     tab.page.goto(page.as_uri())
     assert tab.page.evaluate("document.querySelectorAll('td.text *, .asked *').length") == 0
     assert tab.page.locator("script").count() == 1
+
+
+def test_a_phone_shows_captions_whole_and_a_shadow_on_what_scrolls(tab: Tab, page: Path, tmp_path: Path) -> None:
+    numbers = json.loads((page.parent / "report.json").read_text())
+    text = "several words that say what a photograph shows " * 3
+    row = {"node": 1, "why": "https://example", "text": text}
+    numbers["suspicious"] = [{"reason": "markup", "found": 1, "samples": 1, "shown": [row]}]
+    numbers["duplicates"]["texts"] = [{"samples": 3, "node": 1, "text": text}]
+    narrow = tmp_path / "phone.html"
+    narrow.write_text(render(numbers, {1: ["data:,"] * 3}), "utf-8")
+    tab.page.set_viewport_size({"width": 390, "height": 900})
+    tab.page.goto(narrow.as_uri())
+    right = "[...document.querySelectorAll('td[dir=auto], td.row')].map(e => e.getBoundingClientRect().right)"
+    assert max(tab.page.evaluate(right)) <= 390
+    assert min(tab.page.evaluate("[...document.querySelectorAll('td.text')].map(e => e.clientWidth)")) > 120
+    scroll = "[...document.querySelectorAll('.scroll')].map(e => getComputedStyle(e).backgroundImage)"
+    assert all(shadow.count("linear-gradient") == 4 for shadow in tab.page.evaluate(scroll))
+
+
+def test_a_cell_of_a_grid_shows_one_picture_and_a_repeated_caption_several(page: Path) -> None:
+    found = json.loads((page.parent / "report.json").read_text())
+    node = found["edges"]["hubs"][0]["node"]
+    found["duplicates"]["texts"] = [{"samples": 3, "node": node, "text": "a hub that is a repeated caption"}]
+    text = render(found, {node: ["data:,"] * 3})
+    pictures = [cell.count("<img") for cell in re.findall(r"<li>((?:<img [^>]+>)+)<span", text)]
+    assert pictures
+    assert set(pictures) == {1}
+    assert next(row.count("<img") for row in re.findall(r'<td class="row">((?:<img [^>]+>)+)', text)) == 3
 
 
 @pytest.mark.parametrize("k", [8, 64, 2048])
