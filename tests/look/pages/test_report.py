@@ -328,7 +328,7 @@ def test_a_phone_shows_captions_whole_and_a_shadow_on_what_scrolls(tab: Tab, pag
     tab.page.goto(narrow.as_uri())
     right = "[...document.querySelectorAll('td[dir=auto], td.row')].map(e => e.getBoundingClientRect().right)"
     assert max(tab.page.evaluate(right)) <= 390
-    assert min(tab.page.evaluate("[...document.querySelectorAll('td.text')].map(e => e.clientWidth)")) > 120
+    assert min(tab.page.evaluate("[...document.querySelectorAll('td.text[dir=auto]')].map(e => e.clientWidth)")) > 120
     scroll = "[...document.querySelectorAll('.scroll')].map(e => getComputedStyle(e).backgroundImage)"
     assert all(shadow.count("linear-gradient") == 4 for shadow in tab.page.evaluate(scroll))
 
