@@ -4,13 +4,14 @@ The words are those of choosing.md beside this script, the numbers those of `ben
 `tests/benchmarks/test_choose.py` holds the page to both. The last two append a line to results/choose_*.jsonl.
 
     python benchmarks/choose.py page
-    python benchmarks/choose.py encoders captions.txt --name NAME
+    python benchmarks/choose.py encoders captions.txt --name NAME --ratings pairs.csv
     graphbuild report STORE && python benchmarks/choose.py targets STORE --name NAME
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import re
@@ -35,6 +36,16 @@ METHODS = (
     ("b", "30,000 scenes, twice as long", "linear kind swapped", "the same, where the background misleads"),
     ("b", "30,000 scenes, twice as long", "linear texture", "what captions seldom say: the texture"),
     ("b", "1,000 scenes", "linear kind", "few images: the kind, 1,000 scenes"),
+    ("f", "p = 1", "linear class", "photos, all with a found caption that mentions the class (p = 1): the class"),
+    ("f", "p = 0.3", "linear class", "the same, 30% of the captions mention it (p = 0.3)"),
+    ("f", "p = 0.1", "linear class", "the same, 10% of the captions mention it (p = 0.1)"),
+    ("i", "shared names", "linear class", "icons with their authors' names: the 64 most frequent names"),
+    (
+        "i",
+        "shared names",
+        "mean reciprocal rank",
+        "the same: 100 times the mean reciprocal rank of equal names",
+    ),
 )
 NAMES = ("SimCLR", "SupCon", "X-Sample", "CLIP", "CLIP, soft targets")
 BATCHES = (
@@ -94,10 +105,11 @@ def encoders() -> str:
                 str(2 * row["dim"]),
                 f"{row['same_neighbors']:.1%}",
                 f"{row['divergence']:.2g}",
+                f"{row['spearman']:.3f}" if "spearman" in row else "-",
             )
             for row in rows
         ]
-        head = ("encoder", "captions / CPU s", "d", "bytes a node", "same neighbours", "target")
+        head = ("encoder", "captions / CPU s", "d", "bytes a node", "same neighbours", "target", "ratings")
         parts.append(f"{name}, {rows[0]['captions']:,} captions, {rows[0]['machine']}:\n\n{table(head, cells)}")
     return "\n\n".join(parts)
 
@@ -190,7 +202,8 @@ def _accuracy(experiment: str, group: str, variant: str, measure: str) -> str:
     section = page.split(f"\n## {group}\n")[1].split("\n## ")[0].split("\nDifferences of paired runs")[0]
     head, _, *rows = [line.strip("| ").split(" | ") for line in section.strip().splitlines() if line.startswith("|")]
     cells = {row[0]: dict(zip(["", *head], row, strict=False)) for row in rows}
-    return cells.get(variant, {}).get(measure, "").partition(" (")[0] or "-"
+    row = cells.get(variant) or cells.get(variant.removesuffix(" targets"), {})
+    return row.get(measure, "").partition(" (")[0] or "-"
 
 
 def _grouped(rows: list[Line], key: str) -> Iterator[tuple[str, list[Line]]]:
@@ -208,11 +221,15 @@ def _by(rows: list[Line], *keys: str) -> dict[Any, list[Line]]:
 # -- what is measured
 
 
-def measure_encoders(texts: list[str], name: str) -> None:
-    """A line for the default encoder in float32, int8 and at smaller widths, and for the means of its input vectors."""
+def measure_encoders(texts: list[str], name: str, ratings: str | None) -> None:
+    """A line for the default encoder in float32, int8 and at smaller widths, and for the means of its input vectors.
+
+    ratings: a CSV without a header, of two sentences and how alike people rated them, 0 to 5.
+    """
     import numpy as np
     from fidelity import divergence, target
     from knn import machine
+    from scipy.stats import spearmanr
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
     from tokenizers import Tokenizer
@@ -224,15 +241,22 @@ def measure_encoders(texts: list[str], name: str) -> None:
     random = np.random.default_rng(0)
     drawn = [random.choice(len(texts), min(BATCH, len(texts)), replace=False) for _ in range(4)]
     truth: dict[str, Any] = {}
+    pairs = list(csv.reader(Path(ratings).read_text().splitlines())) if ratings else []
+    rated = [text for column in (0, 1) for text in (pair[column] for pair in pairs)]
+    scores_by_people = [float(pair[2]) for pair in pairs]
 
     def vectors_of(model: Any) -> tuple[Any, float]:
+        """The vectors of all captions and then of all rated sentences; captions a second."""
         model.encode(texts[:64])
         begin = time.process_time()
         vectors = np.asarray(model.encode(texts).vectors, np.float32)
-        return vectors, len(texts) / (time.process_time() - begin)
+        rate = len(texts) / (time.process_time() - begin)
+        more = np.asarray(model.encode(rated).vectors, np.float32) if rated else vectors[:0]
+        return np.concatenate([vectors, more]), rate
 
     def add(label: str, vectors: Any, rate: float) -> None:
         vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        (first, second), vectors = np.split(vectors[len(texts) :], 2), vectors[: len(texts)]
         scores = vectors @ vectors.T
         np.fill_diagonal(scores, -2)
         near = np.argpartition(-scores, NEAREST)[:, :NEAREST]
@@ -251,6 +275,8 @@ def measure_encoders(texts: list[str], name: str) -> None:
             "divergence": float(f"{np.mean(distances):.3g}"),
             "machine": machine().replace(",", "").replace(f" {os.cpu_count()} cores", ""),
         }
+        if rated:
+            line["spearman"] = round(float(spearmanr((first * second).sum(axis=1), scores_by_people).statistic), 4)
         print(json.dumps(line), flush=True)
         with (RESULTS / "choose_encoders.jsonl").open("a") as stream:
             stream.write(json.dumps(line) + "\n")
@@ -270,12 +296,40 @@ def measure_encoders(texts: list[str], name: str) -> None:
 
 
 def add_targets(store: str, name: str) -> None:
-    """A line with what `graphbuild report` found out of a store's targets."""
+    """A line with what a target over all nodes holds, as `graphbuild report` found, and targets of many batches."""
+    from graphbuild import SampleGraph
+
     report = json.loads((Path(store) / "report" / "report.json").read_text())
-    line = {"name": name, "nodes": report["edges"]["nodes"], "k": report["edges"]["k"]}
-    line |= {part: _rounded(report[part]) for part in ("two_views", "mass")}
+    graph = SampleGraph.open(store)
+    views = [row for batch in (64, 256, 1_024, 4_096) if batch + 256 <= len(graph) for row in two_views(graph, batch)]
+    line = {"name": name, "nodes": len(graph), "k": graph.k, "two_views": _rounded(views)}
+    line["mass"] = _rounded(report["mass"])
     with (RESULTS / "choose_targets.jsonl").open("a") as stream:
         stream.write(json.dumps(line) + "\n")
+
+
+def two_views(graph: Any, batch: int) -> list[Line]:
+    """Share of the other view and perplexity of X-Sample's targets, a mean over 256 anchors in many random batches."""
+    import numpy as np
+    from calibrated import ANCHORS, SPREAD, shares, stored
+
+    from graphbuild.torch.calibration import calibrated
+
+    rows = []
+    for asked in (None, 0.6):
+        random = np.random.default_rng(batch)
+        anchors = np.sort(random.choice(len(graph), ANCHORS, replace=False))
+        rest, queries = np.setdiff1d(np.arange(len(graph)), anchors), graph.embeddings(anchors)
+        tau = np.full((ANCHORS, 1), 0.1)
+        if asked is not None:
+            tau = calibrated(stored(graph, anchors), images=batch, other_view=asked, slots=2)[0].double().numpy()
+        others = (random.choice(rest, batch - 1, replace=False) for _ in range(max(4, SPREAD // batch)))
+        share, perplexity, _ = np.mean([shares(queries @ graph.embeddings(each).T, tau) for each in others], (0, 2))
+        tau_s = float(np.median(tau))
+        rows.append(
+            {"batch": batch, "asked": asked, "tau_s": tau_s, "share": float(share), "perplexity": float(perplexity)}
+        )
+    return rows
 
 
 def _rounded(value: Any) -> Any:
@@ -291,6 +345,7 @@ def main() -> None:
     parser.add_argument("what", choices=("page", "encoders", "targets"))
     parser.add_argument("source", nargs="?")
     parser.add_argument("--name")
+    parser.add_argument("--ratings", help="of encoders: CSV of two sentences and people's score from 0 to 5")
     options = parser.parse_args()
     if options.what == "page":
         PAGE.write_text(page())
@@ -298,7 +353,7 @@ def main() -> None:
         parser.error(f"{options.what} takes a source and --name")
     elif options.what == "encoders":
         texts = [line.strip() for line in Path(options.source).read_text().splitlines() if line.strip()]
-        measure_encoders(list(dict.fromkeys(texts)), options.name)
+        measure_encoders(list(dict.fromkeys(texts)), options.name, options.ratings)
     else:
         add_targets(options.source, options.name)
 

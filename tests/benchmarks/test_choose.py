@@ -32,6 +32,14 @@ def test_its_numbers_are_those_of_the_results() -> None:
     row = re.search(r"^\| captions name the object.*$", page, re.M)
     assert row
     assert f"| {statistics.mean(kinds):.1f} ± {statistics.stdev(kinds):.1f} |" in row[0]
+    photos = [
+        100 * line["metrics"]["linear class"]
+        for line in map(json.loads, (choose.RESULTS / "experiments" / "f.jsonl").read_text().splitlines())
+        if (line["group"], line["variant"]) == ("p = 0.1", "CLIP, soft")
+    ]
+    row = re.search(r"^\|.*\(p = 0\.1\) \|.*$", page, re.M)
+    assert row
+    assert row[0].endswith(f"| {statistics.mean(photos):.1f} ± {statistics.stdev(photos):.1f} |"), "the contrary evidence"
     (line,) = [each for each in choose.lines("choose_targets.jsonl") if each["name"].startswith("CC3M")]
     (fixed,) = [each for each in line["two_views"] if each["batch"] == 256 and each["asked"] is None]
     assert f"| CC3M's validation list, {line['nodes']:,} nodes | 256 | {fixed['share']:.2f}, " in page
