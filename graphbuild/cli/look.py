@@ -87,7 +87,9 @@ def select(
     context: typer.Context,
     store: StoreArg,
     name: Annotated[str, typer.Argument(metavar="NAME", help="of the selection")] = "selection",
-    keep: Annotated[list[str] | None, option("list to keep: .parquet, .npy, .txt; may be given again")] = None,
+    keep: Annotated[
+        list[str] | None, option("list to keep: .parquet, .npy, .txt, or a selection's name; may be given again")
+    ] = None,
     drop: Annotated[list[str] | None, option("list to drop, as of mine; may be given again")] = None,
     prefer: Annotated[
         Literal["first", "sharpest", "neighbors", "longest"] | None,

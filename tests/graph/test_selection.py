@@ -170,6 +170,16 @@ def test_several_lists_to_keep_are_joined_and_to_drop_too(store: Path, tmp_path:
     assert left(store, drop=paths[1:]) == [row for row in WITH_NODE if row not in (2, 3, 4, 5)]
 
 
+def test_a_selection_of_the_store_is_a_list_by_its_name_and_one_that_is_replaced_is_told_of(store: Path) -> None:
+    opened = Store(str(store))
+    said = [select_store(opened, "early", {"where": "row < 20"}) for _ in range(2)]
+    assert [one.endswith("early.parquet, in place of the list that was there") for one in said] == [False, True]
+    assert left(store, keep=["early"]) == list(range(20))
+    assert left(store, drop=["early"]) == [row for row in WITH_NODE if row >= 20]
+    with pytest.raises(InputError, match="late"):
+        left(store, keep=["late"])
+
+
 def test_an_expression_is_over_samples_json_fields_and_the_graph(store: Path) -> None:
     graph = graph_of(store)
     degree = np.bincount(np.concatenate([ids for _, ids, _ in graph.edge_blocks()]).ravel(), minlength=len(graph))

@@ -198,8 +198,9 @@ def publish(
         graph = SampleGraph.open(store.url)
         made = make(graph)
         folder, name = place_of(store, path, out, dry_run=dry_run)
+        is_there = folder.exists(name)
         if dry_run:
-            replaced = ", in place of the list that is there" if folder.exists(name) else ""
+            replaced = ", in place of the list that is there" if is_there else ""
             edges = f"filter {len(graph) * graph.k:,} edges of {len(graph):,} nodes into"
             does = f"compare with {len(graph):,} nodes, into" if verb == MATCH.name else edges
             return f"{verb:<9} would {does} {folder.display(name)}{replaced}"
@@ -207,7 +208,8 @@ def publish(
         counts = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in made.counts.items())
         nothing = "" if rows else "; nothing passed the filter: the file has 0 rows"
         logger.info("%-9s %s in %.1f s: %s%s", verb, made.what, time.monotonic() - begin, counts, nothing)
-        return f"{verb:<9} {rows:,} rows, in {folder.display(name)}"
+        replaced = ", in place of the list that was there" if is_there else ""
+        return f"{verb:<9} {rows:,} rows, in {folder.display(name)}{replaced}"
 
 
 def blocks(graph: SampleGraph) -> Iterator[tuple[int, NDArray[np.uint32], NDArray[np.float16]]]:

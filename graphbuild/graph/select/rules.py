@@ -57,7 +57,8 @@ def select(
 ) -> DerivedList:
     """Which rows of a store, and which of their captions, are kept, with why each other went.
 
-    keep, drop: lists (row_lists.py); all of keep are joined, and nothing else stays. prefer: which one of each group of
+    keep, drop: lists (row_lists.py), or names of the store's selections; all of keep are joined, and nothing else
+    stays. prefer: which one of each group of
     `mine --what duplicates` stays, in the place of that list's own choice: the first row; the sharpest image (variance
     of the Laplacian of its grey values at 256 pixels); that whose node most lists name; that of the longest caption.
     Other lists to drop are dropped as they are.
@@ -159,6 +160,9 @@ class _Choice:
 
     def _listed(self, url: str, *, meant: bool, prefer: Prefer | None = None) -> NDArray[np.bool_]:
         """The rows that a list means: to be kept or, not meant, to be dropped."""
+        store, own = Store(self.graph.url), f"{FOLDER}/{url}.parquet"
+        if "/" not in url and not url.endswith((".parquet", ".npy", ".txt")) and store.exists(own):
+            url = store.display(own)
         lines = read_list(url, self.graph)
         if prefer is not None and {"group", "row", "node", "caption"} <= set(lines.columns):
             self.has_groups = True
