@@ -1,6 +1,6 @@
 "use strict";
 // The map: points by WebGL, marks and names on a canvas above them. A place is two numbers, 0..65534; point p is node
-// chart.node(p). Filters and the lasso dim what is outside.
+// chart.node(p). What is not selected (select.js) is dim.
 const COLOURS = ["#0a84c6", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#a0661e", "#9b52b4", "#e7298a", "#66a61e", "#6c6cff", "#00a6a6"];
 const OTHERS = "#8a9099"; // smaller communities, and what has no value
 const RAMP = ["#3f6fd8", "#16a0a0", "#5fb04a", "#e0a800", "#d8453f"];
@@ -17,7 +17,7 @@ void main() {
 }`;
 const FRAGMENT = `precision mediump float; varying vec4 colour;
 void main() { if (length(gl_PointCoord - .5) > .5) discard; gl_FragColor = colour; }`;
-const chart = { about: null, count: 0, places: null, codes: null, dims: null, kept: null, corners: null, chosen: -1, x: 32767, y: 32767, zoom: 1, drawing: false };
+const chart = { about: null, count: 0, places: null, codes: null, by: "community", dims: null, kept: null, where: "", corners: null, chosen: -1, x: 32767, y: 32767, zoom: 1, drawing: false, printing: false };
 let gl;
 
 function program() {
@@ -89,25 +89,27 @@ function zoomBy(factor, across, down) {
 let wanted = 0;
 function paint() {
   cancelAnimationFrame(wanted);
-  wanted = requestAnimationFrame(() => {
-    const [width, height] = size();
-    const ratio = devicePixelRatio || 1;
-    for (const canvas of [$("points"), $("marks")]) {
-      const [w, h] = [Math.round(width * ratio), Math.round(height * ratio)];
-      if (canvas.width !== w || canvas.height !== h) Object.assign(canvas, { width: w, height: h });
-    }
-    gl.viewport(0, 0, width * ratio, height * ratio);
-    gl.clearColor(0, 0, 0, 0);
-    gl.clear(gl.COLOR_BUFFER_BIT);
-    const nearer = chart.zoom / chart.base;
-    const wide = Math.min(Math.max(0.5 * Math.sqrt(width * height / chart.count), 1.2), 5) * Math.min(Math.max(nearer, 1) ** 0.45, 5);
-    gl.uniform2f(chart.at("centre"), chart.x, chart.y);
-    gl.uniform2f(chart.at("zoom"), 2 * chart.zoom / width, -2 * chart.zoom / height);
-    gl.uniform1f(chart.at("size"), Math.min(wide, 14) * ratio);
-    gl.uniform1f(chart.at("alpha"), Math.min(Math.max(3e5 * nearer / chart.count, 0.3), 0.85));
-    gl.drawArrays(gl.POINTS, 0, chart.count);
-    marks(width, height, ratio);
-  });
+  wanted = requestAnimationFrame(paintNow);
+}
+
+function paintNow() {
+  const [width, height] = size();
+  const ratio = devicePixelRatio || 1;
+  for (const canvas of [$("points"), $("marks")]) {
+    const [w, h] = [Math.round(width * ratio), Math.round(height * ratio)];
+    if (canvas.width !== w || canvas.height !== h) Object.assign(canvas, { width: w, height: h });
+  }
+  gl.viewport(0, 0, width * ratio, height * ratio);
+  gl.clearColor(0, 0, 0, 0);
+  gl.clear(gl.COLOR_BUFFER_BIT);
+  const nearer = chart.zoom / chart.base;
+  const wide = Math.min(Math.max(0.5 * Math.sqrt(width * height / chart.count), 1.2), 5) * Math.min(Math.max(nearer, 1) ** 0.45, 5);
+  gl.uniform2f(chart.at("centre"), chart.x, chart.y);
+  gl.uniform2f(chart.at("zoom"), 2 * chart.zoom / width, -2 * chart.zoom / height);
+  gl.uniform1f(chart.at("size"), Math.min(wide, 14) * ratio);
+  gl.uniform1f(chart.at("alpha"), Math.min(Math.max(3e5 * nearer / chart.count, 0.3), 0.85));
+  gl.drawArrays(gl.POINTS, 0, chart.count);
+  marks(width, height, ratio);
 }
 
 function marks(width, height, ratio) {
@@ -115,6 +117,7 @@ function marks(width, height, ratio) {
   const style = getComputedStyle(root);
   pen.setTransform(ratio, 0, 0, ratio, 0, 0);
   pen.clearRect(0, 0, width, height);
+  if (chart.printing) pen.drawImage($("points"), 0, 0, width, height); // by then WebGL's own canvas is empty
   pen.strokeStyle = pen.fillStyle = style.getPropertyValue("--text");
   if (chart.corners) {
     pen.beginPath();
@@ -125,8 +128,9 @@ function marks(width, height, ratio) {
     pen.stroke();
     pen.setLineDash([]);
   }
-  if ($("colour").value === "community") {
-    const taken = [];
+  const ring = chart.chosen < 0 ? null : toScreen(chart.places[2 * chart.chosen], chart.places[2 * chart.chosen + 1]);
+  if (chart.by === "community") {
+    const taken = ring ? [[ring[0], ring[1] + 4, 12]] : [];
     pen.font = "600 12px system-ui, sans-serif";
     pen.textAlign = "center";
     pen.lineJoin = "round";
@@ -134,9 +138,9 @@ function marks(width, height, ratio) {
       if (one.x === undefined || one.size < 2) continue;
       const text = one.name.length > 26 ? `${one.name.slice(0, 25)}…` : one.name;
       const half = pen.measureText(text).width / 2 + 4;
-      const [x, y] = toScreen(one.x, one.y);
-      if (x < half || x > width - half || y < 14 || y > height - 6) continue;
-      if (taken.some(([a, b, other]) => Math.abs(a - x) < half + other && Math.abs(b - y) < 18)) continue;
+      const [x, middle] = toScreen(one.x, one.y);
+      const y = [middle, middle - 20, middle + 20].find((at) => !taken.some(([a, b, other]) => Math.abs(a - x) < half + other && Math.abs(b - at) < 18));
+      if (y === undefined || x < half || x > width - half || y < 14 || y > height - 6) continue;
       taken.push([x, y, half]);
       pen.lineWidth = 4;
       pen.strokeStyle = style.getPropertyValue("--page");
@@ -145,10 +149,10 @@ function marks(width, height, ratio) {
     }
     pen.strokeStyle = style.getPropertyValue("--text");
   }
-  if (chart.chosen >= 0) {
+  if (ring) {
     pen.lineWidth = 3;
     pen.beginPath();
-    pen.arc(...toScreen(chart.places[2 * chart.chosen], chart.places[2 * chart.chosen + 1]), 9, 0, 7);
+    pen.arc(...ring, 9, 0, 7);
     pen.stroke();
   }
 }
@@ -160,8 +164,11 @@ function nearest(across, down, within) {
   let best = -1;
   let least = (within / chart.zoom) ** 2;
   for (let p = 0; p < chart.count; p++) {
-    const [dx, dy] = [chart.places[2 * p] - x, chart.places[2 * p + 1] - y];
-    if (dx * dx + dy * dy < least && !chart.dims[p]) [best, least] = [p, dx * dx + dy * dy];
+    const distance = (chart.places[2 * p] - x) ** 2 + (chart.places[2 * p + 1] - y) ** 2;
+    if (distance < least && !chart.dims[p]) {
+      best = p;
+      least = distance;
+    }
   }
   return best;
 }
@@ -173,10 +180,14 @@ function beside(key) {
   let least = Infinity;
   for (let p = 0; p < chart.count; p++) {
     if (chart.dims[p] || Math.min(chart.places[2 * p], chart.places[2 * p + 1]) === CORNER) continue;
-    const [dx, dy] = [chart.places[2 * p] - chart.places[2 * from], chart.places[2 * p + 1] - chart.places[2 * from + 1]];
+    const dx = chart.places[2 * p] - chart.places[2 * from];
+    const dy = chart.places[2 * p + 1] - chart.places[2 * from + 1];
     const along = dx * ux + dy * uy;
     const distance = along + 2 * Math.abs(dx * uy - dy * ux);
-    if (along * chart.zoom > 4 && distance < least) [best, least] = [p, distance];
+    if (along * chart.zoom > 4 && distance < least) {
+      best = p;
+      least = distance;
+    }
   }
   return best;
 }
@@ -205,7 +216,7 @@ function mark(node) { // the node that the page shows
   paint();
 }
 
-// -- colours, filters, lasso
+// -- colours
 
 async function coloured(by) {
   const content = new Uint8Array(await (await got(`api/0/colour?${new URLSearchParams({ by })}`)).arrayBuffer());
@@ -217,9 +228,18 @@ function rgb(hex) {
   return [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
 }
 
-async function colour() {
+function chooseColour() {
+  $("colour-by").hidden = $("colour").value !== "";
+  if ($("colour").value) colour($("colour").value);
+  else $("colour-by").focus();
+}
+
+let colouring = 0;
+async function colour(by) {
+  const mine = ++colouring;
   try {
-    const [legend, codes] = await coloured($("colour").value);
+    const [legend, codes] = await coloured(by);
+    if (mine !== colouring) return;
     const numbers = legend.kind === "numbers";
     const palette = new Uint8Array(1024);
     const shade = (code) => {
@@ -231,11 +251,11 @@ async function colour() {
     };
     for (let code = 0; code < 256; code++) palette.set([...shade(code), 255], 4 * code);
     gl.texImage2D(gl.TEXTURE_2D, 0, gl.RGBA, 256, 1, 0, gl.RGBA, gl.UNSIGNED_BYTE, palette);
-    chart.codes = codes;
+    Object.assign(chart, { codes, by });
     fillBuffer("code", codes);
     const entries = numbers ? legend.ticks.map((value, at) => [RAMP[at], `${QUARTERS[at]} ${Number(value.toPrecision(4)).toLocaleString("en")}`])
       : legend.names.map((one, at) => [`rgb(${shade(at)})`, `${one.name} (${one.size.toLocaleString("en")})`]);
-    if (codes.includes(255)) entries.push([OTHERS, "no value"]);
+    if (legend.none) entries.push([OTHERS, `no value (${legend.none.toLocaleString("en")})`]);
     $("map-legend").replaceChildren(...entries.map(([paint, text]) => {
       const item = element("li");
       const swatch = element("span", undefined, "swatch");
@@ -244,77 +264,12 @@ async function colour() {
       item.lastChild.dir = "auto";
       return item;
     }));
-    $("map-point").textContent = "";
+    $("map-legend").setAttribute("aria-label", `Colours by ${by}`);
+    $("colour-says").textContent = "";
     paint();
   } catch (error) {
-    $("map-point").textContent = error.message;
+    if (mine === colouring) $("colour-says").textContent = `${error.message}. The colours are still those by ${chart.by}.`;
   }
-}
-
-function inside(x, y, corners) { // by the even-odd rule, as the server does
-  let found = false;
-  for (let a = 0, b = corners.length - 1; a < corners.length; b = a++) {
-    const [ax, ay] = corners[a];
-    const [bx, by] = corners[b];
-    if ((ay > y) !== (by > y) && x < ax + (y - ay) / (by - ay) * (bx - ax)) found = !found;
-  }
-  return found;
-}
-
-function dim() {
-  let left = 0;
-  for (let p = 0; p < chart.count; p++) {
-    const out = (chart.kept && chart.kept[p] !== 1) || (chart.corners && !inside(chart.places[2 * p], chart.places[2 * p + 1], chart.corners));
-    chart.dims[p] = out ? 1 : 0;
-    left += !out;
-  }
-  fillBuffer("dim", chart.dims);
-  const any = Boolean(chart.kept || chart.corners);
-  $("save").disabled = !any || !left;
-  $("selected").textContent = any ? `${left.toLocaleString("en")} of ${chart.count.toLocaleString("en")} points are selected` : "";
-  paint();
-}
-
-async function filterMap(event) {
-  event.preventDefault();
-  const where = $("where").value.trim();
-  $("selected").textContent = where ? "Reading the samples ..." : "";
-  try {
-    const [legend, codes] = where ? await coloured(where) : [null, null];
-    if (legend && legend.kind !== "truth") throw new Error("A filter is true or false of a sample, such as LENGTH(caption) < 20");
-    chart.kept = codes;
-    dim();
-  } catch (error) {
-    $("selected").textContent = error.message;
-  }
-}
-
-async function save() {
-  $("selected").textContent = "Writing ...";
-  const name = $("name").value.trim();
-  if (still) {
-    const count = await still.save(name, (point) => !chart.dims[point]);
-    $("selected").textContent = `${count.toLocaleString("en")} keys, in ${name}.txt: graphbuild select STORE ${name} --keep ${name}.txt`;
-    return;
-  }
-  const wish = { name, where: chart.kept ? $("where").value.trim() : null, polygon: chart.corners };
-  try {
-    const made = await (await got("api/0/select", { method: "POST", body: JSON.stringify(wish) })).json();
-    $("selected").textContent = `${made.kept.toLocaleString("en")} samples, in ${made.file}`;
-  } catch (error) {
-    $("selected").textContent = error.message;
-  }
-}
-
-function setLasso(on) {
-  $("lasso").setAttribute("aria-pressed", String(on));
-  $("map").classList.toggle("lassoing", on);
-}
-
-function selectView() {
-  const [width, height] = size();
-  chart.corners = [[0, 0], [width, 0], [width, height], [0, height]].map(([x, y]) => toPlace(x, y));
-  dim();
 }
 
 // -- hands
@@ -410,8 +365,10 @@ async function draw() { // once: a map that is there is drawn with the page, whi
     document.body.classList.add("mapped");
     $("map-show").hidden = true;
     $("map-parts").hidden = false;
-    $("columns").replaceChildren(...about.columns.map((name) => { const made = element("option"); made.value = name; return made; }));
+    const choices = about.columns.map((name) => new Option(name));
+    $("colour").replaceChildren(...choices, ...(still ? [] : [new Option("another expression ...", "")]));
     $("column-names").textContent = about.columns.join(", ");
+    if (about.free_name) $("name").value = about.free_name;
     whole();
     while (chart.count < total) {
       const piece = Math.min(PIECE, total - chart.count);
@@ -419,7 +376,8 @@ async function draw() { // once: a map that is there is drawn with the page, whi
       chart.count += piece;
       fillBuffer("place", chart.places);
       fillBuffer("dim", chart.dims);
-      if (!chart.codes) await colour();
+      if (!chart.codes) await colour(chart.by);
+      if (chart.kept || chart.corners) dim();
       $("map-note").textContent = `${chart.count < about.nodes ? `${chart.count.toLocaleString("en")} of ` : ""}${about.nodes.toLocaleString("en")} nodes, placed by the stored graph: of a node's ${about.near} nearest, ${Math.round(100 * about.kept)}% are among the ${about.near} nearest here.`;
       paint();
     }
@@ -437,70 +395,31 @@ function inverse(a, n) { // of a modulo n
 }
 
 $("map-show").addEventListener("click", draw);
-$("colour").addEventListener("change", colour);
-$("colour").addEventListener("focus", () => $("colour").select());
+$("colour").addEventListener("change", chooseColour);
+$("colour-by").addEventListener("change", () => colour($("colour-by").value));
 $("closer").addEventListener("click", () => zoomBy(1.5));
 $("farther").addEventListener("click", () => zoomBy(1 / 1.5));
 $("whole").addEventListener("click", whole);
-$("lasso").addEventListener("click", () => setLasso($("lasso").getAttribute("aria-pressed") !== "true"));
-$("in-view").addEventListener("click", selectView);
-$("select").addEventListener("submit", filterMap);
-$("clear").addEventListener("click", () => { Object.assign(chart, { kept: null, corners: null }); $("where").value = ""; dim(); });
-$("save").addEventListener("click", save);
 for (const [kind, hand] of [["pointerdown", down], ["pointermove", move], ["pointerup", up], ["pointercancel", up]]) $("map").addEventListener(kind, hand);
 $("map").addEventListener("wheel", (event) => { event.preventDefault(); zoomBy(2 ** (-event.deltaY / 300), ...place(event)); }, { passive: false });
 $("map").addEventListener("keydown", pressed);
-new ResizeObserver(() => { if (chart.about) paint(); }).observe($("map"));
+const settle = () => { // beside longer neighbours, the end of the section stays in view
+  $("map-section").style.top = `${Math.min(0, innerHeight - $("map-section").offsetHeight)}px`;
+  if (chart.about) paint();
+};
+const sizes = new ResizeObserver(settle);
+for (const id of ["map", "map-section"]) sizes.observe($(id));
+addEventListener("resize", settle);
 new MutationObserver(() => { if (chart.about) paint(); }).observe(root, { attributes: true });
 
-// -- near-duplicates
-
-let steps = [];
-
-function pairs(list, found) {
-  list.replaceChildren(...found.map((pair) => {
-    const item = element("li");
-    item.append(element("span", pair.similarity.toFixed(3), "similarity"));
-    for (const [at, node] of pair.nodes.entries()) {
-      const one = element("a", undefined, "half");
-      if (!still || still.point(node) >= 0) one.href = link("node", node, 0);
-      if (still ? still.hasImage(node) : stores[0].images) one.append(picture(0, node, ""));
-      one.append(element("span", pair.texts[at] ?? `node ${node}`));
-      one.lastChild.dir = "auto";
-      item.append(one);
-    }
-    return item;
-  }));
-  if (!found.length) list.append(element("li", "no pair", "quiet"));
-}
-
-function border() {
-  const at = Math.min(Math.max(Math.round((steps[0].threshold - Number($("threshold").value)) / 0.005), 0), steps.length - 1);
-  const step = steps[at];
-  const top = (value) => value.toFixed(3);
-  $("threshold-shown").textContent = top(step.threshold);
-  $("duplicates-says").textContent = `At ${top(step.threshold)}, ${step.drop.toLocaleString("en")} of ${steps.samples.toLocaleString("en")} samples (${(100 * step.drop / Math.max(steps.samples, 1)).toFixed(1)}%) would go, from ${step.groups.toLocaleString("en")} groups.`;
-  $("above-title").textContent = at ? `Just above: ${top(step.threshold)} to ${top(step.threshold + 0.005)}` : "Just above: 1.000";
-  $("below-title").textContent = `Just below: ${top(step.threshold - 0.005)} to ${top(step.threshold)}`;
-  pairs($("above"), step.pairs);
-  pairs($("below"), steps[at + 1]?.pairs ?? []);
-}
-
-$("duplicates-show").addEventListener("click", async () => {
-  $("duplicates-show").disabled = true;
-  try {
-    const found = await ask("api/0/duplicates");
-    steps = Object.assign(found.steps, { samples: found.samples });
-    Object.assign($("threshold"), { min: steps.at(-1).threshold, max: steps[0].threshold, value: Math.max(0.95, steps.at(-1).threshold) });
-    $("duplicates-show").hidden = true;
-    $("duplicates-parts").hidden = false;
-    border();
-  } catch (error) {
-    $("duplicates-show").disabled = false;
-    $("duplicates-says").textContent = error.message;
-    $("duplicates-parts").hidden = false;
-  }
+let themed;
+addEventListener("beforeprint", () => { // on white paper
+  themed = root.dataset.theme;
+  root.dataset.theme = "light";
+  chart.printing = true;
+  if (chart.about) paintNow();
 });
-$("threshold").addEventListener("input", border);
-
-start();
+addEventListener("afterprint", () => {
+  root.dataset.theme = themed;
+  chart.printing = false;
+});

@@ -13,6 +13,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -158,25 +159,27 @@ def columns_of(catalog: Catalog) -> list[str]:
 def codes_by(catalog: Catalog, made: NodeMap, by: str) -> tuple[Json, bytes]:
     """A legend, and a byte for each point: the code of its colour, NONE where it has no value.
 
-    by: "community", or an SQL expression over the columns of `SampleColumns`; a node has the value of its first
-    sample. Numbers are coded by rank, 0..254, and the legend has their least, quartiles and greatest; of other values
-    the most frequent have a code and a name of their own.
+    by: "community", or an SQL expression over the columns of `SampleColumns`; a node has the value of the first sample
+    that has one, of all the samples of which it is a caption. Numbers are coded by rank, 0..254, and the legend has
+    their least, quartiles and greatest; of other values the most frequent have a code and a name of their own. none:
+    how many nodes have no value.
 
     Raises:
         ConfigError: no expression, of columns that are not there, of more than MOST_VALUES texts.
     """
     points = made.nodes_of_points()
     if by == COMMUNITY:
-        return {"kind": "names", "names": made.about["communities"]}, made.codes[points].tobytes()
+        return {"kind": "names", "names": made.about["communities"], "none": 0}, made.codes[points].tobytes()
     values, names = _values(catalog.graph, by)
     codes = np.full(len(values), NONE, np.uint8)
     known = ~np.isnan(values)
+    legend: Json = {"kind": "numbers", "ticks": [], "none": int((~known & ~catalog.graph.gone).sum())}
     if names is None:
         if not known.any():
-            return {"kind": "numbers", "ticks": []}, codes[points].tobytes()
+            return legend, codes[points].tobytes()
         ranks = np.quantile(values[known], np.linspace(0, 1, 256))
         codes[known] = np.minimum(np.searchsorted(ranks, values[known]), 254)
-        return {"kind": "numbers", "ticks": ranks[[0, 64, 128, 191, 255]].tolist()}, codes[points].tobytes()
+        return legend | {"ticks": ranks[[0, 64, 128, 191, 255]].tolist()}, codes[points].tobytes()
     sizes = np.bincount(values[known].astype(np.int64), minlength=len(names))
     truth = names == ["false", "true"]
     order = np.arange(2) if truth else np.argsort(-sizes, kind="stable")
@@ -186,11 +189,14 @@ def codes_by(catalog: Catalog, made: NodeMap, by: str) -> tuple[Json, bytes]:
     told = [{"name": names[at], "size": int(sizes[at])} for at in order[:COMMUNITIES].tolist()]
     if len(names) > COMMUNITIES:
         told.append({"name": "all others", "size": int(sizes[order[COMMUNITIES:]].sum())})
-    return {"kind": "truth" if truth else "names", "names": told}, codes[points].tobytes()
+    return legend | {"kind": "truth" if truth else "names", "names": told}, codes[points].tobytes()
 
 
 def _values(graph: SampleGraph, by: str) -> tuple[Array, list[str] | None]:
     """Each node's value, float64 [M], NaN for none: a number, or a place in the names that come with it."""
+    if by in ("degree", "nearest"):
+        of_graph = graph.in_degrees if by == "degree" else graph.nearest_similarities
+        return np.where(graph.gone, np.nan, of_graph), None
     fix = "write an expression such as width, LENGTH(caption) or \"caption LIKE '%dog%'\""
     try:
         asked = pl.sql_expr(by).alias("asked")
@@ -198,7 +204,7 @@ def _values(graph: SampleGraph, by: str) -> tuple[Array, list[str] | None]:
     except (pl.exceptions.PolarsError, TypeError) as error:
         raise ConfigError(f"{by!r} cannot be read ({error})", fix) from None
     values, places, numeric = np.full(len(graph), np.nan), {}, None
-    for frame in SampleColumns(graph).frames(columns):
+    for frame in SampleColumns(graph).frames(columns, of_captions=graph.is_plural):
         try:
             found = frame.select(asked)["asked"]
         except pl.exceptions.PolarsError as error:
@@ -219,12 +225,20 @@ def _values(graph: SampleGraph, by: str) -> tuple[Array, list[str] | None]:
         if len(places) > MOST_VALUES:
             raise ConfigError(f"{by!r} has more than {MOST_VALUES:,} different values", fix)
         nodes, found = frame["node"].to_numpy(), found.cast(pl.Float64, strict=False).to_numpy()
-        new = np.flatnonzero(np.isnan(values[nodes]))[::-1]  # the first sample's is assigned last, and stays
+        new = np.flatnonzero(np.isnan(values[nodes]) & ~np.isnan(found))[
+            ::-1
+        ]  # the first sample's is assigned last, and stays
         values[nodes[new]] = found[new]
     return values, None if numeric else list(places)
 
 
 # -- selections
+
+
+def free_name(store: Store) -> str:
+    """A name that no selection of the store has."""
+    names = ("from-map" + f"-{at}" * (at > 1) for at in count(1))
+    return next(name for name in names if not store.exists(f"{SELECTIONS}/{name}.parquet"))
 
 
 def select_on_map(catalog: Catalog, made: NodeMap, asked: Json) -> Json:
@@ -233,6 +247,7 @@ def select_on_map(catalog: Catalog, made: NodeMap, asked: Json) -> Json:
 
     A sample is in the lasso if one of its captions is. Otherwise as `graphbuild select`.
     """
+    store, name = catalog.store, str(asked.get("name"))
     rules: Json = {"where": str(asked["where"])} if asked.get("where") else {}
     with tempfile.TemporaryDirectory(prefix="graphbuild-") as folder:
         if asked.get("polygon"):
@@ -246,18 +261,24 @@ def select_on_map(catalog: Catalog, made: NodeMap, asked: Json) -> Json:
             np.save(rules["keep"][0], np.unique(np.concatenate(rows)))
         if not rules:
             raise InputError("nothing is selected", "draw a lasso, or give a filter")
-        name = str(asked.get("name"))
-        said = select_store(catalog.store, name, rules).split(", in ", 1)[1]
-        with catalog.store.fs.open(catalog.store.path(f"{SELECTIONS}/{name}.parquet"), "rb") as file:
-            return {"file": said, "kept": about(file)["counts"]["kept"]}
+        file = f"{SELECTIONS}/{name}.parquet"
+        replaced = store.exists(file)
+        select_store(store, name, rules)
+        with store.fs.open(store.path(file), "rb") as stream:
+            kept = about(stream)["counts"]["kept"]
+        return {"file": store.display(file), "kept": kept, "replaced": replaced, "free_name": free_name(store)}
 
 
 @compiled()
 def _inside(places: Any, corners: Any) -> Any:
-    """Which places lie in a polygon, by the even-odd rule."""
+    """Which places lie in a polygon, by the even-odd rule; select.js makes the same comparisons."""
     found = np.zeros(len(places), np.bool_)
+    left, right = corners[:, 0].min() - 1, corners[:, 0].max() + 1  # a crossing may be rounded beyond its edge
+    top, bottom = corners[:, 1].min(), corners[:, 1].max()
     for i in range(len(places)):
         x, y = float(places[i, 0]), float(places[i, 1])
+        if x < left or x > right or y < top or y > bottom:
+            continue
         for a in range(len(corners)):
             b = a - 1
             if (corners[a, 1] > y) != (corners[b, 1] > y):

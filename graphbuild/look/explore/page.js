@@ -63,7 +63,7 @@ function cards(store, neighbors) {
     card.dataset.text = text;
     card.querySelector(".open").href = link("node", one.node, store);
     if (one.image ?? stores[store].images) card.querySelector(".picture").append(picture(store, one.node, ""));
-    card.querySelector(".similarity").textContent = one.similarity.toFixed(3);
+    card.querySelector(".similarity").textContent = one.match ?? one.similarity.toFixed(3);
     card.querySelector(".caption").textContent = text + (one.samples > 1 ? ` (x${one.samples})` : "");
     list.append(card);
   }
@@ -199,6 +199,7 @@ $("count").addEventListener("change", show);
 addEventListener("hashchange", show);
 
 async function start() {
+  document.body.classList.toggle("still", Boolean(still));
   try {
     stores = await ask("api/stores");
   } catch (error) {

@@ -23,7 +23,7 @@ from aiohttp import web
 from graphbuild.errors import ConfigError, GraphbuildError, InputError
 from graphbuild.look.catalog import Catalog, Sample
 from graphbuild.look.explore.duplicates import duplicates
-from graphbuild.look.explore.map import MADE, NodeMap, codes_by, columns_of, node_map, select_on_map
+from graphbuild.look.explore.map import MADE, NodeMap, codes_by, columns_of, free_name, node_map, select_on_map
 from graphbuild.look.pages import base_css, own_text
 from graphbuild.store.store import Json, Store
 
@@ -35,6 +35,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+SCRIPTS = ("page.js", "map.js", "select.js", "duplicates.js")
 PIXELS = 384
 MOST = 200  # neighbours or results of a request
 LONGEST = 10_000  # characters of a text to search for
@@ -95,8 +96,7 @@ class Explorer:
         application.add_routes(
             [
                 web.get("/", _file("page.html", "text/html")),
-                web.get("/page.js", _file("page.js", "text/javascript")),
-                web.get("/map.js", _file("map.js", "text/javascript")),
+                *(web.get(f"/{name}", _file(name, "text/javascript")) for name in SCRIPTS),
                 web.get("/page.css", _file("page.css", "text/css", base_css())),
                 web.get("/favicon.ico", _no_icon),
                 web.get("/api/stores", self._stores),
@@ -192,7 +192,8 @@ class Explorer:
     async def _map(self, request: web.Request) -> web.Response:
         made, catalog = await self._made(request), self._catalog(request)
         columns = await self._job(request, "columns", lambda: columns_of(catalog))
-        return web.json_response(made.about | {"columns": columns})
+        name = await asyncio.to_thread(free_name, catalog.store)
+        return web.json_response(made.about | {"columns": columns, "free_name": name})
 
     async def _places(self, request: web.Request) -> web.Response:
         """Of points `begin` to `begin` + `count` - 1, both coordinates as uint16, little-endian."""

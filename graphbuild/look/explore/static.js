@@ -4,9 +4,11 @@ window.still = (() => {
   const files = new Map(); // name -> promise of its bytes or JSON
   let about;
   let places = new Map(); // node -> point
+  let images = new Set(); // nodes that have one
   const still = { ids: new Uint32Array(0) };
 
   function read(name, kind) {
+    if (location.protocol === "file:") throw new Error("A browser reads these files from a web server only: run `python -m http.server` in this folder, and open http://localhost:8000");
     if (!files.has(name)) files.set(name, fetch(`data/${name}`).then((response) => {
       if (!response.ok) throw new Error(`data/${name}: HTTP ${response.status}`);
       return response[kind]();
@@ -18,19 +20,17 @@ window.still = (() => {
     about = await read("map.json", "json");
     still.ids = new Uint32Array(await read("ids.bin", "arrayBuffer"));
     places = new Map(Array.from(still.ids, (node, point) => [node, point]));
+    images = new Set(about.images);
   }
-  const begun = begin();
-  const withImage = new Set();
+  let begun;
 
   still.point = (node) => places.get(Number(node)) ?? -1;
   still.any = () => still.ids[Math.floor(Math.random() * still.ids.length)] ?? 0;
   still.image = (node) => `image/${node}.jpg`;
-  still.hasImage = (node) => withImage.has(Number(node));
+  still.hasImage = (node) => images.has(Number(node));
 
-  async function chunk(number) {
-    const entries = await read(`nodes-${number}.json`, "json");
-    for (const [at, one] of entries.entries()) if (one.image) withImage.add(still.ids[number * about.chunk + at]);
-    return entries;
+  function chunk(number) {
+    return read(`nodes-${number}.json`, "json");
   }
 
   async function entry(node) {
@@ -41,13 +41,13 @@ window.still = (() => {
 
   async function near(node, similarity) {
     const one = await entry(node);
-    return { node, similarity, samples: one.samples, text: one.text, image: Boolean(one.image) };
+    return { node, similarity, samples: one.samples, text: one.text, image: images.has(node) };
   }
 
   async function described(node, count) {
     const one = await entry(node);
     const captions = one.captions ?? [one.text];
-    const sample = one.key === undefined ? null : { key: one.key, row: one.row, caption: captions[0], captions, more: captions.slice(1), image: Boolean(one.image) };
+    const sample = one.keys && { key: one.keys[0], row: one.row, caption: captions[0], captions, more: captions.slice(1), image: images.has(node) };
     const neighbors = await Promise.all(one.neighbors.slice(0, count).map((other, at) => near(other, one.similarities[at])));
     return { ...await near(node, 1), sample, background: { mean: one.background[0], deviation: one.background[1] }, neighbors };
   }
@@ -63,20 +63,21 @@ window.still = (() => {
     const found = [];
     for await (const [point, one] of entries()) {
       const lower = (one.text ?? "").toLowerCase();
-      const share = words.filter((word) => lower.includes(word)).length / Math.max(words.length, 1);
-      if (share) found.push([share, still.ids[point]]);
+      const held = words.filter((word) => lower.includes(word)).length;
+      if (held) found.push([held, still.ids[point]]);
     }
     found.sort((a, b) => b[0] - a[0] || a[1] - b[1]);
-    return { neighbors: await Promise.all(found.slice(0, count).map(([share, node]) => near(node, share))) };
+    const match = (held) => held < words.length ? `word match: ${held} of ${words.length}` : "word match";
+    return { neighbors: await Promise.all(found.slice(0, count).map(async ([held, node]) => ({ ...await near(node), match: match(held) }))) };
   }
 
   async function byKey(key) {
-    for await (const [point, one] of entries()) if (one.key === key) return { node: still.ids[point] };
+    for await (const [point, one] of entries()) if (one.keys?.includes(key)) return { node: still.ids[point] };
     return { node: null };
   }
 
   async function answer(path) {
-    await begun;
+    await (begun ??= begin());
     const url = new URL(path, location.href);
     const asked = url.searchParams;
     const name = url.pathname.slice(url.pathname.lastIndexOf("api/") + 4).replace(/^\d+\//, "");
@@ -97,14 +98,18 @@ window.still = (() => {
   };
 
   still.save = async (name, isSelected) => { // keys, one a line, as `graphbuild select --keep` takes them
-    await begun;
-    const keys = [];
-    for await (const [point, one] of entries()) if (isSelected(point) && one.key !== undefined) keys.push(one.key);
+    const keys = new Set();
+    let left_out = 0;
+    for await (const [point, one] of entries()) {
+      if (!isSelected(point)) continue;
+      for (const key of one.keys ?? []) keys.add(key);
+      left_out += one.left_out ?? 0;
+    }
     const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([keys.map((key) => `${key}\n`).join("")], { type: "text/plain" }));
+    link.href = URL.createObjectURL(new Blob([...keys].map((key) => `${key}\n`), { type: "text/plain" }));
     link.download = `${name}.txt`;
     link.click();
-    return keys.length;
+    return { keys: keys.size, left_out };
   };
   return still;
 })();

@@ -190,7 +190,7 @@ def test_every_hostile_caption_is_text_and_runs_nothing(tab: Tab, address: str, 
     tab.page.click("#duplicates-show")
     tab.wait("!document.getElementById('duplicates-parts').hidden")
     assert tab.page.evaluate("document.querySelectorAll('#map-legend span *, .half span *').length") == 0
-    assert tab.page.locator("script").count() == 2
+    assert tab.page.locator("script").count() == 4
 
 
 def test_strangers_and_bad_requests_are_refused(address: str) -> None:
@@ -254,9 +254,10 @@ def test_a_map_that_failed_is_drawn_when_asked_for_again_and_then_kept(monkeypat
 
     monkeypatch.setattr(server, "node_map", node_map)
     monkeypatch.setattr(server, "columns_of", lambda catalog: ["row"])
+    monkeypatch.setattr(server, "free_name", lambda store: "from-map")
 
     async def asked() -> list[tuple[int, dict[str, Any]]]:
-        explorer = server.Explorer([SimpleNamespace()], "127.0.0.1")  # type: ignore[list-item]
+        explorer = server.Explorer([SimpleNamespace(store=None)], "127.0.0.1")  # type: ignore[list-item]
         async with TestClient(TestServer(explorer.application())) as client:
             await client.get("/", params={"token": explorer.token})
             answers = [await client.get("/api/0/map") for _ in range(3)]
@@ -264,5 +265,5 @@ def test_a_map_that_failed_is_drawn_when_asked_for_again_and_then_kept(monkeypat
 
     failed, *later = ThreadPoolExecutor(1).submit(asyncio.run, asked()).result()  # playwright has a loop here
     assert failed == (400, {"cause": "the store cannot be reached", "fix": "try again"})
-    assert later == [(200, {"nodes": 7, "columns": ["row"]})] * 2
+    assert later == [(200, {"nodes": 7, "columns": ["row"], "free_name": "from-map"})] * 2
     assert len(drawn) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.server
 import io
@@ -9,7 +10,7 @@ import json
 import os
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -87,6 +88,24 @@ def mapped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def catalog(mapped: Path) -> Catalog:
     return Catalog(Store(str(mapped)))
+
+
+@pytest.fixture(scope="module")
+def plural(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of samples of two captions each, and with a number in their JSON."""
+    folder = tmp_path_factory.mktemp("plural")
+    with tarfile.open(folder / "0.tar", "w") as archive:
+        for at in range(12):
+            captions = f"first caption {at}\n<b>other</b> words {at}\n".encode()
+            for extension, content in (("txt", captions), ("json", json.dumps({"number": at}).encode())):
+                info = tarfile.TarInfo(f"{at:03}.{extension}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    embed = Embed(shards=f"{folder}/0.tar", caption_member="txt:lines")
+    with Runner(workers=0) as runner:
+        for verb in ("embed", "index"):
+            run_verb(verb, Recipe(embed=embed, index=Index(k=4)), Store(str(folder / "store")), runner)
+    return folder / "store"
 
 
 # -- places
@@ -352,8 +371,7 @@ def test_the_map_is_drawn_walked_coloured_and_selected_from_by_keyboard(
     before = tab.page.evaluate("chart.zoom")
     tab.page.keyboard.press("+")
     assert tab.page.evaluate("chart.zoom") > before
-    tab.page.fill("#colour", "source")
-    tab.page.press("#colour", "Enter")
+    tab.page.select_option("#colour", "source")
     tab.wait("document.getElementById('map-legend').textContent.includes('site 1')")
     assert "no value" in tab.page.text_content("#map-legend")
     tab.page.fill("#where", "width < 102")
@@ -420,20 +438,219 @@ def test_a_lasso_is_drawn_by_hand_and_a_click_opens_the_point(tab: Tab, serve: S
     assert np.hypot(*(places[opened] - places[node])) * tab.page.evaluate("chart.zoom") < 3, "the nearest"
 
 
-def test_several_captions_of_a_sample_are_a_list(tab: Tab, serve: Serve, tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "0.tar", "w") as archive:
-        for at in range(12):
-            content = f"first caption {at}\n<b>other</b> words {at}\n".encode()
-            info = tarfile.TarInfo(f"{at:03}.txt")
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    embed = Embed(shards=f"{tmp_path}/0.tar", caption_member="txt:lines")
-    with Runner(workers=0) as runner:
-        for verb in ("embed", "index"):
-            run_verb(verb, Recipe(embed=embed, index=Index(k=4)), Store(str(tmp_path / "store")), runner)
-    tab.page.goto(serve(tmp_path / "store"))
+def test_several_captions_of_a_sample_are_a_list_and_each_one_s_node_is_coloured_and_filtered(
+    tab: Tab, serve: Serve, plural: Path
+) -> None:
+    tab.page.goto(serve(plural))
     wait_for(tab, 0)
     assert tab.page.locator(".captions li").all_text_contents() == ["first caption 0", "<b>other</b> words 0"]
+    draw(tab)
+    assert tab.page.evaluate("chart.count") == 24
+    for by in ("degree", "nearest", "shard", "number"):
+        tab.page.select_option("#colour", by)
+        tab.wait(f"chart.by === '{by}'")
+        assert tab.page.evaluate("chart.codes.includes(255)") is False, by
+        assert "no value" not in tab.page.text_content("#map-legend")
+    tab.page.fill("#where", "number < 5")
+    tab.page.press("#where", "Enter")
+    tab.wait("document.getElementById('selected').textContent.startsWith('10 of 24 points')")
+    tab.page.click("#in-view")
+    tab.page.click("#save")
+    tab.wait("document.getElementById('selected').textContent.startsWith('5 samples, in')")
+
+
+def test_of_several_captions_each_node_has_its_own_and_its_sample_s_values(plural: Path) -> None:
+    catalog = Catalog(Store(str(plural)))
+    made = maps.node_map(catalog)
+    points = made.nodes_of_points()
+    described = catalog.describe(points, np.ones(len(points)))
+    values, names = maps._values(catalog.graph, "LENGTH(caption)")
+    assert names is None
+    assert values[points].tolist() == [len(one.text or "") for one in described]
+    values, _ = maps._values(catalog.graph, "number")
+    assert values[points].tolist() == [float((one.text or "").split()[-1]) for one in described]
+    legend, codes = maps.codes_by(catalog, made, "NULLIF(number, 3)")
+    assert (legend["none"], codes.count(maps.NONE)) == (2, 2)
+
+
+def test_a_selection_that_is_saved_is_the_one_that_is_shown(tab: Tab, serve: Serve, mapped: Path) -> None:
+    tab.page.goto(serve(mapped))
+    draw(tab)
+    tab.page.fill("#where", "width = 101")
+    tab.page.press("#where", "Enter")
+    tab.wait("!document.getElementById('save').disabled")
+    shown = tab.page.evaluate("chart.dims.filter((one) => !one).length")
+    for other in ("width = 102", "nothing = 1"):  # typed; and applied without success
+        tab.page.fill("#where", other)
+        assert tab.page.is_disabled("#save")
+        assert "is not applied" in tab.page.text_content("#selected")
+    tab.page.press("#where", "Enter")
+    tab.wait("document.getElementById('selected').textContent.includes('has a column')")
+    assert f"{shown} of {SAMPLES} points are selected" in tab.page.text_content("#selected")
+    assert tab.page.is_disabled("#save")
+    tab.page.fill("#where", "width = 101")
+    assert tab.page.input_value("#name") == "from-map"
+    for name, again in (("from-map", False), ("from-map-2", False), ("from-map", True)):
+        tab.page.fill("#name", name)
+        tab.page.click("#save")
+        tab.wait(f"document.getElementById('selected').textContent.includes('{name}.parquet')")
+        assert ("(replaced" in tab.page.text_content("#selected")) == again
+        kept = pq.read_table(mapped / f"selections/{name}.parquet")["keep"].to_pylist()
+        assert kept == [row % 7 == 1 for row in range(SAMPLES)]
+    assert tab.page.input_value("#name") == "from-map-3"
+    tab.problems[:] = [one for one in tab.problems if "400" not in one]  # the browser logs the refused filter
+
+
+def test_a_lasso_of_many_corners_takes_a_moment_and_selects_what_the_server_does(
+    tab: Tab, serve: Serve, mapped: Path
+) -> None:
+    tab.page.goto(serve(mapped))
+    draw(tab)
+    rng, count = np.random.default_rng(3), 3_000_000
+    places = (np.arange(count)[:, None] * np.array([40_503, 30_011]) // np.array([1, 7]) % 65_535).astype(np.uint16)
+    tab.page.evaluate(
+        """(count) => { paint = () => {};
+        Object.assign(chart, {count, places: new Uint16Array(2 * count), dims: new Uint8Array(count), kept: null});
+        for (let p = 0; p < count; p++) {
+            chart.places[2 * p] = p * 40503 % 65535;
+            chart.places[2 * p + 1] = Math.floor(p * 30011 / 7) % 65535;
+        } }""",
+        count,
+    )
+    turn = np.linspace(0, 2 * np.pi, 200, endpoint=False)
+    star = 32_767 + (20_000 + 9_000 * np.sin(9 * turn))[:, None] * np.stack([np.cos(turn), np.sin(turn)], axis=1)
+    for corners in (
+        star,
+        star.round(),
+        rng.uniform(-9_000, 75_000, (60, 2)),  # crosses itself, and leaves the map
+        rng.integers(0, 65_535, (40, 2)),
+        np.array([[10, 20], [900, 20], [900, 4_000], [10, 4_000]]),
+    ):
+        taken, left, marked = tab.page.evaluate(
+            """(corners) => { chart.corners = corners;
+            const once = () => { const begin = performance.now(); dim(); return performance.now() - begin; };
+            const taken = [1, 2, 3, 4].map(once);
+            return [Math.min(...taken), left, chart.dims.reduce((sum, one, p) => (one ? sum : sum + p), 0)]; }""",
+            corners.tolist(),
+        )
+        inside = np.flatnonzero(maps._inside(places, corners.astype(np.float64)))
+        assert (left, marked) == (len(inside), inside.sum())
+        assert taken < 3_000 or corners is not star, "milliseconds, also where other work goes on"
+    few = places[:20_000]
+    assert np.array_equal(maps._inside(few, star), Outline(star).contains_points(few.astype(float)))
+
+
+def test_colours_are_chosen_from_a_list_and_a_bad_expression_says_what_is_still_shown(
+    tab: Tab, serve: Serve, mapped: Path
+) -> None:
+    tab.page.goto(serve(mapped))
+    draw(tab)
+    choices = tab.page.locator("#colour option").all_text_contents()
+    assert choices[:4] == ["community", "shard", "LENGTH(caption)", "degree"]
+    assert {"width", "source"} < set(choices)
+    assert tab.page.is_hidden("#colour-by")
+    tab.page.select_option("#colour", choices[-1])
+    assert tab.page.evaluate("document.activeElement.id") == "colour-by"
+    for by, known in (("width * 2", True), ("nothing * 2", False)):
+        tab.page.fill("#colour-by", by)
+        tab.page.press("#colour-by", "Enter")
+        says = "" if known else "The colours are still those by width * 2."
+        tab.wait(f"chart.by === 'width * 2' && document.getElementById('colour-says').textContent.endsWith('{says}')")
+        assert tab.page.get_attribute("#map-legend", "aria-label") == "Colours by width * 2"
+    tab.page.select_option("#colour", "source")
+    tab.wait("chart.by === 'source'")
+    none = sum(at % 11 == 0 for at in range(SAMPLES))
+    assert f"no value ({none})" in tab.page.text_content("#map-legend")
+    assert tab.page.is_hidden("#colour-by")
+    assert tab.page.text_content("#colour-says") == ""
+    tab.problems[:] = [one for one in tab.problems if "400" not in one]
+
+
+def test_the_map_is_printed(tab: Tab, serve: Serve, mapped: Path) -> None:
+    tab.page.goto(serve(mapped))
+    draw(tab)
+    tab.page.evaluate("theme('dark')")
+    coloured = """[...$('marks').getContext('2d').getImageData(0, 0, $('marks').width, $('marks').height).data]
+        .filter((value, at, all) => at % 4 === 3 && value && Math.abs(all[at - 3] - all[at - 1]) > 40).length"""
+    tab.page.wait_for_timeout(300)
+    assert tab.page.evaluate(coloured) == 0
+    tab.page.emulate_media(media="print")
+    tab.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert tab.page.evaluate(coloured) > SAMPLES, "pixels, on the canvas that is printed"
+    assert tab.page.evaluate("document.documentElement.dataset.theme") == "light"
+    swatch = "getComputedStyle(document.querySelector('.swatch')).printColorAdjust"
+    assert tab.page.evaluate(swatch) == "exact"
+    tab.page.evaluate("dispatchEvent(new Event('afterprint'))")
+    tab.page.wait_for_timeout(300)
+    assert tab.page.evaluate(coloured) == 0
+    assert tab.page.evaluate("document.documentElement.dataset.theme") == "dark"
+    tab.problems[:] = [one for one in tab.problems if "getImageData" not in one]  # it is read only here
+
+
+def test_tab_goes_as_one_sees_and_beside_long_neighbours_the_map_stays_in_view(
+    tab: Tab, serve: Serve, store: Path
+) -> None:
+    tab.page.goto(serve(store))
+    wait_for(tab, 0)
+    draw(tab)
+    where = "(ids) => ids.map((id) => $(id).getBoundingClientRect()).map((box) => [box.left, box.top, box.bottom])"
+    parts = ["map-section", "near", "duplicates"]
+    order = tab.page.locator("main section[id]").evaluate_all("all => all.map((one) => one.id)")
+    assert order == parts
+    for width in (390, 1280, 1920):
+        tab.page.set_viewport_size({"width": width, "height": 900})
+        tab.page.evaluate("scrollTo(0, 0)")
+        tab.page.wait_for_timeout(200)
+        map_at, near_at, last_at = tab.page.evaluate(where, parts)
+        assert (map_at[0] < near_at[0]) if width > 1120 else (map_at[2] <= near_at[1])
+        assert last_at[1] >= max(map_at[2], near_at[2])
+        if width > 1120:
+            tab.page.evaluate("$('near').style.minHeight = '2500px'; scrollTo(0, 400)")
+            begin, end = tab.page.evaluate(where, parts)[0][1:]
+            assert (begin if end < 899 else end - 900) == pytest.approx(0, abs=2)
+            tab.page.evaluate("scrollTo(0, 99999)")
+            map_at, _, last_at = tab.page.evaluate(where, parts)
+            assert map_at[2] <= last_at[1], "covers nothing"
+
+
+def test_a_community_s_name_leaves_the_ring_of_the_chosen_node_free(tab: Tab, serve: Serve, mapped: Path) -> None:
+    tab.page.goto(serve(mapped))
+    draw(tab)
+    boxes = tab.page.evaluate(
+        """() => { const found = []; const pen = CanvasRenderingContext2D.prototype; const own = pen.fillText;
+        pen.fillText = function (text, x, y) { found.at(-1).push([x, y, this.measureText(text).width / 2]); };
+        const rings = chart.about.communities.filter((one) => one.x !== undefined).map((one) => {
+            chart.chosen = nearest(...toScreen(one.x, one.y), 999);
+            found.push([]);
+            paintNow();
+            return toScreen(chart.places[2 * chart.chosen], chart.places[2 * chart.chosen + 1]);
+        });
+        pen.fillText = own;
+        return rings.map((ring, at) => [ring, found[at]]); }"""
+    )
+    assert len(boxes) > 3
+    for (x, y), names in boxes:
+        assert names
+        for a, baseline, half in names:
+            assert abs(a - x) > half + 9 or y + 9 < baseline - 10 or y - 9 > baseline + 3
+
+
+def test_pairs_are_shown_within_the_border_that_they_stand_under(tab: Tab, serve: Serve, mapped: Path) -> None:
+    tab.page.goto(serve(mapped))
+    wait_for(tab, 0)
+    tab.page.click("#duplicates-show")
+    tab.wait("!document.getElementById('duplicates-parts').hidden")
+    shown = tab.page.evaluate(
+        """steps.map((step) => { $('threshold').value = step.threshold; border();
+        return ['above', 'below'].map((side) => [$(`${side}-title`).textContent.match(/[0-9.]+/g).map(Number),
+            [...document.querySelectorAll(`#${side} .similarity`)].map((one) => Number(one.textContent))]); })"""
+    )
+    assert sum(len(values) for step in shown for _, values in step) > 200
+    for step in shown:
+        for limits, values in step:
+            assert all(limits[0] <= one and (one < limits[-1] or limits == [1]) for one in values), (limits, values)
+    said = tab.page.text_content("#mine")
+    assert said == f"graphbuild mine {mapped} --what duplicates --threshold 0.5"
 
 
 def test_bad_requests_about_the_map_are_refused(serve: Serve, mapped: Path) -> None:
@@ -453,15 +670,26 @@ def test_bad_requests_about_the_map_are_refused(serve: Serve, mapped: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def still(mapped: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+def page_at() -> Iterator[Callable[[Path], str]]:
+    """The address of a folder behind a plain web server."""
+    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *given: None})
+    with contextlib.ExitStack() as running:
+
+        def serve(folder: Path) -> str:
+            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(quiet, directory=folder))
+            running.callback(running.enter_context(server).shutdown)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            return f"http://127.0.0.1:{server.server_address[1]}/"
+
+        yield serve
+
+
+@pytest.fixture(scope="module")
+def still(mapped: Path, tmp_path_factory: pytest.TempPathFactory, page_at: Any) -> tuple[str, Path]:
     """The folder of `explore --static`, behind a plain web server, below a path."""
     folder = tmp_path_factory.mktemp("still")
     assert "600 of 600 nodes" in write_static(Store(str(mapped)), str(folder / "some where"))
-    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *given: None})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(quiet, directory=folder)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/some%20where/", folder / "some where"
-        server.shutdown()
+    return page_at(folder) + "some%20where/", folder / "some where"
 
 
 def test_a_static_folder_shows_what_the_server_shows(tab: Tab, still: tuple[str, Path], catalog: Catalog) -> None:
@@ -483,6 +711,8 @@ def test_a_static_folder_shows_what_the_server_shows(tab: Tab, still: tuple[str,
     tab.page.fill("#what", "number 123")
     tab.page.press("#what", "Enter")
     tab.wait("document.querySelector('.card .caption')?.textContent.includes('number 123')")
+    assert tab.page.locator(".card .similarity").first.text_content() == "word match"
+    assert tab.page.locator(".card .similarity").last.text_content() == "word match: 1 of 2"
     tab.page.select_option("#how", "key")
     tab.page.fill("#what", "0300")
     tab.page.press("#what", "Enter")
@@ -492,6 +722,7 @@ def test_a_static_folder_shows_what_the_server_shows(tab: Tab, still: tuple[str,
         tab.page.click("#save")
     keys = Path(download.value.path()).read_text().splitlines()
     assert len(keys) == len(set(keys)) == len(catalog.graph)
+    assert tab.page.is_hidden("#where"), "no filter works here"
     assert all(request.startswith((address.partition("/some")[0], "blob:")) for request in tab.requests)
     tab.accessible()
 
@@ -504,3 +735,56 @@ def test_a_static_folder_keeps_to_its_size_with_a_sample_of_the_nodes(mapped: Pa
     assert f"{len(ids)} of 600 nodes" in said
     entries = [one for path in sorted(tmp_path.glob("data/nodes-*.json")) for one in json.loads(path.read_text())]
     assert all(set(one["neighbors"]) <= set(ids.tolist()) for one in entries)
+
+
+def test_a_static_selection_has_the_keys_of_all_samples_of_its_nodes_each_once(
+    tab: Tab, store: Path, tmp_path: Path, page_at: Any
+) -> None:
+    rows = pl.concat([pl.read_parquet(path) for path in sorted((store / "samples").glob("*.parquet"))])
+    rows = rows.filter(pl.col("node").is_not_null())
+    write_static(Store(str(store)), str(tmp_path))
+    entries = [one for path in sorted(tmp_path.glob("data/nodes-*.json")) for one in json.loads(path.read_text())]
+    ids = np.fromfile(tmp_path / "data/ids.bin", "<u4").tolist()
+    assert {node: one["keys"] for node, one in zip(ids, entries, strict=True)} == {
+        node: part["key"].to_list() for (node,), part in rows.sort("row").group_by("node", maintain_order=True)
+    }
+    assert rows["node"].n_unique() < len(rows)
+    tab.page.goto(page_at(tmp_path))
+    wait_for(tab, 0)
+    draw(tab)
+    tab.page.click("#duplicates-show")
+    tab.wait("!document.getElementById('duplicates-parts').hidden")
+    halves = tab.page.locator(".half").count()
+    assert tab.page.locator(".half img").count() == halves > 0, "pictures of nodes that were not looked at before"
+    tab.page.click("#in-view")
+    with tab.page.expect_download() as download:
+        tab.page.click("#save")
+    assert sorted(Path(download.value.path()).read_text().split()) == sorted(rows["key"])
+    assert f"{len(rows)} keys of {len(rows)} samples" in tab.page.text_content("#selected")
+
+
+def test_a_static_folder_that_is_opened_from_disk_says_that_it_needs_a_web_server(
+    tab: Tab, still: tuple[str, Path]
+) -> None:
+    tab.page.goto((still[1] / "index.html").as_uri())
+    tab.wait("document.getElementById('problem').textContent.includes('python -m http.server')")
+
+
+def test_a_static_folder_is_written_anew_and_one_with_other_files_is_left_alone(mapped: Path, tmp_path: Path) -> None:
+    write_static(Store(str(mapped)), str(tmp_path / "out"))
+    for name in ("data/nodes-7.json", "data/colour-99.bin", "image/3.jpg", "data/own.json"):
+        (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / name).write_text("[]")
+    write_static(Store(str(mapped)), str(tmp_path / "out"))
+    found = {path.name for path in (tmp_path / "out").rglob("*")}
+    assert found & {"nodes-7.json", "colour-99.bin", "3.jpg", "own.json", "nodes-0.json"} == {
+        "own.json",
+        "nodes-0.json",
+    }
+    for name in ("index.html", "static.js"):
+        folder = tmp_path / f"with {name}"
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        with pytest.raises(ConfigError, match="holds other files"):
+            write_static(Store(str(mapped)), str(folder))
+        assert [path.name for path in folder.iterdir()] == [name]
