@@ -51,9 +51,9 @@ test-oldest: $(OLDEST)/.installed
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(call environment,$(OLDEST))
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check uv || $(PYTHON) preflight.py failed
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST) -r constraints-oldest.txt \
-		pytest pytest-timeout pytest-xdist hypothesis
+		pytest pytest-timeout pytest-xdist hypothesis || $(PYTHON) preflight.py failed
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST) --no-deps -e .
 	touch $@
 
@@ -62,11 +62,13 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 OPEN_CLIP := .venv-open-clip
 test-open-clip: $(OPEN_CLIP)/.installed
 	$(OPEN_CLIP)/bin/python -m pytest tests/open_clip
+	$(OPEN_CLIP)/bin/python -m pytest -m '' tests/test_tutorials.py -k open-clip
 
 $(OPEN_CLIP)/.installed: pyproject.toml constraints.txt
 	$(call environment,$(OPEN_CLIP))
 	$(OPEN_CLIP)/bin/python -m pip install --quiet --disable-pip-version-check \
-		torch==2.14.1 torchvision==0.29.1 'open_clip_torch[training]==3.3.0' 'numpy<2.4' pytest pytest-timeout -e '.[offline]'
+		torch==2.14.1 torchvision==0.29.1 'open_clip_torch[training]==3.3.0' 'numpy<2.4' pytest pytest-timeout -e '.[offline]' \
+		|| $(PYTHON) preflight.py failed
 	touch $@
 
 pytest: $(VENV)/.installed
@@ -92,8 +94,9 @@ docs-version: $(DOCS)/.installed
 	$(DOCS)/bin/mike set-default $(PUSH) latest
 
 $(DOCS)/.installed: constraints-docs.txt
-	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS) || python3 -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-docs.txt
+	$(call environment,$(DOCS))
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-docs.txt \
+		|| $(PYTHON) preflight.py failed
 	touch $@
 
 # What a release holds: dist/ with the sdist, and the wheel that is built from it. The wheel is tried in an empty environment,
@@ -105,7 +108,8 @@ wheel: $(RELEASE)/.installed
 	$(RELEASE)/bin/python -m build --outdir $(DIST) .
 	$(RELEASE)/bin/twine check --strict $(DIST)/*
 	$(RELEASE)/bin/python -m venv --clear $(RELEASE)/empty
-	$(RELEASE)/empty/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pydantic typer
+	$(RELEASE)/empty/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pydantic typer \
+		|| $(PYTHON) preflight.py failed
 	$(RELEASE)/empty/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(DIST)/*.whl
 	cd $(RELEASE)/empty && bin/graphbuild --version && bin/graphbuild --help
 
@@ -119,7 +123,7 @@ resolve: $(RELEASE)/.installed
 
 $(RELEASE)/.installed:
 	$(call environment,$(RELEASE))
-	$(RELEASE)/bin/python -m pip install --quiet --disable-pip-version-check build twine uv
+	$(RELEASE)/bin/python -m pip install --quiet --disable-pip-version-check build twine uv || $(PYTHON) preflight.py failed
 	touch $@
 
 clean:

@@ -23,9 +23,12 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from tests.test_install import python_of
+
 ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+PYTHONS = [name.rpartition(" ")[2] for name in PROJECT["classifiers"] if "Python :: 3." in name]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").iterdir())
 IMAGES = {"cpu": ROOT / "docker" / "Dockerfile.cpu", "gpu": ROOT / "docker" / "Dockerfile.gpu"}
 
@@ -61,11 +64,10 @@ def test_a_workflow_only_calls_targets_of_make(path: Path) -> None:
 
 
 def test_the_wheels_are_made_under_every_python_that_the_project_names() -> None:
-    named = [name.rpartition(" ")[2] for name in PROJECT["classifiers"] if "Python :: 3." in name]
     (job,) = yaml.safe_load((ROOT / ".github" / "workflows" / "wheels.yml").read_text())["jobs"].values()
-    assert job["strategy"]["matrix"]["python"] == named
-    assert f"for python in {' '.join(named)};" in (ROOT / "Makefile").read_text()
-    assert PROJECT["requires-python"] == f">={named[0]}"
+    assert job["strategy"]["matrix"]["python"] == PYTHONS
+    assert f"for python in {' '.join(PYTHONS)};" in (ROOT / "Makefile").read_text()
+    assert PROJECT["requires-python"] == f">={PYTHONS[0]}"
 
 
 def test_the_table_of_extras_has_those_of_the_project_and_what_they_bring() -> None:
@@ -98,8 +100,14 @@ def test_every_pinned_version_is_one_that_the_project_allows() -> None:
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_package_and_nothing_else_and_starts_in_an_empty_environment(tmp_path: Path) -> None:
-    made = make("wheel", f"DIST={tmp_path}/dist", f"RELEASE={tmp_path}/release", f"PYTHON={sys.executable}")
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_wheel_holds_the_package_and_nothing_else_and_starts_in_an_empty_environment(
+    python: str, tmp_path: Path
+) -> None:
+    executable = python_of(python)
+    if executable is None:
+        pytest.skip(f"there is no Python {python} here")
+    made = make("wheel", f"DIST={tmp_path}/dist", f"RELEASE={tmp_path}/release", f"PYTHON={executable}")
     assert f"graphbuild {PROJECT['version']}\n" in made
     assert made.count("PASSED") == 2, "twine check, of sdist and wheel"
     (wheel,) = (tmp_path / "dist").glob("*.whl")
