@@ -71,6 +71,20 @@ def leaves(nav: Any) -> list[str]:
     return [page for part in (nav.values() if isinstance(nav, dict) else nav) for page in leaves(part)]
 
 
+BEGINNINGS = "This page|These pages|These parts|You get"
+WITHOUT = ("README.md", "CHANGELOG.md", "SECURITY.md", "docs/index.md")  # of the project, not of themselves
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_begins_with_what_it_gives(page: Path) -> None:
+    if page.relative_to(ROOT).as_posix() not in WITHOUT:
+        assert re.match(rf"(?:<!--.*-->\n)?# .+\n\n(?:{BEGINNINGS}) ", page.read_text())
+
+
+def test_the_readme_is_read_in_one_go() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_printed_code_imports_nothing_of_the_repository_but_the_package(page: Path) -> None:
     code = "".join(re.findall(r"^```python.*?\n(.*?)^```", page.read_text(), re.M | re.S))
