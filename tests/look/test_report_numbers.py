@@ -180,9 +180,8 @@ def scripts(text: str) -> Counter[str]:
     return Counter(kana.get(name, name.capitalize()) for name in names)
 
 
-def test_captions_mainly_in_another_script_than_most_are_told_some_of_each(
-    numbers: dict[str, Any], listed: tuple[Path, list[str]]
-) -> None:
+def test_scripts_are_those_of_the_letters_names(numbers: dict[str, Any], listed: tuple[Path, list[str]]) -> None:
+    """Captions mainly in another script than most are told, some of each such script."""
     mains = {text: scripts(text).most_common(1)[0][0] for text in dict.fromkeys(listed[1])}
     counts = Counter(mains.values())
     assert counts.most_common(1)[0][0] == "Latin"
@@ -275,7 +274,8 @@ def agrees_with_its_table(numbers: dict[str, Any]) -> None:
     assert len([one for one in numbers["advice"] if re.search(r"\bk = |larger k|fewer neighbours", one["says"])]) == 1
 
 
-def test_a_narrow_encoder_and_captions_that_are_alike_are_told_apart(tmp_path: Path) -> None:
+def test_a_narrow_encoder_is_warned_of_with_the_mean_of_random_pairs(tmp_path: Path) -> None:
+    """And so are captions that are alike, which the least similar pairs tell from it."""
     rng = np.random.default_rng(0)
     narrow = 4 + rng.standard_normal((200, 16)) * 3
     kinds = np.repeat(np.eye(16)[:3], [90, 90, 20], axis=0)  # a random pair is of one kind, or has nothing in common

@@ -302,6 +302,8 @@ def test_the_page_of_two_stores_is_accessible_and_its_captions_run_nothing(
     assert found["k"] == 8, "of 8 and 16"
     assert found["overlap_at_k"]["mean"] > 0.99, "of the same vectors; equal similarities may be in another order"
     tab.page.goto(page.as_uri())
+    assert tab.page.locator(".sides img").count() == 2 * 5 * len(found["disagreements"])
+    assert page.stat().st_size < 1_500_000
     (overlap,) = drawn(tab, "chart-depths")
     assert overlap["y"] == pytest.approx(found["overlap"])
     tab.accessible()
