@@ -28,8 +28,9 @@ THUMBNAIL = 96  # pixels
 PICTURES = 3  # of one caption, at most
 NEAR_SHARDS = 8  # from a node's own on, in which its samples are looked for
 Pictures = dict[Any, list[str | None]]  # addresses that hold a JPEG; None: it could not be read
+LETTERS = ("lookalikes", "scripts")  # reasons that are told without images, which would make the page too large
 REASONS = {
-    name: {"title": title, "what": what, "column": column}
+    name: {"title": title, "what": what, "column": column, "images": name not in LETTERS}
     for name, title, what, column in (
         ("boilerplate", "Boilerplate", "patterns of many captions, without their numbers", "one of them"),
         ("repeated", "One caption of many samples", f"captions of {MANY} samples or more each", "caption"),
@@ -140,7 +141,7 @@ def _pictures(store: Store, found: Json) -> tuple[Pictures, str]:
             pictures[one["sha256"]] = [_picture(catalog, sample, problems)]
     if not catalog.has_images:
         return pictures, ""
-    suspects = [row for each in found["suspicious"] for row in each["shown"]]
+    suspects = [row for each in found["suspicious"] if each["reason"] not in LETTERS for row in each["shown"]]
     members = [one for group in found["groups"]["largest"] for one in group["members"]]
     several = {one["node"]: PICTURES for one in found["duplicates"]["texts"]}
     wanted = {one["node"]: 1 for one in [*found["edges"]["hubs"], *members, *suspects]} | several
