@@ -58,10 +58,9 @@ def select(
     """Which rows of a store, and which of their captions, are kept, with why each other went.
 
     keep, drop: lists (row_lists.py), or names of the store's selections; all of keep are joined, and nothing else
-    stays. prefer: which one of each group of
-    `mine --what duplicates` stays, in the place of that list's own choice: the first row; the sharpest image (variance
-    of the Laplacian of its grey values at 256 pixels); that whose node most lists name; that of the longest caption.
-    Other lists to drop are dropped as they are.
+    stays. prefer: which one of each group of `mine --what duplicates` stays, in the place of that list's own choice:
+    the first row; the sharpest image (variance of the Laplacian of its grey values at 256 pixels); that whose node most
+    lists name; that of the longest caption. Other lists to drop are dropped as they are.
     where: an SQL expression over the columns of `SampleColumns`. min_degree: least number of lists that name the node.
     budget: rows to keep, or a share of those left, chosen by `subsets.choose`. scores, labels: for the method, a column
     or a .npy by row.

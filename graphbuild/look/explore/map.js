@@ -268,7 +268,7 @@ async function colour(by) {
     $("colour-says").textContent = "";
     paint();
   } catch (error) {
-    if (mine === colouring) $("colour-says").textContent = `${error.message}. The colours are still those by ${chart.by}.`;
+    if (mine === colouring) $("colour-says").textContent = `The colours are still those by ${chart.by}: ${error.message}`;
   }
 }
 

@@ -67,7 +67,7 @@ window.still = (() => {
       if (held) found.push([held, still.ids[point]]);
     }
     found.sort((a, b) => b[0] - a[0] || a[1] - b[1]);
-    const match = (held) => held < words.length ? `word match: ${held} of ${words.length}` : "word match";
+    const match = (held) => held < words.length ? `word match ${held}/${words.length}` : "word match";
     return { neighbors: await Promise.all(found.slice(0, count).map(async ([held, node]) => ({ ...await near(node), match: match(held) }))) };
   }
 
