@@ -37,7 +37,7 @@ ABOUT = {
     "these reads at random, which depend on the data and are not counted here.",
     "search": "A list's candidates are scored by their float16 vectors in float64. Bound by the reads, which are less "
     "at random than counted here, as nodes lie by leader.",
-    "certify": "The sampled nodes against all, by 64 of the 384 numbers of a vector, and by more where these cannot "
+    "certify": "The sampled nodes against all, by 32 of the 384 numbers of a vector, and by more where these cannot "
     "rule a pair out. Bound by the products; the rest is shortening, masks, and pairs that are computed again.",
 }
 SECONDS = 2.0  # that each rate is measured
@@ -62,6 +62,7 @@ class Rates(NamedTuple):
 
 def work(line: dict[str, Any]) -> dict[str, Work]:
     """Of each stage; line: of the ladder."""
+    from graphbuild.graph.recall.narrowing import PARTS
     from graphbuild.knn import leaders as L
     from graphbuild.knn import partition as P
     from graphbuild.knn.sample import SAMPLE
@@ -76,7 +77,7 @@ def work(line: dict[str, Any]) -> dict[str, Work]:
         compared = L.PROBED_GROUPS * all_leaders / groups + min(
             groups, L.PROBED_GROUPS * L.GROUP_GROUPS + groups / L.GROUP_GROUPS
         )
-    shortened = d // 6
+    shortened = d // PARTS[0]
     return {
         "prepare": Work(SAMPLE * d, 2 * d),
         "codes": Work(compared * d, 3 * d + 8 + 4 * (fan + 1)),

@@ -210,10 +210,12 @@ def forecast(runs: dict[int, list[dict[str, Any]]]) -> list[str]:
 
 
 def plan(line: dict[str, Any]) -> dict[str, Any]:
-    """What the plan says of each stage of a line's job, a `Cost`."""
+    """What the plan says of each stage of a line's job, a `Cost`; its workers run already, as in `one`."""
+    from dataclasses import fields, replace
+
     from graphbuild.job.plan.job import Job
     from graphbuild.job.plan.machine import Machine
-    from graphbuild.job.plan.rates import rates_here
+    from graphbuild.job.plan.rates import Rates, rates_here
     from graphbuild.job.plan.show import cases
     from graphbuild.recipe import Recipe
 
@@ -221,7 +223,8 @@ def plan(line: dict[str, Any]) -> dict[str, Any]:
     nodes = line["nodes"]
     job = Job("vectors", nodes, nodes, nodes, -(-nodes // read.embed.shard_size), verb="index", k=line["k"])
     here = Machine(1, line["workers"], 24e9, 1e9, workers=line["workers"], own=True)
-    return {cost.name: cost for cost in cases(job, read, rates_here(), [here])[0][1]}
+    begun = {one.name: 0.0 for one in fields(Rates) if one.name == "start" or one.name.startswith("load_")}
+    return {cost.name: cost for cost in cases(job, read, replace(rates_here(), **begun), [here])[0][1]}
 
 
 def whole_job(asked: argparse.Namespace) -> None:

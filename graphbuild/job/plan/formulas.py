@@ -45,6 +45,9 @@ INTERVAL, NODE_VARIANCE, REACHED = 7.0, 0.2, 0.7
 # which refinement leaves MISSING_AFTER_REFINEMENT (fans 7 and 14 for recall 0.95 and 0.99, benchmarks/results/
 # knn.jsonl). It grows with N: cost grew with exponent 1.2 from 250,000 to 3,000,000 nodes, and goes with fan^2.
 MISSED_AT_0, MISSED_BY_FAN, FAN_NODES, FAN_GROWTH = 0.78, 0.231, 250_000, 0.1
+# Refinement reads neighbours' lists at random: where all take more than LISTS_NEAR bytes, up to 1 + LISTS_FAR times as
+# long (0.9 GB and 3.6 GB: 1.2 and 2.0 times on one EPYC, 1.0 and 1.8 on another, benchmarks/results/ladder_epyc.md).
+LISTS_NEAR, LISTS_FAR = 1e9, 1.2
 LEAF_SCAN = 2e-9  # seconds a number: a task looks through all nodes' leaves for its own
 PAIR_BYTES = 19  # moved a pair on a GPU: int32 product out and in, float32 out and in, a byte of comparison out and in
 # twice more for compaction (graphbuild.knn.device): 4 + 4 + 4 + 4 + 1 + 1 + 1
@@ -98,6 +101,7 @@ def index_costs(case: Case) -> dict[str, Cost]:
     if partition:
         table, scoring, blocks = 8.0 * job.k * job.nodes, 0.0, len(blocks_of(job.nodes, job.first_new)) - 1
         ordered, refined = job.nodes * (3.0 * job.d + 50), job.nodes * length * rates.refine_entry * case.width
+        refined *= 1 + LISTS_FAR * max(1 - LISTS_NEAR / (8 * entries), 0.0)
     scoring = (scoring + shard_nodes * rates.search_node) * case.width
     placing = join.tasks * job.nodes * LEAF_SCAN + job.nodes * (rates.order_node + rates.candidate * case.far(vectors))
     found = job.nodes * (6.0 * job.k + 8 + min(SKETCH_BYTES, job.d))
