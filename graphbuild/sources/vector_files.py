@@ -61,7 +61,7 @@ def _shape(url: str, column: str) -> tuple[int, int]:
         if pa.types.is_fixed_size_list(kind) or not rows:
             return rows, kind.list_size if rows else 0
         with _reading(url):
-            first = next(parquet.iter_batches(1, columns=[column])).column(0)[0]
+            first = next(parquet.iter_batches(1, columns=[column], use_threads=False)).column(0)[0]
         return rows, len(first) if first.is_valid else 0
 
 
@@ -182,7 +182,7 @@ def _parquet_rows(source: IO[bytes], url: str, name: str, rows: Rows, *, needed:
         end = begin + file.metadata.row_group(group).num_rows
         mine = rows[np.searchsorted(rows, begin) : np.searchsorted(rows, end)] - begin
         if len(mine):
-            chunks += file.read_row_group(group, [name]).column(0).take(pa.array(mine)).chunks
+            chunks += file.read_row_group(group, [name], use_threads=False).column(0).take(pa.array(mine)).chunks
         begin = end
     column = pa.chunked_array(chunks).combine_chunks()
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)

@@ -8,7 +8,6 @@ memory. Stores of format version 1 hold the same facts in the manifest itself, a
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -150,7 +149,8 @@ def _read(store: Store, sha256: str) -> Shards:
             f"{store.display(SHARDS)} is not the table that manifest.json was made with",
             f"{fix}; if it is damaged, delete it before",
         )
-    return Shards(sha256, pq.read_table(io.BytesIO(content), use_threads=False, pre_buffer=False))
+    # Not by pq.read_table: its threads may outlive the interpreter, and abort it while they hold a Python object.
+    return Shards(sha256, pq.ParquetFile(pa.BufferReader(content), pre_buffer=False).read(use_threads=False))
 
 
 def _table(rows: list[Json]) -> pa.Table:

@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -397,3 +399,27 @@ def test_shards_of_six_digits_are_found_through_the_table(tmp_path: Path) -> Non
     assert shards_of(store, manifest).names == ["99999", "100000", "1000000"]
     assert list(shards_of(store, manifest)) == made
     assert (manifest["shards"]["samples"], manifest["shards"]["nodes"]) == (12, 9)
+
+
+THREADS = """
+import os, sys
+
+import pyarrow.parquet
+
+from graphbuild.store.shards import shards_of
+from graphbuild.store.store import Store
+
+store = Store(sys.argv[1])
+manifest, before = store.manifest(), len(os.listdir("/proc/self/task"))
+assert len(shards_of(store, manifest)) == 2
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+def test_the_table_is_read_without_threads_that_may_outlive_the_interpreter(tmp_path: Path) -> None:
+    """Such a thread aborts a program that ends, now and then, when it frees a Python object."""
+    store = Store(str(tmp_path))
+    shards = [Shard(shard_name(number), 2 * number, 2, 2 * number, 2, None) for number in range(2)]
+    store.write_json("manifest.json", store.manifest() | write_shards(store, shards))
+    done = subprocess.run([sys.executable, "-c", THREADS, store.url], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("0\n", "")

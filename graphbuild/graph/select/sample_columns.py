@@ -113,7 +113,7 @@ class SampleColumns:
         if not is_there(url):
             return pl.DataFrame()
         with open_parts(url) as stream:
-            frame = pl.DataFrame(pq.read_table(stream))
+            frame = pl.DataFrame(pq.ParquetFile(stream, pre_buffer=False).read(use_threads=False))
         return frame.unique("key", keep="first") if "key" in frame.columns else pl.DataFrame()
 
     def _listed(self, shard: Shard, table: pa.Table, names: list[str]) -> pl.DataFrame:

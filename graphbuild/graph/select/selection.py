@@ -43,7 +43,7 @@ class Selection:
                     raise InputError(f"{self.url} is no selection", "make one by `graphbuild select`")
                 parquet = pq.ParquetFile(stream, page_checksum_verification=True)
                 names = parquet.schema_arrow.names
-                table = parquet.read([name for name in ("keep", CAPTIONS) if name in names])
+                table = parquet.read([name for name in ("keep", CAPTIONS) if name in names], use_threads=False)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise InputError(f"{self.url} cannot be read ({error})", "make it again by `graphbuild select`") from None
         keep = table["keep"].to_numpy()
