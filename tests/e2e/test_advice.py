@@ -397,6 +397,7 @@ CASES = cases()
 ELSEWHERE = {
     "install torch anew": "a broken torch",
     "pip install": "another set of packages",
+    "pip uninstall faiss-cpu": "a GPU",
     "use --engine exact or partition, or install it anew": "a broken faiss",
     "say --device cpu": "a GPU",
     "use --engine exact, or --device cpu": "a GPU",
@@ -408,6 +409,7 @@ ELSEWHERE = {
     "{...}, or use --workers 0": "a Ray that does not start: tests/runner/test_runner.py",
     "give --proxy http://HOST:PORT; with --proxy env": "the environment: tests/sources/test_proxy.py",
     "choose another --port": "tests/look/pages/test_explore.py",
+    "name a new or an empty folder by --static": "tests/look/pages/test_map.py",
     "name a file that you may write": "another user's folder",
     "name another folder by --out": "another user's folder",
     "choose a sentence-transformers model": "tests/nodes/encoder/test_model.py",
@@ -600,11 +602,18 @@ def advised() -> set[str]:
     return found
 
 
+def _filled_in(part: ast.expr) -> str:
+    if isinstance(part, ast.Constant):
+        return str(part.value)
+    inner = part.value if isinstance(part, ast.FormattedValue) else part
+    return errors.install_extra("{...}") if "install_extra" in ast.unparse(inner) else "{...}"
+
+
 def _texts(node: ast.expr) -> list[str]:
     if isinstance(node, ast.Constant):
         return [str(node.value)]
     if isinstance(node, ast.JoinedStr):
-        return ["".join(str(part.value) if isinstance(part, ast.Constant) else "{...}" for part in node.values)]
+        return ["".join(map(_filled_in, node.values))]
     if isinstance(node, ast.IfExp):
         return [*_texts(node.body), *_texts(node.orelse)]
     return []

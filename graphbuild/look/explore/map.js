@@ -4,7 +4,7 @@
 const COLOURS = ["#0a84c6", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#a0661e", "#9b52b4", "#e7298a", "#66a61e", "#6c6cff", "#00a6a6"];
 const OTHERS = "#8a9099"; // smaller communities, and what has no value
 const RAMP = ["#3f6fd8", "#16a0a0", "#5fb04a", "#e0a800", "#d8453f"];
-const QUARTERS = ["least", "a quarter up to", "half up to", "three quarters up to", "greatest"];
+const QUARTERS = ["least:", "a quarter is at most", "half is at most", "three quarters are at most", "greatest:"];
 const CORNER = 65535;
 const PIECE = 1 << 20; // points of a request
 const SMALL = 600; // pixels: screens up to this width get the first piece alone

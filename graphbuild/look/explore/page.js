@@ -86,7 +86,7 @@ function asked(store, node) {
   fact("node", String(node.node));
   fact("samples", String(node.samples));
   if (node.sample) fact("key", node.sample.key);
-  fact("to others", `${node.background.mean.toFixed(3)} ± ${node.background.deviation.toFixed(3)}`);
+  fact("all others", `similar by ${node.background.mean.toFixed(2)} on average, with a deviation of ${node.background.deviation.toFixed(2)}`);
   words.append(text, captions, facts);
   if (node.sample) {
     const copy = element("button", "Copy key", "copy");
