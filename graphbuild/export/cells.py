@@ -141,7 +141,7 @@ def _leaders(store: Store, shards: Shards, cells: int, seed: int) -> Array:
     at = (first - begins[numbers]).tolist()
     names = [VECTORS.format(shards.names[number]) for number in numbers]
     ends = [min(begin + RANGE, shards[number].nodes) for begin, number in zip(at, numbers, strict=True)]
-    seen = np.concatenate(side_by_side(store.rows, names, at, ends)).astype(np.float32)
+    seen = _joined(store, names, at, ends).astype(np.float32)
     with warnings.catch_warnings(action="ignore"):  # of clusters that are empty: they stay where they began
         means = scipy.cluster.vq.kmeans2(seen, min(LEADERS * cells, len(seen)), 10, minit="points", seed=draw)[0]
     means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
@@ -171,12 +171,13 @@ class Cells:
 
 
 def cells_of(store: Store, chunk: int) -> Cells:
-    """All cells, by the records of stage cells; their sizes are as equal as whole chunks allow."""
+    """All cells, by the records of stage cells: first those of samples with a node, whose sizes are as equal as whole
+    chunks allow, then those of the others."""
     sizes = np.array([record["facts"]["sizes"] for record in records(store, "cells").values()])  # [runs, leaders + 1]
     with_node, total = int(sizes[:, :-1].sum()), int(sizes.sum())
     count = max(-(-with_node // CELL), 1)
     size = max(-(-with_node // (count * chunk)) * chunk, 1)
-    starts = [*range(0, max(with_node, 1), size), total]
+    starts = [*range(0, with_node, size), *range(with_node, total, CELL), total]
     begins = np.cumsum([0, *sizes.T.ravel()])[:-1].reshape(sizes.T.shape)  # of each leader's part of each run
     before = np.array([np.clip(start - begins, 0, sizes.T).sum(axis=0) for start in starts])  # [cells + 1, runs]
     return Cells(starts, np.stack([before[:-1], before[1:]], axis=2), with_node)
@@ -208,21 +209,19 @@ def run_arrange(task: Task, store: Store, writer: Writer) -> Json:
     members = _rows_of(store, MEMBERS, ranges)
     by_row = np.argsort(members[:, 0])
     members = members[by_row]
-    nodes, where, local = np.unique(members[:, 1], return_index=True, return_inverse=True)
-    behind = int(nodes[:1].tolist() == [NO_NODE])
-    own = _of_cell(_rows_of(store, LISTS, ranges), by_row[where[behind:]], nodes[behind:])
-    without = np.flatnonzero(members[:, 1] == NO_NODE)
-    order: Array = np.empty(0, np.int32)
-    if len(nodes) > behind:
-        planned = NeighborOrder(own, chunk, nodes=local - behind, group=min(GROUP, chunk), seed=task.settings["seed"])
-        order = planned.items[planned.epoch(int(task.name)).order]
     places = np.arange(first, first + len(members))
-    if len(order) < with_node:  # chunks of all cells are mixed
-        chunks = np.random.default_rng([task.settings["seed"], 0]).permutation(with_node // chunk)
-        whole = len(order) // chunk
-        mixed = chunks[first // chunk : first // chunk + whole, None] * chunk + np.arange(chunk)
-        places[: whole * chunk] = mixed.ravel()
-    members[np.concatenate([order, without]), 1] = places
+    if first >= with_node:
+        members[:, 1] = places
+    else:
+        nodes, where, local = np.unique(members[:, 1], return_index=True, return_inverse=True)
+        own = _of_cell(_rows_of(store, LISTS, ranges), by_row[where], nodes)
+        planned = NeighborOrder(own, chunk, nodes=local, group=min(GROUP, chunk), seed=task.settings["seed"])
+        if len(members) < with_node:  # chunks of all cells are mixed
+            chunks = np.random.default_rng([task.settings["seed"], 0]).permutation(with_node // chunk)
+            whole = len(members) // chunk
+            mixed = chunks[first // chunk : first // chunk + whole, None] * chunk + np.arange(chunk)
+            places[: whole * chunk] = mixed.ravel()
+        members[planned.epoch(int(task.name)).order, 1] = places
     writer.array(PLACES.format(task.name), members, durable=False)
     return {"counts": {"samples": len(members)}}
 
@@ -262,8 +261,14 @@ def places_of(store: Store, ranges: Sequence[Sequence[int]]) -> Array:
 
 def _rows_of(store: Store, path: str, ranges: Sequence[Sequence[int]]) -> Array:
     """A range of rows of each file, behind each other."""
-    names = [path.format(shard_name(number)) for number in range(len(ranges))]
-    return np.concatenate(side_by_side(lambda name, ends: store.rows(name, *ends), names, ranges))
+    begins, ends = zip(*ranges, strict=True)
+    return _joined(store, [path.format(shard_name(number)) for number in range(len(ranges))], begins, ends)
+
+
+def _joined(store: Store, names: Sequence[str], begins: Sequence[int], ends: Sequence[int]) -> Array:
+    """Rows begin..end-1 of each file, behind each other; those of an object store are read side by side."""
+    each = map if store.is_local else side_by_side
+    return np.concatenate(list(each(store.rows, names, begins, ends)))
 
 
 def places_by_run(store: Store, chunk: int) -> list[list[list[int]]]:

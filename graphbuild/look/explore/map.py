@@ -225,9 +225,7 @@ def _values(graph: SampleGraph, by: str) -> tuple[Array, list[str] | None]:
         if len(places) > MOST_VALUES:
             raise ConfigError(f"{by!r} has more than {MOST_VALUES:,} different values", fix)
         nodes, found = frame["node"].to_numpy(), found.cast(pl.Float64, strict=False).to_numpy()
-        new = np.flatnonzero(np.isnan(values[nodes]) & ~np.isnan(found))[
-            ::-1
-        ]  # the first sample's is assigned last, and stays
+        new = np.flatnonzero(np.isnan(values[nodes]) & ~np.isnan(found))[::-1]  # the first is assigned last, and stays
         values[nodes[new]] = found[new]
     return values, None if numeric else list(places)
 
