@@ -12,42 +12,19 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from tests import spent
+from tests.pages import ROOT, blocks, environment
 
-ROOT = Path(__file__).parents[1]
 TUTORIALS = sorted(path for path in (ROOT / "docs" / "tutorials").glob("*.md") if path.name != "index.md")
 NEEDS = {"open-clip": "open_clip_train"}
 SECONDS = 300  # of a core that a tutorial may take: less than five minutes on two cores, also where others use them too
 WALL_SECONDS = 900  # a tutorial that waits for something does not use a core
 MARK = "==== block {} ===="
-
-
-@dataclass
-class Block:
-    """A block to run, and what it prints."""
-
-    language: str
-    title: str | None
-    code: str
-    prints: list[str] = field(default_factory=list)
-
-
-def blocks(page: Path) -> list[Block]:
-    found: list[Block] = []
-    parts = re.findall(r'^```(\w*)(?: title="([^"\n]+)")?\n(.*?)^```$', page.read_text(), re.M | re.S)
-    for language, title, code in parts:
-        if language == "text":
-            found[-1].prints += code.splitlines()
-        else:
-            assert language in ("bash", "python"), f"{page.name} has a block in {language or 'no language'}"
-            found.append(Block(language, title or None, code))
-    return found
 
 
 def script(page: Path) -> str:
@@ -59,10 +36,6 @@ def script(page: Path) -> str:
         else:
             lines += [f"cat > {block.title} <<'END'" if block.title else "python - <<'END'", block.code + "END"]
     return "\n".join(lines)
-
-
-def matches(said: str, line: str) -> bool:
-    return re.fullmatch(".*?".join(map(re.escape, said.split("..."))), line) is not None
 
 
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
@@ -96,20 +69,9 @@ def test_a_tutorial_does_what_it_says_in_less_than_five_minutes(page: Path, tmp_
         pytest.skip(f"{NEEDS[page.stem]} is not installed: make test-open-clip")
     (tmp_path / "docs/tutorials").mkdir(parents=True)
     (tmp_path / "docs/tutorials/scenes.py").symlink_to(ROOT / "docs/tutorials/scenes.py")
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for name, call in {"python": "", "graphbuild": " -c 'from graphbuild.cli import main; main()'"}.items():
-        (tools / name).write_text(f'#!/bin/sh\nexec {sys.executable}{call} "$@"\n')
-        (tools / name).chmod(0o755)
-    path = f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token"}
-    done, used = spent.run(["bash", "-c", script(page)], environment, WALL_SECONDS, tmp_path)
+    done, used = spent.run(["bash", "-c", script(page)], environment(tmp_path), WALL_SECONDS, tmp_path)
     assert done.returncode == 0, done.stdout[-4000:]
     assert used < SECONDS, f"it took {used:.0f} seconds of a core"
     printed = re.split("^" + re.escape(MARK).replace(r"\{\}", r"\d+") + "$\n", done.stdout, flags=re.M)[1:]
     for block, output in zip(blocks(page), printed, strict=True):
-        lines = iter(output.splitlines())
-        for said in block.prints:
-            assert any(matches(said, line) for line in lines), (
-                f"{block.code}\ndoes not print, at its place:\n{said}\n\n{output}"
-            )
+        block.check(output)

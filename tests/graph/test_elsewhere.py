@@ -126,7 +126,7 @@ def test_embedding_atlas_starts_with_the_file(graph: SampleGraph, run: Any, tmp_
         text for path in sorted(Path("out").glob("nodes/*.parquet")) for text in pl.read_parquet(path)["text"]
     ]
     assert [each["ids"] for each in table["neighbors"]] == expected(graph)[0].tolist()
-    command = re.search(r"```\n(embedding-atlas .*)\n```", SECTIONS["Embedding Atlas"])
+    command = re.search(r"```bash\n(embedding-atlas .*)\n```", SECTIONS["Embedding Atlas"])
     assert command is not None
     with socket.socket() as free:
         free.bind(("localhost", 0))
