@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from graphbuild.errors import InputError
-from graphbuild.nodes.join import file_of, named, numbering
+from graphbuild.nodes.join import file_of, numbering
+from graphbuild.nodes.keys import named
 from graphbuild.recipe import Embed
 from graphbuild.runner.stage import Task, records
 from graphbuild.sources.tars import Member, Tar, given_urls, open_tar

@@ -6,6 +6,8 @@ groups; unique (a task a partition) reads its own of each group by range, and fi
 task a group) tells by that where the text of each row appears first, and marks the first rows, a bit each. A task reads
 what is of its group or partition alone, and holds TASK_BYTES a caption of it: as split leaves each text once, no
 partition is larger than a group, however often one text comes. Scratch: up to 72 bytes a caption.
+Vectors beside tars and samples are joined by their keys in the same way (graphbuild.nodes.keys): mark tells the place
+of each sample's vector.
 
 A place is group x 2^32 + row in the group, so places sort as rows do, and no task needs to know how long the groups
 before its own are.
@@ -15,16 +17,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from graphbuild.nodes import keys
 from graphbuild.nodes.samples import NO_NODE, sample_places
-from graphbuild.recipe import BESIDE, Recipe
+from graphbuild.recipe import BESIDE, Embed, Recipe
 from graphbuild.runner.stage import Stage, Task, digest, outputs, records
 from graphbuild.runner.state import require
+from graphbuild.sources.vector_files import shapes_of
 from graphbuild.store.layout import by_number, shard_name
 from graphbuild.store.remote import READERS
 from graphbuild.store.store import Json, Store, Writer
@@ -42,6 +47,8 @@ UNIQUE = "_work_number/unique/{}.npy"  # int64 [m, 2] of rows of SPLIT: place wh
 FIRSTS = "_work_number/mark/{}.firsts.npy"  # int64 [n]: place where each row's text appears first, or NO_NODE
 COUNTS = "_work_number/mark/{}.counts.npy"  # int64 [new]: captions with each text that appears first in the group
 BITS = "_work_number/mark/{}.bits.npy"  # uint64 [n // 64 + 1]: bit i % 64 of word i // 64: row i is a first one
+PLACES = "_work_number/mark/{}.places.npy"  # int64 [n]: place of each sample's vector among all vectors, or NO_NODE
+LEFT = "_work_number/mark/{}.{}.left.parquet"  # of a group and a file of vectors: those that no sample has
 
 
 # -- what one task does in memory
@@ -141,35 +148,60 @@ def groups_of(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
         counts = record["facts"]["counts"]
         a_sample = max(counts.get("captions", 0) / max(counts["samples"], 1), 1)
         sizes |= {name: shard["samples"] * a_sample for name, shard in record["facts"]["shards"].items()}
-    groups: list[dict[str, Any]] = [{}]
-    held = 0.0
-    for path, sha256 in scans.items():
-        name = Path(path).stem
-        if groups[-1] and held + sizes[name] > GROUP:
-            groups.append({})
-            held = 0.0
-        groups[-1][path] = sha256
-        held += sizes[name]
-        if name in gone:
-            groups[-1].setdefault(GONE, []).append(name)
+    groups: list[dict[str, Any]] = []
+    for paths in keys.grouped(((path, sizes[Path(path).stem]) for path in scans), GROUP):
+        own = [name for path in paths if (name := Path(path).stem) in gone]
+        groups.append({path: scans[path] for path in paths} | ({GONE: own} if own else {}))
     return groups if len(groups) > 1 else [whole]
 
 
+def samples_of(store: Store) -> dict[str, int]:
+    """File of scan -> its samples, in order of row."""
+    done = scanned(store)
+    shards = {name: shard["samples"] for record in done for name, shard in record["facts"]["shards"].items()}
+    return {path: shards[Path(path).stem] for path in outputs(done, "_state/scan/")}
+
+
+def key_groups(embed: Embed, store: Store) -> tuple[list[keys.Group], str]:
+    """The groups of vectors beside tars and of samples, and a digest of what they are of; none where they are joined
+    otherwise, or one task holds all."""
+    if embed.vector_member is not None:
+        return [], ""
+    files, identities = keys.given(embed, store)
+    if not files.keys:
+        return [], ""
+    rows, samples = [count for count, _ in shapes_of(files.vectors, embed.vector_column)], samples_of(store)
+    if sum(rows) + sum(samples.values()) <= GROUP:
+        return [], ""
+    column = embed.key_column or "key"
+    groups = keys.in_groups(files, rows, column, samples, GROUP)
+    of_files = [identities[url] for urls in files for url in urls]
+    told = [column, of_files, outputs(scanned(store), "_state/scan/"), [[one.first, one.rows] for one in groups]]
+    return groups, digest(told)
+
+
 def plan_split(recipe: Recipe, store: Store) -> list[Task]:
-    groups = groups_of(recipe, store)
-    if len(groups) == 1:
-        return []
-    built = {"groups": digest(groups)}
-    hints: list[Json] = [{"scans": [path for path in group if path != GONE], "parts": len(groups)} for group in groups]
-    return [
-        Task(stage="split", name=shard_name(number), built=built, hints=hints[number] | {"gone": group.get(GONE, [])})
-        for number, group in enumerate(groups)
-    ]
+    hints: list[Json]
+    if recipe.embed.source == BESIDE:
+        of_keys, of_all = key_groups(recipe.embed, store)
+        hints = [{"group": group, "parts": len(of_keys)} for group in of_keys]
+    else:
+        groups = groups_of(recipe, store)
+        of_all, hints = digest(groups), []
+        for group in groups if len(groups) > 1 else ():
+            scans = [path for path in group if path != GONE]
+            hints.append({"scans": scans, "parts": len(groups), "gone": group.get(GONE, [])})
+    built = {"groups": of_all}
+    return [Task(stage="split", name=shard_name(n), built=built, hints=own) for n, own in enumerate(hints)]
 
 
 def run_split(task: Task, store: Store, writer: Writer) -> Json:
-    hashes, sizes, there = read_hashes(store, task.hints["scans"], task.hints["gone"])
-    shards = dict(zip((Path(path).stem for path in task.hints["scans"]), sizes, strict=True))
+    group: keys.Group | None = task.hints.get("group")
+    if group is not None:
+        hashes, shards, there = group.hashes(store), {}, np.ones(group.rows, bool)
+    else:
+        hashes, sizes, there = read_hashes(store, task.hints["scans"], task.hints["gone"])
+        shards = dict(zip((Path(path).stem for path in task.hints["scans"]), sizes, strict=True))
     firsts, counts = first_appearances(hashes, there)
     writer.array(LOCAL.format(task.name), firsts, durable=False)
     rows = np.flatnonzero(are_first(firsts))
@@ -178,6 +210,8 @@ def run_split(task: Task, store: Store, writer: Writer) -> Json:
     order = np.argsort(part, kind="stable")
     split = np.empty((len(rows), 4), np.uint64)
     split[:, 3] = counts[order]
+    if group is not None and group.pieces:
+        split[:, 3] *= np.uint64(keys.VECTOR)
     rows = rows[order]
     del counts, order
     split[:, 0], split[:, 1], split[:, 2] = hashes[rows, 0], hashes[rows, 1], rows
@@ -215,6 +249,18 @@ def run_unique(task: Task, store: Store, writer: Writer) -> Json:
     return {}
 
 
+def plan_mark(recipe: Recipe, store: Store) -> list[Task]:
+    tasks = _by_range("mark", store, False)
+    if not tasks or recipe.embed.source != BESIDE:
+        return tasks
+    groups, _ = key_groups(recipe.embed, store)
+    firsts = [group.first for group in groups if group.pieces]
+    return [  # of other groups than split had, nothing is asked but whether they are done
+        replace(task, hints={**task.hints, "group": group, "firsts": firsts})
+        for task, group in zip(tasks, groups, strict=False)
+    ]
+
+
 def run_mark(task: Task, store: Store, writer: Writer) -> Json:
     ranges = task.hints["ranges"]
     paths = [UNIQUE.format(shard_name(part)) for part in range(len(ranges))]
@@ -223,6 +269,9 @@ def run_mark(task: Task, store: Store, writer: Writer) -> Json:
     rows = store.array(SPLIT.format(task.name))[:, 2].astype(np.int64)
     places, counts = np.full(len(local), NO_NODE), np.zeros(len(local), np.int64)
     places[rows], counts[rows] = found[:, 0], found[:, 1]
+    del found, rows
+    if "group" in task.hints:
+        return _mark_keys(task, store, writer, local, places, counts)
     is_first = are_first(places, int(task.name))
     writer.array(FIRSTS.format(task.name), np.where(local == NO_NODE, NO_NODE, places[local]), durable=False)
     writer.array(COUNTS.format(task.name), counts[is_first], durable=False)
@@ -230,10 +279,25 @@ def run_mark(task: Task, store: Store, writer: Writer) -> Json:
     return {}
 
 
+def _mark_keys(task: Task, store: Store, writer: Writer, local: Array, places: Array, counts: Array) -> Json:
+    """The facts of a group of keys. local: as LOCAL. places, counts: of the first row of each key in the group."""
+    group: keys.Group = task.hints["group"]
+    counts = np.where(local == NO_NODE, 0, counts[local])
+    if group.pieces:
+        return group.judge(store, writer, counts, are_first(places, int(task.name)), LEFT.format(task.name, "{}"))
+    firsts, vectors = np.array(task.hints["firsts"]), np.full(len(local), NO_NODE)
+    for begin in range(0, len(local), BLOCK):
+        rows = begin + np.flatnonzero(local[begin : begin + BLOCK] != NO_NODE)
+        first = places[local[rows]]
+        is_vector = first < len(firsts) << GROUP_BITS
+        first = first[is_vector]
+        vectors[rows[is_vector]] = firsts[first >> GROUP_BITS] + (first & ((1 << GROUP_BITS) - 1))
+    writer.array(PLACES.format(task.name), vectors, durable=False)
+    return group.judge(store, writer, counts, vectors, "")
+
+
 SPLITTING = Stage(name="split", title="splitting", plan=plan_split, run=run_split, scratch=True)
 UNIQUES = Stage(
     name="unique", title="uniques", plan=lambda _, store: _by_range("unique", store, True), run=run_unique, scratch=True
 )
-MARKING = Stage(
-    name="mark", title="first texts", plan=lambda _, store: _by_range("mark", store, False), run=run_mark, scratch=True
-)
+MARKING = Stage(name="mark", title="first texts", plan=plan_mark, run=run_mark, scratch=True)

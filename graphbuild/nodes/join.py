@@ -1,86 +1,60 @@
-"""Which vector beside tars is whose: joined with samples by key, by order, or as members. Part of stage number.
+"""Stage number with vectors beside tars: joined with samples by key, by order, or as members.
 
-Writes the place of each row's vector, `_state/number/places.npy`, and vectors that no sample has,
-`rejected/number/<file>.parquet`. Memory: all keys, and 8 bytes for each vector.
+A sample with a vector is a node. Writes nodes and counts as for captions (graphbuild.nodes.number), the place of each
+row's vector among all, `_state/number/places.npy`, and vectors that no sample has, `rejected/number/<file>.parquet`,
+a shard after the other. Memory: of up to GROUP keys TASK_BYTES each (graphbuild.nodes.distinct); beyond, the stages
+split, unique and mark have joined them, and one group's places are held. Without keys: a shard's places.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from itertools import pairwise
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import polars as pl
-import pyarrow as pa
 
 from graphbuild.errors import InputError, public
-from graphbuild.nodes.distinct import scanned
-from graphbuild.nodes.samples import REJECTED
+from graphbuild.nodes import distinct
+from graphbuild.nodes.distinct import BLOCK, scanned
+from graphbuild.nodes.keys import VECTOR, Files, Group, given, in_groups, move_left
+from graphbuild.nodes.samples import NO_NODE
 from graphbuild.recipe import Embed
 from graphbuild.runner.stage import Task, digest, records
-from graphbuild.sources.paths import by_numbers, known_first, named_files, part_inputs, parts_of
-from graphbuild.sources.tables import ENDING as LIST_ENDING
-from graphbuild.sources.tables import TableSpec, read_chunks
-from graphbuild.sources.vector_files import ENDING, is_array, shapes_of
+from graphbuild.sources.paths import by_numbers, part_inputs, parts_of
+from graphbuild.sources.vector_files import shapes_of
 from graphbuild.store import layout
-from graphbuild.store.files import file_identities
 from graphbuild.store.layout import shard_name
+from graphbuild.store.shards import PLACES
 from graphbuild.store.store import Json, Store, Writer
 
 Array = np.ndarray[Any, Any]
 NO_VECTOR = "no vector has its key"
 SHOWN = 3  # keys of a side, where none is in both
-
-
-class Files(NamedTuple):
-    """Files of vectors, and for each the list of its rows' keys; none where they are joined by order."""
-
-    vectors: list[str]
-    keys: list[str]
-
-
-def named(embed: Embed) -> Files:
-    """The files that the options name, in order of name.
-
-    Raises:
-        InputError: they name none, or another number of files with keys than with vectors.
-    """
-    vectors = named_files(embed.vectors or "", ENDING, "--vectors")
-    keys = []
-    if embed.vector_keys is not None:
-        keys = named_files(embed.vector_keys, LIST_ENDING, "--vector-keys")
-    elif embed.key_column is not None:  # the vectors' own
-        keys = [url for url in vectors if not is_array(url)]
-    if (keys or embed.key_column is not None) and len(keys) != len(vectors):
-        raise InputError(
-            f"{len(vectors):,} files of vectors ({public(vectors[0])}, ...), and {len(keys):,} with their keys",
-            "name a file of keys for each file of vectors by --vector-keys",
-        )
-    return Files(vectors, keys)
+LEFT = f"{layout.REJECTED.format('number')}/{{}}.parquet"
 
 
 def numbering(embed: Embed, store: Store, scans: Mapping[str, str]) -> Task:
     """The task that matches vectors with the samples of these files of scan."""
+    held = distinct.samples_of(store) if scans else {}
+    hints: Json = {"samples": [held[path] for path in scans]}
     if embed.vector_member is not None:
-        return Task(stage="number", name="all", settings={"joined": "as members"}, built=scans)
-    files = named(embed)
-    identities = file_identities([*files.vectors, *files.keys])
-    done = records(store, "number").get("all", {"inputs": {}})["inputs"]
-    vectors = known_first({url: identities[url] for url in files.vectors}, parts_of(done, "vectors"))
-    beside = dict(zip(files.vectors, files.keys, strict=True)) if files.keys else {}
-    keys = [beside[url] for url in vectors if beside]
+        return Task(stage="number", name="all", settings={"joined": "as members"}, built=scans, hints=hints)
+    files, identities = given(embed, store)
+    vectors, keys = ([identities[url] for url in urls] for urls in files)
     settings = {"joined": "by key" if keys else "by order", "vector_column": embed.vector_column}
     task = Task(
         stage="number",
         name="all",
         settings=settings | ({"key_column": embed.key_column or "key"} if keys else {}),
-        inputs=part_inputs("vectors", vectors.values()) | part_inputs("keys", [identities[url] for url in keys]),
+        inputs=part_inputs("vectors", vectors) | part_inputs("keys", keys),
         built=scans,
-        hints={"files": Files(list(vectors), keys)},
+        hints=hints | {"files": files, "marked": list(records(store, "mark"))},
     )
     return task if keys else replace(task, hints={**task.hints, "pairs": _joined(task, store)})
 
@@ -102,30 +76,99 @@ def _joined(task: Task, store: Store) -> dict[int, int]:
     return pairs
 
 
-def match(task: Task, store: Store, writer: Writer, tables: Sequence[pa.Table]) -> tuple[Array, Json]:
-    """The place of each row's vector [N] among all vectors, -1: none; and facts of the stage. tables: of scan, `key`.
+@dataclass(frozen=True)
+class Matched:
+    """The place of each row's vector among all vectors, -1: none, a shard [n] after the other; and of how many there is
+    one. rows: of each file of vectors; none where they are members, whose place is the row. counts: of the stage."""
 
-    Of members the place is the row: which samples have one shows when they are read.
+    places: Iterable[Array]
+    total: int
+    rows: Sequence[int] = ()
+    counts: Json = field(default_factory=dict)
+
+
+def number(task: Task, store: Store, writer: Writer) -> Json:
+    """Number the samples that have a vector, a shard after the other; the facts of stage number.
+
+    Raises:
+        InputError: no order or key joins vectors and samples, a key is there twice, or there is no sample.
     """
-    sizes = [len(table) for table in tables]
+    sizes: list[int] = task.hints["samples"]
+    matched, samples = _match(task, sizes, store, writer), sum(sizes)
+    if not matched.total:
+        raise InputError(f"no sample of {store.url} has a caption", "give tars that hold samples: these hold none")
+    inputs = parts_of(task.inputs, "vectors")
+    shards: dict[str, Json] = {}
+    first_row = first_node = 0
+    with ExitStack() as files:
+        write_nodes = files.enter_context(writer.growing(layout.ROW_NODES.format(""), samples))
+        write_places = files.enter_context(writer.growing(layout.VECTOR_PLACES, samples)) if matched.rows else None
+        for path, size, places in zip(task.built, sizes, matched.places, strict=True):
+            nodes = np.where(places >= 0, first_node - 1 + np.cumsum(places >= 0), NO_NODE)
+            new = int((places >= 0).sum())
+            write_nodes(nodes)
+            if write_places:
+                write_places(places)
+            sha256 = hashlib.sha256(nodes.tobytes() + np.ones(new, np.int64).tobytes()).hexdigest()
+            told = {"vectors": _told(inputs, matched.rows, places), "sha256": sha256}
+            shards[Path(path).stem] = dict(zip(PLACES, (first_row, size, first_node, new), strict=True)) | told
+            first_row, first_node = first_row + size, first_node + new
+    with writer.growing(layout.NODE_COUNTS.format(""), first_node) as write:
+        for begin in range(0, first_node, BLOCK):
+            write(np.ones(min(BLOCK, first_node - begin), np.int64))
+    counts = {"samples": first_row, "nodes": first_node} | matched.counts
+    return {"counts": counts, "shards": shards, "rows": list(matched.rows)}
+
+
+def _match(task: Task, sizes: Sequence[int], store: Store, writer: Writer) -> Matched:
+    """sizes: samples of each shard. A member's place is its row: which samples have one shows when they are read."""
+    begins = np.cumsum([0, *sizes]).tolist()
     if "files" not in task.hints:
-        return np.arange(sum(sizes)), {"rows": []}
+        return Matched(_ranges(begins, sizes), begins[-1])
     files: Files = task.hints["files"]
     rows = [rows for rows, _ in shapes_of(files.vectors, task.settings["vector_column"])]
+    counts = {"vectors": sum(rows), "vectors_without_sample": 0}
     if not files.keys:
-        places, left = _by_order(task, rows, sizes, store), 0
+        return Matched(_ranges(_by_order(task, rows, sizes, store), sizes), begins[-1], rows, counts)
+    scans, column = dict(zip(task.built, sizes, strict=True)), task.settings["key_column"]
+    groups = in_groups(files, rows, column, scans, max(1, sum(rows), begins[-1]))
+    if names := task.hints["marked"]:
+        done = records(store, "mark")
+        facts = [done[name]["facts"] for name in names]
+        marked = [name for name, one in zip(names, facts, strict=True) if "joined" in one]
+        places: Iterable[Array] = (store.array(distinct.PLACES.format(name)) for name in marked)
     else:
-        places, left = _by_key(task, rows, tables, store, writer)
-    writer.array(layout.VECTOR_PLACES, places)
-    return places, {"rows": rows, "counts": {"vectors": sum(rows), "vectors_without_sample": left}}
+        facts, places = _by_key(groups, store, writer)
+    _refuse(files, rows, sizes, groups, facts, store)
+    if names:
+        moved: defaultdict[str, list[str]] = defaultdict(list)
+        for name, one in zip(names, facts, strict=True):
+            for file, _ in one.get("left", ()):
+                moved[LEFT.format(shard_name(file))].append(distinct.LEFT.format(name, shard_name(file)))
+        move_left(moved, store, writer)
+    counts["vectors_without_sample"] = sum(count for one in facts for _, count in one.get("left", ()))
+    return Matched(_cut(places, sizes), sum(one.get("joined", 0) for one in facts), rows, counts)
 
 
-def told(task: Task, facts: Json, places: Array) -> str:
+def _ranges(begins: Sequence[int], sizes: Sequence[int]) -> Iterator[Array]:
+    return (np.arange(begin, begin + size) for begin, size in zip(begins, sizes, strict=False))
+
+
+def _cut(arrays: Iterable[Array], sizes: Sequence[int]) -> Iterator[Array]:
+    """Arrays cut at these sizes, which none of their ends is between."""
+    arrays, held = iter(arrays), np.empty(0, np.int64)
+    for size in sizes:
+        while len(held) < size:
+            held = next(arrays)
+        yield held[:size]
+        held = held[size:]
+
+
+def _told(inputs: Sequence[str], rows: Sequence[int], places: Array) -> str:
     """A digest of all that decides the vectors of a shard's rows: the files that hold them, and where."""
-    if not facts["rows"]:
+    if not rows:
         return ""
-    inputs = parts_of(task.inputs, "vectors")
-    held = np.unique(file_of(facts["rows"], places[places >= 0]))
+    held = np.unique(file_of(rows, places[places >= 0]))
     return digest([[inputs[number] for number in held.tolist()], hashlib.sha256(places.tobytes()).hexdigest()])
 
 
@@ -133,14 +176,14 @@ def file_of(rows: Sequence[int], places: Array) -> Array:
     return np.searchsorted(np.cumsum(rows), places, side="right")
 
 
-def _by_order(task: Task, rows: Sequence[int], sizes: Sequence[int], store: Store) -> Array:
-    """The place of each row's vector [N]: of files and tars that are not joined yet, both in order of name with numbers
-    as numbers, the i-th belong together. InputError where they are not as many, or do not hold as many."""
+def _by_order(task: Task, rows: Sequence[int], sizes: Sequence[int], store: Store) -> list[int]:
+    """The place of the first vector of each tar: of files and tars that are not joined yet, both in order of name with
+    numbers as numbers, the i-th belong together. InputError where they are not as many, or do not hold as many."""
     tars, urls, pairs = _tars(store), task.hints["files"].vectors, task.hints["pairs"]
     fix = "name the keys of the vectors by --vector-keys, or give a file for each tar, with a vector for each sample"
     if len(rows) != len(sizes):
         raise InputError(f"{len(rows):,} files of vectors, and {len(sizes):,} tars: no order joins them", fix)
-    begins, places = np.cumsum([0, *rows]), [np.empty(0, np.int64)] * len(sizes)
+    begins, places = np.cumsum([0, *rows]).tolist(), [0] * len(sizes)
     others = [[n for n in _ranked(names) if n not in known] for names, known in ((tars, pairs), (urls, pairs.values()))]
     for tar, file in [*pairs.items(), *zip(*others, strict=True)]:
         if rows[file] != sizes[tar]:
@@ -149,8 +192,8 @@ def _by_order(task: Task, rows: Sequence[int], sizes: Sequence[int], store: Stor
                 "joins them",
                 fix,
             )
-        places[tar] = np.arange(begins[file], begins[file + 1])
-    return np.concatenate(places)
+        places[tar] = begins[file]
+    return places
 
 
 def _ranked(names: Sequence[str]) -> list[int]:
@@ -161,76 +204,60 @@ def _tars(store: Store) -> list[str]:
     return [shard["tar"]["name"] for record in scanned(store) for shard in record["facts"]["shards"].values()]
 
 
-def _by_key(
-    task: Task, rows: Sequence[int], tables: Sequence[pa.Table], store: Store, writer: Writer
-) -> tuple[Array, int]:
-    files: Files = task.hints["files"]
-    begins = [0, *np.cumsum(rows).tolist()]
-    frames = [
-        _keys(url, task.settings["key_column"], count, begin, public(vectors))
-        for url, vectors, count, begin in zip(files.keys, files.vectors, rows, begins, strict=False)
-    ]
-    theirs = pl.concat(frames)
-    own = pl.concat([_keys_frame(table) for table in tables])
-    own = own.with_row_index("row")
-    twice = theirs.filter(pl.col("key").is_duplicated() & pl.col("key").is_not_null()).sort("key", "place")
-    if len(twice):
-        at = [int(place) for place in twice["place"][:2]]
-        of = [public(files.keys[number]) for number in file_of(rows, np.array(at)).tolist()]
+def _by_key(groups: Sequence[Group], store: Store, writer: Writer) -> tuple[list[Json], list[Array]]:
+    """The facts of two groups, vectors and samples, and the place of each sample's vector."""
+    vectors, samples = groups
+    count = vectors.rows
+    hashes = np.concatenate([group.hashes(store) for group in groups])
+    firsts, of_first = distinct.first_appearances(hashes, np.repeat([VECTOR, 1], [count, samples.rows]))
+    del hashes
+    is_first = distinct.are_first(firsts)
+    of_row = np.zeros(len(firsts), np.int64)
+    of_row[is_first] = of_first
+    of_row = np.where(firsts == NO_NODE, 0, of_row[firsts])
+    places = np.where(firsts[count:] < count, firsts[count:], NO_NODE)
+    facts = [vectors.judge(store, writer, of_row[:count], is_first[:count], LEFT)]
+    return [*facts, samples.judge(store, writer, of_row[count:], places, "")], [places]
+
+
+def _refuse(
+    files: Files,
+    rows: Sequence[int],
+    sizes: Sequence[int],
+    groups: Sequence[Group],
+    facts: Sequence[Json],
+    store: Store,
+) -> None:
+    """InputError where a key is of two vectors, or of two samples and a vector, or none is of both."""
+    vectors, samples = ([one for one in facts if kind in one] for kind in ("left", "joined"))
+    if twice := sum(one["twice"] for one in vectors):
+        key, places = _least(vectors)
+        of = [public(files.keys[number]) for number in file_of(rows, places).tolist()]
         raise InputError(
-            f"two vectors have the key {twice['key'][0]!r}, in {of[0]} and {of[1]} "
-            f"({twice['key'].n_unique():,} keys are there more than once)",
+            f"two vectors have the key {key!r}, in {of[0]} and {of[1]} ({twice:,} keys are there more than once)",
             "keep one vector for each key",
         )
-    joined = own.join(theirs, on="key", how="left", maintain_order="left")
-    twice = joined.filter(pl.col("key").is_duplicated() & pl.col("place").is_not_null()).sort("key", "row")
-    if len(twice):
-        at = file_of([len(table) for table in tables], twice["row"][:2].to_numpy()).tolist()
+    if any("least" in one for one in samples):
+        key, places = _least(samples)
+        tars = [_tars(store)[number] for number in file_of(sizes, places).tolist()]
         raise InputError(
-            f"two samples have the key {twice['key'][0]!r}, in {_tars(store)[at[0]]} and {_tars(store)[at[1]]}",
+            f"two samples have the key {key!r}, in {tars[0]} and {tars[1]}",
             "join vectors and tars by their order (--vector-keys none --key-column none), or give keys that differ",
         )
-    if joined["place"].null_count() == len(joined):
+    if not any(one["joined"] for one in samples):
+        theirs, own = (_some(key for some in group.keys(store) for key in some) for group in groups)
         raise InputError(
-            f"no key of {public(files.keys[0])} ... is a sample's. Keys of vectors: "
-            f"{_some(theirs)}; of samples: {_some(own)}",
+            f"no key of {public(files.keys[0])} ... is a sample's. Keys of vectors: {theirs}; of samples: {own}",
             "name the column with the tars' keys by --key-column",
         )
-    left = theirs.join(own, on="key", how="anti", maintain_order="left")
-    _reject(left, files, rows, writer)
-    return joined["place"].fill_null(-1).to_numpy(), len(left)
 
 
-def _keys(url: str, column: str, count: int, begin: int, vectors: str) -> pl.DataFrame:
-    """The key and place of each vector of a file; null where its row has none."""
-    chunks = list(read_chunks(TableSpec(path=url, columns={"key": column})))
-    found = sum(len(chunk.rows) + len(chunk.rejected) for chunk in chunks)
-    if found != count:
-        raise InputError(
-            f"{vectors} has {count:,} vectors, and {public(url)} {found:,} keys", "give a key for each vector, in order"
-        )
-    table = pa.concat_tables([chunk.rows for chunk in chunks])
-    named = _keys_frame(table).with_columns(place=table["position"].to_numpy() + begin)
-    every = pl.DataFrame({"place": np.arange(begin, begin + count)})
-    return every.join(named, on="place", how="left", maintain_order="left")
+def _least(facts: Sequence[Json]) -> tuple[str, Array]:
+    """The first key in order of text of those that facts tell, and its first two places."""
+    told = [one["least"] for one in facts if "least" in one]
+    least = min(key for key, _ in told)
+    return least, np.array([place for key, places in told if key == least for place in places][:2])
 
 
-def _keys_frame(table: pa.Table) -> pl.DataFrame:
-    return pl.DataFrame(table.select(["key"])).cast(pl.String)
-
-
-def _some(frame: pl.DataFrame) -> str:
-    return ", ".join(repr(key) for key in frame["key"].drop_nulls()[:SHOWN])
-
-
-def _reject(left: pl.DataFrame, files: Files, rows: Sequence[int], writer: Writer) -> None:
-    """Keep which vectors no sample has: position in their file, key, and the file's name."""
-    place, key = pl.col("place"), pl.col("key")
-    reason = pl.when(key.is_null()).then(pl.lit("no key")).otherwise(pl.lit("no sample has its key"))
-    for number, (begin, end) in enumerate(pairwise(np.cumsum([0, *rows]).tolist())):
-        mine = left.filter(place.is_between(begin, end, closed="left"))
-        if len(mine):
-            name = public(files.vectors[number]).rsplit("/", 1)[-1]
-            told = mine.select(place - begin, key, reason.alias("reason"), pl.lit(name).alias("content")).rechunk()
-            table = told.to_arrow(compat_level=pl.CompatLevel.oldest()).rename_columns(REJECTED.names).cast(REJECTED)
-            writer.table(f"{layout.REJECTED.format('number')}/{shard_name(number)}.parquet", table)
+def _some(keys: Iterable[str | None]) -> str:
+    return ", ".join(map(repr, islice((key for key in keys if key is not None), SHOWN)))

@@ -67,6 +67,8 @@ def run_number(task: Task, store: Store, writer: Writer) -> Json:
     names, gone = [Path(path).stem for path in paths], set(task.built.get(GONE, []))
     found: Json = {}
     of, first_row, first_text, first_node = "", 0, 0, 0
+    if task.settings:
+        return join.number(task, store, writer)
     if "groups" in task.hints:
         of, (first_row, first_text) = f"{task.name}.", task.hints["before"]
         sizes = [task.hints["sizes"][name] for name in names]
@@ -74,13 +76,6 @@ def run_number(task: Task, store: Store, writer: Writer) -> Json:
         nodes, ends = distinct.nodes_of(store.array(distinct.FIRSTS.format(task.name)), bits)
         counts, first_node, total = store.array(distinct.COUNTS.format(task.name)), ends[int(task.name)], ends[-1]
         found = {"first_text": first_text, "first_node": first_node}
-    elif task.settings:
-        keys = distinct.side_by_side(lambda path: store.table(path, ["key"]), paths)
-        sizes = [[len(table), len(table)] for table in keys]
-        at, found = join.match(task, store, writer, keys)
-        nodes = np.where(at >= 0, np.cumsum(at >= 0) - 1, NO_NODE)
-        total = int((at >= 0).sum())
-        counts = np.ones(total, np.int64)
     else:
         hashes, sizes, there = distinct.read_hashes(store, paths, gone)
         nodes, counts = number_nodes(hashes, there)
@@ -102,13 +97,11 @@ def run_number(task: Task, store: Store, writer: Writer) -> Json:
             places |= {"first_text": texts, "texts": size}
         if name in gone:
             places[GONE] = True
-        if task.settings:
-            places["vectors"] = join.told(task, found, at[place : place + size])
         shards[name] = {**places, "sha256": hashlib.sha256(mine.tobytes() + counted.tobytes()).hexdigest()}
         rows += held
         texts += size
         new_nodes += new
-    numbered = {"samples": rows - first_row, "nodes": new_nodes - first_node} | found.pop("counts", {})
+    numbered = {"samples": rows - first_row, "nodes": new_nodes - first_node}
     return {"counts": numbered, "shards": shards, **found}
 
 

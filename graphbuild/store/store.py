@@ -14,7 +14,8 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ from graphbuild.errors import ConfigError, StageError, StorageError
 from graphbuild.store.checksum import file_sha256
 from graphbuild.store.layout import MANIFEST
 from graphbuild.store.leftovers import hold
-from graphbuild.store.remote import cache_folder, cached_copy, file_system, reaching, version
+from graphbuild.store.remote import READERS, cache_folder, cached_copy, file_system, reaching, version
 
 if TYPE_CHECKING:
     import numpy as np
@@ -166,6 +167,13 @@ class Store:
         if len(content) != (end - begin) * row:
             raise self._damaged(name, f"ends before its row {end:,}")
         return np.frombuffer(content, dtype).reshape(end - begin, *shape[1:])
+
+    def rows_of(self, names: Sequence[str], begins: Sequence[int], ends: Sequence[int]) -> np.ndarray[Any, Any]:
+        """Rows begin..end-1 of each file, as of `rows`, behind each other; those of an object store side by side."""
+        import numpy as np
+
+        with ThreadPoolExecutor(READERS) as pool:
+            return np.concatenate(list((map if self.is_local else pool.map)(self.rows, names, begins, ends)))
 
     def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """A parquet file as an Arrow table."""
@@ -320,6 +328,15 @@ class Writer:
 
         with self.file(name, durable=durable) as path, path.open("wb") as file:
             np.save(file, np.ascontiguousarray(values), allow_pickle=False)
+
+    @contextlib.contextmanager
+    def growing(self, name: str, rows: int) -> Iterator[Callable[[np.ndarray[Any, Any]], object]]:
+        """An int64 [rows] as `array` writes it, of parts that come one after the other: what is called with each."""
+        import numpy as np
+
+        with self.file(name) as path, path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (rows,)})
+            yield lambda part: file.write(part.astype("<i8", copy=False).tobytes())
 
     def table(self, name: str, table: pa.Table, **options: Any) -> None:
         """A zstd-compressed parquet file, its pages with checksums."""

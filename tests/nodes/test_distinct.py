@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ def test_a_stop_anywhere_in_it_loses_finished_tasks_alone(
 
     monkeypatch.setattr(Writer, "array", killed)
     kills, seen = 0, set()
-    while status := in_a_child(tmp_path / "many", tmp_path / "tars", letters):
+    while status := in_a_child(lambda: embed(tmp_path / "many", tmp_path / "tars", letters)):
         assert status == signal.SIGKILL
         kills += 1
         seen |= {path.parent.name for path in (tmp_path / "many/_state").glob("*/*.done.json")}
@@ -144,14 +145,14 @@ def test_a_stop_anywhere_in_it_loses_finished_tasks_alone(
     assert told(tmp_path / "many") == told(tmp_path / "one")
 
 
-def in_a_child(store: Path, tars: Path, letters: str) -> int:
-    """The wait status of a fork of this process that embeds."""
+def in_a_child(do: Callable[[], object]) -> int:
+    """The wait status of a fork of this process that does it."""
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]
     status = 1
     try:
-        embed(store, tars, letters)
+        do()
         status = 0
     except Exception:  # noqa: BLE001 whatever it is must not run the rest of the tests twice
         traceback.print_exc()

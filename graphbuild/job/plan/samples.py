@@ -12,6 +12,7 @@ from graphbuild.nodes.distinct import GROUP, STORE_BYTES, TASK_BYTES
 from graphbuild.nodes.encode import STAGE as ENCODE
 from graphbuild.nodes.encoder.model import CPU_TOKENS, GPU_TOKENS
 from graphbuild.nodes.fidelity import SAMPLE as FIDELITY_TEXTS
+from graphbuild.nodes.keys import TABLE_ROWS
 from graphbuild.recipe import BESIDE
 from graphbuild.sources.parts import BATCH_BYTES
 from graphbuild.sources.pieces import PIECE_BYTES
@@ -85,13 +86,15 @@ def embed_costs(case: Case) -> dict[str, Cost]:
 def _numbering(case: Case) -> dict[str, Cost]:
     """Over the 128-bit hashes of all captions: one task, or one a group and partition (graphbuild.nodes.distinct). The
     shares of the time are as measured."""
-    job, row, beside = case.job, case.rates.number_row, case.recipe.embed.source == BESIDE
+    if case.recipe.embed.source == BESIDE:
+        return _joining(case)
+    job, row = case.job, case.rates.number_row
     captions = max(job.samples, job.nodes)
-    groups = 1 if beside else math.ceil(captions / GROUP)
+    groups = math.ceil(captions / GROUP)
     size, bits, numbers = captions / groups, captions / 8, 8.0 * (captions + job.nodes)
     held = TASK_BYTES * size
-    if groups == 1:  # with vectors beside tars over all keys
-        return {"number": Cost(1, captions * row, 2 * numbers, numbers, 150.0 * captions if beside else held)}
+    if groups == 1:
+        return {"number": Cost(1, captions * row, 2 * numbers, numbers, held)}
     split, unique = 40.0 * captions, 16.0 * captions
     return {
         "split": Cost(groups, size * row, 16.0 * captions, split, held),
@@ -100,6 +103,26 @@ def _numbering(case: Case) -> dict[str, Cost]:
         "number": Cost(
             groups, 0.07 * size * row, numbers + groups * bits, numbers, 0.7 * held + STORE_BYTES * captions
         ),
+    }
+
+
+def _joining(case: Case) -> dict[str, Cost]:
+    """With vectors beside tars, as many as samples: over the keys of both, as over captions, in one task, or in groups
+    before one task that writes what they tell, a group after the other. Joined otherwise, that task alone."""
+    job, row, embed = case.job, case.rates.number_row, case.recipe.embed
+    keys, numbers, records = 2 * job.samples, 24.0 * job.samples, 5_000.0 * job.shards
+    if embed.vector_keys is None and embed.key_column is None:
+        return {"number": Cost(1, 0.3 * job.samples * row, 0.0, numbers, records)}
+    if keys <= GROUP:
+        return {"number": Cost(1, 3.0 * keys * row, 2 * numbers, numbers, TASK_BYTES * keys + records)}
+    groups = 2 * math.ceil(job.samples / GROUP)
+    size, split, unique, places = keys / groups, 40.0 * keys, 16.0 * keys, 8.0 * job.samples
+    held = TASK_BYTES * size
+    return {
+        "split": Cost(groups, 2.2 * size * row, 32.0 * keys, split, held),
+        "unique": Cost(groups, 0.7 * size * row, split, unique, held),
+        "mark": Cost(groups, 0.4 * size * row, split + unique, places, held),
+        "number": Cost(1, 0.3 * job.samples * row, places, numbers, 8 * size + records + TABLE_ROWS * 300.0),
     }
 
 
