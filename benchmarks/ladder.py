@@ -5,10 +5,10 @@
     python benchmarks/ladder.py job CACHE corpus.parquet --size 12400000
 
 CACHE holds captions.npy, and gets mixed_N.npy of each size (benchmarks/data.py). Each size runs in a process of its
-own, `--repeats` times, with `--workers` (0: in that process); its store lies in CACHE while it runs, and takes 7 d
+own, `--repeats` times, with `--workers` (0: in that process); its store lies in CACHE while it runs, and takes 5 d
 bytes a node and some 12 lists of candidates. A line of ladder.jsonl is one run: of each stage the seconds, the CPU
-seconds of all its processes, their peak RSS and PSS (looked at every `--every` seconds), minor and major page faults,
-and the scratch there was when it ended. `show` prints a table of medians with the exponent of growth between the
+seconds of all its processes, their peak RSS and PSS and the most scratch (looked at every `--every` seconds), and minor
+and major page faults. `show` prints a table of medians with the exponent of growth between the
 sizes, and draws the CPU microseconds a node.
 
 `job` is the whole job of a user instead: a list of captions, each the first four fifths of the words of a real one and
@@ -42,16 +42,16 @@ from knn import machine
 
 class Watch(threading.Thread):
     """Peak sums of RSS and PSS of a process and its workers since `reset`, in bytes, of PSS also without mapped files;
-    the largest of those of one process; and their CPU seconds. Ray's own servers are left out."""
+    the largest of those of one process; their CPU seconds; and the bytes in a folder. Without Ray's own servers."""
 
-    def __init__(self, every: float, process: int | None = None) -> None:
+    def __init__(self, every: float, process: int | None = None, folder: Path | None = None) -> None:
         super().__init__(daemon=True)
-        self.every, self.process = every, process
+        self.every, self.process, self.folder = every, process, folder
         self.reset()
         self.start()
 
     def reset(self) -> None:
-        self.rss = self.pss = self.own = self.largest = 0
+        self.rss = self.pss = self.own = self.largest = self.bytes = 0
         self.cpu: dict[int, float] = {}
 
     def look(self) -> None:
@@ -66,6 +66,7 @@ class Watch(threading.Thread):
         self.pss = max(self.pss, sum(one[1] for one in memory))
         own = [pss - of_files for _, pss, of_files in memory]
         self.own, self.largest = max(self.own, sum(own)), max([self.largest, *own])
+        self.bytes = max(self.bytes, bytes_in(self.folder) if self.folder else 0)
 
     def run(self) -> None:
         while True:
@@ -111,7 +112,7 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
     try:
         with Runner(workers=job["workers"]) as runner:
             run_verb("embed", resolve(store, "embed", {"vectors": str(vectors)}), store, runner)
-            recipe, watch = resolve(store, "index", options), Watch(job["every"])
+            recipe, watch = resolve(store, "index", options), Watch(job["every"], folder=folder / "_work")
             for step in STEPS:
                 if step.verb != "index":
                     continue
@@ -128,7 +129,7 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
                     "rss": watch.rss,
                     "pss": watch.pss,
                     "own": watch.own,
-                    "scratch": bytes_in(folder / "_work"),
+                    "scratch": watch.bytes,
                 }
         manifest = store.manifest()
         return {"stages": stages, "asked": job["recall"], "recall": manifest["recall"], "graph": manifest["graph"]}
@@ -190,16 +191,17 @@ def growth(runs: dict[int, list[dict[str, Any]]]) -> list[str]:
 def forecast(runs: dict[int, list[dict[str, Any]]]) -> list[str]:
     """What was forecast from each size for the next, over what it took: a size's seconds and scratch times the plan's
     ratio of both sizes; of the stages with a twentieth of the whole or more."""
+    from graphbuild.job.plan.costs import room
+
     said = []
     for sizes in itertools.pairwise(sorted(runs)):
         before, after = (runs[nodes] for nodes in sizes)
         planned = [plan(lines[0]) for lines in (before, after)]
-        seconds, scratch = [], [0.0, 0.0]
+        scratch = [room([costs[name] for name in costs if name not in ("search", "certify")]) for costs in planned]
+        seconds = []  # what those two write is the graph
         for name in before[0]["stages"]:
             took = [statistics.median(line["stages"][name]["seconds"] for line in lines) for lines in (before, after)]
             if name in planned[0]:
-                kept = name in ("search", "certify")  # what they write is the graph
-                scratch = [had + cost[name].written * (not kept) for had, cost in zip(scratch, planned, strict=True)]
                 seconds.append((name, took[0] * planned[1][name].seconds / planned[0][name].seconds, took[1]))
         whole = [sum(stage[at] for stage in seconds) for at in (1, 2)]
         shown = [f"{name} {said / took:.2f}" for name, said, took in seconds if took >= 0.05 * whole[1]]
@@ -324,7 +326,7 @@ def show(asked: argparse.Namespace) -> None:
         f"`python benchmarks/ladder.py`: engine {first['engine']}, k = {first['k']}, recall {first['asked']} asked, "
         f"{first['workers']} workers, vectors of 384 mixed from those of captions. By stage microseconds of CPU a "
         "node. Seconds are those of all stages; RSS and PSS the largest sum over the processes in any stage, unmapped "
-        "of PSS what no file holds; scratch the most that lay there after one.\n"
+        "of PSS what no file holds; scratch the most that lay there at a time.\n"
     )
     print(table(lines))
     if asked.plot is None:

@@ -18,7 +18,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,20 +93,18 @@ class WatchedRunner(Runner):
     cluster: Cluster | None = None
     told: dict[str, Json]
 
-    def run(
-        self, stage: Stage, recipe: Recipe, store: Store, *, force: bool = False, stale: Sequence[str] = ()
-    ) -> Json:
+    def run(self, stage: Stage, recipe: Recipe, store: Store, **told: Any) -> Json:
         cluster = self.cluster
         assert cluster is not None
         waited(cluster)
         before, use, asked = cluster.now, dataclasses.replace(cluster.use), COUNTS.copy()
         try:
-            return super().run(stage, recipe, store, force=force, stale=stale)
+            return super().run(stage, recipe, store, **told)
         finally:
             waited(cluster)
-            told = {name: getattr(cluster.use, name) - getattr(use, name) for name in vars(use)}
+            used = {name: getattr(cluster.use, name) - getattr(use, name) for name in vars(use)}
             driver = {f"driver_{name}": COUNTS[name] - asked[name] for name in ("get", "put")}
-            self.told[stage.name] = {"seconds": cluster.now - before, **told, **driver}
+            self.told[stage.name] = {"seconds": cluster.now - before, **used, **driver}
             print(f"{stage.name:9} {self.told[stage.name]['seconds']:9.0f} s in the model", file=sys.stderr, flush=True)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from graphbuild.graph.certify import DRAWN, DRAWN_PARTS
 from graphbuild.job.plan.case import Case
+from graphbuild.knn.leaders import ranges_of_leaders
 from graphbuild.runner.stage import Task, digest, state_path
 from graphbuild.store.store import Json, Store, Writer
 
@@ -148,11 +149,12 @@ class Shapes:
         return {f"{folder}/{task.name}.{what}.npy": size for what, size in made.items()}, {}
 
     def _codes(self, task: Task, store: Store) -> tuple[dict[str, int], Json]:
-        d = self.case.job.d
-        made = {"leaves": self._array(40), "floors": self._array(4)}
-        made["moments"] = HEADER + 8 * d * (d + 1)
-        files = {f"_work/{what}/{name}.npy": size for name in task.built["nodes"] for what, size in made.items()}
-        return files, {"largest_rest": 0.04}
+        d, names = self.case.job.d, task.built["nodes"]
+        rows, ranges = sum(names.values()), len(ranges_of_leaders(self.case.job.nodes))
+        files = {f"_work/moments/{name}.npy": HEADER + 8 * d * (d + 1) for name in names}
+        copies = {"members": 52, "vectors": 2 * d}
+        files |= {f"_work/sorted/{what}/{task.name}.npy": self._array(width, rows) for what, width in copies.items()}
+        return files, {"largest_rest": 0.04, "starts": [rows * at // (ranges - 1) for at in range(ranges)]}
 
     def _moments(self, task: Task, store: Store) -> tuple[dict[str, int], Json]:
         d = self.case.job.d
@@ -164,7 +166,7 @@ class Shapes:
             made = {"ids": self._array(4, nodes), "places": self._array(4, nodes), "starts": self._array(8, 1_000)}
             return {f"_work/ordered/{what}.npy": size for what, size in made.items()}, {}
         widths = {"ids": 4, "vectors": 2 * d, "codes": d, "scales": 8, "leaves": 40, "floors": 4}
-        rows = round(nodes / self.join_tasks)
+        rows = round(nodes / (len(ranges_of_leaders(nodes)) - 1))
         made = {f"_work/ordered/{what}/{task.name}.npy": self._array(width, rows) for what, width in widths.items()}
         return made, {"counts": {"nodes": rows}}
 

@@ -18,14 +18,15 @@ from benchmarks.simulation.files import Shapes
 from graphbuild.graph.tasks import PART_NODES, PARTS
 from graphbuild.job.plan.case import Case, Cost
 from graphbuild.job.plan.costs import IMPORTS
+from graphbuild.knn.leaders import FILES
 from graphbuild.knn.sample import SAMPLE
 from graphbuild.nodes.distinct import GROUP
 from graphbuild.nodes.fidelity import SAMPLE as FIDELITY_TEXTS
 from graphbuild.runner.stage import Stage, Task
 from graphbuild.store.store import Store
 
-# Stages of which a worker reads files of all shards: how many kinds. `refine` reads those near its own nodes.
-WHOLE = {"order": 3, "join": 4, "search": 1}
+# Stages of which a worker reads files of all shards: how many kinds.
+WHOLE = {"join": 4, "refine": 6, "search": 1}
 LISTED = 1_000  # names a request tells
 CAUSES = ("cores", "imports", "checksums", "copies", "disk", "requests", "refused", "network")
 FIRST_LATENCIES = 32  # requests of a task that wait for each other; more are sent side by side, as many at a time
@@ -52,6 +53,8 @@ class Requests:
             get = 2 * shards / self.groups * (stage == "split") + 2 * self.groups
         elif stage in ("unique", "mark"):
             get = 2.0 * self.groups
+        elif stage == "order":
+            get = 4.0 * min(shards, FILES)  # rows of two files of each task of codes
         elif stage == "fidelity":
             get = 4.0 * FIDELITY_TEXTS
         elif stage == "prepare" and task.name == "all":
@@ -146,6 +149,8 @@ class Work:
         spent["imports"] = node.speed * self._imports(stage.name, actor)
         get, put = self.requests.of(stage.name, task, first=first)
         whole = cost.mapped if stage.name in WHOLE else 0.0
+        if stage.name == "refine":  # reads what is near its nodes, but an object store's files are copied whole
+            whole = cost.read
         if first:
             spent["checksums"] = whole * rates.hash_byte * node.speed
         read, written = cost.read / cost.tasks, cost.written / cost.tasks
@@ -181,7 +186,7 @@ class Work:
     def _disk(self, stage: str, whole: float) -> float:
         """Seconds of random reads of the node's disk, of what its memory does not hold of its copies."""
         machine = self.case.machine
-        reads = 1 if stage in ("order", "search") else 0  # the others read near rows for near nodes
+        reads = 1 if stage == "search" else 0  # the others read near rows for near nodes
         absent = max(1 - 0.8 * machine.memory_bytes / whole, 0.0)
         return self.case.shard_nodes * reads * absent * machine.cores / self.disk_reads_per_second
 

@@ -26,7 +26,6 @@ from graphbuild.errors import ConfigError
 from graphbuild.export.runs import SCRATCH
 from graphbuild.graph.certify import require_graph
 from graphbuild.graph.select.selection import decided_by, selection_of
-from graphbuild.nodes.distinct import side_by_side
 from graphbuild.nodes.samples import NO_NODE
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task, digest, outputs, records
@@ -141,7 +140,7 @@ def _leaders(store: Store, shards: Shards, cells: int, seed: int) -> Array:
     at = (first - begins[numbers]).tolist()
     names = [VECTORS.format(shards.names[number]) for number in numbers]
     ends = [min(begin + RANGE, shards[number].nodes) for begin, number in zip(at, numbers, strict=True)]
-    seen = _joined(store, names, at, ends).astype(np.float32)
+    seen = store.rows_of(names, at, ends).astype(np.float32)
     with warnings.catch_warnings(action="ignore"):  # of clusters that are empty: they stay where they began
         means = scipy.cluster.vq.kmeans2(seen, min(LEADERS * cells, len(seen)), 10, minit="points", seed=draw)[0]
     means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
@@ -262,13 +261,7 @@ def places_of(store: Store, ranges: Sequence[Sequence[int]]) -> Array:
 def _rows_of(store: Store, path: str, ranges: Sequence[Sequence[int]]) -> Array:
     """A range of rows of each file, behind each other."""
     begins, ends = zip(*ranges, strict=True)
-    return _joined(store, [path.format(shard_name(number)) for number in range(len(ranges))], begins, ends)
-
-
-def _joined(store: Store, names: Sequence[str], begins: Sequence[int], ends: Sequence[int]) -> Array:
-    """Rows begin..end-1 of each file, behind each other; those of an object store are read side by side."""
-    each = map if store.is_local else side_by_side
-    return np.concatenate(list(each(store.rows, names, begins, ends)))
+    return store.rows_of([path.format(shard_name(number)) for number in range(len(ranges))], begins, ends)
 
 
 def places_by_run(store: Store, chunk: int) -> list[list[list[int]]]:

@@ -28,7 +28,7 @@ from graphbuild.store.sharded import Array, living_blocks, node_array
 from graphbuild.store.shards import node_count, shards_of
 from graphbuild.store.store import Json, Store, Writer
 
-FIRST_NODES, FIRST_PAIRS = 500, 2e7  # searched before the first look; more, where that many pairs allow it
+FIRST_NODES, FIRST_PAIRS = 640, 2e7  # searched before the first look; more, where that many pairs allow it
 LEAST_FACTOR = 1.25  # by which the nodes searched grow from look to look
 AFRESH_NODES = 1_250
 EXACT_FLOOR = 0.999
@@ -58,6 +58,9 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
         tasks = []
     ranges = ranges_of(shards_of(store, manifest).with_nodes)
     begin, end = 0, first_look(min(index.recall_sample, node_count(manifest)), node_count(manifest))
+    before = done.get(shard_name(0), {"built": {}})["built"]
+    if built.items() <= before.items() and "nodes" in before:  # as it was begun, if with other FIRST_NODES
+        end = before["nodes"][1]
     while end > begin:
         first, look = len(tasks), {"width": index.recall_width, "nodes": [begin, end], "draw": shard_name(len(tasks))}
         tasks.append(task(**look, shards=None))

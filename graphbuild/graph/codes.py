@@ -1,7 +1,9 @@
 """Stage codes: int8 codes of nodes, which leaders they are nearest to, and the sums that moments are made of.
 
 A task has the nodes of a shard, or in large stores those of several (`compared_at_once`): the more nodes are compared
-with a group of leaders at once, the less each costs.
+with a group of leaders at once, the less each costs. For an engine that has the nodes in the order of their leaders it
+copies them too, sorted by nearest leader, so that stage order reads what it needs of each task in one piece, and all
+together nothing twice. Memory: what is read and written of a task's nodes.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ from graphbuild.graph.tasks import built_without, engine_of, engine_of_task, gon
 from graphbuild.machine.threads import torch_threads
 from graphbuild.recipe import Recipe
 from graphbuild.runner.stage import Stage, Task
-from graphbuild.store.layout import PARTS, SCRATCH, VECTORS
+from graphbuild.store.layout import PARTS, SCRATCH, SORTED, VECTORS
 from graphbuild.store.shards import node_count, shards_of
 from graphbuild.store.store import Json, Store, Writer
 
 if TYPE_CHECKING:
     from graphbuild.knn.codes import Codes
+    from graphbuild.store.sharded import Array
 
 
 def plan(recipe: Recipe, store: Store) -> list[Task]:
@@ -31,12 +34,15 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
     engine, _ = engine_of(recipe.index, manifest)
     built = {"prepared": manifest["stages"].get("prepare", {}).get("fingerprint"), **built_without(manifest)}
     groups: list[dict[str, int]] = []
+    firsts: list[int] = []
     for shard in shards_of(store, manifest).with_nodes:
         if not groups or sum(groups[-1].values()) >= compared_at_once(node_count(manifest)):
             groups.append({})
+            firsts.append(shard.first_node)
         groups[-1][shard.name] = shard.nodes
     return [
-        index_task(recipe.index, engine, manifest, "codes", next(iter(nodes)), **built, nodes=nodes) for nodes in groups
+        index_task(recipe.index, engine, manifest, "codes", next(iter(nodes)), **built, nodes=nodes, first_node=first)
+        for nodes, first in zip(groups, firsts, strict=True)
     ]
 
 
@@ -51,21 +57,37 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
     with torch_threads(1), torch.inference_mode():
         engine = engine_of_task(task, inputs.manifest)
         described = engine.describe(inputs, Codes(*map(np.concatenate, zip(*parts, strict=True))), task.settings["k"])
-    end, any_gone = 0, inputs.manifest.get("gone")
+    any_gone = bool(inputs.manifest.get("gone"))
+    gone = gone_nodes(store, list(shards)) if any_gone else np.zeros(sum(shards.values()), bool)
+    end, facts = 0, {"largest_rest": max(float(codes.scales[:, 1].max()) for codes in parts)}
     for name, codes in zip(shards, parts, strict=True):
         begin, end = end, end + len(codes.codes)
-        arrays = {what: values[begin:end] for what, values in described.items()}
-        gone = gone_nodes(store, [name]) if any_gone else np.zeros(len(codes.codes), bool)
-        codes.scales[gone, 0] = NOWHERE
-        if any_gone:
-            arrays["gone"] = gone[:, None]
-        if not engine.ordered:  # else made anew, with its vectors, where a node has its place
-            arrays |= {"codes": codes.codes, "scales": codes.scales}
-        for what, values in arrays.items():
-            writer.array(f"{SCRATCH}/{what}/{name}.npy", values, durable=False)
         raw = store.array(VECTORS.format(name))
-        writer.array(PARTS.format(name), moments.moments_of(raw[~gone]), durable=False)
-    return {"largest_rest": max(float(codes.scales[:, 1].max()) for codes in parts)}
+        writer.array(PARTS.format(name), moments.moments_of(raw[~gone[begin:end]]), durable=False)
+        if not engine.ordered:
+            codes.scales[gone[begin:end], 0] = NOWHERE
+            arrays = {what: values[begin:end] for what, values in described.items()} | codes._asdict()
+            arrays |= {"gone": gone[begin:end, None]} if any_gone else {}
+            for what, values in arrays.items():
+                writer.array(f"{SCRATCH}/{what}/{name}.npy", values, durable=False)
+    if engine.ordered:
+        facts["starts"] = _write_sorted(task, store, writer, described["leaves"], described["floors"], gone)
+    return facts
+
+
+def _write_sorted(task: Task, store: Store, writer: Writer, leaves: Array, floors: Array, gone: Array) -> list[int]:
+    """Write the vectors of the task's nodes, and of each int32 [fan + 3]: its id, its leaves, and the bits of its floor
+    and of whether it is gone; by nearest leader, then id. Returns where in them each range of leaders begins."""
+    from graphbuild.knn.leaders import ranges_of_leaders
+
+    ids = np.arange(task.built["first_node"], task.built["first_node"] + len(leaves), dtype=np.uint32).view(np.int32)
+    order = np.argsort(leaves[:, 0], kind="stable")
+    members = np.concatenate([ids[:, None], leaves, floors.view(np.int32), gone[:, None]], axis=1, dtype=np.int32)
+    writer.array(SORTED.format("members", task.name), members[order], durable=False)
+    vectors = np.concatenate([store.array(VECTORS.format(name)) for name in task.built["nodes"]])
+    writer.array(SORTED.format("vectors", task.name), vectors[order], durable=False)
+    bounds = ranges_of_leaders(node_count(store.manifest()))
+    return list(map(int, np.searchsorted(leaves[order, 0], bounds)))
 
 
 def _coded(store: Store, name: str) -> Codes:

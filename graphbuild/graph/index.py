@@ -4,8 +4,8 @@ An engine (`graphbuild.knn.engine`) makes candidate lists of nodes in independen
 refine looks at neighbours' neighbours where the engine has the nodes in the order of their leaders; search scores all
 candidates again (float64 sums, rounded to float32), proves lists complete where the engine is exact, completes those
 that are short or unproved by a second search, and writes graph/<shard>.neighbors.npy, .similarities.npy,
-.background.npy and .sketch.npy. Files between the stages lie in _work/ and are removed when the graph is whole. Memory:
-codes and lists of one join task's nodes (docs/explanation/scaling.md).
+.background.npy and .sketch.npy. Files between the stages lie in _work/ until nobody reads them any more. Memory: codes
+and lists of one join task's nodes (docs/explanation/scaling.md).
 """
 
 from __future__ import annotations

@@ -2,60 +2,62 @@
 
 Joins, merge and refine then read near rows for near nodes: at random over all, each look at another node costs a page.
 A node's place is its rank by nearest leader, then id; of a graph that grows old nodes come first. One task a range of
-leaders copies its nodes' vectors, codes them, and one writes where each node is. Memory: a range's vectors and codes.
-Scratch: 3 d + 24 bytes a node, and 4 for each of its leaders.
+leaders takes its nodes from where codes has sorted them, and codes their vectors; one writes where each node is.
+Memory: a range's vectors, twice, and codes. Scratch: 3 d + 24 bytes a node, and 4 for each of its leaders.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 
 from graphbuild.graph.tasks import engine_of, first_new_node, index_task, nodes_entry
-from graphbuild.knn import engine as engines
 from graphbuild.recipe import Recipe
-from graphbuild.runner.stage import Stage, Task, finished_tasks
-from graphbuild.store.layout import shard_name
-from graphbuild.store.sharded import Array, ShardedArray
+from graphbuild.runner.stage import Stage, Task, finished_tasks, records
+from graphbuild.store.layout import SORTED, shard_name
+from graphbuild.store.sharded import Array
 from graphbuild.store.shards import node_count
 from graphbuild.store.store import Json, Store, Writer
-
-BLOCK_ROWS = 65_536
 
 
 def plan(recipe: Recipe, store: Store) -> list[Task]:
     manifest = nodes_entry(store)
     engine, _ = engine_of(recipe.index, manifest)
-    if not engine.ordered:
+    done = records(store, "codes")
+    if not engine.ordered or any("starts" not in record["facts"] for record in done.values()):
         return []
-    codes, ranges = manifest["stages"]["codes"]["fingerprint"], _ranges(recipe, engine, manifest)
-    parts = [
-        index_task(recipe.index, engine, manifest, "order", shard_name(number), codes=codes, range=some)
-        for number, some in enumerate(ranges)
-    ]
-    whole = index_task(recipe.index, engine, manifest, "order", "all", codes=codes, ranges=len(parts))
+    firsts = np.array([record["built"]["first_node"] for record in done.values()] + [node_count(manifest)])
+    starts = np.array([record["facts"]["starts"] for record in done.values()], np.int32)  # [codes tasks, ranges + 1]
+    built, parts = {"codes": manifest["stages"]["codes"]["fingerprint"]}, list[Task]()
+    for begin, end, first, stop in _ranges(starts.shape[1] - 1, first_new_node(manifest), node_count(manifest)):
+        task = index_task(
+            recipe.index, engine, manifest, "order", shard_name(len(parts)), **built, range=[begin, end, first, stop]
+        )
+        some = slice(np.searchsorted(firsts, first, side="right") - 1, np.searchsorted(firsts, stop))
+        pieces = {"names": list(done)[some], "begins": starts[some, begin], "ends": starts[some, end]}
+        parts.append(replace(task, hints={**task.hints, **pieces}))
+    whole = index_task(recipe.index, engine, manifest, "order", "all", **built, ranges=len(parts))
     return [*parts, whole] if all(map(finished_tasks(store, "order"), parts)) else parts
 
 
-def _ranges(recipe: Recipe, engine: engines.Engine, manifest: Json) -> list[list[int]]:
-    """Leaders (first, end) and nodes (first, end) of each task: of the old nodes, then of the new, which are fewer."""
-    nodes, new = node_count(manifest), first_new_node(manifest)
-    joins = engine.joins(nodes, engines.nodes_at_once(engine, recipe.index, nodes, manifest["embeddings"]["d"]))
+def _ranges(ranges: int, new: int, nodes: int) -> list[tuple[int, int, int, int]]:
+    """Ranges of leaders (first, end) and nodes (first, end) of each task: of old nodes, then of new, which are fewer.
+    new: the first new node."""
     return [
-        [joins[at][0], joins[min(at + width, len(joins)) - 1][1], begin, end]
+        (at, min(at + width, ranges), begin, end)
         for begin, end in ((0, new), (new, nodes))
         if begin < end
         for width in (nodes // (end - begin),)
-        for at in range(0, len(joins), width)
+        for at in range(0, ranges, width)
     ]
 
 
 def run(task: Task, store: Store, writer: Writer) -> Json:
     from graphbuild.knn.codes import NOWHERE, encode
-    from graphbuild.knn.inputs import IDS, ORDERED, PLACES, STARTS, Inputs
+    from graphbuild.knn.inputs import IDS, ORDERED, PLACES, STARTS
 
-    inputs = Inputs(store)
     if "ranges" in task.built:
         files = [store.array(ORDERED.format("ids", shard_name(number))) for number in range(task.built["ranges"])]
         starts = np.concatenate([[0], np.cumsum([len(ids) for ids in files])])
@@ -70,29 +72,27 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
                 values.flush()
         writer.array(STARTS, starts, durable=False)
         return {}
-    ids = _members(inputs.of("leaves"), *task.built["range"])
-    vectors = inputs.vectors.take(ids)
+    members, vectors = (_pieces(task, store, what) for what in ("members", "vectors"))
+    _, _, first, stop = task.built["range"]
+    ids = members[:, 0].view(np.uint32)
+    mine = np.flatnonzero((ids >= first) & (ids < stop))
+    mine = mine[np.argsort(members[mine, 1], kind="stable")]  # tasks of codes follow each other by id
+    vectors, members = vectors[mine], members[mine]
     codes = encode(vectors)
-    arrays = {"ids": ids.astype(np.uint32), "vectors": vectors, **codes._asdict()}
-    arrays |= {what: inputs.of(what).take(ids) for what in ("leaves", "floors")}
-    if inputs.manifest.get("gone"):
-        arrays["gone"] = inputs.of("gone").take(ids)
+    arrays = {"ids": ids[mine], "vectors": vectors, **codes._asdict()}
+    arrays |= {"leaves": members[:, 1:-2], "floors": members[:, -2:-1].view(np.float32)}
+    if store.manifest().get("gone"):
+        arrays["gone"] = members[:, -1:].astype(bool)
         codes.scales[arrays["gone"][:, 0], 0] = NOWHERE
     for what, values in arrays.items():
         writer.array(ORDERED.format(what, task.name), values, durable=False)
-    return {"counts": {"nodes": len(ids)}}
+    return {"counts": {"nodes": len(mine)}}
 
 
-def _members(leaves: ShardedArray, first: int, end: int, begin: int, stop: int) -> Array:
-    """Which of nodes begin..stop-1 have their nearest leader in first..end-1: ids int64 [m], by leader, then id."""
-    shards = range(*np.searchsorted(leaves.starts, [begin, stop]).tolist())
-    ids, nearest = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
-    for start, block in leaves.blocks(BLOCK_ROWS, shards):
-        here = np.flatnonzero((block[:, 0] >= first) & (block[:, 0] < end))
-        ids.append(start + here)
-        nearest.append(block[here, 0])
-    order = np.argsort(np.concatenate(nearest), kind="stable")
-    return np.concatenate(ids)[order]
+def _pieces(task: Task, store: Store, what: str) -> Array:
+    """What codes has sorted of the nodes of a range of leaders."""
+    names, begins, ends = (task.hints[part] for part in ("names", "begins", "ends"))
+    return store.rows_of([SORTED.format(what, name) for name in names], begins.tolist(), ends.tolist())
 
 
 STAGE = Stage(name="order", title="order", plan=plan, run=run, scratch=True, grows=True)

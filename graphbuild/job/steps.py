@@ -90,13 +90,16 @@ STEPS = (
     Step(grow.STAGE,        "index",    "nodes/#.npy",                   "_work/base/"),
     Step(prepare.STAGE,     "index",    "nodes/#.npy",                   "_work/leaders/ _work/*"),
     Step(codes.STAGE,       "index",    "nodes/ _work/leaders/",         "_work/codes/ _work/scales/ _work/floors/"
-                                                                         " _work/leaves/ _work/moments/ _work/gone/"),
+                                                                         " _work/gone/ _work/moments/ _work/sorted/"),
     Step(moments.STAGE,     "index",    "_work/moments/",                "_state/moments/ graph/basis.npy"),
-    Step(order.STAGE,       "index",    "nodes/#.npy _work/leaves/",     "_work/ordered/"),
-    Step(index.JOIN,        "index",    "_work/codes/ _work/leaders/ _work/ordered/", "_work/join/"),
+    Step(order.STAGE,       "index",    "_state/codes/ _work/sorted/",      "_work/ordered/"),
+    Step(index.JOIN,        "index",    "_work/codes/ _work/scales/ _work/floors/ _work/leaders/ _work/ordered/",
+                                                                         "_work/join/"),
     Step(index.MERGE,       "index",    "_work/join/ _work/base/",       "_work/merged/"),
-    Step(index.REFINE,      "index",    "_work/merged/ _work/ordered/",  "_work/refined/"),
-    Step(index.SEARCH,      "index",    "_work/ nodes/ graph/basis.npy", "graph/#.*.npy"),
+    Step(index.REFINE,      "index",    "_work/merged/ _work/ordered/ _work/leaders/ _work/*", "_work/refined/"),
+    Step(index.SEARCH,      "index",    "nodes/ _state/moments/ graph/basis.npy _work/* _work/leaders/ _work/codes/"
+                                        " _work/scales/ _work/floors/ _work/gone/ _work/ordered/ _work/merged/"
+                                        " _work/refined/",               "graph/#.*.npy"),
     Step(certify.STAGE,     "index",    "nodes/#.npy graph/#.*.npy",     "_state/certify/#.*.npy"),
     Step(sidecars.STAGE,    "export",   "_state/certify/ samples/",      "shards/*.graph.parquet shards/sizes.json"),
     Step(inline.STAGE,      "export",   "_state/certify/ samples/",      "inline/"),
@@ -146,8 +149,20 @@ def served(step: Step) -> list[Step]:
 
 @cache
 def _direct_readers(step: Step) -> list[Step]:
-    owned = f"{step.owns} {STATE.format(step.name)}/"
-    return [other for other in STEPS if other is not step and _meet(other.reads, owned)]
+    return _readers_of(f"{step.owns} {STATE.format(step.name)}/", step)
+
+
+@cache
+def _readers_of(files: str, step: Step) -> list[Step]:
+    """The steps that read some of these files of a step."""
+    return [other for other in STEPS if other is not step and _meet(other.reads, files)]
+
+
+@cache
+def folders(step: Step) -> dict[str, Step]:
+    """The folders of a step's scratch, and for each the last step that reads it, after which it goes."""
+    owned = [pattern for pattern in step.owns.split() if step.stage.scratch and pattern.endswith("/")]
+    return {folder: _readers_of(folder, step)[-1] for folder in owned}
 
 
 def step_of(stage: Stage) -> Step:
@@ -254,11 +269,14 @@ def run_step(
     """Bring one step up to date. stage: in place of the step's own, with more tasks. known: as for `is_spared`."""
     if is_spared(step, recipe, store, force=force, known=known):
         return
-    runner.run(stage or step.stage, recipe, store, force=force, stale=[other.name for other in readers(step)])
+    stale, unread = [other.name for other in readers(step)], _unread(step, recipe, store, force=force)
+    runner.run(stage or step.stage, recipe, store, force=force, stale=stale, unread=unread)
     if known is not None and step.name in runner.ran:
         known.clear()
+    for folder in (folder for other in STEPS for folder, last in folders(other).items() if last is step):
+        store.remove_folder(folder)
     scratch = [other for other in STEPS if other.stage.scratch and served(other)[-1] is step]
-    for other in scratch:
+    for other in scratch:  # what is left of it, and its records
         remove_step(other, store)
     for folder in {other.owns.partition("/")[0] for other in scratch if other.owns}:
         store.remove_folder(folder)
@@ -274,6 +292,18 @@ def is_spared(step: Step, recipe: Recipe, store: Store, *, force: bool, known: d
         if not known[other.name]:
             return False
     return step.stage.scratch
+
+
+def _unread(step: Step, recipe: Recipe, store: Store, *, force: bool) -> list[str]:
+    """The folders of a step's scratch whose readers are all done, so that they may be gone."""
+
+    def is_over(reader: Step) -> bool:
+        if reader.name not in store.manifest()["stages"]:
+            return False
+        unread = _unread(reader, recipe, store, force=force)
+        return is_done(reader.stage, recipe, store, force=force, unread=unread)
+
+    return [folder for folder in folders(step) if all(map(is_over, _readers_of(folder, step)))]
 
 
 def replaced_by(step: Step, tasks: Sequence[Task], store: Store, *, force: bool) -> list[Step]:

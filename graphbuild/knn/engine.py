@@ -138,7 +138,7 @@ def _space(engine: Engine, joins: int, index: Index, nodes: int, width: int) -> 
     held = BASE_BYTES + min(held_nodes, nodes) * bytes_a_node(engine, k, nodes, width)
     if engine.name.startswith("faiss:"):
         held += nodes * width * 4
-    scratch = nodes * (width + 8 * engine.length(k, nodes) * (lists + 1))
-    if engine.ordered:  # vectors too, and the lists before they are the graph's
-        scratch += nodes * (2 * width + 8 * k)
-    return held / 1e9, scratch / 1e9
+    scratch = width + 8 * engine.length(k, nodes) * (lists + 1)
+    if engine.ordered:  # the vectors too, and once more while they are put in order
+        scratch = max(scratch + 2 * width, 5 * width)
+    return held / 1e9, nodes * scratch / 1e9

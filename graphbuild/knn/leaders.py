@@ -33,9 +33,11 @@ MOST_GROUPS = 1_024  # that all are compared with; of more, the near ones are fo
 GROUP_GROUPS = 32
 GROUPS_AT_ONCE = 512
 ORDERED, DIRECTED = 2**18, 2**14  # leaders that are ordered at a time; of more, those that tell how to halve them
+FILES = 4_096
 ROWS_A_GROUP = 128  # nodes at least that are compared with a group at once: a call for a few costs as much
 FLOOR_FAILS = 2e-4
 BLOCK_NODES = 65_536
+RANGE_NODES, RANGES, MOST_RANGE_NODES = 65_536, 128, 2**19
 
 
 def leader_count(nodes: int) -> int:
@@ -43,8 +45,16 @@ def leader_count(nodes: int) -> int:
 
 
 def compared_at_once(nodes: int) -> int:
-    """Of how many nodes at least `leaves` should be asked at once: the more groups, the fewer of them look at each."""
-    return math.ceil(ROWS_A_GROUP * leader_count(nodes) / GROUP_LEADERS / PROBED_GROUPS)
+    """Of how many nodes at least `leaves` should be asked at once: the more groups, the fewer of them look at each; and
+    that many at least, that not too many files are read by every range of leaders."""
+    return max(math.ceil(ROWS_A_GROUP * leader_count(nodes) / GROUP_LEADERS / PROBED_GROUPS), nodes // FILES)
+
+
+def ranges_of_leaders(nodes: int) -> list[int]:
+    """Where ranges of leaders begin, whose nodes are put in order by a task each, and the last ends."""
+    ranges = max(min(math.ceil(nodes / RANGE_NODES), RANGES), math.ceil(nodes / MOST_RANGE_NODES))
+    bounds: list[int] = np.linspace(0, leader_count(nodes), ranges + 1).astype(int).tolist()
+    return bounds
 
 
 def floor_leader(k: int) -> int:

@@ -67,27 +67,38 @@ class Runner:
             ray.shutdown()
 
     def run(
-        self, stage: Stage, recipe: Recipe, store: Store, *, force: bool = False, stale: Sequence[str] = ()
+        self,
+        stage: Stage,
+        recipe: Recipe,
+        store: Store,
+        *,
+        force: bool = False,
+        stale: Sequence[str] = (),
+        unread: Sequence[str] = (),
     ) -> Json:
         """Bring a stage up to date; returns its manifest entry.
 
-        stale: names of the stages that build on this one, which leave the manifest before its first task runs.
+        stale: names of the stages that build on this one, which leave the manifest before its first task runs. unread:
+        as of `pending`.
 
         Raises ConfigError when what is there was built with other settings or inputs and force is not given,
         InputError or StageError when tasks failed.
         """
         try:
-            return self._run(stage, recipe, store, force=force, stale=stale)
+            return self._run(stage, recipe, store, force=force, stale=stale, unread=unread)
         finally:
             self.progress.close()
 
-    def _run(self, stage: Stage, recipe: Recipe, store: Store, *, force: bool, stale: Sequence[str]) -> Json:
+    def _run(
+        self, stage: Stage, recipe: Recipe, store: Store, *, force: bool, stale: Sequence[str], unread: Sequence[str]
+    ) -> Json:
         begin = time.monotonic()
         tasks = stage.plan(recipe, store)
         done = records(store, stage.name)
         if not tasks and not done:
             return {}
-        todo = pending(stage, tasks, done, store, force=force)
+        todo = pending(stage, tasks, done, store, force=force, unread=unread)
+        done = {task.name: done[task.name] for task in tasks if task.name in done}  # others have been taken away
         if todo and stage.note:
             logger.info("%-9s %s", "plan", stage.note(recipe, store))
         self.progress.begin(stage.title, total=len(tasks), done=len(tasks) - len(todo))

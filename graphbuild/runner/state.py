@@ -21,11 +21,19 @@ logger = logging.getLogger(__name__)
 
 
 def pending(
-    stage: Stage, tasks: Sequence[Task], done: Mapping[str, Json], store: Store, *, force: bool, remove: bool = True
+    stage: Stage,
+    tasks: Sequence[Task],
+    done: Mapping[str, Json],
+    store: Store,
+    *,
+    force: bool,
+    remove: bool = True,
+    unread: Sequence[str] = (),
 ) -> list[Task]:
     """The tasks still to do. Raises ConfigError with a diff where the user changed what finished work was built from.
 
-    Work whose input an earlier stage has built anew is simply done again. remove: take its files away at once.
+    Work whose input an earlier stage has built anew is simply done again. remove: take its files away at once. unread:
+    folders of scratch that nobody reads any more, whose files need not be there unless there is something to do.
     """
     other = {
         t.name: t.changes(done[t.name])
@@ -80,20 +88,21 @@ def pending(
     sizes: dict[str, int] = {}
     for folder in {output["path"].rsplit("/", 1)[0] for outputs in kept.values() for output in outputs}:
         sizes.update(store.sizes(folder))
-    todo = []
-    for task in tasks:
-        lost = [o["path"] for o in kept.get(task.name, []) if sizes.get(o["path"]) != o["bytes"]]
-        if lost and remove:
-            logger.warning("%s is missing or of another size; running %s %s again", lost[0], stage.name, task.title)
-        if task.name not in kept or lost:
-            todo.append(task)
+    lost = {name: [o["path"] for o in outputs if sizes.get(o["path"]) != o["bytes"]] for name, outputs in kept.items()}
+    if all(all(path.startswith(tuple(unread)) for path in lost.get(task.name, [""])) for task in tasks):
+        return []
+    todo = [task for task in tasks if lost.get(task.name, [""])]
+    for task in todo if remove else ():
+        if task.name in kept:
+            path = lost[task.name][0]
+            logger.warning("%s is missing or of another size; running %s %s again", path, stage.name, task.title)
     return todo
 
 
-def is_done(stage: Stage, recipe: Recipe, store: Store, *, force: bool) -> bool:
-    """Whether nothing of a stage is left to do; raises as `pending` does."""
+def is_done(stage: Stage, recipe: Recipe, store: Store, *, force: bool, unread: Sequence[str] = ()) -> bool:
+    """Whether nothing of a stage is left to do; unread, and what it raises: as of `pending`."""
     tasks, done = stage.plan(recipe, store), records(store, stage.name)
-    return len(tasks) == len(done) and not pending(stage, tasks, done, store, force=force, remove=False)
+    return len(tasks) == len(done) and not pending(stage, tasks, done, store, force=force, remove=False, unread=unread)
 
 
 def write_recipe(recipe: Recipe, store: Store) -> None:

@@ -20,6 +20,7 @@ TEXTS_OPTIONS = {"row_group_size": TEXTS_ROWS, "use_dictionary": ["samples"]}  #
 VECTORS = "nodes/{}.npy"
 
 SCRATCH = "_work"
+SORTED = "_work/sorted/{}/{}.npy"  # of what codes tells of nodes, what stage order reads
 MOMENTS = "_state/moments/moments.npy"
 PARTS = "_work/moments/{}.npy"
 BASIS = "graph/basis.npy"

@@ -56,11 +56,13 @@ def graph(store: Store) -> list[bytes]:
 def test_nodes_lie_by_nearest_leader_then_id_and_old_ones_before_new_ones(
     old: int, tmp_path: Path, vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(partition, "TASK_NODES", 400)
+    monkeypatch.setattr(leaders, "RANGE_NODES", 400)
+    monkeypatch.setattr(leaders, "compared_at_once", lambda nodes: 300)
     if old:
         build(tmp_path, vectors[:old])
+    members = np.concatenate(files(build(tmp_path, vectors, until="codes"), "_work/sorted/members/*.npy"))
+    nearest = members[np.argsort(members[:, 0]), 1]
     store = build(tmp_path, vectors, until="order")
-    nearest = np.concatenate(files(store, "_work/leaves/*.npy"))[:, 0]
     expected = np.lexsort((np.arange(NODES), nearest, np.arange(NODES) >= old))
     (ids,), (places,) = files(store, "_work/ordered/ids.npy"), files(store, "_work/ordered/places.npy")
     np.testing.assert_array_equal(ids, expected)
@@ -82,6 +84,7 @@ def test_the_graph_does_not_depend_on_the_blocks_also_when_it_has_grown(
     whole = graph(build(tmp_path / "whole", vectors))
     monkeypatch.setattr(leaders, "BLOCK_NODES", 170)
     monkeypatch.setattr(partition, "TASK_NODES", 400)
+    monkeypatch.setattr(leaders, "RANGE_NODES", 300)
     build(tmp_path / "parts", vectors[:OLD])
     store = build(tmp_path / "parts", vectors, until="refine")
     bounds = np.cumsum([0, *map(len, files(store, "_work/refined/*.npy"))])

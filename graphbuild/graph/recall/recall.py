@@ -84,14 +84,16 @@ def unlisted(
     blocks: (id of the first row, rows) of the nodes to look at. queries: prepared, [n, d], of nodes `ids`; listed
     [n, k]; least [n, 1]. A float32 score, wrong by no more than the metric's margin, tells which nodes may exceed it.
     """
+    order = np.argsort(-least[:, 0], kind="stable")  # rows for which all vectors are looked at come last, in few tiles
+    queries, ids, listed, least = (values[order] for values in (queries, ids, listed, least))
     best, known = np.full(listed.shape, -np.inf), np.concatenate([ids[:, None], listed], axis=1)
     rough = queries.astype(np.float32)
     narrowing = Narrowing(rough, metric)
     for first, block in blocks if len(ids) else ():
         others = metric.prepare(block, np.float32)
         narrowing.look_at(others)
-        tile = metric.scores(rough[:1] if narrowing.helps else rough, others)  # one product is faster than many
-        finite = np.isfinite(tile[0])
+        tile = metric.scores(rough[-1:] if narrowing.helps else rough, others)  # one product is faster than many
+        finite = np.isfinite(tile[-1])
         if not finite.all():
             raise not_finite(first + int(np.argmin(finite)))
         margin = metric.margin(rough, others)
@@ -120,7 +122,7 @@ def unlisted(
             scores[query, column] = metric.of_pairs(queries[rows], query, exact, column)
             scores[scores <= least[rows]] = -np.inf
             best[rows] = np.sort(np.concatenate([best[rows], scores], axis=1), axis=1)[:, -listed.shape[1] :]
-    return best
+    return best[np.argsort(order)]
 
 
 def not_finite(row: int) -> InputError:

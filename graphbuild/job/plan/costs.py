@@ -15,7 +15,7 @@ from dataclasses import replace
 from graphbuild.job.plan.case import Case, Cost
 from graphbuild.job.plan.formulas import FORMULAS
 from graphbuild.job.plan.rates import WORKER_BYTES
-from graphbuild.job.steps import Step
+from graphbuild.job.steps import STEPS, Step, folders
 from graphbuild.runner.small import BYTES, FEW, SAMPLES
 
 KEPT_BYTES = 200e6  # of earlier stages' small arrays, that a worker does not give back; large ones it does
@@ -59,6 +59,19 @@ def costs(case: Case, steps: Sequence[Step]) -> list[Cost]:
         workers = max(min(case.machine.slots() // case.machine.nodes, cost.tasks), 1)
         found.append(replace(cost, ram=ram, resident=ram + mapped / workers))
     return found
+
+
+def room(found: Sequence[Cost]) -> float:
+    """Bytes that the files of these stages take at most: scratch goes when the last stage that reads it is done."""
+    until = {step.name: max(folders(step).values(), key=STEPS.index).name for step in STEPS if folders(step)}
+    if any(cost.name == "order" and cost.written for cost in found):
+        until["codes"] = "order"  # which makes of them anew what others read
+    here = most = 0.0
+    for cost in found:
+        here += cost.written
+        most = max(most, here)
+        here -= sum(other.written for other in found if until.get(other.name) == cost.name)
+    return most
 
 
 def _as_finished(cost: Cost, case: Case, step: Step) -> Cost:

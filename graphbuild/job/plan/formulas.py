@@ -32,6 +32,7 @@ from graphbuild.knn.leaders import (
     blocks_of,
     compared_at_once,
     leader_count,
+    ranges_of_leaders,
 )
 from graphbuild.knn.partition import FANS, MISSING_AFTER_REFINEMENT
 from graphbuild.knn.sample import SAMPLE
@@ -97,13 +98,14 @@ def index_costs(case: Case) -> dict[str, Cost]:
     # Candidates are scored again by the stored vectors, read at random. Partition, which looks at neighbours' lists
     # too, has those of near nodes behind each other, in blocks: a vector is read at random once, to be put there.
     table, scoring, blocks = vectors, shard_nodes * length * rates.candidate * case.far(vectors), shards
-    ordered = refined = 0.0
-    if partition:
+    coded, ordered, refined = job.nodes * (24.0 + job.d), 0.0, 0.0
+    if partition:  # whose stage codes leaves what stage order makes codes of, sorted
+        coded = job.nodes * (2.0 * job.d + 4 * (fan_of(case.index.recall, job.nodes) + 3))
+        coding += job.nodes / coders * rates.sort_node * case.width
         table, scoring, blocks = 8.0 * job.k * job.nodes, 0.0, len(blocks_of(job.nodes, job.first_new)) - 1
         ordered, refined = job.nodes * (3.0 * job.d + 50), job.nodes * length * rates.refine_entry * case.width
         refined *= 1 + LISTS_FAR * max(1 - LISTS_NEAR / (8 * entries), 0.0)
     scoring = (scoring + shard_nodes * rates.search_node) * case.width
-    placing = join.tasks * job.nodes * LEAF_SCAN + job.nodes * (rates.order_node + rates.candidate * case.far(vectors))
     found = job.nodes * (6.0 * job.k + 8 + min(SKETCH_BYTES, job.d))
     held = shard_nodes * (24.0 * length + 10.0 * job.d)
     # Sampled nodes against all by float32 products, in looks, each of a task that draws and one a range of nodes; and
@@ -111,14 +113,15 @@ def index_costs(case: Case) -> dict[str, Cost]:
     looks, searched = looks_of(case)
     checking = searched * (vectors * rates.flop * CERTIFY_FLOPS + job.k * rates.certified_edge)
     checking = (checking + job.nodes * job.k * rates.checked_entry) / (looks * ranges)
-    tasks, written = join.tasks, job.nodes * (24.0 + job.d * (not partition))  # codes are made again in their place
-    order = Cost(tasks + 1, placing / tasks, vectors, ordered, 5.0 * job.d * job.nodes / tasks, vectors)
+    tasks = len(ranges_of_leaders(job.nodes)) - 1
+    held_order = 5.0 * job.d * job.nodes / tasks
+    order = Cost(tasks + 1, job.nodes * rates.order_node * case.width / tasks, coded, ordered, held_order)
     near = (3.0 * job.d + 16.0 * length) * job.nodes / blocks
     refine = Cost(blocks, refined / blocks, ordered + 8 * entries, table, near, near)
     return {
         "base": Cost(shards, 0.0, kept, kept),
         "prepare": prepare,
-        "codes": Cost(coders, coding, vectors, written, 5.0 * job.d * shard_nodes + (job.d + 500.0) * at_once, drawn),
+        "codes": Cost(coders, coding, vectors, coded, 5.0 * job.d * shard_nodes + (5.0 * job.d + 500.0) * at_once, drawn),
         "moments": Cost(1, shards * matrix / 1e9 + 2e-9 * job.d**3, shards * matrix, 2 * matrix),
         "order": order if partition else Cost(0),
         "join": join,

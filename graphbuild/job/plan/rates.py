@@ -72,6 +72,7 @@ class Rates:
     leaf_entry: float = _by("memory", 8.0e-8)  # of the list of a node's place in a leaf
     merge_entry: float = _by("memory", 4.0e-8)
     candidate: float = _by("memory", 1.1e-7)  # scored again by its vector
+    sort_node: float = _by("memory", 1.0e-6)  # copied behind those of the same leader
     order_node: float = _by("memory", 2.5e-6)  # copied to its place, and coded
     refine_entry: float = _by("memory", 2.0e-7)  # of a list that partition refines
     far: float = 7.0  # times that a candidate takes in tables of much more than NEAR_BYTES: so the searches of 50,000,

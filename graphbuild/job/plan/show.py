@@ -9,7 +9,7 @@ from dataclasses import replace
 from graphbuild.errors import ConfigError
 from graphbuild.job.plan import machine
 from graphbuild.job.plan.case import Case, Cost
-from graphbuild.job.plan.costs import costs
+from graphbuild.job.plan.costs import costs, room
 from graphbuild.job.plan.job import Job, finished, job_of, shares_done
 from graphbuild.job.plan.rates import Rates, rates_here
 from graphbuild.job.steps import steps_of
@@ -171,9 +171,9 @@ def warnings(case: Case, found: Sequence[Cost]) -> list[str]:
         for cost in todo
         if card and cost.vram > 0.95 * card.bytes
     ]
-    need = sum(cost.written for cost in found)  # scratch of the index too
+    need = room(found)
     if machine.disk_bytes is not None and need > machine.disk_bytes:
-        lines.append(f"it writes {need / 1e9:,.0f} GB and {machine.disk_bytes / 1e9:,.0f} GB are free: another STORE")
+        lines.append(f"it takes {need / 1e9:,.0f} GB and {machine.disk_bytes / 1e9:,.0f} GB are free: another STORE")
     for cost in todo:
         if cost.seconds <= LONG_SECONDS:
             continue

@@ -28,6 +28,7 @@ from aiohttp import web
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.job.plan import lists, machine
 from graphbuild.job.plan.case import Case, Cost
+from graphbuild.job.plan.costs import room
 from graphbuild.job.plan.job import Job, job_of
 from graphbuild.job.plan.rates import Rates
 from graphbuild.job.plan.show import cases, tell
@@ -185,6 +186,26 @@ def test_no_task_of_numbering_takes_more_than_2_gb(made_up: Rates, samples: int)
     assert {name: cost.tasks for name, cost in costs.items()} == dict.fromkeys(names, tasks)
 
 
+@pytest.mark.parametrize("joined", ["by key", "by order", "as members"])
+@pytest.mark.parametrize("samples", [5_000_000, 258_000_000, 1_000_000_000])
+def test_no_task_takes_more_than_2_gb_where_vectors_lie_beside_tars(made_up: Rates, samples: int, joined: str) -> None:
+    options = {
+        "by key": {"vectors": "img_emb", "vector_keys": "metadata"},
+        "by order": {"vectors": "img_emb"},
+        "as members": {"vector_member": "npy"},
+    }
+    recipe = Recipe(embed=Embed.model_validate({"shards": "tars", **options[joined]}))
+    cc3m = read_recipe(str(PIPELINES / "cc3m.yaml"))
+    job = replace(job_of("run", cc3m, None, samples), source="tars", samples=samples, nodes=samples)
+    (found,) = (costs for _, costs in cases(job, recipe, made_up, [machine.parse("cores=16")]))
+    costs = {cost.name: cost for cost in found if cost.name in ("split", "unique", "mark", "number")}
+    assert max(cost.ram for cost in costs.values()) < 2e9
+    assert costs.pop("number").tasks == 1
+    groups = 2 * -(-samples // 16_000_000) if joined == "by key" and samples > 8_000_000 else 0
+    assert {name: cost.tasks for name, cost in costs.items()} == ({} if not groups else dict.fromkeys(costs, groups))
+    assert len(costs) == (3 if groups else 0)
+
+
 def test_a_list_is_looked_at_not_read(tmp_path: Path) -> None:
     rows = [f"a dog and cat {number % 700}" for number in range(1_000)]
     urls = [f"http://no-such-host.invalid/{number}.jpg" for number in range(1_000)]
@@ -338,3 +359,15 @@ def test_a_graph_that_grows_is_planned_with_the_lists_that_are_kept(made_up: Rat
     assert found[0].name == "base"
     joins = [next(cost for cost in one if cost.name == "join") for one in (found, anew)]
     assert joins[0].core_seconds * joins[0].tasks < joins[1].core_seconds * joins[1].tasks
+
+
+def test_scratch_needs_room_until_the_last_stage_that_reads_it(made_up: Rates) -> None:
+    recipe = Recipe(embed=Embed(vectors="a.npy"), index=Index(engine="partition", k=32))
+    job = Job("vectors", 10**7, 10**7, 10**7, 1_000, verb="index", k=32)
+    ((_, found),) = cases(job, recipe, made_up, [machine.parse("cores=8")])
+    wrote = {cost.name: cost.written for cost in found}
+    ordered = sum(wrote[name] for name in ("prepare", "moments", "order"))
+    merging = ordered + wrote["join"] + wrote["merge"]
+    searching = ordered + sum(wrote[name] for name in ("merge", "refine", "search"))
+    assert room(found) == pytest.approx(max(ordered + wrote["codes"], merging, searching), rel=1e-9)
+    assert room(found) < 0.7 * sum(wrote.values())

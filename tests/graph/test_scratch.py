@@ -1,0 +1,92 @@
+"""Scratch of an index goes as soon as nobody reads it any more; a build that was stopped goes on without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from graphbuild.job.steps import STEPS, folders, run_step, run_verb
+from graphbuild.recipe import Embed, Index, Recipe
+from graphbuild.runner.runner import Runner
+from graphbuild.store.store import Store
+
+ENGINES = ("partition", "exact", "faiss:HNSW8")
+INDEX = [step for step in STEPS if step.verb == "index"]
+Build = Callable[..., tuple[Store, set[str]]]
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Build:
+    vectors = np.random.default_rng(3).standard_normal((600, 16)).astype(np.float32)
+    np.save(tmp_path / "vectors.npy", vectors)
+
+    def run(engine: str, name: str, steps: object = INDEX) -> tuple[Store, set[str]]:
+        """These steps of an index, of a store with that name; and the stages of which a task ran."""
+        index = Index(k=8, engine=engine, recall=0.8, min_recall=0.0, recall_sample=100)
+        embed = Embed(vectors=str(tmp_path / "vectors.npy"), shard_size=200)
+        recipe, store = Recipe(embed=embed, index=index), Store(str(tmp_path / name))
+        with Runner(workers=0) as runner:
+            run_verb("embed", recipe, store, runner)
+            runner.ran.clear()
+            for step in steps:  # type: ignore[attr-defined]
+                run_step(step, recipe, store, runner)
+            return store, set(runner.ran)
+
+    return run
+
+
+def graph(store: Store) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(store.url).glob("graph/*.npy")}
+
+
+def scratch(store: Store) -> set[str]:
+    """The folders of _work that have files."""
+    work = Path(store.url) / "_work"
+    return {f"_work/{path.relative_to(work).parts[0]}/" for path in work.rglob("*/*") if path.is_file()}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_folder_of_scratch_goes_after_the_last_step_that_reads_it(engine: str, build: Build) -> None:
+    reads = {step.name: step.reads.split() for step in INDEX}
+    made: set[str] = set()
+    for number, step in enumerate(INDEX):
+        store, _ = build(engine, "store", [step])
+        made |= scratch(store)
+        later = {folder for other in INDEX[number + 1 :] for folder in reads[other.name]}
+        assert scratch(store) <= later, step.name
+        if step.name == "order":
+            assert ("_work/sorted/" in made - scratch(store)) == (engine == "partition")
+    assert {"_work/join/", "_work/merged/", "_work/moments/"} <= made
+    assert not scratch(store)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_build_that_stops_after_any_step_does_nothing_twice(engine: str, build: Build) -> None:
+    expected = graph(build(engine, "whole")[0])
+    for last in range(len(INDEX)):
+        _, before = build(engine, f"stopped{last}", INDEX[: last + 1])
+        store, ran = build(engine, f"stopped{last}")
+        assert not before & ran, INDEX[last].name
+        assert graph(store) == expected
+
+
+@pytest.mark.parametrize("lost", ["_work/ordered/codes/00000.npy", "_work/merged/00000.npy"])
+def test_what_was_made_from_scratch_that_is_gone_is_made_again_from_the_start(lost: str, build: Build) -> None:
+    expected = graph(build("partition", "whole")[0])
+    until = INDEX[: [step.name for step in INDEX].index("merge") + 1]
+    store, _ = build("partition", "store", until)
+    (Path(store.url) / lost).unlink()
+    store, ran = build("partition", "store")
+    assert ("codes" in ran) == ("ordered" in lost)
+    assert "join" in ran
+    assert graph(store) == expected
+
+
+def test_whoever_reads_scratch_has_the_verb_of_who_made_it_and_comes_later() -> None:
+    for number, step in enumerate(STEPS):
+        for last in folders(step).values():
+            assert last.verb == step.verb
+            assert STEPS.index(last) > number
