@@ -51,7 +51,7 @@ def mixed(cache: Path, rows: int, seed: int = 0) -> Path:
 
 def graph(path: Path, k: int) -> np.ndarray:
     """Near neighbours [n, k] of all vectors of a file, by graphbuild itself at recall 0.95."""
-    from graphbuild.job.steps import run_verb
+    from graphbuild.job.verbs import run_verb
     from graphbuild.recipe import resolve
     from graphbuild.runner.runner import Runner
     from graphbuild.store.sharded import node_array

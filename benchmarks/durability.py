@@ -17,7 +17,7 @@ from pathlib import Path
 
 from loader import make_store
 
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.recipe import resolve
 from graphbuild.runner.runner import Runner
 from graphbuild.store import store as stores

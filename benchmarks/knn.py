@@ -80,7 +80,7 @@ def run_peer(name: str, path: str, k: int, settings: dict[str, Any]) -> dict[str
 
 
 def run_own(name: str, path: str, k: int, settings: dict[str, Any]) -> dict[str, Any]:
-    from graphbuild.job.steps import run_verb
+    from graphbuild.job.verbs import run_verb
     from graphbuild.recipe import resolve
     from graphbuild.runner.runner import Runner
     from graphbuild.store.sharded import node_array

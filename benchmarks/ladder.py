@@ -99,7 +99,8 @@ def bytes_in(folder: Path) -> int:
 
 def one(job: dict[str, Any]) -> dict[str, Any]:
     """An index of a size, measured."""
-    from graphbuild.job.steps import STEPS, run_step, run_verb
+    from graphbuild.job.steps import STEPS
+    from graphbuild.job.verbs import run_step, run_verb
     from graphbuild.recipe import resolve
     from graphbuild.runner.runner import Runner
     from graphbuild.store.store import Store

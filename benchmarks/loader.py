@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from graphbuild import SampleGraph
 from graphbuild.demo.captions import caption
 from graphbuild.demo.scenes import make_scenes
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.recipe import resolve
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store

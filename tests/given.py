@@ -22,7 +22,7 @@ import graphbuild.torch
 from graphbuild import SampleGraph
 from graphbuild.demo.captions import caption
 from graphbuild.demo.scenes import BACKGROUNDS, encode_jpeg, make_scenes, render
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store

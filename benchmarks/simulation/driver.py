@@ -33,7 +33,8 @@ from graphbuild.job.plan.encoder_facts import MINILM
 from graphbuild.job.plan.job import Job
 from graphbuild.job.plan.machine import Machine
 from graphbuild.job.plan.rates import Rates
-from graphbuild.job.steps import run_verb, steps_of
+from graphbuild.job.steps import steps_of
+from graphbuild.job.verbs import run_verb
 from graphbuild.recipe import Recipe
 from graphbuild.runner.progress import Progress
 from graphbuild.runner.runner import Runner

@@ -57,7 +57,7 @@ def _job(shards: int) -> dict[str, dict[str, float]]:
     from moto.server import ThreadedMotoServer
     from s3fs.core import S3FileSystem
 
-    from graphbuild.job.steps import run_verb
+    from graphbuild.job.verbs import run_verb
     from graphbuild.recipe import resolve
     from graphbuild.runner import workers
     from graphbuild.runner.runner import Runner

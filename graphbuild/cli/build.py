@@ -150,8 +150,8 @@ def _run_verb(verb: str, recipe: Callable[[], Recipe], store: Store, how: How) -
 
         _say(plan_verb(verb, recipe(), store, how.workers, force=how.force))
         return
-    from graphbuild.job.steps import run_verb
     from graphbuild.job.summary import summary
+    from graphbuild.job.verbs import run_verb
     from graphbuild.sources.fetched import require_images
 
     with _runner(verb, store, how) as runner:

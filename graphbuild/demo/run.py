@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from graphbuild.demo.scenes import make_scenes
 from graphbuild.demo.server import SceneServer, assign_faults, expected_images, write_url_list
 from graphbuild.errors import ConfigError
-from graphbuild.job.steps import run_verb
 from graphbuild.job.summary import summary
+from graphbuild.job.verbs import run_verb
 from graphbuild.look.catalog import Catalog, Sample
 from graphbuild.look.report import write_report
 from graphbuild.look.thumbnails import show_neighbors

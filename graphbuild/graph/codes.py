@@ -59,7 +59,8 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
         described = engine.describe(inputs, Codes(*map(np.concatenate, zip(*parts, strict=True))), task.settings["k"])
     any_gone = bool(inputs.manifest.get("gone"))
     gone = gone_nodes(store, list(shards)) if any_gone else np.zeros(sum(shards.values()), bool)
-    end, facts = 0, {"largest_rest": max(float(codes.scales[:, 1].max()) for codes in parts)}
+    end = 0
+    facts: Json = {"largest_rest": max(float(codes.scales[:, 1].max()) for codes in parts)}
     for name, codes in zip(shards, parts, strict=True):
         begin, end = end, end + len(codes.codes)
         raw = store.array(VECTORS.format(name))

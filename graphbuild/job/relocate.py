@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from graphbuild.errors import ConfigError, InputError, public
 from graphbuild.export import clustered, columns, inline, sidecars
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.nodes.number import finish_assign
 from graphbuild.recipe import BESIDE, resolve
 from graphbuild.runner.runner import Runner

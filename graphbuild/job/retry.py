@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from graphbuild.errors import ConfigError
-from graphbuild.job.steps import run_step, run_verb, step_of, steps_of
+from graphbuild.job.steps import step_of, steps_of
 from graphbuild.job.summary import NEXT, refused_line
+from graphbuild.job.verbs import run_step, run_verb
 from graphbuild.recipe import Recipe, resolve
 from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import Task, digest, outputs, records

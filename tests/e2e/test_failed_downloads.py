@@ -16,8 +16,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from graphbuild.job.steps import run_verb
 from graphbuild.job.summary import summary
+from graphbuild.job.verbs import run_verb
 from graphbuild.recipe import Download, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import Task

@@ -228,7 +228,7 @@ def test_decompression_bombs_are_refused_before_they_are_decoded(
 @pytest.fixture(scope="module")
 def tar_store(images: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished store over one ready-made tar of all images, as .jpg whatever they are."""
-    from graphbuild.job.steps import run_verb
+    from graphbuild.job.verbs import run_verb
     from graphbuild.recipe import resolve
     from graphbuild.runner.runner import Runner
     from graphbuild.store.store import Store

@@ -24,7 +24,7 @@ import pytest
 from graphbuild.errors import GraphbuildError
 from graphbuild.graph.lists.mine import mine_store
 from graphbuild.graph.match.match import match_store
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.look.verify import verify_store
 from graphbuild.recipe import resolve
 from graphbuild.runner.runner import Runner

@@ -15,7 +15,7 @@ import pytest
 
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.job.retry import retry_store
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.look.verify import verify_store
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner

@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.look.catalog import Catalog
 from graphbuild.recipe import resolve
 from graphbuild.runner import partly

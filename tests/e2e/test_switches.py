@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from graphbuild.errors import ConfigError
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.look.verify import verify_store
 from graphbuild.recipe import Recipe
 from graphbuild.runner.runner import Runner

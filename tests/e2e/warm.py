@@ -24,7 +24,7 @@ from graphbuild.recipe import Download
 
 IMPORTED = (
     "sentence_transformers", "transformers.models.bert.modeling_bert", "ray", "polars", "pyarrow.parquet", "numba",
-    "scipy.sparse", "cffi", "graphbuild.cli", "graphbuild.job.steps", "graphbuild.job.summary", "graphbuild.torch",
+    "scipy.sparse", "cffi", "graphbuild.cli", "graphbuild.job.verbs", "graphbuild.job.summary", "graphbuild.torch",
     "graphbuild.knn.codes", "graphbuild.knn.exact", "graphbuild.knn.final", "graphbuild.knn.leaders",
     "graphbuild.look.verify", "graphbuild.store.lock",
 )  # fmt: skip
@@ -79,7 +79,7 @@ def _compilers() -> None:
 
 def _small_job() -> None:
     """From a tar to its sidecar, by the default encoder: numba's functions and the encoder's weights stay loaded."""
-    from graphbuild.job.steps import run_verb
+    from graphbuild.job.verbs import run_verb
     from graphbuild.machine.threads import torch_threads
     from graphbuild.recipe import Recipe
     from graphbuild.runner.runner import Runner

@@ -33,7 +33,7 @@ from graphbuild.job.plan.job import job_of
 from graphbuild.job.plan.machine import here
 from graphbuild.job.plan.rates import Rates
 from graphbuild.job.plan.show import cases
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.look.verify import verify_store
 from graphbuild.recipe import resolve
 from graphbuild.runner.runner import Runner
@@ -116,7 +116,7 @@ import collections, json, os, signal, sys
 
 import graphbuild.graph.batches.order, graphbuild.graph.sample_graph
 from graphbuild.export import cells, clustered, tarwriter
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.recipe import resolve
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store

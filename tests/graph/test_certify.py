@@ -15,7 +15,7 @@ from graphbuild.graph import certify, tasks
 from graphbuild.graph.certify import certify_afresh
 from graphbuild.graph.recall.recall import sampled
 from graphbuild.graph.tasks import ranges_of
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import Task, digest, records, sealed, state_path, write_manifest

@@ -18,7 +18,7 @@ import pytest
 from graphbuild import SampleGraph
 from graphbuild.demo.captions import caption
 from graphbuild.demo.scenes import make_scenes
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store

@@ -13,7 +13,8 @@ import pytest
 
 from graphbuild.graph import certify, grow, index, tasks
 from graphbuild.graph.certify import certify_afresh
-from graphbuild.job.steps import STEPS, run_step, run_verb
+from graphbuild.job.steps import STEPS
+from graphbuild.job.verbs import run_step, run_verb
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store

@@ -14,7 +14,7 @@ from graphbuild.errors import GraphbuildError, QualityError, StageError
 from graphbuild.graph.certify import certify_afresh, check_lists, check_similarities, require_graph
 from graphbuild.graph.moments import background_of
 from graphbuild.graph.recall.recall import unlisted
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.look.catalog import Catalog
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner

@@ -24,7 +24,7 @@ from graphbuild.graph.match import queries as asking
 from graphbuild.graph.match.match import match_store
 from graphbuild.graph.match.pictures import close_pairs, perceptual_hash
 from graphbuild.graph.select.rules import select_store
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.knn import queries as searching
 from graphbuild.look.verify import verify_store
 from graphbuild.mine import caption_queries, leaks, nearest_nodes, novel_queries, store_queries, vector_queries

@@ -20,7 +20,7 @@ from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError, InputError, StageError
 from graphbuild.graph.lists import derived
 from graphbuild.graph.lists.mine import LISTS, mine_store
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.mine import false_negative_edges, false_negatives, hard_negatives, near_duplicates, neighbor_positives
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from graphbuild.job.steps import STEPS, run_step, run_verb
+from graphbuild.job.steps import STEPS
+from graphbuild.job.verbs import run_step, run_verb
 from graphbuild.knn import leaders, partition
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from graphbuild.job.steps import STEPS, folders, run_step, run_verb
+from graphbuild.job.steps import STEPS, folders
+from graphbuild.job.verbs import run_step, run_verb
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store

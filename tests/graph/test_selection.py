@@ -30,7 +30,7 @@ from graphbuild.graph.lists.duplicates import near_duplicates
 from graphbuild.graph.select import rules as module
 from graphbuild.graph.select.rules import select, select_store
 from graphbuild.graph.select.selection import Selection
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.look.verify import verify_store
 from graphbuild.recipe import resolve
 from graphbuild.runner.runner import Runner

@@ -21,7 +21,7 @@ from graphbuild.demo.scenes import make_scenes
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.graph.select.clusters import clustered
 from graphbuild.graph.select.subsets import METHODS, choose
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from graphbuild.errors import ConfigError, QualityError, StageError
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.look.verify import verify_store
 from graphbuild.nodes import fidelity
 from graphbuild.recipe import Embed, Index, Recipe

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from graphbuild.job.steps import STEPS, Step, readers, run_verb, served, steps_of
+from graphbuild.job.steps import STEPS, Step, readers, served, steps_of
+from graphbuild.job.verbs import run_verb
 from graphbuild.recipe import Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import records

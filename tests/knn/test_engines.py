@@ -16,7 +16,7 @@ from other_device import other_device
 
 from graphbuild.errors import ConfigError, GraphbuildError, QualityError
 from graphbuild.graph import prepare, tasks
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.knn import (
     codes,
     device,

@@ -23,7 +23,7 @@ from scipy.special import log_softmax
 from scipy.stats import entropy, skew
 
 from graphbuild.errors import ConfigError
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.look.report import compare as comparing
 from graphbuild.look.report import write_report
 from graphbuild.recipe import Embed, Index, Recipe

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.look.catalog import Catalog
 from graphbuild.look.thumbnails import show_neighbors
 from graphbuild.recipe import Embed, Index, Recipe

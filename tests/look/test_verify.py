@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.look.verify import verify_store
 from graphbuild.recipe import Embed, Recipe
 from graphbuild.runner.runner import Runner

@@ -19,8 +19,8 @@ from PIL import Image
 
 from graphbuild.errors import ConfigError, GraphbuildError, InputError
 from graphbuild.job.relocate import relocate
-from graphbuild.job.steps import run_verb
 from graphbuild.job.summary import summary
+from graphbuild.job.verbs import run_verb
 from graphbuild.look.report.numbers import numbers
 from graphbuild.look.verify import verify_store
 from graphbuild.recipe import Embed, Index, Recipe

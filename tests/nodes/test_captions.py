@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphbuild.errors import ConfigError, InputError
-from graphbuild.job.steps import run_step, run_verb, step_of
+from graphbuild.job.steps import step_of
+from graphbuild.job.verbs import run_step, run_verb
 from graphbuild.nodes import scan
 from graphbuild.recipe import resolve
 from graphbuild.runner.runner import Runner

@@ -16,7 +16,7 @@ import yaml
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError
 from graphbuild.export.sidecar import Sidecar
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store

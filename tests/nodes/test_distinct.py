@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 
 from graphbuild.errors import InputError
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.look.verify import verify_store
 from graphbuild.nodes import distinct
 from graphbuild.nodes.number import NUMBER

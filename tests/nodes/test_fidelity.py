@@ -10,7 +10,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from graphbuild.errors import QualityError
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.nodes import fidelity
 from graphbuild.nodes.encoder import DEFAULT_ENCODER, find_encoder
 from graphbuild.recipe import Embed, Recipe

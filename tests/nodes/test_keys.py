@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from graphbuild.errors import InputError
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.look.verify import verify_store
 from graphbuild.nodes import distinct, keys
 from graphbuild.nodes.number import NUMBER

@@ -13,7 +13,7 @@ import pytest
 
 from graphbuild.errors import QualityError, StageError
 from graphbuild.job.relocate import relocate
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.knn import inputs
 from graphbuild.look.verify import verify_store
 from graphbuild.nodes import fidelity

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError, InputError, ShardError, StageError
 from graphbuild.graph.lists.duplicates import near_duplicates
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.look.catalog import Catalog
 from graphbuild.look.verify import verify_store
 from graphbuild.mine import hard_negatives

@@ -24,7 +24,7 @@ import graphbuild.open_clip as launcher
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError, GraphbuildError, InputError, ShardError
 from graphbuild.graph.select.rules import select_store
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store

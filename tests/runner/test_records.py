@@ -12,7 +12,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner import stage as stages
 from graphbuild.runner.runner import Runner

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from graphbuild.errors import ConfigError, InputError
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.recipe import resolve
 from graphbuild.runner.runner import Runner
 from graphbuild.sources.tars import add_member

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from graphbuild.job.steps import run_step, step_of
+from graphbuild.job.steps import step_of
+from graphbuild.job.verbs import run_step
 from graphbuild.recipe import Download, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import records

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from graphbuild import SampleGraph
 from graphbuild.errors import GraphbuildError, StageError
-from graphbuild.job.steps import run_step, run_verb, step_of
+from graphbuild.job.steps import step_of
+from graphbuild.job.verbs import run_step, run_verb
 from graphbuild.look.catalog import Catalog
 from graphbuild.look.verify import verify_store
 from graphbuild.nodes import encode, scan

@@ -12,7 +12,7 @@ import torch
 
 from graphbuild import SampleGraph
 from graphbuild.errors import ConfigError, InputError
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store

@@ -18,7 +18,7 @@ from train import main
 
 from graphbuild.demo.scenes import encode_jpeg, make_scenes, render
 from graphbuild.errors import ConfigError
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.store.store import Store

@@ -114,6 +114,7 @@ def index_costs(case: Case) -> dict[str, Cost]:
     checking = searched * (vectors * rates.flop * CERTIFY_FLOPS + job.k * rates.certified_edge)
     checking = (checking + job.nodes * job.k * rates.checked_entry) / (looks * ranges)
     tasks = len(ranges_of_leaders(job.nodes)) - 1
+    held_codes = 5.0 * job.d * shard_nodes + (5.0 * job.d + 500.0) * at_once
     held_order = 5.0 * job.d * job.nodes / tasks
     order = Cost(tasks + 1, job.nodes * rates.order_node * case.width / tasks, coded, ordered, held_order)
     near = (3.0 * job.d + 16.0 * length) * job.nodes / blocks
@@ -121,7 +122,7 @@ def index_costs(case: Case) -> dict[str, Cost]:
     return {
         "base": Cost(shards, 0.0, kept, kept),
         "prepare": prepare,
-        "codes": Cost(coders, coding, vectors, coded, 5.0 * job.d * shard_nodes + (5.0 * job.d + 500.0) * at_once, drawn),
+        "codes": Cost(coders, coding, vectors, coded, held_codes, drawn),
         "moments": Cost(1, shards * matrix / 1e9 + 2e-9 * job.d**3, shards * matrix, 2 * matrix),
         "order": order if partition else Cost(0),
         "join": join,

@@ -17,7 +17,8 @@ from graphbuild.graph.certify import require_graph
 from graphbuild.graph.tasks import nodes_entry
 from graphbuild.job.plan import lists
 from graphbuild.job.plan.encoder_facts import NO_ENCODER, EncoderFacts, encoder_facts
-from graphbuild.job.steps import Step, is_spared, replaced_by, steps_of
+from graphbuild.job.steps import Step, steps_of
+from graphbuild.job.verbs import is_spared, replaced_by
 from graphbuild.nodes.captions import read_class_names
 from graphbuild.recipe import BESIDE, Recipe
 from graphbuild.runner.stage import records, total_counts

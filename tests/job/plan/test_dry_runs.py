@@ -18,7 +18,7 @@ from graphbuild.demo.scenes import make_scenes
 from graphbuild.demo.server import FAULTS, SceneServer, write_url_list
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.job.retry import retry_store
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.recipe import Download, Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import Task

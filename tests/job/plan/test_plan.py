@@ -32,7 +32,7 @@ from graphbuild.job.plan.costs import room
 from graphbuild.job.plan.job import Job, job_of
 from graphbuild.job.plan.rates import Rates
 from graphbuild.job.plan.show import cases, tell
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.knn import engine
 from graphbuild.recipe import Download, Embed, Index, Recipe, read_recipe
 from graphbuild.runner.runner import Runner

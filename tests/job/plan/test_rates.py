@@ -16,7 +16,8 @@ from graphbuild.job.plan.encoder_facts import MINILM, NO_ENCODER
 from graphbuild.job.plan.job import Job, finished, job_of
 from graphbuild.job.plan.rates import KINDS, PROBED, Rates, kind_here, probe_here, scaled
 from graphbuild.job.plan.show import cases, plan_verb
-from graphbuild.job.steps import run_verb, steps_of
+from graphbuild.job.steps import steps_of
+from graphbuild.job.verbs import run_verb
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import records, state_path

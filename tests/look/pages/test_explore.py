@@ -17,7 +17,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from browser import Serve, Tab, draw, fetch, signed_in, wait_for
 
 from graphbuild.errors import StorageError
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.look.explore import server
 from graphbuild.nodes.encoder import find_encoder, open_model
 from graphbuild.recipe import Embed, Index, Recipe

@@ -29,7 +29,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from graphbuild.errors import ConfigError, InputError
 from graphbuild.graph.lists import derived
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.look.catalog import Catalog
 from graphbuild.look.explore import duplicates as duplicating
 from graphbuild.look.explore import map as maps

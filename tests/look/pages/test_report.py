@@ -17,7 +17,7 @@ import pytest
 from browser import Tab
 
 from graphbuild.graph.match.match import match_store
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.look.report.charts import _mass
 from graphbuild.look.report.numbers import SHOWN, _repeated_texts, numbers, repeated_images
 from graphbuild.look.report.page import _pictures, render, render_comparison, write_report

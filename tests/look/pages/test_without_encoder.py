@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from graphbuild.cli import app
 from graphbuild.errors import ConfigError
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.look.report import write_report
 from graphbuild.look.verify import verify_store
 from graphbuild.recipe import Embed, Index, Recipe

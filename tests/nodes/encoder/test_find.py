@@ -14,7 +14,7 @@ from sentence_transformers.models import Pooling, Transformer
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from graphbuild.errors import ConfigError
-from graphbuild.job.steps import run_verb
+from graphbuild.job.verbs import run_verb
 from graphbuild.nodes.encoder import find_encoder
 from graphbuild.recipe import resolve
 from graphbuild.runner.runner import Runner
