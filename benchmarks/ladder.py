@@ -113,6 +113,8 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
     try:
         with Runner(workers=job["workers"]) as runner:
             run_verb("embed", resolve(store, "embed", {"vectors": str(vectors)}), store, runner)
+            if job["make_room"]:
+                vectors.unlink()
             recipe, watch = resolve(store, "index", options), Watch(job["every"], folder=folder / "_work")
             for step in STEPS:
                 if step.verb != "index":
@@ -140,7 +142,7 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(asked: argparse.Namespace) -> None:
-    job = {name: getattr(asked, name) for name in ("k", "recall", "engine", "workers", "every", "keep")}
+    job = {name: getattr(asked, name) for name in ("k", "recall", "engine", "workers", "every", "keep", "make_room")}
     for nodes in asked.sizes:
         mixed(asked.cache, nodes)
         for _ in range(asked.repeats):
@@ -363,6 +365,7 @@ def main() -> None:
     runner.add_argument("--repeats", type=int, default=1)
     runner.add_argument("--every", type=float, default=2.0, help="seconds between looks at memory")
     runner.add_argument("--keep", action="store_true", help="leave the last store of each size in CACHE")
+    runner.add_argument("--make-room", action="store_true", help="remove the vectors' file once they are in the store")
     runner.set_defaults(call=run)
     shower = verbs.add_parser("show")
     shower.add_argument("results", type=Path)

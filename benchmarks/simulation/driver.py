@@ -136,7 +136,7 @@ def model(case: Case, store: Store, seed: int = 0) -> tuple[Cluster, work.Work]:
     doing = work.Work(
         case,
         found,
-        work.Requests(MEASURED["requests"], case),
+        work.Requests(MEASURED["requests"], case, found),
         store,
         work.ObjectStore(**objects),
         work.Noise(**noise),

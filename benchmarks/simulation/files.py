@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from graphbuild.graph.certify import DRAWN, DRAWN_PARTS
+from graphbuild.graph.codes import member_rows
 from graphbuild.job.plan.case import Case
-from graphbuild.knn.leaders import ranges_of_leaders
+from graphbuild.knn.leaders import SORTED_PARTS, ranges_of_leaders
 from graphbuild.runner.stage import Task, digest, state_path
 from graphbuild.store.store import Json, Store, Writer
 
 HEADER = 128  # bytes of a .npy
+FAN = 10  # leaders of a node
 
 
 class Shapes:
@@ -142,7 +144,7 @@ class Shapes:
             made = {f"{folder}/codes.npy": self._array(job.d, leaders), f"{folder}/scales.npy": self._array(8, leaders)}
             made |= {f"{folder}/group_codes.npy": self._array(job.d, groups)}
             made |= {f"{folder}/group_scales.npy": self._array(8, groups), "_work/leader_nodes.npy": 8 * leaders}
-            return made | {"_work/fan.npy": HEADER + 8}, {"leaders": leaders, "fan": 10, "promised_recall": 0.951}
+            return made | {"_work/fan.npy": HEADER + 8}, {"leaders": leaders, "fan": FAN, "promised_recall": 0.951}
         some = round(leaders * (task.built["shards"][1] - task.built["shards"][0]) / job.shards)
         made = {"drawn": self._array(2 * job.d, some), "similarities": self._array(job.k * 4, 400)}
         made["ids"] = self._array(job.k * 8, 400)
@@ -151,10 +153,11 @@ class Shapes:
     def _codes(self, task: Task, store: Store) -> tuple[dict[str, int], Json]:
         d, names = self.case.job.d, task.built["nodes"]
         rows, ranges = sum(names.values()), len(ranges_of_leaders(self.case.job.nodes))
-        files = {f"_work/moments/{name}.npy": HEADER + 8 * d * (d + 1) for name in names}
-        copies = {"members": 52, "vectors": 2 * d}
-        files |= {f"_work/sorted/{what}/{task.name}.npy": self._array(width, rows) for what, width in copies.items()}
-        return files, {"largest_rest": 0.04, "starts": [rows * at // (ranges - 1) for at in range(ranges)]}
+        files = {f"_work/moments/{task.name}.npy": HEADER + 8 * d * (d + 1)}
+        part = rows * member_rows(FAN, d).itemsize // SORTED_PARTS
+        files |= {f"_work/sorted/{number}/{task.name}.rows": part for number in range(SORTED_PARTS)}
+        starts = [rows * at // (ranges - 1) for at in range(ranges)]
+        return files, {"largest_rest": 0.04, "fan": FAN, "starts": starts}
 
     def _moments(self, task: Task, store: Store) -> tuple[dict[str, int], Json]:
         d = self.case.job.d
@@ -165,7 +168,7 @@ class Shapes:
         if task.name == "all":
             made = {"ids": self._array(4, nodes), "places": self._array(4, nodes), "starts": self._array(8, 1_000)}
             return {f"_work/ordered/{what}.npy": size for what, size in made.items()}, {}
-        widths = {"ids": 4, "vectors": 2 * d, "codes": d, "scales": 8, "leaves": 40, "floors": 4}
+        widths = {"ids": 4, "vectors": 2 * d, "codes": d, "scales": 8, "leaves": 4 * FAN, "floors": 4}
         rows = round(nodes / (len(ranges_of_leaders(nodes)) - 1))
         made = {f"_work/ordered/{what}/{task.name}.npy": self._array(width, rows) for what, width in widths.items()}
         return made, {"counts": {"nodes": rows}}

@@ -19,7 +19,6 @@ DRIVER_BOUND = 0.6  # of a stage's time, spent by the driver and its calls of Ra
 CAUSES = {
     "cores": "cores",
     "imports": "imports of workers",
-    "checksums": "checksums of copied files",
     "copies": "copying files to each node",
     "disk": "random reads of the disk",
     "requests": "waiting for requests",

@@ -18,17 +18,17 @@ from benchmarks.simulation.files import Shapes
 from graphbuild.graph.tasks import PART_NODES, PARTS
 from graphbuild.job.plan.case import Case, Cost
 from graphbuild.job.plan.costs import IMPORTS
-from graphbuild.knn.leaders import FILES
+from graphbuild.knn.leaders import blocks_of, ranges_of_leaders
 from graphbuild.knn.sample import SAMPLE
 from graphbuild.nodes.distinct import GROUP
 from graphbuild.nodes.fidelity import SAMPLE as FIDELITY_TEXTS
 from graphbuild.runner.stage import Stage, Task
 from graphbuild.store.store import Store
 
-# Stages of which a worker reads files of all shards: how many kinds.
-WHOLE = {"join": 4, "refine": 6, "search": 1}
+# Stages of which a worker reads files of all nodes: of how many kinds by range of leaders, and by block of lists.
+WHOLE = {"join": (4, 0), "refine": (4, 1), "search": (0, 1)}
 LISTED = 1_000  # names a request tells
-CAUSES = ("cores", "imports", "checksums", "copies", "disk", "requests", "refused", "network")
+CAUSES = ("cores", "imports", "copies", "disk", "requests", "refused", "network")
 FIRST_LATENCIES = 32  # requests of a task that wait for each other; more are sent side by side, as many at a time
 
 
@@ -36,11 +36,14 @@ class Requests:
     """How many requests a task sends: by `measured`, counts by stage of a real job of few shards (measure.py), and by
     the code where a task reads a range of shards, a sample or all of them, which are as many as there are here."""
 
-    def __init__(self, measured: Mapping[str, Mapping[str, Sequence[float]]], case: Case) -> None:
-        self.measured, self.case = measured, case
+    def __init__(
+        self, measured: Mapping[str, Mapping[str, Sequence[float]]], case: Case, costs: Mapping[str, Cost]
+    ) -> None:
+        self.measured, self.case, self.costs = measured, case, costs
         job = case.job
         self.groups = max(math.ceil(max(job.samples, job.nodes) / GROUP), 1)
         self.ranges = min(math.ceil(job.nodes / PART_NODES), PARTS, job.shards)
+        self.by_leader = len(ranges_of_leaders(job.nodes)) - 1, len(blocks_of(job.nodes, job.first_new)) - 1
 
     def of(self, stage: str, task: Task, *, first: bool) -> tuple[float, float]:
         """GET (HEAD too) and PUT (DELETE and LIST too). A single row of an array takes two, for its header and itself.
@@ -54,7 +57,7 @@ class Requests:
         elif stage in ("unique", "mark"):
             get = 2.0 * self.groups
         elif stage == "order":
-            get = 4.0 * min(shards, FILES)  # rows of two files of each task of codes
+            get = float(len(task.hints.get("files", ())))  # rows of each task of codes
         elif stage == "fidelity":
             get = 4.0 * FIDELITY_TEXTS
         elif stage == "prepare" and task.name == "all":
@@ -62,14 +65,18 @@ class Requests:
         elif stage == "prepare":
             get = 2.0 * SAMPLE + 2 * own
         elif stage == "moments":
-            get = 2.0 * shards
+            get = 2.0 * self.costs["codes"].tasks
         elif stage == "certify" and task.built["shards"] is None:
             begin, end = task.built["nodes"]
             get = 2.0 * (end - begin) * (job.k + 2)
         elif stage == "certify":
             get += known["get"][1] * own
-        put = known["put"][0] + (WHOLE.get(stage, 0) * (1 + shards / LISTED) if first else 0.0)
+        put = known["put"][0] + (sum(WHOLE[stage]) + self.whole(stage) / LISTED if first and stage in WHOLE else 0.0)
         return get, put
+
+    def whole(self, stage: str) -> float:
+        """How many files a node copies for a stage that reads those of all nodes."""
+        return float(sum(map(math.prod, zip(WHOLE[stage], self.by_leader, strict=True))))
 
 
 @dataclass(frozen=True)
@@ -151,15 +158,14 @@ class Work:
         whole = cost.mapped if stage.name in WHOLE else 0.0
         if stage.name == "refine":  # reads what is near its nodes, but an object store's files are copied whole
             whole = cost.read
-        if first:
-            spent["checksums"] = whole * rates.hash_byte * node.speed
         read, written = cost.read / cost.tasks, cost.written / cost.tasks
         if whole:  # is read from the node's own copy, which its first task of the stage begins to fetch
             read = 0.0
             if stage.name not in node.kept:
-                files = float(WHOLE[stage.name] * self.case.job.shards)
+                files = self.requests.whole(stage.name)
                 late = self._late("get", files, now, 0.0)
-                node.kept[stage.name] = now + max(whole / self._network, self._waiting("get", files), late)
+                hashing = whole * rates.hash_byte * node.speed / self.case.machine.cores  # of each by who fetches it
+                node.kept[stage.name] = now + max(whole / self._network, self._waiting("get", files), late, hashing)
                 sums.read, sums.get = sums.read + whole, sums.get + files
                 sums.refused += files if late else 0
             spent["copies"] = max(node.kept[stage.name] - now, 0.0)

@@ -8,6 +8,7 @@ together nothing twice. Memory: what is read and written of a task's nodes.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,11 +29,12 @@ if TYPE_CHECKING:
 
 
 def plan(recipe: Recipe, store: Store) -> list[Task]:
-    from graphbuild.knn.leaders import compared_at_once
+    from graphbuild.knn.leaders import SORTED_PARTS, compared_at_once
 
     manifest = nodes_entry(store)
     engine, _ = engine_of(recipe.index, manifest)
     built = {"prepared": manifest["stages"].get("prepare", {}).get("fingerprint"), **built_without(manifest)}
+    built |= {"parts": SORTED_PARTS} if engine.ordered else {}
     groups: list[dict[str, int]] = []
     firsts: list[int] = []
     for shard in shards_of(store, manifest).with_nodes:
@@ -60,35 +62,46 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
     any_gone = bool(inputs.manifest.get("gone"))
     gone = gone_nodes(store, list(shards)) if any_gone else np.zeros(sum(shards.values()), bool)
     end = 0
+    sums: list[Array] = []
     facts: Json = {"largest_rest": max(float(codes.scales[:, 1].max()) for codes in parts)}
     for name, codes in zip(shards, parts, strict=True):
         begin, end = end, end + len(codes.codes)
-        raw = store.array(VECTORS.format(name))
-        writer.array(PARTS.format(name), moments.moments_of(raw[~gone[begin:end]]), durable=False)
+        sums.append(moments.moments_of(store.array(VECTORS.format(name))[~gone[begin:end]]))
         if not engine.ordered:
             codes.scales[gone[begin:end], 0] = NOWHERE
             arrays = {what: values[begin:end] for what, values in described.items()} | codes._asdict()
             arrays |= {"gone": gone[begin:end, None]} if any_gone else {}
             for what, values in arrays.items():
                 writer.array(f"{SCRATCH}/{what}/{name}.npy", values, durable=False)
+    writer.array(PARTS.format(task.name), np.sum(sums, axis=0), durable=False)
     if engine.ordered:
+        facts["fan"] = described["leaves"].shape[1]
         facts["starts"] = _write_sorted(task, store, writer, described["leaves"], described["floors"], gone)
     return facts
 
 
 def _write_sorted(task: Task, store: Store, writer: Writer, leaves: Array, floors: Array, gone: Array) -> list[int]:
-    """Write the vectors of the task's nodes, and of each int32 [fan + 3]: its id, its leaves, and the bits of its floor
-    and of whether it is gone; by nearest leader, then id. Returns where in them each range of leaders begins."""
-    from graphbuild.knn.leaders import ranges_of_leaders
+    """Write the task's nodes as `member_rows`, by nearest leader, then id, a file a part of the leaders. Returns in
+    which row each range of leaders begins."""
+    from graphbuild.knn.leaders import parts_of_ranges, ranges_of_leaders
 
-    ids = np.arange(task.built["first_node"], task.built["first_node"] + len(leaves), dtype=np.uint32).view(np.int32)
-    order = np.argsort(leaves[:, 0], kind="stable")
-    members = np.concatenate([ids[:, None], leaves, floors.view(np.int32), gone[:, None]], axis=1, dtype=np.int32)
-    writer.array(SORTED.format("members", task.name), members[order], durable=False)
     vectors = np.concatenate([store.array(VECTORS.format(name)) for name in task.built["nodes"]])
-    writer.array(SORTED.format("vectors", task.name), vectors[order], durable=False)
-    bounds = ranges_of_leaders(node_count(store.manifest()))
-    return list(map(int, np.searchsorted(leaves[order, 0], bounds)))
+    order = np.argsort(leaves[:, 0], kind="stable")
+    rows = np.empty(len(order), member_rows(leaves.shape[1], vectors.shape[1]))
+    rows["id"] = task.built["first_node"] + order
+    for what, values in {"vector": vectors, "leaves": leaves, "floor": floors[:, 0], "gone": gone}.items():
+        rows[what] = values[order]
+    starts: list[int] = np.searchsorted(leaves[order, 0], ranges_of_leaders(node_count(store.manifest()))).tolist()
+    for part, (begin, end) in enumerate(pairwise(parts_of_ranges(len(starts) - 1))):
+        with writer.file(SORTED.format(part, task.name), durable=False) as path:
+            rows[starts[begin] : starts[end]].tofile(path)
+    return starts
+
+
+def member_rows(fan: int, d: int) -> np.dtype[np.void]:
+    """The type of what is told of a node to stage order."""
+    told = [("id", np.uint32), ("leaves", np.int32, (fan,)), ("floor", np.float32), ("gone", np.uint32)]
+    return np.dtype([*told, ("vector", np.float16, (d,))])
 
 
 def _coded(store: Store, name: str) -> Codes:

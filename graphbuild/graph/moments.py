@@ -16,11 +16,10 @@ from graphbuild.graph import sketch
 from graphbuild.graph.tasks import built_without, living_nodes, nodes_entry
 from graphbuild.machine.threads import torch_threads
 from graphbuild.recipe import Recipe
-from graphbuild.runner.stage import Stage, Task
+from graphbuild.runner.stage import Stage, Task, records
 from graphbuild.store.layout import BASIS, MOMENTS, PARTS
 from graphbuild.store.remote import READERS
 from graphbuild.store.sharded import Array
-from graphbuild.store.shards import shards_of
 from graphbuild.store.store import Json, Store, Writer
 
 if TYPE_CHECKING:
@@ -52,15 +51,14 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
 
 
 def run(task: Task, store: Store, writer: Writer) -> Json:
-    manifest = store.manifest()
-    names = [PARTS.format(name) for name in shards_of(store, manifest).with_nodes.names]
+    names = [PARTS.format(name) for name in records(store, "codes")]
     total = np.zeros_like(store.array(names[0]))
     with ThreadPoolExecutor(READERS) as pool:  # fetches them side by side; the order of adding stays
         for begin in range(0, len(names), READERS):
             for part in pool.map(store.array, names[begin : begin + READERS]):
                 total += part
     writer.array(MOMENTS, total)
-    writer.array(BASIS, sketch.basis_of(total, living_nodes(manifest)))
+    writer.array(BASIS, sketch.basis_of(total, living_nodes(store.manifest())))
     return {}
 
 

@@ -2,7 +2,8 @@
 
 Joins, merge and refine then read near rows for near nodes: at random over all, each look at another node costs a page.
 A node's place is its rank by nearest leader, then id; of a graph that grows old nodes come first. One task a range of
-leaders takes its nodes from where codes has sorted them, and codes their vectors; one writes where each node is.
+leaders takes its nodes from where codes has sorted them, and codes their vectors; one writes where each node is. What
+is sorted of a part of the leaders goes when the tasks of its ranges are done: they come before those of the next part.
 Memory: a range's vectors, twice, and codes. Scratch: 3 d + 24 bytes a node, and 4 for each of its leaders.
 """
 
@@ -23,34 +24,41 @@ from graphbuild.store.store import Json, Store, Writer
 
 
 def plan(recipe: Recipe, store: Store) -> list[Task]:
+    from graphbuild.knn.leaders import parts_of_ranges
+
     manifest = nodes_entry(store)
     engine, _ = engine_of(recipe.index, manifest)
     done = records(store, "codes")
     if not engine.ordered or any("starts" not in record["facts"] for record in done.values()):
         return []
     firsts = np.array([record["built"]["first_node"] for record in done.values()] + [node_count(manifest)])
-    starts = np.array([record["facts"]["starts"] for record in done.values()], np.int32)  # [codes tasks, ranges + 1]
-    built, parts = {"codes": manifest["stages"]["codes"]["fingerprint"]}, list[Task]()
-    for begin, end, first, stop in _ranges(starts.shape[1] - 1, first_new_node(manifest), node_count(manifest)):
+    starts = np.array([record["facts"]["starts"] for record in done.values()])  # int64 [codes tasks, ranges + 1]
+    parts = parts_of_ranges(starts.shape[1] - 1)
+    built, tasks = {"codes": manifest["stages"]["codes"]["fingerprint"]}, list[tuple[int, Task]]()
+    for part, begin, end, first, stop in _ranges(parts, first_new_node(manifest), node_count(manifest)):
         task = index_task(
-            recipe.index, engine, manifest, "order", shard_name(len(parts)), **built, range=[begin, end, first, stop]
+            recipe.index, engine, manifest, "order", shard_name(len(tasks)), **built, range=[begin, end, first, stop]
         )
         some = slice(np.searchsorted(firsts, first, side="right") - 1, np.searchsorted(firsts, stop))
-        pieces = {"names": list(done)[some], "begins": starts[some, begin], "ends": starts[some, end]}
-        parts.append(replace(task, hints={**task.hints, **pieces}))
-    whole = index_task(recipe.index, engine, manifest, "order", "all", **built, ranges=len(parts))
-    return [*parts, whole] if all(map(finished_tasks(store, "order"), parts)) else parts
+        rows = starts[some][:, [begin, end]] - starts[some][:, [parts[part]]]
+        hints = {**task.hints, "files": [SORTED.format(part, name) for name in list(done)[some]], "rows": rows}
+        hints["fan"] = next(iter(done.values()))["facts"]["fan"]
+        tasks.append((part, replace(task, hints=hints, frees=[SORTED.format(part, "").rpartition("/")[0]])))
+    parts_first = [task for _, task in sorted(tasks, key=lambda one: one[0])]
+    whole = index_task(recipe.index, engine, manifest, "order", "all", **built, ranges=len(tasks))
+    return [*parts_first, whole] if all(map(finished_tasks(store, "order"), parts_first)) else parts_first
 
 
-def _ranges(ranges: int, new: int, nodes: int) -> list[tuple[int, int, int, int]]:
-    """Ranges of leaders (first, end) and nodes (first, end) of each task: of old nodes, then of new, which are fewer.
-    new: the first new node."""
+def _ranges(parts: list[int], new: int, nodes: int) -> list[tuple[int, int, int, int, int]]:
+    """Of each task the part of the leaders, its ranges of leaders (first, end), and nodes (first, end): of old nodes,
+    then of new, which are fewer. new: the first new node."""
     return [
-        (at, min(at + width, ranges), begin, end)
+        (part, at, min(at + width, stop), begin, end)
         for begin, end in ((0, new), (new, nodes))
         if begin < end
         for width in (nodes // (end - begin),)
-        for at in range(0, ranges, width)
+        for part, (start, stop) in enumerate(pairwise(parts))
+        for at in range(start, stop, width)
     ]
 
 
@@ -72,27 +80,32 @@ def run(task: Task, store: Store, writer: Writer) -> Json:
                 values.flush()
         writer.array(STARTS, starts, durable=False)
         return {}
-    members, vectors = (_pieces(task, store, what) for what in ("members", "vectors"))
-    _, _, first, stop = task.built["range"]
-    ids = members[:, 0].view(np.uint32)
-    mine = np.flatnonzero((ids >= first) & (ids < stop))
-    mine = mine[np.argsort(members[mine, 1], kind="stable")]  # tasks of codes follow each other by id
-    vectors, members = vectors[mine], members[mine]
+    rows = _sorted(task, store)
+    vectors = np.ascontiguousarray(rows["vector"])
     codes = encode(vectors)
-    arrays = {"ids": ids[mine], "vectors": vectors, **codes._asdict()}
-    arrays |= {"leaves": members[:, 1:-2], "floors": members[:, -2:-1].view(np.float32)}
+    arrays = {"ids": rows["id"], "vectors": vectors, **codes._asdict()}
+    arrays |= {"leaves": rows["leaves"], "floors": rows["floor"][:, None]}
     if store.manifest().get("gone"):
-        arrays["gone"] = members[:, -1:].astype(bool)
+        arrays["gone"] = rows["gone"][:, None].astype(bool)
         codes.scales[arrays["gone"][:, 0], 0] = NOWHERE
     for what, values in arrays.items():
         writer.array(ORDERED.format(what, task.name), values, durable=False)
-    return {"counts": {"nodes": len(mine)}}
+    return {"counts": {"nodes": len(rows)}}
 
 
-def _pieces(task: Task, store: Store, what: str) -> Array:
-    """What codes has sorted of the nodes of a range of leaders."""
-    names, begins, ends = (task.hints[part] for part in ("names", "begins", "ends"))
-    return store.rows_of([SORTED.format(what, name) for name in names], begins.tolist(), ends.tolist())
+def _sorted(task: Task, store: Store) -> Array:
+    """The `member_rows` of a range of leaders and of nodes, in order: of each task of codes a request."""
+    from graphbuild.graph.codes import member_rows
+
+    row = member_rows(task.hints["fan"], store.manifest()["embeddings"]["d"])
+    bytes_of = task.hints["rows"] * row.itemsize
+    some = np.flatnonzero(bytes_of[:, 0] < bytes_of[:, 1])
+    pieces = store.ranges([task.hints["files"][file] for file in some], *bytes_of[some].T.tolist()) if len(some) else []
+    rows = np.concatenate([np.empty(0, row), *(np.frombuffer(piece, row) for piece in pieces)])
+    _, _, first, stop = task.built["range"]
+    mine = np.flatnonzero((rows["id"] >= first) & (rows["id"] < stop))
+    order = np.argsort(rows["leaves"][mine, 0], kind="stable")  # tasks of codes follow each other by id
+    return rows[mine[order]]
 
 
-STAGE = Stage(name="order", title="order", plan=plan, run=run, scratch=True, grows=True)
+STAGE = Stage(name="order", title="order", plan=plan, run=run, scratch=True, grows=True, frees=True)

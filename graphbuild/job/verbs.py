@@ -15,7 +15,7 @@ from graphbuild.machine.versions import version_of
 from graphbuild.recipe import Recipe
 from graphbuild.runner.runner import Runner
 from graphbuild.runner.stage import Stage, Task, records, state_path, write_manifest
-from graphbuild.runner.state import are_finished, invalidate, is_done, write_recipe
+from graphbuild.runner.state import are_finished, invalidate, is_done, pending, write_recipe
 from graphbuild.store.layout import STATE
 from graphbuild.store.leftovers import remove_leftovers
 from graphbuild.store.remote import READERS
@@ -123,7 +123,7 @@ def is_spared(step: Step, recipe: Recipe, store: Store, *, force: bool, known: d
 
 
 def _unread(step: Step, recipe: Recipe, store: Store, *, force: bool) -> list[str]:
-    """The folders of a step's scratch whose readers are all done, so that they may be gone."""
+    """The folders of a step's scratch whose readers are all done, steps or tasks, so that they may be gone."""
 
     def is_over(reader: Step) -> bool:
         if reader.name not in store.manifest()["stages"]:
@@ -131,7 +131,13 @@ def _unread(step: Step, recipe: Recipe, store: Store, *, force: bool) -> list[st
         unread = _unread(reader, recipe, store, force=force)
         return is_done(reader.stage, recipe, store, force=force, unread=unread)
 
-    return [folder for folder in folders(step) if all(map(is_over, readers_of(folder, step)))]
+    over = {folder for folder in folders(step) if all(map(is_over, readers_of(folder, step)))}
+    for folder in folders(step).keys() - over if step.name in store.manifest()["stages"] else ():
+        for stage in (reader.stage for reader in readers_of(folder, step) if reader.stage.frees):
+            tasks = stage.plan(recipe, store)
+            todo = pending(stage, tasks, records(store, stage.name), store, force=force, remove=False)
+            over |= {freed for task in tasks for freed in task.frees} - {freed for task in todo for freed in task.frees}
+    return sorted(over)
 
 
 def replaced_by(step: Step, tasks: Sequence[Task], store: Store, *, force: bool) -> list[Step]:

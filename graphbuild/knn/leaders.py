@@ -37,7 +37,7 @@ FILES = 4_096
 ROWS_A_GROUP = 128  # nodes at least that are compared with a group at once: a call for a few costs as much
 FLOOR_FAILS = 2e-4
 BLOCK_NODES = 65_536
-RANGE_NODES, RANGES, MOST_RANGE_NODES = 65_536, 128, 2**19
+RANGE_NODES, RANGES, MOST_RANGE_NODES, SORTED_PARTS = 65_536, 128, 2**19, 4
 
 
 def leader_count(nodes: int) -> int:
@@ -54,6 +54,12 @@ def ranges_of_leaders(nodes: int) -> list[int]:
     """Where ranges of leaders begin, whose nodes are put in order by a task each, and the last ends."""
     ranges = max(min(math.ceil(nodes / RANGE_NODES), RANGES), math.ceil(nodes / MOST_RANGE_NODES))
     bounds: list[int] = np.linspace(0, leader_count(nodes), ranges + 1).astype(int).tolist()
+    return bounds
+
+
+def parts_of_ranges(ranges: int) -> list[int]:
+    """Which range each part of them begins with, and the last ends: what is sorted of a part goes before the next's."""
+    bounds: list[int] = np.linspace(0, ranges, min(ranges, SORTED_PARTS) + 1).astype(int).tolist()
     return bounds
 
 

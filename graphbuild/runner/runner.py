@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -107,6 +108,7 @@ class Runner:
             invalidate(store, (stage.name, *stale))
             failures: dict[str, Failure] = {}
             accepted = False
+            readers = Counter(folder for task in todo for folder in task.frees)
             while todo:
                 for task, result in self._results(stage, todo, store):
                     if isinstance(result, Failure):
@@ -117,6 +119,9 @@ class Runner:
                             write_recipe(recipe, store)
                             accepted = True
                         done[task.name] = result
+                        readers.subtract(task.frees)
+                        for folder in (folder for folder in task.frees if not readers[folder]):
+                            store.remove_folder(folder)
                         facts = result["facts"]
                         self.progress.advance(facts.get("counts", {}), facts.get("reasons", {}))
                     self._show(store)

@@ -29,7 +29,8 @@ class Task:
 
     settings: JSON values, chosen by the user, that decide the output's bytes. inputs: name -> identity (size and date)
     of what is read from outside the store. built: what is read of the store's own earlier stages, by digest, and what
-    follows from them. hints: what does not change the result (device, threads) or what the others already cover.
+    follows from them. hints: what does not change the result (device, threads) or what the others already cover. frees:
+    folders of scratch that go once no task is left to do that names them.
 
     Changed settings or inputs need the user's word (--force); changed `built` only follows from such a change. A file
     that is added behind others of its kind ("captions 2" behind "captions") is no change.
@@ -41,6 +42,7 @@ class Task:
     inputs: Mapping[str, str] = field(default_factory=dict)
     built: Mapping[str, Any] = field(default_factory=dict)
     hints: Mapping[str, Any] = field(default_factory=dict)
+    frees: Sequence[str] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -86,7 +88,8 @@ class Stage:
     on_device: a GPU serves it, if there is one. sharing: workers to a GPU: one computes while another reads, prepares
     or writes. in_process: whether these tasks may run without workers where the job is small: not where many would do
     them sooner. may_crash: without workers such a task has a process beside the command's (child.py). grows: its plan
-    goes on from what its tasks have found, and is asked again when they are done, until it names no other.
+    goes on from what its tasks have found, and is asked again when they are done, until it names no other. frees: its
+    tasks free scratch before it ends.
     """
 
     name: str
@@ -105,6 +108,7 @@ class Stage:
     in_process: Callable[[Sequence[Task]], bool] = lambda tasks: True
     may_crash: Callable[[Task], bool] = lambda task: False
     grows: bool = False
+    frees: bool = False
     note: Callable[[Recipe, Store], str] | None = None
 
 

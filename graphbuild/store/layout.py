@@ -20,7 +20,7 @@ TEXTS_OPTIONS = {"row_group_size": TEXTS_ROWS, "use_dictionary": ["samples"]}  #
 VECTORS = "nodes/{}.npy"
 
 SCRATCH = "_work"
-SORTED = "_work/sorted/{}/{}.npy"  # of what codes tells of nodes, what stage order reads
+SORTED = "_work/sorted/{}/{}.rows"  # of a part of the leaders: their nodes, as codes leaves them for stage order
 MOMENTS = "_state/moments/moments.npy"
 PARTS = "_work/moments/{}.npy"
 BASIS = "graph/basis.npy"

@@ -19,6 +19,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,9 @@ CACHE_BYTES = 100 * 10**9
 CACHE_SECONDS = 24 * 3600  # copies not used for so long go
 SAFE_SECONDS = 3600  # copies used since then stay whatever their size: a process may be about to open them
 PRUNE_LOOKS = 64
-SUM = ".sha256"  # behind a copy's name: its checksum
+SUM = ".sha256"  # behind a copy's name: its checksum, and its `_state` when that was looked at
 VERSIONS = ("ETag", "etag", "mtime", "created", "updated", "Last-Modified", "LastModified", "last_modified", "blob_id")
 _PROCESS = uuid.uuid4().hex  # the version of a file whose server tells none: its copy serves this process alone
-_whole: set[tuple[Path, int]] = set()  # copies, with their inodes, whose checksums this process has seen to be right
 _until_pruned = 0  # copies that this process will fetch before it prunes again
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -154,9 +154,9 @@ def cached_copy(fs: fsspec.AbstractFileSystem, path: str, url: str, told: tuple[
             if not _is_whole(copy):
                 fs.get_file(path, str(partial))
                 os.utime(partial)
-                copy.with_suffix(SUM).write_text(file_sha256(partial))
+                sha256 = file_sha256(partial)
                 partial.rename(copy)
-                _whole.add((copy, copy.stat().st_ino))
+                _note_whole(copy, sha256)
         finally:
             partial.unlink(missing_ok=True)
             lock.unlink(missing_ok=True)
@@ -165,15 +165,37 @@ def cached_copy(fs: fsspec.AbstractFileSystem, path: str, url: str, told: tuple[
 
 
 def _is_whole(copy: Path) -> bool:
-    """Whether a copy is there as it was fetched; notes its use."""
+    """Whether a copy is there as it was fetched; notes its use. Of a machine's processes one looks at its checksum, as
+    long as nobody writes to it: a hundred workers would else read all that they share a hundred times."""
+    beside = copy.with_suffix(SUM)
     with contextlib.suppress(FileNotFoundError):
-        os.utime(copy)
-        os.utime(copy.with_suffix(SUM))
-        known = copy, copy.stat().st_ino
-        if known not in _whole and file_sha256(copy) == copy.with_suffix(SUM).read_text():
-            _whole.add(known)
-        return known in _whole
+        os.utime(beside)
+        sha256, _, known = beside.read_text().partition(" ")
+        if known == _state(copy):
+            return True
+        if file_sha256(copy) == sha256:
+            _note_whole(copy, sha256)
+            return True
     return False
+
+
+def _note_whole(copy: Path, sha256: str) -> None:
+    beside = copy.with_suffix(f".{uuid.uuid4().hex}")
+    beside.write_text(f"{sha256} {_state(copy)}")
+    beside.rename(copy.with_suffix(SUM))
+
+
+def _state(copy: Path) -> str:
+    """What changes when a file does, or the machine may have lost some of it in a crash."""
+    found = copy.stat()
+    return f"{_boot()} {found.st_ino} {found.st_size} {found.st_ctime_ns}"
+
+
+@cache
+def _boot() -> str:
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return _PROCESS  # which knows no more than itself
 
 
 def _prune_in_turn(folder: Path) -> None:
@@ -194,8 +216,9 @@ def prune(folder: Path) -> int:
     copies = []
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):  # another process prunes too
-            status = path.stat()
-            copies.append((status.st_mtime, status.st_size, path))
+            status, beside = path.stat(), path.with_suffix(SUM)
+            used = beside.stat().st_mtime if beside.exists() else 0.0
+            copies.append((max(used, status.st_mtime), status.st_size, path))
     kept, now = sum(size for _, size, _ in copies), time.time()
     for used, size, path in sorted(copies):
         idle = now - used

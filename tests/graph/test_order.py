@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from graphbuild.graph.codes import member_rows
 from graphbuild.job.steps import STEPS
 from graphbuild.job.verbs import run_step, run_verb
 from graphbuild.knn import leaders, partition
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
+from graphbuild.runner.stage import records
 from graphbuild.store.store import Store
 
 NODES, OLD, SHARD, K = 1_500, 1_000, 250, 10
@@ -61,8 +63,12 @@ def test_nodes_lie_by_nearest_leader_then_id_and_old_ones_before_new_ones(
     monkeypatch.setattr(leaders, "compared_at_once", lambda nodes: 300)
     if old:
         build(tmp_path, vectors[:old])
-    members = np.concatenate(files(build(tmp_path, vectors, until="codes"), "_work/sorted/members/*.npy"))
-    nearest = members[np.argsort(members[:, 0]), 1]
+    store = build(tmp_path, vectors, until="codes")
+    row = member_rows(records(store, "codes")["00000"]["facts"]["fan"], vectors.shape[1])
+    sorted_rows = [np.fromfile(path, row) for path in Path(store.url).glob("_work/sorted/*/*.rows")]
+    assert len({path.parent for path in Path(store.url).glob("_work/sorted/*/*.rows")}) == 4
+    members = np.concatenate(sorted_rows)
+    nearest = members[np.argsort(members["id"])]["leaves"][:, 0]
     store = build(tmp_path, vectors, until="order")
     expected = np.lexsort((np.arange(NODES), nearest, np.arange(NODES) >= old))
     (ids,), (places,) = files(store, "_work/ordered/ids.npy"), files(store, "_work/ordered/places.npy")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -64,17 +66,45 @@ def test_the_cache_folder_is_of_this_user_alone_whatever_the_umask(folder: Path,
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "without a sum"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "replaced", "lost in a crash", "without a sum"])
 def test_a_copy_that_is_not_as_it_was_fetched_is_fetched_again(
     store: Store, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = store.local_copy("x.bin")
+    time.sleep(0.02)  # a tick of the file system's clock
     if damage == "without a sum":
         copy.with_suffix(remote.SUM).unlink()
+    elif damage == "replaced":
+        (copy.parent / "other").write_bytes(b"CONTENT")
+        (copy.parent / "other").rename(copy)
     else:
+        before = copy.stat()
         copy.write_bytes(b"conten" if damage == "cut" else b"CONTENT")
-    monkeypatch.setattr(remote, "_whole", set())  # as in another process
+        os.utime(copy, ns=(before.st_atime_ns, before.st_mtime_ns))
+        if damage == "lost in a crash":  # whose dates came through
+            sha256 = hashlib.sha256(b"content").hexdigest()
+            copy.with_suffix(remote.SUM).write_text(f"{sha256} {remote._state(copy)}")
+            monkeypatch.setattr(remote, "_boot", lambda: "another boot")
     assert store.local_copy("x.bin").read_bytes() == b"content"
+
+
+def test_a_copy_that_nobody_wrote_to_is_read_for_its_checksum_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = store.local_copy("x.bin")
+    monkeypatch.setattr(remote, "file_sha256", lambda path: pytest.fail(f"{path} was read"))
+    assert store.local_copy("x.bin") == copy
+
+
+def test_a_copy_in_use_stays_when_others_go(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.write_bytes("y.bin", b"another")
+    copies = [store.local_copy(name) for name in ("x.bin", "y.bin")]
+    long_ago = time.time() - remote.CACHE_SECONDS - 10
+    for path in copies[0].parent.iterdir():
+        os.utime(path, (long_ago, long_ago))
+    assert store.local_copy("y.bin") == copies[1]
+    remote.prune(copies[0].parent)
+    assert set(copies[0].parent.iterdir()) == {copies[1], copies[1].with_suffix(remote.SUM)}
 
 
 Files = dict[str, tuple[bytes, dict[str, str]]]

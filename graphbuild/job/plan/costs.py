@@ -16,6 +16,7 @@ from graphbuild.job.plan.case import Case, Cost
 from graphbuild.job.plan.formulas import FORMULAS
 from graphbuild.job.plan.rates import WORKER_BYTES
 from graphbuild.job.steps import STEPS, Step, folders
+from graphbuild.knn.leaders import SORTED_PARTS
 from graphbuild.runner.small import BYTES, FEW, SAMPLES
 
 KEPT_BYTES = 200e6  # of earlier stages' small arrays, that a worker does not give back; large ones it does
@@ -64,13 +65,17 @@ def costs(case: Case, steps: Sequence[Step]) -> list[Cost]:
 def room(found: Sequence[Cost]) -> float:
     """Bytes that the files of these stages take at most: scratch goes when the last stage that reads it is done."""
     until = {step.name: max(folders(step).values(), key=STEPS.index).name for step in STEPS if folders(step)}
-    if any(cost.name == "order" and cost.written for cost in found):
-        until["codes"] = "order"  # which makes of them anew what others read
     here = most = 0.0
+    left = {cost.name: cost.written for cost in found}
+    if left.get("order"):  # makes of what codes has written anew what others read, and frees it part by part
+        until["codes"] = "order"
     for cost in found:
         here += cost.written
+        if cost.name == "order" and cost.written:
+            here -= left["codes"] * (1 - 1 / SORTED_PARTS)
+            left["codes"] /= SORTED_PARTS
         most = max(most, here)
-        here -= sum(other.written for other in found if until.get(other.name) == cost.name)
+        here -= sum(size for name, size in left.items() if until.get(name) == cost.name)
     return most
 
 

@@ -91,7 +91,7 @@ def index_costs(case: Case) -> dict[str, Cost]:
     at_once = max(compared_at_once(job.nodes), shard_nodes)
     coders = math.ceil(shards / math.ceil(at_once / shard_nodes))
     coding = job.nodes / coders * (rates.code_node + compared * rates.pair) * case.width
-    matrix = 8.0 * job.d * (job.d + 1)  # of a shard's moments; one of them has its eigenvectors taken
+    matrix = 8.0 * job.d * (job.d + 1)  # of a task's moments; one of them has its eigenvectors taken
     join, length, lists = _join(case)
     entries = 1.0 * job.nodes * length  # of candidate lists, one a node, united from `lists` a node
     merging = entries / shards * lists * rates.merge_entry
@@ -122,8 +122,8 @@ def index_costs(case: Case) -> dict[str, Cost]:
     return {
         "base": Cost(shards, 0.0, kept, kept),
         "prepare": prepare,
-        "codes": Cost(coders, coding, vectors, coded, held_codes, drawn),
-        "moments": Cost(1, shards * matrix / 1e9 + 2e-9 * job.d**3, shards * matrix, 2 * matrix),
+        "codes": Cost(coders, coding, vectors, coded + coders * matrix, held_codes, drawn),
+        "moments": Cost(1, coders * matrix / 1e9 + 2e-9 * job.d**3, coders * matrix, 2 * matrix),
         "order": order if partition else Cost(0),
         "join": join,
         "merge": Cost(blocks, merging * shards / blocks, 8 * entries * lists, 8 * entries, 16 * entries / blocks),
