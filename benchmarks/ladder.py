@@ -1,15 +1,15 @@
 """What an index costs as nodes grow: time, CPU seconds, memory and scratch of each stage, at each size.
 
     python benchmarks/ladder.py run CACHE ladder.jsonl --sizes 300000 1000000 3000000 --k 32 --recall 0.95
-    python benchmarks/ladder.py show ladder.jsonl ladder.png
+    python benchmarks/ladder.py run CACHE ladder.jsonl --sizes 3000000 30000000 --k 15 --recall 0.95 --make-room
+    python benchmarks/ladder_report.py ladder.jsonl ladder.png > ladder.md
     python benchmarks/ladder.py job CACHE corpus.parquet --size 12400000
 
 CACHE holds captions.npy, and gets mixed_N.npy of each size (benchmarks/data.py). Each size runs in a process of its
 own, `--repeats` times, with `--workers` (0: in that process); its store lies in CACHE while it runs, and takes 5 d
 bytes a node and some 12 lists of candidates. A line of ladder.jsonl is one run: of each stage the seconds, the CPU
 seconds of all its processes, their peak RSS and PSS and the most scratch (looked at every `--every` seconds), and minor
-and major page faults. `show` prints a table of medians with the exponent of growth between the
-sizes, and draws the CPU microseconds a node.
+and major page faults. `--make-room` takes the vectors' file away once they are in the store.
 
 `job` is the whole job of a user instead: a list of captions, each the first four fifths of the words of a real one and
 the last fifth of another's, through the commands embed (a static encoder: of each word piece the vector that the
@@ -21,16 +21,12 @@ and without.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import math
 import shutil
-import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +34,7 @@ import numpy as np
 import psutil
 from data import mixed
 from knn import machine
+from ladder_report import table
 
 
 class Watch(threading.Thread):
@@ -155,83 +152,6 @@ def run(asked: argparse.Namespace) -> None:
             print(table([line]), flush=True)
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    """Medians a size: microseconds of CPU a node by stage, and what the whole took; then exponents of growth."""
-    runs = defaultdict(list)
-    for line in lines:
-        runs[line["nodes"]].append(line)
-    names = [name for name in lines[0]["stages"] if any(line["stages"][name]["cpu"] >= 0.01 for line in lines)]
-    rows = [["nodes", *names, "all", "seconds", "peak RSS GB", "peak PSS GB", "unmapped GB", "scratch GB", "recall"]]
-    for nodes, some in sorted(runs.items()):
-
-        def median(of: str, name: str, some: list[dict[str, Any]] = some) -> float:
-            return statistics.median(line["stages"][name][of] for line in some)
-
-        each = [median("cpu", name) / nodes * 1e6 for name in names]
-        most = [max(median(of, name) for name in names) / 1e9 for of in ("rss", "pss", "own", "scratch")]
-        seconds = sum(median("seconds", name) for name in names)
-        recall = statistics.median(line["recall"]["recall"] for line in some)
-        rows.append([f"{nodes:,}", *(f"{cpu:.1f}" for cpu in [*each, sum(each)]), f"{seconds:.0f}"])
-        rows[-1] += [*(f"{value:.2f}" for value in most), f"{recall:.4f}"]
-    cells = ["| " + " | ".join(row) + " |" for row in rows]
-    told = [f"- {one}." for one in (*growth(runs), *forecast(runs))]
-    return "\n".join([cells[0], "|" + "---|" * len(rows[0]), *cells[1:], "", *told])
-
-
-def growth(runs: dict[int, list[dict[str, Any]]]) -> list[str]:
-    """The exponent with which the CPU seconds grew from each size to the next."""
-    sizes = sorted(runs)
-    total = {
-        nodes: statistics.median(sum(stage["cpu"] for stage in line["stages"].values()) for line in runs[nodes])
-        for nodes in sizes
-    }
-    return [
-        f"From {a:,} to {b:,} nodes CPU seconds grow by exponent {math.log(total[b] / total[a]) / math.log(b / a):.2f}"
-        for a, b in itertools.pairwise(sizes)
-    ]
-
-
-def forecast(runs: dict[int, list[dict[str, Any]]]) -> list[str]:
-    """What was forecast from each size for the next, over what it took: a size's seconds and scratch times the plan's
-    ratio of both sizes; of the stages with a twentieth of the whole or more."""
-    from graphbuild.job.plan.costs import room
-
-    said = []
-    for sizes in itertools.pairwise(sorted(runs)):
-        before, after = (runs[nodes] for nodes in sizes)
-        planned = [plan(lines[0]) for lines in (before, after)]
-        scratch = [room([costs[name] for name in costs if name not in ("search", "certify")]) for costs in planned]
-        seconds = []  # what those two write is the graph
-        for name in before[0]["stages"]:
-            took = [statistics.median(line["stages"][name]["seconds"] for line in lines) for lines in (before, after)]
-            if name in planned[0]:
-                seconds.append((name, took[0] * planned[1][name].seconds / planned[0][name].seconds, took[1]))
-        whole = [sum(stage[at] for stage in seconds) for at in (1, 2)]
-        shown = [f"{name} {said / took:.2f}" for name, said, took in seconds if took >= 0.05 * whole[1]]
-        had = [max(stage["scratch"] for stage in lines[0]["stages"].values()) for lines in (before, after)]
-        shown += [f"all {whole[0] / whole[1]:.2f}", f"scratch {had[0] * scratch[1] / scratch[0] / had[1]:.2f}"]
-        said.append(f"Forecast from {sizes[0]:,} for {sizes[1]:,} nodes, over what it took: {', '.join(shown)}")
-    return said
-
-
-def plan(line: dict[str, Any]) -> dict[str, Any]:
-    """What the plan says of each stage of a line's job, a `Cost`; its workers run already, as in `one`."""
-    from dataclasses import fields, replace
-
-    from graphbuild.job.plan.job import Job
-    from graphbuild.job.plan.machine import Machine
-    from graphbuild.job.plan.rates import Rates, rates_here
-    from graphbuild.job.plan.show import cases
-    from graphbuild.recipe import Recipe
-
-    read = Recipe.model_validate({"index": {"k": line["k"], "recall": line["asked"], "engine": line["engine"]}})
-    nodes = line["nodes"]
-    job = Job("vectors", nodes, nodes, nodes, -(-nodes // read.embed.shard_size), verb="index", k=line["k"])
-    here = Machine(1, line["workers"], 24e9, 1e9, workers=line["workers"], own=True)
-    begun = {one.name: 0.0 for one in fields(Rates) if one.name == "start" or one.name.startswith("load_")}
-    return {cost.name: cost for cost in cases(job, read, replace(rates_here(), **begun), [here])[0][1]}
-
-
 def whole_job(asked: argparse.Namespace) -> None:
     """The whole job, a row a command."""
     store = asked.cache / f"job_{asked.size}"
@@ -321,36 +241,6 @@ def epoch(asked: argparse.Namespace) -> None:
     print(f"{samples:,} samples in {batches:,} batches; {alike / samples:.2f} others of its batch at {asked.alike}")
 
 
-def show(asked: argparse.Namespace) -> None:
-    lines = [json.loads(line) for line in asked.results.read_text().splitlines()]
-    first = lines[0]
-    print(f"# What an index costs as nodes grow: {first['machine']}\n")
-    print(
-        f"`python benchmarks/ladder.py`: engine {first['engine']}, k = {first['k']}, recall {first['asked']} asked, "
-        f"{first['workers']} workers, vectors of 384 mixed from those of captions. By stage microseconds of CPU a "
-        "node. Seconds are those of all stages; RSS and PSS the largest sum over the processes in any stage, unmapped "
-        "of PSS what no file holds; scratch the most that lay there at a time.\n"
-    )
-    print(table(lines))
-    if asked.plot is None:
-        return
-    import matplotlib.pyplot as plt
-
-    sizes = sorted({line["nodes"] for line in lines})
-    figure, axes = plt.subplots(figsize=(7, 5))
-    for name in lines[0]["stages"]:
-        values = [
-            statistics.median(line["stages"][name]["cpu"] for line in lines if line["nodes"] == nodes) / nodes * 1e6
-            for nodes in sizes
-        ]
-        if max(values) >= 0.5:
-            axes.loglog(sizes, values, marker="o", label=name)
-    axes.set(xlabel="nodes", ylabel="CPU microseconds a node", title=lines[0]["machine"])
-    axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(asked.plot, dpi=150, bbox_inches="tight")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True)
@@ -367,10 +257,6 @@ def main() -> None:
     runner.add_argument("--keep", action="store_true", help="leave the last store of each size in CACHE")
     runner.add_argument("--make-room", action="store_true", help="remove the vectors' file once they are in the store")
     runner.set_defaults(call=run)
-    shower = verbs.add_parser("show")
-    shower.add_argument("results", type=Path)
-    shower.add_argument("plot", type=Path, nargs="?")
-    shower.set_defaults(call=show)
     whole = verbs.add_parser("job")
     whole.add_argument("cache", type=Path)
     whole.add_argument("captions", type=Path, help="parquet with a column `caption`")

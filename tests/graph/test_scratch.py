@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from graphbuild.graph import order
 from graphbuild.job.steps import STEPS, folders
 from graphbuild.job.verbs import run_step, run_verb
+from graphbuild.knn import leaders
 from graphbuild.recipe import Embed, Index, Recipe
 from graphbuild.runner.runner import Runner
-from graphbuild.store.store import Store
+from graphbuild.runner.stage import Task
+from graphbuild.store.store import Json, Store, Writer
 
 ENGINES = ("partition", "exact", "faiss:HNSW8")
 INDEX = [step for step in STEPS if step.verb == "index"]
@@ -84,6 +88,43 @@ def test_what_was_made_from_scratch_that_is_gone_is_made_again_from_the_start(lo
     assert ("codes" in ran) == ("ordered" in lost)
     assert "join" in ran
     assert graph(store) == expected
+
+
+@pytest.fixture
+def two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes sorted in two parts of the leaders, of two ranges each."""
+    monkeypatch.setattr(leaders, "RANGE_NODES", 150)
+    monkeypatch.setattr(leaders, "SORTED_PARTS", 2)
+
+
+@pytest.mark.usefixtures("two_parts")
+@pytest.mark.parametrize("lost", [None, "_work/ordered/codes/00000.npy", "_work/sorted/1/00000.rows"])
+def test_what_is_sorted_of_a_part_goes_with_the_last_task_that_reads_it(
+    lost: str | None, build: Build, tmp_path: Path
+) -> None:
+    expected = graph(build("partition", "whole")[0])
+    begun: list[str] = []
+    run = order.STAGE.run
+
+    def run_three(task: Task, store: Store, writer: Writer) -> Json:
+        begun.append(task.name)
+        if len(begun) > 3:
+            raise KeyboardInterrupt
+        return run(task, store, writer)
+
+    step = next(step for step in INDEX if step.name == "order")
+    until = INDEX[: INDEX.index(step)]
+    with pytest.raises(KeyboardInterrupt):
+        build("partition", "store", [*until, replace(step, stage=replace(order.STAGE, run=run_three))])
+    assert begun == ["00000", "00001", "00002", "00003"]
+    store = tmp_path / "store"
+    assert sorted(path.name for path in store.glob("_work/sorted/*")) == ["1"]
+    if lost:
+        (store / lost).unlink()
+    built, ran = build("partition", "store")
+    assert ("codes" in ran) == (lost is not None)
+    assert "order" in ran
+    assert graph(built) == expected
 
 
 def test_whoever_reads_scratch_has_the_verb_of_who_made_it_and_comes_later() -> None:

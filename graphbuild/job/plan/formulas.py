@@ -34,7 +34,7 @@ from graphbuild.knn.leaders import (
     leader_count,
     ranges_of_leaders,
 )
-from graphbuild.knn.partition import FANS, MISSING_AFTER_REFINEMENT
+from graphbuild.knn.partition import FANS, LONGEST, MISSING_AFTER_REFINEMENT
 from graphbuild.knn.sample import SAMPLE
 
 CERTIFY_FLOPS = 0.6  # of 2 N d FLOP a node, whose time the certificate takes: most pairs are ruled out before
@@ -46,9 +46,13 @@ INTERVAL, NODE_VARIANCE, REACHED = 7.0, 0.2, 0.7
 # which refinement leaves MISSING_AFTER_REFINEMENT (fans 7 and 14 for recall 0.95 and 0.99, benchmarks/results/
 # knn.jsonl). It grows with N: cost grew with exponent 1.2 from 250,000 to 3,000,000 nodes, and goes with fan^2.
 MISSED_AT_0, MISSED_BY_FAN, FAN_NODES, FAN_GROWTH = 0.78, 0.231, 250_000, 0.1
+# The more nodes, the nearer each other's neighbours, of which codes put the wrong ones first: a list of candidates has
+# k + k/8 up to so many nodes, and then grows with this power of N (k = 15: 19, 23 and 45 at 0.3, 3 and 30 million mixed
+# vectors; k = 32: 36 and 60 at 3 and 12.4 million, benchmarks/results/ladder_epyc.jsonl).
+LISTS_GROW_FROM, LISTS_GROWTH = 2e6, 0.3
 # Refinement reads neighbours' lists at random: where all take more than LISTS_NEAR bytes, up to 1 + LISTS_FAR times as
-# long (0.9 GB and 3.6 GB: 1.2 and 2.0 times on one EPYC, 1.0 and 1.8 on another, benchmarks/results/ladder_epyc.md).
-LISTS_NEAR, LISTS_FAR = 1e9, 1.2
+# long for each entry (0.9, 6.0 and 10.8 GB: 1.0, 1.0 and 1.3 times, benchmarks/results/ladder_epyc.jsonl).
+LISTS_NEAR, LISTS_FAR = 1e9, 0.3
 LEAF_SCAN = 2e-9  # seconds a number: a task looks through all nodes' leaves for its own
 PAIR_BYTES = 19  # moved a pair on a GPU: int32 product out and in, float32 out and in, a byte of comparison out and in
 # twice more for compaction (graphbuild.knn.device): 4 + 4 + 4 + 4 + 1 + 1 + 1
@@ -149,7 +153,7 @@ def looks_of(case: Case) -> tuple[int, float]:
     return 1 + math.ceil(math.log2(searched / first)), searched
 
 
-def _join(case: Case) -> tuple[Cost, int, float]:
+def _join(case: Case) -> tuple[Cost, float, float]:
     """The join tasks of the engine that would be chosen, the length of a candidate list, and lists a node, one a task
     that it is in."""
     job, machine, rates, index, engine = case.job, case.machine, case.rates, case.index, case.engine
@@ -159,6 +163,8 @@ def _join(case: Case) -> tuple[Cost, int, float]:
     held_nodes, lists = engine.spread(nodes, len(engine.joins(nodes, at_once)))
     held_nodes = min(held_nodes, nodes)
     length = engine.length(job.k, nodes)
+    if engine.name == "partition":
+        length = max(min(length * max(nodes / LISTS_GROW_FROM, 1.0) ** LISTS_GROWTH, LONGEST * job.k), length)
     share = 1 - (job.first_new / nodes) ** 2  # of the pairs, that have a new node
     read, written = held_nodes * tasks * (job.d + 12.0), 8.0 * nodes * lists * (length + 1)
     held = held_nodes * bytes_a_node(engine, job.k, nodes, job.d)
