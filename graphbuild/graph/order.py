@@ -34,19 +34,20 @@ def plan(recipe: Recipe, store: Store) -> list[Task]:
     firsts = np.array([record["built"]["first_node"] for record in done.values()] + [node_count(manifest)])
     starts = np.array([record["facts"]["starts"] for record in done.values()])  # int64 [codes tasks, ranges + 1]
     parts = parts_of_ranges(starts.shape[1] - 1)
-    built, tasks = {"codes": manifest["stages"]["codes"]["fingerprint"]}, list[tuple[int, Task]]()
-    for part, begin, end, first, stop in _ranges(parts, first_new_node(manifest), node_count(manifest)):
+    fan = next(iter(done.values()))["facts"]["fan"]
+    built, tasks = {"codes": manifest["stages"]["codes"]["fingerprint"]}, list[Task]()
+    ranges = enumerate(_ranges(parts, first_new_node(manifest), node_count(manifest)))
+    for number, (part, begin, end, first, stop) in sorted(ranges, key=lambda one: one[1][0]):
         task = index_task(
-            recipe.index, engine, manifest, "order", shard_name(len(tasks)), **built, range=[begin, end, first, stop]
+            recipe.index, engine, manifest, "order", shard_name(number), **built, range=[begin, end, first, stop]
         )
         some = slice(np.searchsorted(firsts, first, side="right") - 1, np.searchsorted(firsts, stop))
+        files = [SORTED.format(part, name) for name in list(done)[some]]
         rows = starts[some][:, [begin, end]] - starts[some][:, [parts[part]]]
-        hints = {**task.hints, "files": [SORTED.format(part, name) for name in list(done)[some]], "rows": rows}
-        hints["fan"] = next(iter(done.values()))["facts"]["fan"]
-        tasks.append((part, replace(task, hints=hints, frees=[SORTED.format(part, "").rpartition("/")[0]])))
-    parts_first = [task for _, task in sorted(tasks, key=lambda one: one[0])]
+        frees = [SORTED.format(part, "").rpartition("/")[0]]
+        tasks.append(replace(task, hints={**task.hints, "files": files, "rows": rows, "fan": fan}, frees=frees))
     whole = index_task(recipe.index, engine, manifest, "order", "all", **built, ranges=len(tasks))
-    return [*parts_first, whole] if all(map(finished_tasks(store, "order"), parts_first)) else parts_first
+    return [*tasks, whole] if all(map(finished_tasks(store, "order"), tasks)) else tasks
 
 
 def _ranges(parts: list[int], new: int, nodes: int) -> list[tuple[int, int, int, int, int]]:

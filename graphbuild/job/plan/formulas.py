@@ -53,6 +53,8 @@ LISTS_GROW_FROM, LISTS_GROWTH = 2e6, 0.3
 # Refinement reads neighbours' lists at random: where all take more than LISTS_NEAR bytes, up to 1 + LISTS_FAR times as
 # long for each entry (0.9, 6.0 and 10.8 GB: 1.0, 1.0 and 1.3 times, benchmarks/results/ladder_epyc.jsonl).
 LISTS_NEAR, LISTS_FAR = 1e9, 0.3
+# Likewise the leaders of codes: 18, 74 and 180 MB of them took 1.0, 1.2 and 1.4 times as long.
+LEADERS_NEAR, LEADERS_FAR = 4e7, 0.5
 LEAF_SCAN = 2e-9  # seconds a number: a task looks through all nodes' leaves for its own
 PAIR_BYTES = 19  # moved a pair on a GPU: int32 product out and in, float32 out and in, a byte of comparison out and in
 # twice more for compaction (graphbuild.knn.device): 4 + 4 + 4 + 4 + 1 + 1 + 1
@@ -95,6 +97,7 @@ def index_costs(case: Case) -> dict[str, Cost]:
     at_once = max(compared_at_once(job.nodes), shard_nodes)
     coders = math.ceil(shards / math.ceil(at_once / shard_nodes))
     coding = job.nodes / coders * (rates.code_node + compared * rates.pair) * case.width
+    coding *= 1 + LEADERS_FAR * max(1 - LEADERS_NEAR / drawn, 0.0)
     matrix = 8.0 * job.d * (job.d + 1)  # of a task's moments; one of them has its eigenvectors taken
     join, length, lists = _join(case)
     entries = 1.0 * job.nodes * length  # of candidate lists, one a node, united from `lists` a node
