@@ -64,6 +64,9 @@ class Engine(Protocol):
     def length(self, k: int, nodes: int) -> int:
         """Candidates a list holds."""
 
+    def beside(self, nodes: int) -> float:
+        """Bytes that a join task holds of a node beside what `bytes_a_node` says."""
+
     def join(self, argument: Any, inputs: Inputs, length: int, device: str) -> tuple[Array, Array]:
         """ids int64 [m] ascending, and their candidate lists, keys int64 [m, length] (`graphbuild.knn.lists`): by
         similarity over the row's own scale, as lists of a graph that grows are merged with these by score."""
@@ -106,9 +109,9 @@ def nodes_at_once(engine: Engine, index: Index, nodes: int, width: int) -> int:
     return at_once
 
 
-def bytes_a_node(engine: Engine, k: int, nodes: int, width: int) -> int:
-    """Codes, list, and its ids, scale, floor and place while it is joined."""
-    return width + 8 * engine.length(k, nodes) + 32
+def bytes_a_node(engine: Engine, k: int, nodes: int, width: int) -> float:
+    """Codes, list, and its ids, scale, floor and place while it is joined, and what the engine needs beside."""
+    return width + 8 * engine.length(k, nodes) + 32 + engine.beside(nodes)
 
 
 def forecast(index: Index, nodes: int, width: int, first_new: int = 0) -> str:

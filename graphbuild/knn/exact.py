@@ -67,6 +67,9 @@ class Exact:
         groups = round((2 * tasks + 0.25) ** 0.5 - 0.5)
         return 2 * nodes / groups, groups
 
+    def beside(self, nodes: int) -> float:
+        return 0.0
+
     def length(self, k: int, nodes: int) -> int:
         """So many that the proof nearly always succeeds."""
         return min(2 * k + 16, nodes - 1)

@@ -70,6 +70,9 @@ class Faiss:
     def spread(self, nodes: int, tasks: int) -> tuple[float, float]:
         return nodes / tasks, 1
 
+    def beside(self, nodes: int) -> float:
+        return 0.0
+
     def length(self, k: int, nodes: int) -> int:
         return list_length(k, nodes)
 

@@ -35,9 +35,14 @@ FANS = range(2, 41)
 EXPAND = 12
 DEPTH = 2 / 3  # of a list is offered to others
 MISSING_AFTER_REFINEMENT = 0.55  # of what the leaves miss, with these: 0.45 to 0.55 on captions, less on easier sets
+# The fan of partition: on 251,610 captions a share exp(-0.78 - 0.231 fan) of the true neighbours share no leaf, of
+# which refinement leaves MISSING_AFTER_REFINEMENT (fans 7 and 14 for recall 0.95 and 0.99, benchmarks/results/
+# knn.jsonl). It grows with N: cost grew with exponent 1.2 from 250,000 to 3,000,000 nodes, and goes with fan^2.
+MISSED_AT_0, MISSED_BY_FAN, FAN_NODES, FAN_GROWTH = 0.78, 0.231, 250_000, 0.1
 TASK_NODES = 65_536
 TASKS = 128
 OVERLAP = 3  # nodes of a task, in units of its share of all nodes: a node has leaves in several
+LEAF_BYTES = 34  # of a node in a leaf, while a task finds which nodes each leaf has
 DEEP, LONGEST = 6, 3  # in units of k: sampled nodes that codes put in order, and candidates of a list, at most
 BY_CODES = 0.2  # of what may be missed, that may be missed as codes put it too far behind
 TIE = 1e-6  # by which float32 similarities of equal pairs may differ
@@ -83,6 +88,9 @@ class Partition:
     def length(self, k: int, nodes: int) -> int:
         return self.listed or list_length(k, nodes)
 
+    def beside(self, nodes: int) -> float:
+        return LEAF_BYTES * fan_of(self.recall, nodes) / OVERLAP
+
     def join(self, argument: Any, inputs: Inputs, length: int, device: str) -> tuple[Array, Array]:
         """All pairs of each leaf in a range."""
         import torch
@@ -93,15 +101,16 @@ class Partition:
         for start, block in leaves.blocks(BLOCK_ROWS):
             flat = block.reshape(-1)
             hits = np.flatnonzero((flat >= first) & (flat < end))
-            nodes.append(hits // leaves.width + start)
+            nodes.append((hits // leaves.width + start).astype(np.uint32))
             numbers.append(flat[hits])
         # Nodes ascending, each as often as it has leaves here.
         node, leaf = np.concatenate(nodes), np.concatenate(numbers)
+        del nodes, numbers  # at a high recall these rows weigh as much as codes and lists
         fresh = np.zeros(end - first, bool)
         fresh[leaf[node >= first_new] - first] = True
         node, leaf = node[fresh[leaf - first]], leaf[fresh[leaf - first]]
         starts = np.concatenate([[True], node[1:] != node[:-1]])[: len(node)]
-        ids, place = node[starts], np.cumsum(starts) - 1
+        ids, place = node[starts].astype(np.int64), np.cumsum(starts, dtype=np.int32) - 1
         code = torch.from_numpy(inputs.of("codes").take(ids))
         scale = inputs.of("scales").take(ids)[:, 0].copy()
         keys = np.full((len(ids), length), lists.EMPTY, np.int64)
@@ -109,13 +118,20 @@ class Partition:
         memory = tile_memory()
         new_place = int(np.searchsorted(ids, first_new))
         members = place[np.argsort(leaf, kind="stable")]
-        ends = np.searchsorted(np.sort(leaf), np.arange(first, end + 1))
+        ends = np.concatenate([[0], np.cumsum(np.bincount(leaf - first, minlength=end - first))])
+        del node, place, leaf
         for begin, stop in itertools.pairwise(ends):
             for cut in range(begin, stop, LARGEST_LEAF):
-                leaf_members = members[cut : min(cut + LARGEST_LEAF, stop)]
+                leaf_members = members[cut : min(cut + LARGEST_LEAF, stop)].astype(np.int64)
                 _join_leaf(leaf_members, new_place, code, ids, scale, floors, keys, memory)
             partly.add((stop - begin) / max(len(members), 1))
         return ids, keys
+
+
+def fan_of(recall: float, nodes: int) -> float:
+    """Leaves that a node must join for that recall, about: see MISSED_AT_0."""
+    fan = (-math.log((1 - recall) / MISSING_AFTER_REFINEMENT) - MISSED_AT_0) / MISSED_BY_FAN
+    return float(min(max(fan, FANS[0]) * max(nodes / FAN_NODES, 1.0) ** FAN_GROWTH, FANS[-1]))
 
 
 def list_length(k: int, nodes: int) -> int:

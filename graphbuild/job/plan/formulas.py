@@ -34,7 +34,7 @@ from graphbuild.knn.leaders import (
     leader_count,
     ranges_of_leaders,
 )
-from graphbuild.knn.partition import FANS, LONGEST, MISSING_AFTER_REFINEMENT
+from graphbuild.knn.partition import LONGEST, fan_of
 from graphbuild.knn.sample import SAMPLE
 
 CERTIFY_FLOPS = 0.6  # of 2 N d FLOP a node, whose time the certificate takes: most pairs are ruled out before
@@ -42,10 +42,6 @@ CERTIFY_FLOPS = 0.6  # of 2 N d FLOP a node, whose time the certificate takes: m
 # of recall (1 - recall): 0.12 on 50,000 captions at recall 0.965, 0.27 on 300,000 mixed vectors at 0.973.
 # REACHED: what a graph misses, of what it was allowed to.
 INTERVAL, NODE_VARIANCE, REACHED = 7.0, 0.2, 0.7
-# The fan of partition: on 251,610 captions a share exp(-0.78 - 0.231 fan) of the true neighbours share no leaf, of
-# which refinement leaves MISSING_AFTER_REFINEMENT (fans 7 and 14 for recall 0.95 and 0.99, benchmarks/results/
-# knn.jsonl). It grows with N: cost grew with exponent 1.2 from 250,000 to 3,000,000 nodes, and goes with fan^2.
-MISSED_AT_0, MISSED_BY_FAN, FAN_NODES, FAN_GROWTH = 0.78, 0.231, 250_000, 0.1
 # The more nodes, the nearer each other's neighbours, of which codes put the wrong ones first: a list of candidates has
 # k + k/8 up to so many nodes, and then grows with this power of N (k = 15: 19, 23 and 45 at 0.3, 3 and 30 million mixed
 # vectors; k = 32: 36 and 60 at 3 and 12.4 million, benchmarks/results/ladder_epyc.jsonl).
@@ -188,19 +184,13 @@ def _join(case: Case) -> tuple[Cost, float, float]:
         pairs = rows * NODES_PER_LEADER * fan / 2
         seconds = pairs * rates.pair * case.width + rows * length * rates.leaf_entry + nodes * fan * LEAF_SCAN
         read, mapped = cost.read + tasks * 4.0 * nodes * fan, nodes * (job.d + 4.0 * fan)
-        cost = replace(cost, core_seconds=seconds, read=read, held=cost.held + 48.0 * rows, mapped=mapped)
+        cost = replace(cost, core_seconds=seconds, read=read, mapped=mapped)
     else:
         compared = min(FAISS_PAIRS_FAR * math.sqrt(nodes), nodes) * FAISS_TASK_NODES
         whole = 4.0 * nodes * job.d
         seconds = compared * 2 * job.d * rates.flop
         cost = replace(cost, core_seconds=seconds, read=whole * tasks, held=cost.held + whole, mapped=whole)
     return cost, length, lists
-
-
-def fan_of(recall: float, nodes: int) -> float:
-    """Leaves that a node must join for that recall, about: see the constants above."""
-    fan = (-math.log((1 - recall) / MISSING_AFTER_REFINEMENT) - MISSED_AT_0) / MISSED_BY_FAN
-    return float(min(max(fan, FANS[0]) * max(nodes / FAN_NODES, 1.0) ** FAN_GROWTH, FANS[-1]))
 
 
 def export_costs(case: Case) -> dict[str, Cost]:

@@ -114,13 +114,7 @@ def test_join_tasks_and_memory_are_those_that_the_build_prints(name: str, nodes:
     found = on("cores=8", Recipe(embed=Embed(captions="x.tsv", preset="cc3m"), index=index), made_up, rows=nodes)
     printed = engine.forecast(index, nodes, 384)
     assert f"; {found['join'].tasks} join task" in printed
-    assert f"up to {(1e9 + found['join'].held - 48 * _rows(found, nodes, name)) / 1e9:.1f} GB" in printed
-
-
-def _rows(found: dict[str, Cost], nodes: int, name: str) -> float:
-    from graphbuild.job.plan.formulas import fan_of
-
-    return nodes * fan_of(0.99, nodes) / found["join"].tasks if name == "partition" else 0.0
+    assert f"up to {(1e9 + found['join'].held) / 1e9:.1f} GB" in printed
 
 
 def test_more_nodes_of_a_cluster_shorten_what_has_many_tasks_and_nothing_else(made_up: Rates) -> None:
