@@ -156,7 +156,7 @@ def cached_copy(fs: fsspec.AbstractFileSystem, path: str, url: str, told: tuple[
                 os.utime(partial)
                 sha256 = file_sha256(partial)
                 partial.rename(copy)
-                _note_whole(copy, sha256)
+                _note_whole(copy, sha256, _state(copy))
         finally:
             partial.unlink(missing_ok=True)
             lock.unlink(missing_ok=True)
@@ -170,18 +170,19 @@ def _is_whole(copy: Path) -> bool:
     beside = copy.with_suffix(SUM)
     with contextlib.suppress(FileNotFoundError):
         os.utime(beside)
+        state = _state(copy)
         sha256, _, known = beside.read_text().partition(" ")
-        if known == _state(copy):
+        if known == state:
             return True
         if file_sha256(copy) == sha256:
-            _note_whole(copy, sha256)
+            _note_whole(copy, sha256, state)
             return True
     return False
 
 
-def _note_whole(copy: Path, sha256: str) -> None:
+def _note_whole(copy: Path, sha256: str, state: str) -> None:
     beside = copy.with_suffix(f".{uuid.uuid4().hex}")
-    beside.write_text(f"{sha256} {_state(copy)}")
+    beside.write_text(f"{sha256} {state}")
     beside.rename(copy.with_suffix(SUM))
 
 
