@@ -85,12 +85,14 @@ def _write_sorted(task: Task, store: Store, writer: Writer, leaves: Array, floor
     which row each range of leaders begins."""
     from graphbuild.knn.leaders import parts_of_ranges, ranges_of_leaders
 
-    vectors = np.concatenate([store.array(VECTORS.format(name)) for name in task.built["nodes"]])
     order = np.argsort(leaves[:, 0], kind="stable")
-    rows = np.empty(len(order), member_rows(leaves.shape[1], vectors.shape[1]))
+    rows = np.empty(len(order), member_rows(leaves.shape[1], store.manifest()["embeddings"]["d"]))
     rows["id"] = task.built["first_node"] + order
-    for what, values in {"vector": vectors, "leaves": leaves, "floor": floors[:, 0], "gone": gone}.items():
+    for what, values in {"leaves": leaves, "floor": floors[:, 0], "gone": gone}.items():
         rows[what] = values[order]
+    places = np.split(np.argsort(order), np.cumsum(list(task.built["nodes"].values()))[:-1])
+    for name, mine in zip(task.built["nodes"], places, strict=True):  # a shard's at a time: with all, codes fill 4 GB
+        rows["vector"][mine] = store.array(VECTORS.format(name))
     starts: list[int] = np.searchsorted(leaves[order, 0], ranges_of_leaders(node_count(store.manifest()))).tolist()
     for part, (begin, end) in enumerate(pairwise(parts_of_ranges(len(starts) - 1))):
         with writer.file(SORTED.format(part, task.name), durable=False) as path:

@@ -103,6 +103,7 @@ def _sorted(task: Task, store: Store) -> Array:
     some = np.flatnonzero(bytes_of[:, 0] < bytes_of[:, 1])
     pieces = store.ranges([task.hints["files"][file] for file in some], *bytes_of[some].T.tolist()) if len(some) else []
     rows = np.concatenate([np.empty(0, row), *(np.frombuffer(piece, row) for piece in pieces)])
+    del pieces
     _, _, first, stop = task.built["range"]
     mine = np.flatnonzero((rows["id"] >= first) & (rows["id"] < stop))
     order = np.argsort(rows["leaves"][mine, 0], kind="stable")  # tasks of codes follow each other by id

@@ -122,7 +122,6 @@ def tab(chromium: Any) -> Iterator[Tab]:
     context = chromium.new_context(viewport={"width": 1280, "height": 900})
     context.grant_permissions(["clipboard-read", "clipboard-write"])
     opened = Tab(context.new_page())
-    opened.page.set_default_navigation_timeout(120_000)  # the first page waits for imports, on a machine that is busy
     said = opened.page.on
     said("console", lambda message: "GL Driver Message" in message.text or opened.problems.append(message.text))
     opened.page.on("pageerror", lambda error: opened.problems.append(str(error)))
